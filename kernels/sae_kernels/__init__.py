@@ -1,0 +1,1 @@
+"""Sparse encoder and decoder operations; `reference` is the specification of every one."""

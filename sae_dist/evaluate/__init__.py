@@ -1,0 +1,1 @@
+"""What a dictionary is worth: reconstruction, sparsity, loss recovered."""

@@ -1,0 +1,1 @@
+"""Joins text, model and shards: activations of a language model into a store."""

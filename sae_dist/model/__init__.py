@@ -1,0 +1,1 @@
+"""Tokens to the residual stream: language models and their hook points."""

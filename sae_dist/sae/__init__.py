@@ -1,0 +1,1 @@
+"""The mathematics of sparse autoencoders: no ranks, no clocks."""

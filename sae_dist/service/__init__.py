@@ -1,0 +1,1 @@
+"""Ray: processes and failures, no mathematics."""

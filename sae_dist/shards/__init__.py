@@ -1,0 +1,1 @@
+"""Activations on object storage: format, writer, reader, order, loader."""

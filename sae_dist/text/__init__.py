@@ -1,0 +1,1 @@
+"""Text to tokens: sources, tokenisation, the origin of every token."""

@@ -1,0 +1,1 @@
+"""Joins shards and sae: batches into a dictionary."""
