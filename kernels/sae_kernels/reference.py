@@ -44,12 +44,17 @@ def pre_activations(
     *,
     product_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "batch n_latents"]:
-    """z = (x - b_dec) W_enc + b_enc (Gao et al. 2024, eq. 1); `product_dtype` rounds the product's operands, sums stay fp32."""
-    centred = x - b_dec
-    if product_dtype is None or product_dtype == x.dtype:
-        return centred @ W_enc + b_enc
-    # The operands are rounded and the product is taken in fp32: exactly what a bf16 product with fp32 sums computes.
-    return centred.to(product_dtype).to(x.dtype) @ W_enc.to(product_dtype).to(x.dtype) + b_enc
+    """z = (x - b_dec) W_enc + b_enc (Gao et al. 2024, eq. 1).
+
+    `product_dtype` rounds the two operands of the product; sums stay in x's dtype and gradients pass the rounding by.
+    """
+    return _rounded(x - b_dec, product_dtype) @ _rounded(W_enc, product_dtype) + b_enc
+
+
+def _rounded(a: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or dtype == a.dtype:
+        return a
+    return a + (a.to(dtype).to(a.dtype) - a).detach()  # exact: the difference of neighbours is representable
 
 
 def topk(z: Float[Tensor, "batch n_latents"], k: int) -> Selected:
@@ -89,7 +94,7 @@ def aux_k(
     *,
     k_aux: int,
 ) -> Float[Tensor, ""]:
-    """sum ||e - e_hat||^2, e_hat the best k_aux dead latents' reconstruction of the residual e (Gao et al. 2024, App. A.2).
+    """AuxK, sum ||e - e_hat||^2: e_hat is the best k_aux dead latents' reconstruction of e (Gao et al. 2024, App. A.2).
 
     `residual` is a constant: only dead latents are trained. Zero when none is dead.
     """
@@ -117,8 +122,9 @@ def topk_loss(
 ) -> tuple[Float[Tensor, ""], StepStatistics]:
     """Loss of a TopK dictionary with AuxK, differentiable in the four parameters.
 
-    loss = [ sum ||x - x_hat||^2 + aux_coefficient * min(n_dead / k_aux, 1) * sum ||e - e_hat||^2 ] / (batch * variance),
-    `variance` the mean over rows of ||x - mean(x)||^2, a constant: both terms are then fractions of variance unexplained
+    loss = [ sum ||x - x_hat||^2 + aux_coefficient * min(n_dead / k_aux, 1) * sum ||e - e_hat||^2 ] / (batch * variance)
+
+    `variance`, a constant, is the mean over rows of ||x - mean(x)||^2: both terms are fractions of variance unexplained
     (Gao et al. 2024, sec. 2.1 and App. A.2; the scale by n_dead keeps a handful of dead latents from chasing all of e).
     """
     z = pre_activations(x, W_enc, b_enc, b_dec, product_dtype=product_dtype)
@@ -161,7 +167,7 @@ def topk_gradients(
 def remove_parallel(
     gradient: Float[Tensor, "n_latents d_model"], W_dec: Float[Tensor, "n_latents d_model"]
 ) -> Float[Tensor, "n_latents d_model"]:
-    """The gradient without its component along each (unit) decoder row, which renormalisation would undo (Bricken et al. 2023)."""
+    """The gradient without its part along each unit decoder row, which `unit_norm` would undo (Bricken et al. 2023)."""
     return gradient - (gradient * W_dec).sum(-1, keepdim=True) * W_dec
 
 
