@@ -2,6 +2,7 @@
 
 Notation: x [batch, d_model] is the scaled input, W_enc [d_model, n_latents], W_dec [n_latents, d_model];
 latents are selected per row, (values, indices) [batch, k], values in descending order, ties by the lower index.
+A NaN pre-activation is never selected; a NaN in x shows in the squared error.
 """
 
 from typing import NamedTuple
@@ -16,6 +17,14 @@ class Selected(NamedTuple):
 
     values: Float[Tensor, "batch k"]
     indices: Int[Tensor, "batch k"]
+
+
+class Active(NamedTuple):
+    """The active latents of a batch whose rows have different numbers of them: row r owns offsets[r]:offsets[r + 1]."""
+
+    values: Float[Tensor, " active"]  # descending within a row, ties by the lower index; all positive
+    indices: Int[Tensor, " active"]
+    offsets: Int[Tensor, " batch+1"]
 
 
 class Gradients(NamedTuple):
@@ -47,8 +56,29 @@ def pre_activations(
     """z = (x - b_dec) W_enc + b_enc (Gao et al. 2024, eq. 1).
 
     `product_dtype` rounds the two operands of the product; sums stay in x's dtype and gradients pass the rounding by.
+    The order of a row's sum is the library's; `ordered_pre_activations` fixes it, for comparisons bit by bit.
     """
     return _rounded(x - b_dec, product_dtype) @ _rounded(W_enc, product_dtype) + b_enc
+
+
+def ordered_pre_activations(
+    x: Float[Tensor, "batch d_model"],
+    W_enc: Float[Tensor, "d_model n_latents"],
+    b_enc: Float[Tensor, " n_latents"],
+    b_dec: Float[Tensor, " d_model"],
+) -> Float[Tensor, "batch n_latents"]:
+    """`pre_activations` with bf16 operands and fp32 sums in one fixed order: the z of the CPU kernels, bit for bit.
+
+    From 0, the products of dimensions 1, 0, 3, 2, 5, 4, ... are added one by one (a missing last one counts as zero),
+    then b_enc. A product of two bf16 numbers is exact in fp32, so every addition rounds once, which is what the
+    processors' bf16 dot product (vdpbf16ps) does on its pairs (subnormal numbers aside: it takes them for zero).
+    """
+    x_rounded, W_rounded = (x - b_dec).bfloat16().float(), W_enc.bfloat16().float()
+    z = x.new_zeros(x.shape[0], W_enc.shape[1])
+    for pair in range(0, x.shape[1], 2):
+        for dim in range(min(pair + 1, x.shape[1] - 1), pair - 1, -1):
+            z += x_rounded[:, dim, None] * W_rounded[dim]
+    return z + b_enc
 
 
 def _rounded(a: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -59,8 +89,48 @@ def _rounded(a: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def topk(z: Float[Tensor, "batch n_latents"], k: int) -> Selected:
     """The k largest of relu(z) per row, descending, ties by the lower index (TopK; Gao et al. 2024, sec. 2.3)."""
-    values, indices = torch.sort(z.relu(), dim=-1, descending=True, stable=True)
+    values, indices = torch.sort(_relu(z), dim=-1, descending=True, stable=True)
     return Selected(values[:, :k].contiguous(), indices[:, :k].contiguous())
+
+
+def batch_topk(z: Float[Tensor, "batch n_latents"], k: int) -> Active:
+    """The batch * k largest of relu(z) over the batch (BatchTopK; Bussmann et al. 2024), ties by row, then latent."""
+    flat = _relu(z).flatten()
+    _, order = torch.sort(flat.detach(), descending=True, stable=True)
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen[order[: z.shape[0] * k]] = True
+    return _active(z, chosen.view_as(z) & (z > 0))
+
+
+def threshold(z: Float[Tensor, "batch n_latents"], theta: Float[Tensor, " n_latents"]) -> Active:
+    """z where z > theta, for theta >= 0 (JumpReLU; Rajamanoharan et al. 2024, eq. 3; BatchTopK at inference)."""
+    return _active(z, (z > theta) & (z > 0))
+
+
+def jumprelu(
+    z: Float[Tensor, "batch n_latents"], theta: Float[Tensor, " n_latents"], *, bandwidth: float
+) -> tuple[Float[Tensor, "batch n_latents"], Float[Tensor, " batch"]]:
+    """JumpReLU(z) = z H(z - theta) and each row's L0 = sum H(z - theta), both differentiable in theta.
+
+    Their gradients replace the step's delta by a box of width `bandwidth` (Rajamanoharan et al. 2024, eqs. 11 and 12):
+    d/dtheta = -theta / bandwidth for the value and -1 / bandwidth for L0 where |z - theta| < bandwidth / 2, else 0.
+    """
+    gate = ((z > theta) & (z > 0)).to(z.dtype)
+    near = ((z - theta).abs() < bandwidth / 2).to(z.dtype).detach()
+    box = near * (theta - theta.detach()) / bandwidth  # 0 in value, carries the gradient
+    return _relu(z) * gate - theta.detach() * box, (gate - box).sum(-1)
+
+
+def _relu(z: Tensor) -> Tensor:
+    return torch.where(z > 0, z, torch.zeros_like(z))  # NaN counts as inactive
+
+
+def _active(z: Float[Tensor, "batch n_latents"], chosen: Bool[Tensor, "batch n_latents"]) -> Active:
+    _, order = torch.sort(torch.where(chosen, z, torch.zeros_like(z)).detach(), dim=-1, descending=True, stable=True)
+    rows, places = torch.nonzero(chosen.gather(1, order), as_tuple=True)
+    indices = order[rows, places]
+    offsets = torch.nn.functional.pad(chosen.sum(-1).cumsum(0), (1, 0))
+    return Active(z[rows, indices], indices, offsets)
 
 
 def topk_encode(
@@ -84,6 +154,22 @@ def sparse_decode(
 ) -> Float[Tensor, "batch d_model"]:
     """x_hat = sum_j values_j W_dec[indices_j] + b_dec."""
     return torch.einsum("bk,bkd->bd", values, W_dec[indices]) + b_dec
+
+
+def active_decode(
+    active: Active, W_dec: Float[Tensor, "n_latents d_model"], b_dec: Float[Tensor, " d_model"]
+) -> Float[Tensor, "batch d_model"]:
+    """x_hat = sum over a row's active latents of value * W_dec[index], + b_dec."""
+    rows = torch.repeat_interleave(torch.arange(len(active.offsets) - 1, device=b_dec.device), active.offsets.diff())
+    x_hat = b_dec.expand(len(active.offsets) - 1, -1)
+    return x_hat.index_add(0, rows, active.values[:, None] * W_dec[active.indices])
+
+
+def gather_dot(
+    e: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "n_latents d_model"], indices: Int[Tensor, "batch k"]
+) -> Float[Tensor, "batch k"]:
+    """e . W_dec[indices]: the entries of e W_dec^T at the active latents, which is all a sparse backward needs."""
+    return torch.einsum("bd,bkd->bk", e, W_dec[indices])
 
 
 def aux_k(

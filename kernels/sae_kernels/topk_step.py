@@ -1,0 +1,138 @@
+"""One optimiser step of a TopK dictionary as one call: the seam between a trainer and the kernels.
+
+`TopKStep` owns everything that a step reads and writes. Its gradients are those of `reference.topk_gradients` and its
+update is `remove_parallel`, `adam_`, `unit_norm`; which code computes them (`backend`) is all that differs.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_kernels import plain
+from sae_kernels.reference import Gradients, Selected, StepStatistics, adam_, remove_parallel, unit_norm
+
+Backend = Literal["auto", "torch"]
+
+
+class TopKStep:
+    """The state of a TopK dictionary in training: parameters, Adam moments, dead counters, reusable buffers.
+
+    W_enc is kept as the transpose of a contiguous [n_latents, d_model] tensor. The tensors given are copied. W_dec must
+    have unit rows. A latent is dead once it has been silent for `dead_after_tokens` tokens; `k_aux=0` turns AuxK off.
+    `k` may be assigned between steps.
+    """
+
+    def __init__(
+        self,
+        W_enc: Float[Tensor, "d_model n_latents"],
+        W_dec: Float[Tensor, "n_latents d_model"],
+        *,
+        b_enc: Float[Tensor, " n_latents"],
+        b_dec: Float[Tensor, " d_model"],
+        k: int,
+        k_aux: int,
+        aux_coefficient: float,
+        dead_after_tokens: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 6.25e-10,
+        product_dtype: torch.dtype = torch.bfloat16,
+        backend: Backend = "auto",
+    ) -> None:
+        n_latents, d_model = W_dec.shape
+        if not 0 < k <= n_latents:
+            raise ValueError(f"k={k} with n_latents={n_latents}; choose 1 <= k <= n_latents")
+        self.n_latents, self.d_model, self.k = n_latents, d_model, k
+        self.k_aux, self.aux_coefficient, self.dead_after_tokens = k_aux, aux_coefficient, dead_after_tokens
+        self.betas, self.eps, self.product_dtype, self.backend = betas, eps, product_dtype, backend
+        self._rows_enc = W_enc.detach().float().t().clone(memory_format=torch.contiguous_format)
+        self.W_dec = W_dec.detach().float().clone(memory_format=torch.contiguous_format)
+        self.b_enc, self.b_dec = b_enc.detach().float().clone(), b_dec.detach().float().clone()
+        self._first = [torch.zeros_like(p) for p in self._parameters()]
+        self._second = [torch.zeros_like(p) for p in self._parameters()]
+        self.steps = 0
+        self.tokens_since_fired: Int[Tensor, " n_latents"] = torch.zeros(
+            n_latents, dtype=torch.int64, device=W_dec.device
+        )
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_model n_latents"]:
+        return self._rows_enc.t()
+
+    @property
+    def dead(self) -> Bool[Tensor, " n_latents"]:
+        """Latents that AuxK trains in the next step."""
+        return self.tokens_since_fired >= self.dead_after_tokens
+
+    def step(
+        self, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float | Float[Tensor, ""]
+    ) -> StepStatistics:
+        """One optimiser step on `topk_loss`; when the squared error is not finite, nothing but the counters changes."""
+        gradients, statistics = self.gradients(x, variance=variance)
+        if bool(torch.isfinite(statistics.squared_error)):
+            self.update_(gradients, lr=lr)
+        self.count_(statistics.fired, tokens=x.shape[0])
+        return statistics
+
+    def gradients(
+        self, x: Float[Tensor, "batch d_model"], *, variance: float | Float[Tensor, ""]
+    ) -> tuple[Gradients, StepStatistics]:
+        """Gradients of `topk_loss` at the present parameters, dense, for a trainer that reduces them over ranks."""
+        return plain.topk_gradients(
+            x.float(), self.W_enc, self.W_dec, self.b_enc, self.b_dec, k=self.k, variance=float(variance),
+            dead=self.dead, k_aux=self.k_aux, aux_coefficient=self.aux_coefficient, product_dtype=self.product_dtype,
+        )  # fmt: skip
+
+    def update_(self, gradients: Gradients, *, lr: float) -> None:
+        """Adam on the four parameters; decoder rows lose the gradient along themselves and are scaled back to norm 1."""
+        self.steps += 1
+        by_parameter = (
+            gradients.W_enc.t(),
+            remove_parallel(gradients.W_dec, self.W_dec),
+            gradients.b_enc,
+            gradients.b_dec,
+        )
+        for parameter, gradient, first, second in zip(
+            self._parameters(), by_parameter, self._first, self._second, strict=True
+        ):
+            adam_(parameter, gradient, first, second, step=self.steps, lr=lr, betas=self.betas, eps=self.eps)
+        self.W_dec.copy_(unit_norm(self.W_dec))
+
+    def count_(self, fired: Bool[Tensor, " n_latents"], *, tokens: int) -> None:
+        """Count `tokens` of silence for every latent that did not fire; ranks count the union and the sum."""
+        self.tokens_since_fired.add_(tokens).masked_fill_(fired, 0)
+
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> Selected:
+        """`reference.topk_encode` at the present parameters."""
+        return plain.topk_encode(
+            x.float(), self.W_enc, self.b_enc, self.b_dec, k=self.k, product_dtype=self.product_dtype
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, as plain tensors that share memory with this object."""
+        names = ("W_enc", "W_dec", "b_enc", "b_dec")
+        tensors = dict(zip(names, self._parameters(), strict=True))
+        tensors |= {f"first.{name}": moment for name, moment in zip(names, self._first, strict=True)}
+        tensors |= {f"second.{name}": moment for name, moment in zip(names, self._second, strict=True)}
+        for name in ("W_enc", "first.W_enc", "second.W_enc"):
+            tensors[name] = tensors[name].t()
+        return tensors | {
+            "tokens_since_fired": self.tokens_since_fired,
+            "steps": torch.tensor(self.steps, dtype=torch.int64),
+        }
+
+    def load_state_dict_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave, by value."""
+        own = self.state_dict()
+        if own.keys() != tensors.keys():
+            raise ValueError(f"the state differs in its keys: {sorted(own.keys() ^ tensors.keys())}")
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise ValueError(f"{name} is {list(tensors[name].shape)} and must be {list(tensor.shape)}")
+            tensor.copy_(tensors[name])
+        self.steps = int(tensors["steps"])
+
+    def _parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._rows_enc, self.W_dec, self.b_enc, self.b_dec

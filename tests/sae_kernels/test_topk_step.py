@@ -1,0 +1,110 @@
+"""`TopKStep` against the reference: gradients, update and state, whichever backend computes them."""
+
+import pytest
+import torch
+from sae_kernels import reference
+from sae_kernels.topk_step import TopKStep
+
+SHAPES = [(1, 8, 4, 1), (5, 64, 19, 4), (3, 64, 16, 64), (70, 5000, 33, 7)]  # batch, n_latents, d_model, k
+
+
+def dictionary(n_latents: int, d_model: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    W_dec = reference.unit_norm(torch.randn(n_latents, d_model, generator=generator))
+    return {
+        "W_enc": (W_dec + 0.1 * torch.randn(n_latents, d_model, generator=generator)).t(),
+        "W_dec": W_dec,
+        "b_enc": 0.1 * torch.randn(n_latents, generator=generator),
+        "b_dec": 0.1 * torch.randn(d_model, generator=generator),
+    }
+
+
+def state(n_latents: int, d_model: int, k: int, **settings) -> TopKStep:
+    settings = {"k_aux": 3, "aux_coefficient": 1 / 32, "dead_after_tokens": 100} | settings
+    return TopKStep(k=k, **dictionary(n_latents, d_model), **settings)
+
+
+def batch_of(batch: int, d_model: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(batch, d_model, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("batch, n_latents, d_model, k", SHAPES)
+@pytest.mark.parametrize("dead_share", [0.0, 0.02, 0.5, 1.0])
+def test_gradients_match_autograd_in_double_precision(batch, n_latents, d_model, k, dead_share):
+    sae, x = state(n_latents, d_model, k), batch_of(batch, d_model)
+    n_dead = round(dead_share * n_latents)
+    sae.tokens_since_fired[torch.randperm(n_latents, generator=torch.Generator().manual_seed(2))[:n_dead]] = 100
+    gradients, statistics = sae.gradients(x, variance=1.7)
+    expected, expected_statistics = reference.topk_gradients(
+        x.double(), *(p.double() for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)), k=k,
+        variance=torch.tensor(1.7), dead=sae.dead, k_aux=3, aux_coefficient=1 / 32, product_dtype=torch.bfloat16,
+    )  # fmt: skip
+    # fp32 sums of up to batch * k terms; selection is equal because no two of these pre-activations are that close
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6 * float(theirs.abs().max() + 1e-6))
+    assert torch.equal(statistics.fired, expected_statistics.fired)
+    assert int(statistics.active) == int(expected_statistics.active)
+    torch.testing.assert_close(statistics.squared_error.double(), expected_statistics.squared_error, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        statistics.aux_squared_error.double(), expected_statistics.aux_squared_error, rtol=1e-5, atol=0
+    )
+
+
+def test_a_step_is_gradient_projection_adam_and_unit_norm():
+    sae, x = state(200, 24, 5), batch_of(40, 24)
+    twin = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    for step in (1, 2, 3):
+        gradients, _ = reference.topk_gradients(
+            x, twin["W_enc"], twin["W_dec"], twin["b_enc"], twin["b_dec"], k=5, variance=torch.tensor(2.0),
+            dead=torch.zeros(200, dtype=torch.bool), k_aux=3, aux_coefficient=1 / 32, product_dtype=torch.bfloat16,
+        )  # fmt: skip
+        projected = gradients._replace(W_dec=reference.remove_parallel(gradients.W_dec, twin["W_dec"]))
+        for name, gradient in projected._asdict().items():
+            reference.adam_(twin[name], gradient, twin[f"first.{name}"], twin[f"second.{name}"], step=step, lr=1e-3)
+        twin["W_dec"] = reference.unit_norm(twin["W_dec"])
+        sae.step(x, lr=1e-3, variance=2.0)
+    # Adam divides by |gradient|: where that is near rounding, the two may differ by a fraction of lr a step
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        torch.testing.assert_close(sae.state_dict()[name], twin[name], rtol=1e-4, atol=3e-5)
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(200), rtol=1e-6, atol=0)
+
+
+def test_silent_latents_are_counted_and_die():
+    sae, x = state(64, 8, 1), batch_of(30, 8)
+    fired = sae.step(x, lr=0.0, variance=1.0).fired
+    assert torch.equal(sae.tokens_since_fired, torch.where(fired, 0, 30))
+    for _ in range(3):
+        sae.step(x, lr=0.0, variance=1.0)
+    assert torch.equal(sae.dead, ~fired)
+
+
+def test_a_batch_that_is_not_finite_leaves_the_parameters_alone():
+    sae, x = state(64, 8, 4), batch_of(30, 8)
+    x[3, 2] = float("nan")
+    before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    statistics = sae.step(x, lr=1e-3, variance=1.0)
+    assert not torch.isfinite(statistics.squared_error)
+    for name, tensor in sae.state_dict().items():
+        assert name == "tokens_since_fired" or torch.equal(tensor, before[name]), name
+
+
+def test_a_restored_state_continues_bitwise():
+    sae = state(200, 24, 5)
+    sae.step(batch_of(40, 24), lr=1e-3, variance=2.0)
+    saved = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    sae.step(batch_of(40, 24, seed=5), lr=1e-3, variance=2.0)
+    other = state(200, 24, 5)
+    other.load_state_dict_(saved)
+    other.step(batch_of(40, 24, seed=5), lr=1e-3, variance=2.0)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, sae.state_dict()[name]), name
+
+
+def test_a_state_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"W_enc is \[24, 200\] and must be \[24, 100\]"):
+        state(100, 24, 5).load_state_dict_(state(200, 24, 5).state_dict())
+
+
+def test_k_beyond_the_dictionary_is_refused():
+    with pytest.raises(ValueError, match="k=9 with n_latents=8"):
+        state(8, 4, 9)
