@@ -86,7 +86,7 @@ class TopKStep:
         )  # fmt: skip
 
     def update_(self, gradients: Gradients, *, lr: float) -> None:
-        """Adam on the four parameters; decoder rows lose the gradient along themselves and are scaled back to norm 1."""
+        """Adam on the four parameters; decoder rows lose the gradient along themselves and keep norm 1."""
         self.steps += 1
         by_parameter = (
             gradients.W_enc.t(),
