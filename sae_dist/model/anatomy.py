@@ -1,0 +1,68 @@
+"""Where each architecture keeps what the hook points name: the one table that knows about families.
+
+With `x` the residual stream entering layer L and `x'` the one leaving it:
+
+| hook point     | what it is                                                                                      |
+|----------------|-------------------------------------------------------------------------------------------------|
+| `resid_pre.L`  | `x`, the input of layer L (`resid_pre.0` is the embedding, scaled as the model scales it)       |
+| `attn_out.L`   | what attention adds to the stream: after its output projection and, where there is one, the norm |
+| `mlp_act.L`    | the MLP's hidden activations: the input of its down projection                                  |
+| `mlp_out.L`    | what the MLP adds to the stream: after its down projection and, where there is one, the norm    |
+| `resid_post.L` | `x' = x + attn_out.L + mlp_out.L`, the output of layer L, before any final norm                 |
+
+The last line holds for every family below, sequential (Llama, GPT-2) or parallel (GPT-NeoX, Phi); `resid_post.L` is
+`resid_pre.L+1`. One exception is known: OPT-350m normalises the stream itself after each addition.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class Anatomy(NamedTuple):
+    """Paths inside one layer: the modules whose output is attn_out and mlp_out, and the one whose input is mlp_act."""
+
+    attn_out: str
+    mlp_out: str
+    mlp_act: str
+
+
+_LLAMA = Anatomy(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.down_proj")
+_POST_NORM = Anatomy(attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm", mlp_act="mlp.down_proj")
+
+ANATOMIES: Mapping[str, Anatomy] = {  # by `model_type`; each is held against the identity above by a test
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "phi3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _POST_NORM,
+    "gemma3_text": _POST_NORM,
+    "olmo2": _POST_NORM,
+    "gpt2": Anatomy(attn_out="attn", mlp_out="mlp", mlp_act="mlp.c_proj"),
+    "gpt_neox": Anatomy(attn_out="attention", mlp_out="mlp", mlp_act="mlp.dense_4h_to_h"),
+    "phi": Anatomy(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.fc2"),
+    "opt": Anatomy(attn_out="self_attn", mlp_out="fc2", mlp_act="fc2"),
+}
+
+
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The language model without its unembedding (of a multimodal model, the text part)."""
+    return model.get_decoder()
+
+
+def layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the residual stream: the decoder's one list of `num_hidden_layers` modules, whatever its name."""
+    body = decoder(model)
+    n_layers = body.config.num_hidden_layers
+    found = [m for m in body.children() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    assert len(found) == 1, f"{type(body).__name__} has {len(found)} lists of {n_layers} layers"
+    return list(found[0])
+
+
+def anatomy(model: PreTrainedModel) -> Anatomy | None:
+    """The inside of the model's layers; None for a family whose inside was never checked."""
+    return ANATOMIES.get(decoder(model).config.model_type)

@@ -1,0 +1,201 @@
+"""Hook points by name: read them in one forward pass (`capture`) or rewrite them (`replace`).
+
+The names are defined in `sae_dist.model.anatomy`; the path of any module of the model works as well and means
+that module's output.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sae_dist.config import UserError
+from sae_dist.model.anatomy import anatomy, decoder, layers
+
+Activations = Float[Tensor, "batch context width"]
+Rewrite = Callable[[Activations], Activations]
+
+_NAME = re.compile(r"(resid_pre|attn_out|mlp_act|mlp_out|resid_post)\.(\d+)")
+
+
+class HookPoint(NamedTuple):
+    """A place in the forward pass: what enters a module, or what leaves it."""
+
+    name: str
+    module: nn.Module
+    side: Literal["input", "output"]
+
+
+def available(model: PreTrainedModel) -> list[str]:
+    """Every named hook point, in the order of the forward pass."""
+    return [f"{kind}.{layer}" for layer in range(len(layers(model))) for kind in _kinds(model)]
+
+
+def resolve(model: PreTrainedModel, hook: str) -> HookPoint:
+    """The place that `hook` names in this model; raises `UserError` saying what exists."""
+    named = _NAME.fullmatch(hook)
+    if named is None:
+        modules = dict(model.named_modules())
+        if not hook or hook not in modules:
+            raise UserError(_unknown(model, hook))
+        return HookPoint(hook, modules[hook], "output")
+
+    kind, stack = named[1], layers(model)
+    if kind not in _kinds(model) or int(named[2]) >= len(stack):
+        raise UserError(_unknown(model, hook))
+    layer, inside = stack[int(named[2])], anatomy(model)
+    if kind in ("resid_pre", "resid_post"):
+        return HookPoint(hook, layer, "input" if kind == "resid_pre" else "output")
+    return HookPoint(hook, layer.get_submodule(getattr(inside, kind)), "input" if kind == "mlp_act" else "output")
+
+
+def width(model: PreTrainedModel, hook: str) -> int:
+    """The size of the hook point's last dim, read off a two-token forward pass."""
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    return capture(model, tokens, [hook])[hook].shape[-1]
+
+
+@torch.no_grad()
+def capture(
+    model: PreTrainedModel, tokens: Int[Tensor, "batch context"], hooks: Sequence[str]
+) -> dict[str, Activations]:
+    """The activations at `hooks`, from one forward pass that ends as soon as it has the last of them.
+
+    Later layers, the final norm and the unembedding never run. Sequences are full: there is no padding to mask.
+    A module that runs several times in a pass is read at its first run.
+    """
+    points = [resolve(model, hook) for hook in dict.fromkeys(hooks)]
+    captured: dict[str, Tensor] = {}
+
+    def keep(point: HookPoint, value: object) -> None:
+        if point.name in captured:
+            return
+        x = _unflatten(_tensor(point, value), tokens.shape)
+        if x.shape[:2] != tokens.shape:
+            raise UserError(_unfit(point, f"a tensor of shape {tuple(x.shape)} for tokens {tuple(tokens.shape)}"))
+        captured[point.name] = x.detach()
+        if len(captured) == len(points):
+            raise _Complete
+
+    with ExitStack() as stack:
+        for point in points:
+            stack.enter_context(_watch(point, keep))
+        try:
+            model(input_ids=tokens, use_cache=False)
+        except _Complete:
+            return {point.name: captured[point.name] for point in points}
+    never = [point.name for point in points if point.name not in captured]
+    raise UserError(f"hook={never[0]} of {_title(model)} does not run in a forward pass; choose a module that does")
+
+
+@contextmanager
+def replace(model: PreTrainedModel, rewrites: Mapping[str, Rewrite]) -> Iterator[None]:
+    """Inside the context every forward pass goes on with `fn(x)` in place of `x` at each hook point.
+
+    `fn` maps [batch, context, width] to the same shape; its dtype is brought back to the model's. While the model
+    generates with a cache, the context of each call is the one new token.
+    """
+    shape: list[int] = []  # of the tokens in the current pass: OPT's MLP flattens batch and context into one dim
+
+    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        shape[:] = (kwargs["inputs_embeds"] if tokens is None else tokens).shape[:2]
+
+    with ExitStack() as stack:
+        handle = decoder(model).register_forward_pre_hook(remember, with_kwargs=True)
+        stack.callback(handle.remove)
+        for hook, fn in rewrites.items():
+            stack.enter_context(_rewrite(resolve(model, hook), fn, shape))
+        yield
+
+
+class _Complete(Exception):
+    """Leaves a forward pass that has given everything that was asked of it."""
+
+
+@contextmanager
+def _watch(point: HookPoint, keep: Callable[[HookPoint, object], None]) -> Iterator[None]:
+    """Hand what passes the hook point to `keep`, for as long as the context is open."""
+    if point.side == "input":
+        handle = point.module.register_forward_pre_hook(
+            lambda _, args, kwargs: keep(point, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    else:
+        handle = point.module.register_forward_hook(lambda _, __, output: keep(point, output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _rewrite(point: HookPoint, fn: Rewrite, shape: Sequence[int]) -> Iterator[None]:
+    """Put `fn(x)` in the place of `x` at the hook point, for as long as the context is open."""
+
+    def rewritten(value: object) -> Tensor:
+        x = _tensor(point, value)
+        before = _unflatten(x, shape)
+        after = fn(before)
+        if after.shape != before.shape:
+            raise ValueError(f"{point.name}: the rewrite gave {tuple(after.shape)} for {tuple(before.shape)}")
+        return after.to(x.dtype).reshape(x.shape)
+
+    def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (rewritten(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": rewritten(kwargs["hidden_states"])}
+
+    def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        return (rewritten(output), *output[1:]) if isinstance(output, tuple) else rewritten(output)
+
+    if point.side == "input":
+        handle = point.module.register_forward_pre_hook(on_input, with_kwargs=True)
+    else:
+        handle = point.module.register_forward_hook(on_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _tensor(point: HookPoint, value: object) -> Tensor:
+    """The activations in what a module takes or gives: attention also returns its weights, some layers a cache."""
+    x = value[0] if isinstance(value, tuple) and value else value
+    if not isinstance(x, Tensor):
+        raise UserError(_unfit(point, f"a {type(x).__name__}"))
+    if x.dim() not in (2, 3):
+        raise UserError(_unfit(point, f"a tensor of shape {tuple(x.shape)}"))
+    return x
+
+
+def _unflatten(x: Tensor, shape: Sequence[int]) -> Activations:
+    return x.view(*shape, -1) if x.dim() == 2 else x
+
+
+def _kinds(model: PreTrainedModel) -> list[str]:
+    if anatomy(model) is None:  # what enters and leaves a layer is certain in any family; its inside is not
+        return ["resid_pre", "resid_post"]
+    return ["resid_pre", "attn_out", "mlp_act", "mlp_out", "resid_post"]
+
+
+def _title(model: PreTrainedModel) -> str:
+    return f"{model.config.name_or_path or 'the model'} ({type(model).__name__})"
+
+
+def _unfit(point: HookPoint, what: str) -> str:
+    return f"hook={point.name} gives {what}, not [batch, context, width]; choose another module"
+
+
+def _unknown(model: PreTrainedModel, hook: str) -> str:
+    n_layers = len(layers(model))
+    path = next(name for name, module in model.named_modules() if module is layers(model)[-1])
+    names = " ".join(f"{kind}.L" for kind in _kinds(model))
+    return (
+        f"hook={hook!r} does not exist in {_title(model)}; it has {names} with L from 0 to {n_layers - 1}, "
+        f"and any module path such as {path}"
+    )

@@ -1,0 +1,84 @@
+"""From the residual stream to the vocabulary: the unembedding as a matrix, and the next-token loss."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from sae_dist.config import UserError
+from sae_dist.model.anatomy import anatomy, decoder
+
+_CHUNK_LOGITS = 2**24  # fp32 logits alive at once: 64 MiB
+
+
+@torch.no_grad()
+def unembedding(model: PreTrainedModel) -> Float[Tensor, "d_model vocab"]:
+    """W_U in fp32 with the final norm folded in: `direction @ W_U` is the direction's effect on the logits.
+
+    The norm is `gain * (x - mean(x)) / scale(x) + bias` (without the mean for RMSNorm). Its gain multiplies the rows of
+    the unembedding; its centring, where it has one, takes the mean over d_model off every column, so that a direction
+    along (1, ..., 1), which LayerNorm removes, has no effect. Left out: the scale, which depends on the token, and
+    what does not depend on the direction (biases).
+    """
+    head = _head(model)
+    W_U = head.weight.float().T
+    project_out = getattr(decoder(model), "project_out", None)
+    if isinstance(project_out, nn.Linear):  # OPT-350m: its embeddings are narrower than d_model
+        W_U = project_out.weight.float().T @ W_U
+    norm = _final_norm(model)
+    if norm is None:
+        return W_U.clone()
+
+    # Families write their gain differently (Gemma's is 1 + weight, OLMo has none): ask the norm instead of its
+    # weights. `signs` has mean 0 and rms 1, so it comes back as gain * signs + bias, whatever the kind of norm.
+    ones = torch.ones(W_U.shape[0], device=W_U.device, dtype=head.weight.dtype)
+    assert ones.numel() % 2 == 0, "d_model is odd"
+    signs = ones.clone()
+    signs[1::2] = -1
+    gain = (norm(signs) - norm(-signs)).float() / 2 * signs
+    constant = (norm(ones) - norm(-ones)).float() / 2  # zero when the norm takes the mean off
+    folded = gain[:, None] * W_U
+    return folded - folded.mean(0) if bool((constant == 0).all()) else folded
+
+
+@torch.no_grad()
+def next_token_loss(
+    model: PreTrainedModel, tokens: Int[Tensor, "batch context"]
+) -> Float[Tensor, "batch next_position"]:
+    """Cross-entropy in nats of each token given those before it, in fp32; `next_position` is context - 1.
+
+    Logits are made for a few positions at a time: [batch, context, vocab] never exists in fp32.
+    """
+    head = _head(model)
+    if anatomy(model) is None:  # nobody checked how this family makes logits from states: it makes them all, itself
+        states, unembed = model(input_ids=tokens, use_cache=False).logits, nn.Identity()
+    else:
+        states, unembed = decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state, head
+
+    batch, context = tokens.shape
+    step = max(1, _CHUNK_LOGITS // (batch * head.weight.shape[0]))
+    losses = []
+    for start in range(0, context - 1, step):
+        target = tokens[:, start + 1 : start + 1 + step]
+        logits = unembed(states[:, start : start + target.shape[1]])
+        cap = None if unembed is not head else getattr(decoder(model).config, "final_logit_softcapping", None)
+        if cap is not None:  # Gemma 2 squashes its logits
+            logits = torch.tanh(logits / cap) * cap
+        losses.append(F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target))
+    return torch.cat(losses, dim=1)
+
+
+def _head(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear), f"{type(model).__name__} has no unembedding matrix"
+    return head
+
+
+def _final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm between the last layer and the unembedding; None in OPT-350m, which has none there."""
+    body = decoder(model)
+    for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm"):
+        if hasattr(body, name):
+            return getattr(body, name)
+    raise UserError(f"model={model.config.name_or_path} ({type(model).__name__}) has no final norm by a known name")

