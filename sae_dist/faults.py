@@ -1,0 +1,57 @@
+"""Named points at which a test can kill, stop or break a real process; a no-op unless SAE_DIST_FAULTS is set.
+
+    SAE_DIST_FAULTS='[{"point": "writer.before_commit", "action": "kill", "where": {"unit": 3}, "nth": 1}]'
+
+`where` keeps the rule to calls with these values, `nth` to the n-th such call of the process (0: every one).
+Actions: kill (SIGKILL), stop (SIGSTOP), raise (OSError), sleep (`seconds`).
+"""
+
+import functools
+import json
+import os
+import signal
+import time
+from collections import Counter
+from typing import Any
+
+from sae_dist.config import UserError
+
+ACTIONS = ("kill", "stop", "raise", "sleep")
+
+
+class InjectedFault(OSError):
+    """What the action `raise` raises: an I/O error that nobody but a test asked for."""
+
+
+def point(name: str, **where: object) -> None:
+    """A place where a process may die; `where` says which of the many passes through it this is."""
+    if "SAE_DIST_FAULTS" in os.environ:
+        _act(name, where, os.environ["SAE_DIST_FAULTS"])
+
+
+def _act(name: str, where: dict[str, object], script: str) -> None:
+    rules, seen = _parse(script)
+    for index, rule in enumerate(rules):
+        if rule["point"] != name or any(where.get(k) != v for k, v in rule.get("where", {}).items()):
+            continue
+        seen[index] += 1
+        if rule.get("nth", 1) not in (0, seen[index]):
+            continue
+        match rule["action"]:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "raise":
+                raise InjectedFault(f"fault at {name} {where}")
+            case "sleep":
+                time.sleep(rule["seconds"])
+
+
+@functools.lru_cache(maxsize=8)  # the counts of passes live as long as the script that counts them
+def _parse(script: str) -> tuple[list[dict[str, Any]], Counter[int]]:
+    rules = json.loads(script)
+    for rule in rules:
+        if rule.get("action") not in ACTIONS:
+            raise UserError(f"SAE_DIST_FAULTS: action={rule.get('action')!r}; use one of {', '.join(ACTIONS)}")
+    return rules, Counter()

@@ -1,0 +1,368 @@
+"""Batches of activations in the order of order.py, read ahead by a thread, in memory that does not grow."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from jaxtyping import Int64, Shaped, UInt32, UInt64
+from torch import Tensor
+
+from sae_dist.config import UserError
+from sae_dist.shards import order, quantize
+from sae_dist.shards.manifest import Manifest
+from sae_dist.shards.order import OrderConfig, Round
+from sae_dist.shards.permutation import MASK
+from sae_dist.shards.reader import Slice, Store
+
+GATHER = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # rows are moved as integers: any dtype, no rounding
+POLL_S = 0.05
+
+
+class Batch(NamedTuple):
+    """This rank's rows of one global batch, grouped by slice; use as a set, the order within carries no randomness."""
+
+    x: Shaped[Tensor, "batch width"]  # in the store's dtype; bfloat16 where the store is quantised
+    unit: Int64[np.ndarray, " batch"]
+    row: Int64[np.ndarray, " batch"]  # within the unit, as stored
+    doc: UInt64[np.ndarray, " batch"]
+    pos: UInt32[np.ndarray, " batch"]
+    token: UInt32[np.ndarray, " batch"]
+    step: int
+    epoch: int  # of the first row of the global batch
+    order_hash: int  # this rank's share of it after this step; shares of all ranks add modulo 2^64
+    units_done: int  # units of the first epoch that no later step reads again in that epoch
+
+
+class Waits(NamedTuple):
+    """Seconds spent waiting so far, by who waited for whom; the slow side is the one that is waited for."""
+
+    starved_s: float  # the trainer for a batch
+    blocked_s: float  # this loader for the trainer to take one
+    read_s: float  # this loader for bytes from the storage
+    uncommitted_s: float  # this loader for producers to commit a unit (live mode)
+    batches: int
+    bytes: int
+
+
+class Loader:
+    """An endless iterator of `Batch`es from `start_step`; close it, or use it in a `with`."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        hook: str,
+        batch: int,
+        seed: int,
+        order: OrderConfig | None = None,
+        start_step: int = 0,
+        order_hash: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        live: bool = False,
+        n_units: int | None = None,
+        manifest: Manifest | None = None,
+        prefetch: int = 4,
+        threads: int = 4,
+        reuse_buffers: bool = False,
+        stall_s: float = 3600.0,
+    ):
+        """`batch` is global, over all ranks; `order_hash` is the value after `start_step` steps: on resume, the
+        total on rank 0 and 0 elsewhere. `reuse_buffers`: x is overwritten once the next batch has been asked for.
+        `stall_s`: how long a live loader waits for one unit before it says that producers are gone.
+        """
+        self.store, self.hook, self.batch, self.seed = store, hook, batch, seed
+        self.order = order or OrderConfig()
+        self.n_units = store.meta.train_units if n_units is None else n_units
+        self.live, self.stall_s = live, stall_s
+        self._check(rank, world, manifest)
+        self.lanes = range(rank, self.order.lanes, world)  # interleaved: a round of few slices still reaches every rank
+        self._start_step, self._hash = start_step, order_hash
+        self._dtype = quantize.batch_dtype(store.meta.dtype)
+        self._windows: dict[tuple[int, int, int, int], list[Future[Slice]]] = {}
+        self._permutations: dict[tuple[int, int, int, int], Int64[np.ndarray, " rows"]] = {}
+        self._rounds: dict[tuple[int, int], Round] = {}
+        self._ready: queue.Queue[Batch | None] = queue.Queue(prefetch)
+        self._spare: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._reuse, self._lent = reuse_buffers, None
+        self._stop = threading.Event()
+        self._seconds = dict.fromkeys(("starved_s", "blocked_s", "read_s", "uncommitted_s"), 0.0)
+        self._batches_made = self._bytes_made = 0
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="slices")
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._producing = self._ahead.submit(self._produce)
+
+    def _check(self, rank: int, world: int, manifest: Manifest | None) -> None:
+        meta = self.store.meta
+        if self.hook not in meta.hooks:
+            raise UserError(f"hook={self.hook} is not in {self.store.storage.uri}; it has {', '.join(meta.hooks)}")
+        if not 0 <= rank < world <= self.order.lanes:
+            raise UserError(
+                f"rank={rank} of world={world} readers with order.lanes={self.order.lanes}; raise order.lanes"
+            )
+        if self.batch < 1 or not 1 <= self.n_units <= meta.train_units:
+            raise UserError(
+                f"batch={self.batch}, n_units={self.n_units}; the store has {meta.train_units} training units"
+            )
+        if manifest is not None:
+            self.store.pinned(manifest.version)
+        committed = self.store.committed()  # all at once: one by one they would cost a round trip each
+        missing = [unit for unit in range(self.n_units) if unit not in committed]
+        if missing and not self.live:
+            raise UserError(
+                f"store={self.store.storage.uri} lacks {len(missing)} of {self.n_units} training units (unit "
+                f"{missing[0]} first); harvest them, read fewer with n_units, or follow the harvest with live"
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._lent is not None:
+            self._spare.put(self._lent)
+            self._lent = None
+        started = time.perf_counter()
+        item = self._take()
+        self._seconds["starved_s"] += time.perf_counter() - started
+        if item is None:
+            self.close()
+            self._producing.result()  # raises here what ended the thread
+            raise StopIteration
+        if self._reuse:
+            self._lent = item.x
+        return item
+
+    def _take(self) -> Batch | None:
+        while not self._stop.is_set():
+            try:
+                return self._ready.get(timeout=1.0)
+            except queue.Empty:
+                continue
+        return None
+
+    def waits(self) -> Waits:
+        """A copy of the counters; subtract two to get an interval."""
+        return Waits(**self._seconds, batches=self._batches_made, bytes=self._bytes_made)
+
+    def close(self) -> None:
+        """Ends the threads; batches not yet taken are dropped."""
+        self._stop.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._ahead.shutdown(wait=True)
+        self._windows.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _produce(self) -> None:
+        try:
+            for batch in self._batches():
+                if not self._hand_over(batch):
+                    return
+        except _Closed:
+            return
+        finally:
+            self._hand_over(None)  # the consumer then asks this thread what happened
+
+    def _hand_over(self, item: Batch | None) -> bool:
+        started = time.perf_counter()
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=POLL_S)
+            except queue.Full:
+                continue
+            self._seconds["blocked_s"] += time.perf_counter() - started
+            return True
+        return False
+
+    def _batches(self) -> Iterator[Batch]:
+        place = order.locate(self._start_step * self.batch, self.order, self.seed, self.n_units, self._row_counts)
+        round, offset = self._enter(place.epoch, place.number, place.offset), place.offset
+        step = self._start_step
+        while True:
+            pieces: list[tuple[Slice, order.Piece]] = []
+            need, epoch = self.batch, None
+            while need:
+                if offset == round.rows:  # only when a row of the next round is needed: it may not be committed yet
+                    self._drop_round(round)
+                    round, offset = self._enter(*self._after(round), 0), 0
+                    continue
+                epoch = round.epoch if epoch is None else epoch
+                count = min(need, round.rows - offset)
+                sizes = [lane.rows for lane in round.lanes]
+                before, after = order.apportion(offset, sizes), order.apportion(offset + count, sizes)
+                for lane in self.lanes:
+                    pieces += self._lane_pieces(round, lane, before[lane], after[lane])
+                offset, need = offset + count, need - count
+            assert epoch is not None
+            yield self._gather(pieces, step, epoch, self._units_done(round, offset))
+            step += 1
+
+    def _units_done(self, round: Round, offset: int) -> int:
+        if round.epoch > 0:
+            return self.n_units
+        rounds = round.number + (offset == round.rows)
+        return min(rounds * (self.order.round_units or self.n_units), self.n_units)
+
+    def _after(self, round: Round) -> tuple[int, int]:
+        last = round.number + 1 == order.n_rounds(self.order, self.n_units)
+        return (round.epoch + 1, 0) if last else (round.epoch, round.number + 1)
+
+    def _enter(self, epoch: int, number: int, offset: int) -> Round:
+        """The dealt round, and the reads of all lanes under way at once rather than one lane after the other."""
+        round = self._round(epoch, number)
+        given = order.apportion(offset, [lane.rows for lane in round.lanes])
+        for lane in self.lanes:
+            if given[lane] < round.lanes[lane].rows:
+                self._submit(round, lane, order.window_at(self.order, round.lanes[lane], given[lane]))
+        return round
+
+    def _round(self, epoch: int, number: int) -> Round:
+        """The dealt round; waits for its units in live mode."""
+        if (epoch, number) not in self._rounds:
+            units = order.round_units(self.order, self.seed, self.n_units, epoch, number)
+            self._rounds[epoch, number] = order.deal(
+                self.order,
+                self.seed,
+                epoch,
+                number,
+                units=units,
+                rows=self._row_counts(units),
+                slice_rows=self.store.meta.slice_rows,
+            )
+        return self._rounds[epoch, number]
+
+    def _drop_round(self, round: Round) -> None:
+        del self._rounds[round.epoch, round.number]
+
+    def _row_counts(self, units: Int64[np.ndarray, " units"]) -> Int64[np.ndarray, " units"]:
+        return np.array([self._rows_of(int(unit)) for unit in units], dtype=np.int64)
+
+    def _rows_of(self, unit: int) -> int:
+        started = time.perf_counter()
+        pause = POLL_S
+        while (commit := self.store.commit(unit)) is None:
+            if not self.live:
+                raise UserError(f"unit={unit} of {self.store.storage.uri} lost its commit while it was being read")
+            waited = time.perf_counter() - started
+            if waited > self.stall_s:
+                raise UserError(
+                    f"unit={unit} of {self.store.storage.uri} was not committed in {waited:.0f} s; is the "
+                    "harvest still running? (sae-dist store ls shows what is there)"
+                )
+            if self._stop.wait(pause):
+                raise _Closed
+            self._seconds["uncommitted_s"] += time.perf_counter() - started - waited
+            pause = min(pause * 1.5, 2.0)
+        return commit.rows
+
+    def _lane_pieces(self, round: Round, lane: int, start: int, stop: int) -> list[tuple[Slice, order.Piece]]:
+        pieces = []
+        dealt = round.lanes[lane]
+        while start < stop:
+            window = order.window_at(self.order, dealt, start)
+            first, last = order.window_rows(self.order, dealt, window)
+            slices = self._open_window(round, lane, window)
+            upto = min(stop, last)
+            rows = self._permutations[round.epoch, round.number, lane, window][start - first : upto - first]
+            pieces += [(slices[piece.unit, piece.slice], piece) for piece in order.split(dealt, rows)]
+            start = upto
+            if upto == last:
+                self._close_window(round, lane, window)
+        return pieces
+
+    def _open_window(self, round: Round, lane: int, window: int) -> dict[tuple[int, int], Slice]:
+        name = (round.epoch, round.number, lane, window)
+        self._submit(round, lane, window)
+        if name not in self._permutations:
+            self._permutations[name] = order.window_permutation(self.order, self.seed, round, lane, window)
+            self._read_ahead(round, lane, window)
+        started = time.perf_counter()
+        slices = [self._wait(future) for future in self._windows[name]]
+        self._seconds["read_s"] += time.perf_counter() - started
+        first = window * self.order.window
+        dealt = round.lanes[lane]
+        return {(int(dealt.unit[first + i]), int(dealt.slice[first + i])): part for i, part in enumerate(slices)}
+
+    def _wait(self, future: Future[Slice]) -> Slice:
+        while True:
+            if self._stop.is_set():
+                raise _Closed
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                if future.done():  # the read itself timed out
+                    raise
+
+    def _submit(self, round: Round, lane: int, window: int) -> None:
+        name = (round.epoch, round.number, lane, window)
+        if name in self._windows or self._stop.is_set():
+            return
+        dealt = round.lanes[lane]
+        chosen = range(window * self.order.window, min((window + 1) * self.order.window, len(dealt.unit)))
+        self._windows[name] = [
+            self._pool.submit(self.store.read_slice, self.hook, int(dealt.unit[i]), int(dealt.slice[i])) for i in chosen
+        ]
+
+    def _read_ahead(self, round: Round, lane: int, window: int) -> None:
+        """One window ahead in every lane: memory is at most 2 x lanes x window slices."""
+        if (window + 1) * self.order.window < len(round.lanes[lane].unit):
+            self._submit(round, lane, window + 1)
+            return
+        epoch, number = self._after(round)
+        units = order.round_units(self.order, self.seed, self.n_units, epoch, number)
+        if (epoch, number) in self._rounds or all(self.store.commit(int(unit)) is not None for unit in units):
+            upcoming = self._round(epoch, number)
+            if upcoming.lanes[lane].rows:
+                self._submit(upcoming, lane, 0)
+
+    def _close_window(self, round: Round, lane: int, window: int) -> None:
+        name = (round.epoch, round.number, lane, window)
+        del self._windows[name], self._permutations[name]
+
+    def _gather(self, pieces: list[tuple[Slice, order.Piece]], step: int, epoch: int, units_done: int) -> Batch:
+        width = self.store.meta.hooks[self.hook]
+        n = sum(len(piece.rows) for _, piece in pieces)
+        scaled = self.store.meta.element.scaled
+        moved = GATHER[self.store.meta.element.stored.itemsize]
+        target = torch.empty(n, width, dtype=moved) if scaled else self._buffer(n, width).view(moved)
+        scale = torch.empty(n)
+        unit, row = np.empty(n, np.int64), np.empty(n, np.int64)
+        doc, pos, token = np.empty(n, np.uint64), np.empty(n, np.uint32), np.empty(n, np.uint32)
+        at = 0
+        for part, piece in pieces:
+            to = slice(at, at + len(piece.rows))
+            index = torch.from_numpy(piece.rows)
+            torch.index_select(part.bits.view(moved), 0, index, out=target[to])
+            if part.scale is not None:
+                torch.index_select(part.scale, 0, index, out=scale[to])
+            unit[to] = piece.unit
+            row[to] = piece.slice * self.store.meta.slice_rows + piece.rows
+            doc[to], pos[to], token[to] = part.doc[piece.rows], part.pos[piece.rows], part.token[piece.rows]
+            at = to.stop
+        x = quantize.decode(target, scale if scaled else None, self.store.meta.dtype)
+        self._hash = (self._hash + order.fold(step, unit, row)) & MASK
+        self._batches_made += 1
+        self._bytes_made += target.nbytes
+        return Batch(x, unit, row, doc, pos, token, step, epoch, self._hash, units_done)
+
+    def _buffer(self, n: int, width: int) -> Tensor:
+        """Room for a batch; a used one if one of that size came back, since fresh pages cost more than the copy."""
+        while self._reuse and not self._spare.empty():
+            spare = self._spare.get()
+            if len(spare) == n:
+                return spare
+        return torch.empty(n, width, dtype=self._dtype)
+
+
+class _Closed(Exception):
+    """The consumer closed the loader while its thread was waiting."""

@@ -1,0 +1,119 @@
+"""Statistics of activations that merge exactly in a fixed order: per unit and hook, then over any set of units.
+
+Mean and M2 follow Chan, Golub, LeVeque 1979 ("Updating formulae and a pairwise algorithm for computing variances").
+"""
+
+import base64
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor
+
+from sae_dist.config import UserError
+
+CHUNK_ROWS = 2048
+
+
+class Statistics(NamedTuple):
+    """Sums and extremes over n rows; M2 = sum (x - mean)^2 per dimension."""
+
+    n: int
+    mean: Float64[np.ndarray, " width"]
+    M2: Float64[np.ndarray, " width"]
+    norm_mean: float  # E ||x||
+    max_abs: float
+    nonfinite: int  # rows with a NaN or an infinity; in no other figure
+
+    @property
+    def square_norm_mean(self) -> float:
+        """E ||x||^2 = sum_i (M2_i / n + mean_i^2)."""
+        return float((self.M2 / max(self.n, 1) + self.mean**2).sum())
+
+    @property
+    def total_variance(self) -> float:
+        """E ||x - mean||^2, the denominator of FVU per row."""
+        return float(self.M2.sum() / max(self.n, 1))
+
+
+def empty(width: int) -> Statistics:
+    return Statistics(0, np.zeros(width), np.zeros(width), 0.0, 0.0, 0)
+
+
+def finite_rows(x: Float[Tensor, "rows width"]) -> Bool[Tensor, " rows"]:
+    """Rows whose squared norm is finite in fp32: no NaN, no infinity, nothing so large that its square overflows."""
+    parts = [torch.isfinite(torch.linalg.vecdot(c, c)) for c in (p.float() for p in x.split(CHUNK_ROWS))]
+    return torch.cat(parts) if parts else torch.ones(0, dtype=torch.bool)
+
+
+def measure(x: Float[Tensor, "rows width"]) -> Statistics:
+    """The statistics of `x`; rows that are not finite are counted and left out."""
+    total = empty(x.shape[1])
+    for part in x.split(CHUNK_ROWS):
+        rows = part.float()
+        norms = torch.linalg.vecdot(rows, rows)
+        finite = torch.isfinite(norms)
+        kept = int(finite.sum())
+        if kept < len(rows):
+            rows, norms = rows[finite], norms[finite]
+        if kept == 0:
+            total = total._replace(nonfinite=total.nonfinite + len(part))
+            continue
+        mean = rows.mean(0)
+        centred = rows - mean  # sum x^2 - n mean^2 would cancel: massive activations have mean^2 >> variance
+        chunk = Statistics(
+            n=kept,
+            mean=mean.double().numpy(),
+            M2=torch.linalg.vecdot(centred, centred, dim=0).double().numpy(),
+            norm_mean=float(norms.sqrt().double().mean()),
+            max_abs=float(torch.maximum(rows.max(), -rows.min())),
+            nonfinite=len(part) - kept,
+        )
+        total = merge(total, chunk)
+    return total
+
+
+def merge(a: Statistics, b: Statistics) -> Statistics:
+    """Statistics of both together: M2 = M2_a + M2_b + delta^2 n_a n_b / n (Chan et al. 1979)."""
+    if a.mean.shape != b.mean.shape:
+        raise UserError(f"statistics of width {len(a.mean)} and {len(b.mean)} do not merge; they are of two hooks")
+    n = a.n + b.n
+    if n == 0:
+        return a._replace(nonfinite=a.nonfinite + b.nonfinite)
+    delta = b.mean - a.mean
+    return Statistics(
+        n=n,
+        mean=a.mean + delta * (b.n / n),
+        M2=a.M2 + b.M2 + delta**2 * (a.n * b.n / n),
+        norm_mean=a.norm_mean + (b.norm_mean - a.norm_mean) * (b.n / n),
+        max_abs=max(a.max_abs, b.max_abs),
+        nonfinite=a.nonfinite + b.nonfinite,
+    )
+
+
+def merged(parts: Iterable[Statistics]) -> Statistics:
+    """All parts in the order given; floating-point sums depend on the order, so give them by unit."""
+    iterator = iter(parts)
+    total = next(iterator)
+    for part in iterator:
+        total = merge(total, part)
+    return total
+
+
+def to_json(statistics: Statistics) -> dict[str, Any]:
+    """Vectors as base64 of little-endian float32: 11 bytes a dimension instead of 40."""
+    return statistics._asdict() | {"mean": _encode(statistics.mean), "M2": _encode(statistics.M2)}
+
+
+def from_json(record: dict[str, Any]) -> Statistics:
+    return Statistics(**record)._replace(mean=_decode(record["mean"]), M2=_decode(record["M2"]))
+
+
+def _encode(vector: Float64[np.ndarray, " width"]) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _decode(text: str) -> Float64[np.ndarray, " width"]:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)

@@ -1,0 +1,179 @@
+"""Producers: make a store, write a unit. A unit becomes visible in one step, whatever dies, however many write it."""
+
+import dataclasses
+import logging
+import uuid
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Bool, Float, Int64, Integer, Shaped
+from torch import Tensor
+
+from sae_dist import config, faults
+from sae_dist import storage as objects
+from sae_dist.config import UserError
+from sae_dist.shards import format, permutation, quantize, reader, statistics
+from sae_dist.shards.format import Commit, Shard, SliceRef, StoreMeta
+from sae_dist.shards.reader import Store
+from sae_dist.storage import Storage
+
+MAGIC = b"ARROW1\0\0"  # how an Arrow IPC file begins, padding included
+logger = logging.getLogger(__name__)
+
+
+class Written(NamedTuple):
+    """The winning commit of a unit and whether it is ours: False counts as `duplicate_unit`."""
+
+    commit: Commit
+    won: bool
+
+
+def create(storage: Storage, meta: StoreMeta) -> Store:
+    """The store of `meta` at `storage`, made if it is not there; a different store in its place is refused."""
+    if not storage.exists("store.json"):
+        objects.probe(storage)
+        storage.create("store.json", format.seal({"name": meta.digest, "meta": config.to_dict(meta)}))
+    store = reader.open(storage)
+    if store.meta.digest != meta.digest:
+        there, here = config.to_dict(store.meta), config.to_dict(meta)
+        names = [
+            f.name for f in dataclasses.fields(StoreMeta) if there[f.name] != here[f.name] and f.name != "created_by"
+        ]
+        diff = "; ".join(f"{name}: {there[name]!r} there, {here[name]!r} here" for name in names)
+        raise UserError(f"store={storage.uri} holds something else ({diff}); choose another place or the same settings")
+    return store
+
+
+def write_unit(
+    store: Store,
+    unit: int,
+    activations: Mapping[str, Shaped[Tensor, "rows width"]],
+    *,
+    doc: Integer[np.ndarray | Tensor, " rows"],
+    pos: Integer[np.ndarray | Tensor, " rows"],
+    token: Integer[np.ndarray | Tensor, " rows"],
+) -> Commit:
+    """Writes the unit and commits it; the commit returned is the one that counts, whoever wrote it."""
+    return write_unit_once(store, unit, activations, doc=doc, pos=pos, token=token).commit
+
+
+def write_unit_once(
+    store: Store,
+    unit: int,
+    activations: Mapping[str, Shaped[Tensor, "rows width"]],
+    *,
+    doc: Integer[np.ndarray | Tensor, " rows"],
+    pos: Integer[np.ndarray | Tensor, " rows"],
+    token: Integer[np.ndarray | Tensor, " rows"],
+) -> Written:
+    """Data objects of all hooks first, under a name nobody else has; then the commit, created only if absent.
+
+    Rows are stored in a permuted order keyed by (seed, unit), the same for all hooks, so that the rows of a document
+    are spread over all slices of the unit.
+    """
+    known = store.commit(unit)
+    if known is not None:
+        return Written(known, won=False)
+    meta = store.meta
+    x = {hook: activations[hook].detach().cpu() for hook in meta.hooks if hook in activations}
+    columns = {"doc": _column(doc, np.uint64), "pos": _column(pos, np.uint32), "token": _column(token, np.uint32)}
+    _check_shapes(meta, unit, x, activations.keys(), columns)
+    kept, dropped = _kept_rows(meta, unit, x)
+    order = kept[permutation.permutation(len(kept), permutation.key(meta.seed, unit))]
+    attempt = uuid.uuid4().hex
+    shards, measured = {}, {}
+    faults.point("writer.before_data", unit=unit)
+    for hook in meta.hooks:
+        key = format.shard_key(hook, unit, attempt)
+        data, refs, error = _arrow_file(meta, hook, x[hook], columns, order)
+        measured[hook] = statistics.to_json(statistics.measure(x[hook]))
+        shards[hook] = Shard(key, len(data), format.xxh3_128(data), refs, error)
+        faults.point("writer.before_hook", unit=unit, hook=hook)
+        store.storage.write(key, memoryview(data))
+        faults.point("writer.after_hook", unit=unit, hook=hook)
+    commit = Commit(unit, attempt, meta.digest, len(order), dropped, shards, digest="")
+    faults.point("writer.before_commit", unit=unit)
+    store.storage.create(format.commit_key(unit), format.commit_bytes(commit, measured))
+    faults.point("writer.after_commit", unit=unit)
+    winner = store.commit(unit)  # read back whatever `create` said: its answer may have been lost and retried
+    assert winner is not None, f"unit {unit} has no commit straight after one was created"
+    if winner.attempt == attempt:
+        return Written(winner, won=True)
+    for shard in shards.values():
+        store.storage.delete(shard.key)
+    logger.warning("unit %d was committed by another producer; this copy of it is dropped", unit)
+    return Written(winner, won=False)
+
+
+def _column(values: Integer[np.ndarray | Tensor, " rows"], dtype: Any) -> np.ndarray:
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    return array.astype(dtype)
+
+
+def _check_shapes(meta: StoreMeta, unit: int, x: dict[str, Tensor], given: Any, columns: dict[str, np.ndarray]) -> None:
+    if not 0 <= unit < meta.n_units:
+        raise UserError(f"unit={unit} is outside the store, which has units 0 to {meta.n_units - 1}")
+    if set(given) != set(meta.hooks):
+        raise UserError(
+            f"hooks={sorted(given)} given for unit {unit}, the store has {sorted(meta.hooks)}; give them all"
+        )
+    rows = {name: len(column) for name, column in columns.items()} | {hook: len(part) for hook, part in x.items()}
+    if len(set(rows.values())) != 1 or not 0 < len(columns["doc"]) <= meta.unit_rows:
+        raise UserError(f"unit {unit} has rows {rows}; all alike and at most unit_rows={meta.unit_rows}")
+    for hook, part in x.items():
+        if part.shape[1] != meta.hooks[hook]:
+            raise UserError(f"hook={hook} has width {part.shape[1]} in unit {unit}, the store says {meta.hooks[hook]}")
+
+
+def _kept_rows(meta: StoreMeta, unit: int, x: dict[str, Tensor]) -> tuple[Int64[np.ndarray, " kept"], int]:
+    """Rows that are stored and how many are not: a row is dropped in all hooks if it is not finite in one."""
+    finite: Bool[Tensor, " rows"] = torch.stack([_finite(meta, part) for part in x.values()]).all(0)
+    bad = int((~finite).sum())
+    if bad > meta.max_nonfinite * len(finite):
+        raise UserError(
+            f"unit {unit} has {bad} rows of {len(finite)} with a NaN, an infinity or an overflow, more than "
+            f"max_nonfinite={meta.max_nonfinite}; check the model's dtype (float16 overflows, bfloat16 does not)"
+        )
+    if meta.row_policy == "keep" or bad == 0:
+        return np.arange(len(finite)), 0
+    return np.flatnonzero(finite.numpy()), bad
+
+
+def _finite(meta: StoreMeta, x: Float[Tensor, "rows width"]) -> Bool[Tensor, " rows"]:
+    return statistics.finite_rows(x if meta.element.scaled else x.to(meta.element.view))  # a cast can overflow
+
+
+def _arrow_file(
+    meta: StoreMeta,
+    hook: str,
+    x: Float[Tensor, "rows width"],
+    columns: dict[str, np.ndarray],
+    order: Int64[np.ndarray, " kept"],
+) -> tuple[pa.Buffer, tuple[SliceRef, ...], float]:
+    """The shard as bytes, its slices and the relative squared error of what was stored."""
+    sink = pa.BufferOutputStream()
+    schema = format.schema(meta, hook)
+    placed, error, square = [], 0.0, 0.0
+    with pa.ipc.new_file(sink, schema) as file:
+        for start in range(0, len(order), meta.slice_rows):
+            rows = order[start : start + meta.slice_rows]
+            part = x[torch.from_numpy(rows)]
+            encoded = quantize.encode(part, meta.dtype)
+            if part.dtype != format.ELEMENTS[meta.dtype].view:
+                e, s = quantize.squared_error(part, encoded, meta.dtype)
+                error, square = error + e, square + s
+            flat = pa.array(encoded.bits.view(-1).numpy(), type=meta.element.arrow)
+            arrays = [pa.FixedSizeListArray.from_arrays(flat, meta.hooks[hook])]
+            if encoded.scale is not None:
+                arrays.append(pa.array(encoded.scale.numpy()))
+            arrays += [pa.array(column[rows]) for column in columns.values()]
+            before = sink.tell() or len(MAGIC) + schema.serialize().size  # both are written along with the first batch
+            file.write_batch(pa.record_batch(arrays, schema=schema))
+            placed.append((before, sink.tell() - before, len(rows)))
+    data = sink.getvalue()
+    whole = memoryview(data)
+    refs = tuple(SliceRef(at, size, rows, format.xxh3_128(whole[at : at + size])) for at, size, rows in placed)
+    return data, refs, error / square if square else 0.0

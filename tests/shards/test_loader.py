@@ -1,0 +1,165 @@
+"""The loader serves every row once, in one order for any number of ranks, and from any step on."""
+
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from sae_dist import storage
+from sae_dist.config import UserError
+from sae_dist.shards import reader, writer
+from sae_dist.shards.loader import Loader
+from sae_dist.shards.order import OrderConfig
+from tests.shards import predictable
+
+HOOK = "resid_post.2"
+ORDERS = [OrderConfig(lanes=4, window=2), OrderConfig(lanes=4, window=2, round_units=2), OrderConfig(lanes=7, window=1)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return predictable.filled(storage.open(tmp_path))
+
+
+def batches(store, n: int, **settings):
+    settings = dict(hook=HOOK, batch=32, seed=9, order=ORDERS[0]) | settings
+    with Loader(store, **settings) as loader:
+        return list(itertools.islice(loader, n))
+
+
+def ids(batch) -> list[tuple[int, int]]:
+    return sorted(zip(batch.unit.tolist(), batch.row.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_row_comes_once_an_epoch_and_is_true(store, order):
+    rows = {unit: 96 - 7 * unit for unit in range(5)}  # not the held-out unit 5
+    total = sum(rows.values())
+    got = batches(store, 3 * total // 32, order=order)
+    stream = []
+    for batch in got:
+        assert len(batch.x) == 32
+        assert predictable.is_true(HOOK, batch.x, batch.doc, batch.pos)
+        stream.append(ids(batch))
+    flat = list(itertools.chain.from_iterable(stream))
+    every = sorted((unit, row) for unit, n in rows.items() for row in range(n))
+    counts = np.unique(np.array([u * 1000 + r for u, r in flat]), return_counts=True)[1]
+    assert sorted(set(flat)) == every and counts.min() >= 2 and counts.max() <= 3
+    whole = total // 32  # the batches that lie wholly in the first epoch
+    assert len(set(itertools.chain.from_iterable(stream[:whole]))) == whole * 32
+    assert [b.epoch for b in got] == [32 * s // total for s in range(len(got))]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_ranks_share_the_same_global_batches_and_their_hashes_add(store, world):
+    alone = batches(store, 20)
+    shared = [batches(store, 20, rank=rank, world=world) for rank in range(world)]
+    for step, batch in enumerate(alone):
+        parts = [rank[step] for rank in shared]
+        assert sorted(itertools.chain.from_iterable(ids(p) for p in parts)) == ids(batch)
+        assert sum(p.order_hash for p in parts) % 2**64 == batch.order_hash
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_resume_at_any_step_yields_the_same_batches(store, order):
+    whole = batches(store, 30, order=order)
+    for start in (1, 6, 12, 13, 25):
+        rest = batches(store, 30 - start, order=order, start_step=start, order_hash=whole[start - 1].order_hash)
+        for a, b in zip(whole[start:], rest, strict=True):
+            assert torch.equal(a.x, b.x) and (a.step, a.epoch, a.order_hash) == (b.step, b.epoch, b.order_hash)
+
+
+def test_killing_and_resizing_four_two_three_keeps_the_order_hash(store):
+    alone = [batch.order_hash for batch in batches(store, 24)]
+    seen, total, step = [], 0, 0
+    for world, steps in ((4, 7), (2, 9), (3, 8)):
+        parts = [
+            batches(store, steps, rank=r, world=world, start_step=step, order_hash=total if r == 0 else 0)
+            for r in range(world)
+        ]
+        seen += [sum(p[i].order_hash for p in parts) % 2**64 for i in range(steps)]
+        step, total = step + steps, seen[-1]
+    assert seen == alone
+
+
+def test_another_seed_is_another_order(store):
+    assert batches(store, 1)[0].order_hash != batches(store, 1, seed=10)[0].order_hash
+
+
+def test_a_growing_store_gives_the_batches_of_the_finished_one(tmp_path):
+    order = OrderConfig(lanes=4, window=2, round_units=2)
+    finished = batches(predictable.filled(storage.open(tmp_path / "done")), 20, order=order)
+    store = writer.create(storage.open(tmp_path / "live"), predictable.meta())
+
+    def produce():
+        for unit in (1, 0, 3, 5, 2, 4):  # committed in any order
+            time.sleep(0.05)
+            predictable.write(store, unit, 96 - 7 * unit)
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    with Loader(reader.open(store.storage), hook=HOOK, batch=32, seed=9, order=order, live=True) as loader:
+        got = list(itertools.islice(loader, 20))
+        assert loader.waits().uncommitted_s > 0
+    producer.join()
+    assert [b.order_hash for b in got] == [b.order_hash for b in finished]
+    assert all(torch.equal(a.x, b.x) for a, b in zip(got, finished, strict=True))
+
+
+def test_a_live_loader_says_when_producers_are_gone_and_can_be_closed_while_it_waits(tmp_path):
+    store = writer.create(storage.open(tmp_path), predictable.meta())
+    with pytest.raises(UserError, match=r"unit=0 .* was not committed"):
+        next(Loader(store, hook=HOOK, batch=32, seed=9, live=True, stall_s=0.05))
+    loader = Loader(store, hook=HOOK, batch=32, seed=9, live=True)
+    loader.close()
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_corruption_reaches_the_consumer_and_never_ends_the_stream_in_silence(store, tmp_path):
+    shard = store.committed()[2].shards[HOOK]
+    path = tmp_path / shard.key
+    data = bytearray(path.read_bytes())
+    data[shard.slices[0].offset + 600] ^= 1
+    path.write_bytes(data)
+    loader = Loader(reader.open(store.storage), hook=HOOK, batch=32, seed=9)
+    with pytest.raises(UserError, match="unit 2 has to be harvested again"):
+        for _ in range(100):
+            next(loader)
+
+
+def test_buffers_are_reused_only_when_asked_and_only_after_the_next_request(store):
+    with Loader(store, hook=HOOK, batch=32, seed=9, order=ORDERS[0], reuse_buffers=True, prefetch=1) as loader:
+        truth = batches(store, 30)
+        pointers = set()
+        for expected in truth:
+            batch = next(loader)
+            time.sleep(0.001)
+            assert torch.equal(batch.x, expected.x)
+            pointers.add(batch.x.data_ptr())
+    assert len(pointers) <= 4
+
+
+def test_mistakes_are_named(store, tmp_path):
+    with pytest.raises(UserError, match=r"hook=nothing .* it has resid_post.1, resid_post.2"):
+        Loader(store, hook="nothing", batch=32, seed=0)
+    with pytest.raises(UserError, match=r"world=9 readers with order.lanes=8"):
+        Loader(store, hook=HOOK, batch=32, seed=0, world=9)
+    with pytest.raises(UserError, match="n_units=6; the store has 5 training units"):
+        Loader(store, hook=HOOK, batch=32, seed=0, n_units=6)
+    half = writer.create(storage.open(tmp_path / "half"), predictable.meta())
+    predictable.write(half, 0)
+    with pytest.raises(UserError, match=r"lacks 4 of 5 training units \(unit 1 first\)"):
+        Loader(half, hook=HOOK, batch=32, seed=0)
+    assert len(batches(half, 2, n_units=1)) == 2
+
+
+def test_held_out_rows_are_the_last_units_and_no_batch_has_them(store):
+    held = list(reader.heldout(store, HOOK, 10))
+    assert {r.unit for r in held} == {5} and sum(len(r.x) for r in held) == 61
+    for rows in held:
+        assert len(rows.x) <= 10 and predictable.is_true(HOOK, rows.x, rows.doc, rows.pos)
+    assert 5 not in np.concatenate([b.unit for b in batches(store, 40)])
