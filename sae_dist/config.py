@@ -23,6 +23,10 @@ class UserError(ValueError):
     """What a user can cause and cure: one line that names the value, the place and the cure. Exit code 2."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM, Ctrl-C, preemption) and can go on where it stopped. Exit code 75."""
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def frozen(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass whose fields pydantic checks and which refuses unknown keys."""

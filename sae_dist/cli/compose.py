@@ -1,0 +1,101 @@
+"""The command line: Hydra composes conf/COMMAND.yaml with the overrides; a mistake is one line that holds the cure."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sae_dist.config import CONF_DIR, UserError
+
+_TEXT_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+
+
+def options(group: str) -> list[str]:
+    """The alternatives of a config group: the YAML files of conf/<group>/."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """conf/`command`.yaml with the overrides, resolved, as plain values; UserError for what does not compose."""
+    GlobalHydra.instance().clear()
+    expanded = [part for override in overrides for part in _expand(override)]
+    try:
+        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            config = hydra.compose(command, expanded)
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(command, str(error))) from None
+    assert isinstance(values, dict)
+    missing = [key for key, value in _leaves(values) if value == "???"]
+    if missing:
+        raise UserError(f"{missing[0]} is missing; set {missing[0]}=...")
+    return {str(key): value for key, value in values.items()}
+
+
+def _leaves(values: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        found += _leaves(value, f"{path}.") if isinstance(value, Mapping) else [(path, value)]
+    return found
+
+
+def _expand(override: str) -> list[str]:
+    """`model=` and `text=` also take a name or a path: model=gpt2 means model=hf model.name=gpt2."""
+    key, equals, value = override.partition("=")
+    if not equals or key not in ("model", "text") or value in options(key) or not value:
+        return [override]
+    quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if key == "model":
+        return ["model=hf", f"model.name={quoted}"]
+    path = Path(value.removesuffix(".gz"))
+    kind = _TEXT_SUFFIXES.get(path.suffix, "files" if Path(value).exists() or path.suffix or "/" not in value else "")
+    if not kind:  # owner/name, and no such path here
+        return ["text=huggingface", f"text.path={quoted}"]
+    return [f"text={kind}", f"text.path={quoted}"]
+
+
+def _explain(command: str, message: str) -> str:
+    """Hydra's several lines as one that says what to do."""
+    if found := re.search(r"Could not override '([^']+)'", message):
+        key = found.group(1)
+        known = [k for k, _ in _leaves(_bare(command))]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
+            k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]
+        ]
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"unknown key {key}; {hint}`sae-dist {command} --help` lists the keys"
+    if found := re.search(r"Could not find '([^/']+)/([^']+)'", message):
+        group, name = found.groups()
+        return f"{group}={name} is not known; choose one of {', '.join(options(group))}"
+    if found := re.search(r"Could not find '([^']+)'", message):
+        return f"{found.group(1)} is not known; `sae-dist {command} --help` lists the keys"
+    return " ".join(message.split())
+
+
+def _bare(command: str) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        values = OmegaConf.to_container(hydra.compose(command), resolve=False)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def help_text(command: str, about: str) -> str:
+    """What the command does, its keys with their defaults, and the alternatives of every group."""
+    groups = [path.name for path in sorted(CONF_DIR.iterdir()) if path.is_dir() and path.name in _bare(command)]
+    alternatives = "\n".join(f"  {group}={'|'.join(options(group))}" for group in groups)
+    presets = f"\n  +preset={'|'.join(options('preset'))}" if command == "run" else ""
+    keys = OmegaConf.to_yaml(DictConfig(_bare(command)), resolve=False)
+    indented = "\n".join(f"  {line}" for line in keys.splitlines())
+    return (
+        f"usage: sae-dist {command} [key=value ...] [--cfg]\n\n{about.strip()}\n\n"
+        f"Groups (choose one, then set its keys):\n{alternatives}{presets}\n\nKeys and their defaults:\n{indented}\n"
+    )

@@ -1,0 +1,95 @@
+"""`sae-dist COMMAND key=value ...`: finds the command, turns mistakes into one line and outcomes into exit codes.
+
+Exit codes: 0 done; 2 bad configuration or input; 75 stopped before the end, run again to resume; anything else is our
+fault.
+"""
+
+import importlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+import sae_dist
+from sae_dist.config import Stopped, UserError
+
+COMMANDS = {  # each is a module of this package with main(values) -> exit code
+    "run": "harvest, train, evaluate, feature pages; resumes by itself when repeated",
+    "harvest": "text and model -> activation store; many hook points in one pass",
+    "train": "activation store -> dictionary",
+    "evaluate": "FVU, L0, dead share, density, loss recovered; on held-out tokens",
+    "pages": "feature pages: a static site that opens from disk",
+    "status": "what a run is doing, from its files alone",
+    "store": "ls, stats, verify, gc, import, copy of activation stores",
+}
+BAD_INPUT, STOPPED = 2, 75
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    more = "`sae-dist COMMAND --help` lists the keys of a command."
+    return f"usage: sae-dist COMMAND [key=value ...]\n\n{sae_dist.__doc__}\n\n{lines}\n\n{more}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        print(sae_dist.__version__)
+        return 0
+    command, *overrides = arguments
+    if command not in COMMANDS:
+        print(f"error: unknown command {command}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return BAD_INPUT
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes share cores: spinning threads would steal them
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for chatty in ("httpx", "urllib3", "filelock", "fsspec", "botocore", "aiobotocore"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _dispatch(command, overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except (KeyboardInterrupt, Stopped) as stop:
+        print(f"stopped{f': {stop}' if str(stop) else ''}; the same command goes on from here", file=sys.stderr)
+        return STOPPED
+
+
+def _dispatch(command: str, overrides: list[str]) -> int:
+    from sae_dist.cli.compose import compose, help_text  # after the checks above: Hydra and torch take seconds to load
+
+    module = importlib.import_module(f"sae_dist.cli.{command}")
+    if {"-h", "--help"} & set(overrides):
+        print(help_text(command, module.__doc__ or ""))
+        return 0
+    show = "--cfg" in overrides
+    positional = iter(getattr(module, "POSITIONAL", ()))
+    keys = []
+    for override in overrides:
+        if override == "--cfg":
+            continue
+        if "=" not in override and not override.startswith(("+", "~")):
+            key = next(positional, None)
+            if override.startswith("-") or key is None:
+                raise UserError(
+                    f"{override} is not understood; write key=value (`sae-dist {command} --help` lists the keys)"
+                )
+            override = f"{key}='{override}'"
+        keys.append(override)
+    values = compose(command, keys)
+    if show:
+        print(yaml.safe_dump(values, sort_keys=False), end="")
+        return 0
+    return module.main(values)
+
+
+def _terminate(*_: object) -> None:
+    raise Stopped("SIGTERM")

@@ -1,0 +1,18 @@
+"""Harvest, train, evaluate and write feature pages, in one job under Ray.
+
+Repeating the command goes on where it stopped, whatever stopped it; a finished run prints its summary again.
+Example: sae-dist run +preset=quickstart
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sae_dist.cli.report import print_summary
+from sae_dist.config import load
+from sae_dist.service.config import RunConfig
+from sae_dist.service.run import run
+
+
+def main(values: Mapping[str, Any]) -> int:
+    print_summary(run(load(RunConfig, values)))
+    return 0

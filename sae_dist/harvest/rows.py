@@ -1,0 +1,54 @@
+"""From the hidden states of sequences to the rows of a store: which positions stay."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_dist.harvest.config import RowPolicy
+
+
+class Kept(NamedTuple):
+    """The positions that become rows, and why the others do not."""
+
+    mask: Bool[Tensor, "sequences context"]
+    nonfinite: int  # positions with a NaN or Inf at some hook point
+    outliers: int  # finite positions whose norm exceeds the policy's ratio at some hook point
+
+
+def eligible(
+    tokens: Int[Tensor, "sequences context"], policy: RowPolicy, separator: int | None
+) -> Bool[Tensor, "sequences context"]:
+    """Positions that the policy keeps before anything is known of their activations."""
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, : policy.drop_first] = False
+    if policy.drop_special and separator is not None:
+        mask &= tokens != separator
+    return mask
+
+
+def keep(
+    states: Mapping[str, Float[Tensor, "sequences context width"]],
+    candidates: Bool[Tensor, "sequences context"],
+    policy: RowPolicy,
+) -> Kept:
+    """Of the eligible positions, those that are finite and no norm outlier at every hook point.
+
+    Hook points share their rows, so that row i of one is the same token as row i of another. The bound is a multiple of
+    the unit's own median norm: a pure function of the unit, whoever harvests it.
+    """
+    mask = candidates.clone()
+    norms = {hook: x.float().norm(dim=-1) for hook, x in states.items()}  # a NaN or Inf entry makes its norm so
+    finite = mask.clone()
+    for norm in norms.values():
+        finite &= norm.isfinite()
+    nonfinite = int((mask & ~finite).sum())
+    mask &= finite
+    kept = mask.clone()
+    if policy.max_norm_ratio is not None and bool(mask.any()):
+        for norm in norms.values():
+            kept &= norm <= policy.max_norm_ratio * norm[mask].median()
+    kept &= mask
+    return Kept(kept, nonfinite, int((mask & ~kept).sum()))

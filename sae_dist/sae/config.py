@@ -1,0 +1,47 @@
+"""Which dictionary to train: one frozen dataclass an architecture, closed by `kind`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sae_dist.config import UserError, frozen
+
+
+@frozen
+class TopK:
+    """TopK with AuxK (Gao et al. 2024): the k largest pre-activations of every token are its latents."""
+
+    kind: Literal["topk"] = "topk"
+    n_latents: Annotated[int, Field(ge=1)] = 16_384
+    k: Annotated[int, Field(ge=1)] = 32
+    k_aux: Annotated[int, Field(ge=0)] | None = (
+        None  # None: d_model / 2 as a power of two, at most n_latents; 0: no AuxK
+    )
+    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    dead_after_tokens: Annotated[int, Field(ge=1)] = 10_000_000  # a latent silent for this long is dead
+
+    def __post_init__(self) -> None:
+        if self.k > self.n_latents:
+            raise ValueError(f"k={self.k} exceeds n_latents={self.n_latents}; choose k <= n_latents")
+        if self.k_aux is not None and self.k_aux > self.n_latents:
+            raise ValueError(f"k_aux={self.k_aux} exceeds n_latents={self.n_latents}; choose k_aux <= n_latents")
+
+
+SAEConfig = TopK  # becomes a union, discriminated by `kind`, with the second architecture
+
+
+def resolved_k_aux(sae: TopK, d_model: int) -> int:
+    """k_aux as given, else the power of two nearest below d_model / 2 (Gao et al. 2024, App. A.2)."""
+    if sae.k_aux is not None:
+        return sae.k_aux
+    return min(1 << max(d_model // 2, 1).bit_length() - 1, sae.n_latents)
+
+
+def check_width(sae: TopK, d_model: int) -> None:
+    """Refuses a dictionary that cannot work on activations of this width."""
+    if sae.n_latents <= sae.k:
+        raise UserError(f"sae.n_latents={sae.n_latents} leaves sae.k={sae.k} nothing to choose from; use more latents")
+    if sae.k > d_model:
+        raise UserError(
+            f"sae.k={sae.k} exceeds d_model={d_model}: any {d_model} directions rebuild x; choose a smaller k"
+        )

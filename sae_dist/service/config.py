@@ -1,0 +1,94 @@
+"""The whole of a run: the parts' own configurations side by side."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_dist.config import digest, frozen, to_dict
+from sae_dist.evaluate.config import EvaluateConfig
+from sae_dist.harvest.config import HarvestConfig
+from sae_dist.interpret.collect import PagesConfig
+from sae_dist.model.load import ModelConfig
+from sae_dist.monitor import WandbConfig
+from sae_dist.sae.config import SAEConfig
+from sae_dist.shards.order import OrderConfig
+from sae_dist.text.corpus import TextConfig
+from sae_dist.train.config import TrainConfig
+
+
+@frozen
+class RunConfig:
+    """text + model -> store -> dictionary -> evaluation -> feature pages."""
+
+    out: str | None = None  # the run's folder; null: runs/<model>-<hook>-<sae>
+    seed: int = 0
+    cluster: str = "local"  # local starts Ray here for this run; else the address of a Ray cluster to join
+    model: ModelConfig
+    hook: str
+    text: TextConfig
+    store: str | None = None  # folder or URI of the activation store; null: <out>/store
+    harvest: HarvestConfig
+    sae: SAEConfig
+    order: OrderConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    wandb: WandbConfig
+    pages: PagesConfig | None = None  # pages=null: no feature pages
+
+    @property
+    def folder(self) -> Path:
+        """`out`, or the default that the model, the hook point and the dictionary name."""
+        if self.out is not None:
+            return Path(self.out)
+        name = f"{self.model.name}-{self.hook}-{self.sae.kind}{self.sae.n_latents}-k{self.sae.k}-seed{self.seed}"
+        return Path("runs") / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+
+    @property
+    def store_uri(self) -> str:
+        return self.store if self.store is not None else str(self.folder / "store")
+
+    def train_job(self) -> "TrainJob":
+        """The training part of the run."""
+        return TrainJob(
+            out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae, order=self.order,
+            train=self.train, wandb=self.wandb,
+        )  # fmt: skip
+
+
+@frozen
+class TrainJob:
+    """store -> dictionary."""
+
+    out: str
+    seed: int = 0
+    store: str  # folder or URI of an activation store
+    hook: str | None = None  # null: the only one that the store has
+    sae: SAEConfig
+    order: OrderConfig
+    train: TrainConfig
+    wandb: WandbConfig
+
+
+# Keys that may differ between two starts of one run: they change where and how fast it works, never what comes out.
+FREE_KEYS = (
+    "out", "store", "cluster", "wandb", "evaluate", "pages", "harvest.replicas", "harvest.threads", "harvest.gpus",
+    "train.log_every", "train.keep_checkpoints", "train.checkpoint_every",
+)  # fmt: skip
+
+
+def identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a config's values, those that decide what comes out, flat: {'train.batch': 4096, ...}."""
+
+    def flatten(value: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            return {prefix: value}
+        return {k: v for key, part in value.items() for k, v in flatten(part, f"{prefix}.{key}".lstrip(".")).items()}
+
+    flat = flatten(values, "")
+    return {k: v for k, v in flat.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE_KEYS)}
+
+
+def config_hash(config: object) -> str:
+    """Equal for two runs that must end in the same dictionary."""
+    return digest(identity(to_dict(config)))[:16]

@@ -1,0 +1,91 @@
+"""A model replica: a process with the language model in memory, which harvests units and judges dictionaries."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from sae_dist import storage
+from sae_dist.config import load as load_config
+from sae_dist.harvest.config import HarvestConfig
+from sae_dist.harvest.harvest import harvest
+from sae_dist.harvest.units import sequences_of
+from sae_dist.model.load import ModelConfig
+from sae_dist.model.load import load as load_model
+from sae_dist.service import judge
+from sae_dist.service.config import RunConfig
+from sae_dist.shards import reader
+from sae_dist.shards.writer import write_unit_once
+from sae_dist.text.tokenize import TokenSplit
+
+logger = logging.getLogger(__name__)
+
+
+class ReplicaConfig(NamedTuple):
+    """What a replica needs to know; plain values, since it crosses a process border."""
+
+    model: dict[str, Any]
+    harvest: dict[str, Any]
+    hooks: tuple[str, ...]
+    store_uri: str
+    split: TokenSplit
+
+
+class UnitReport(NamedTuple):
+    """What became of one unit."""
+
+    unit: int
+    positions: int  # run through the model
+    rows: int
+    outliers: int
+    nonfinite: int
+    duplicate: bool  # somebody else had committed it
+    forward_s: float
+    write_s: float
+
+
+class Replica:
+    """The actor's class; `harvesting.start_replica` makes it one."""
+
+    def __init__(self, config: ReplicaConfig, threads: int) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        torch.set_num_threads(threads)
+        self._config, self._harvest = config, load_config(HarvestConfig, config.harvest)
+        self._language_model = load_model(load_config(ModelConfig, config.model))
+        self._store = reader.open(storage.open(config.store_uri))
+
+    def ready(self) -> int:
+        """Its process id, once the model is loaded."""
+        return os.getpid()
+
+    def harvest(self, unit: int) -> UnitReport:
+        """Harvests one unit and commits it."""
+        work = sequences_of(unit, self._harvest)
+        stream = self._config.split.heldout if work.heldout else self._config.split.train
+        started = time.monotonic()
+        rows = harvest(
+            self._language_model, self._config.hooks, sequences=stream.sequences(work.sequences), config=self._harvest
+        )
+        forwarded = time.monotonic()
+        written = write_unit_once(self._store, unit, rows.states, doc=rows.doc, pos=rows.pos, token=rows.token)
+        return UnitReport(
+            unit, rows.positions, len(rows.doc), rows.outliers, rows.nonfinite, not written.won,
+            forwarded - started, time.monotonic() - forwarded,
+        )  # fmt: skip
+
+    def evaluate(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The figures of a run's dictionary on held-out text."""
+        return judge.evaluate(
+            load_config(RunConfig, values), self._language_model, store=self._store, stream=self._config.split.heldout
+        )
+
+    def pages(self, values: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the feature pages of a run's dictionary; where their index is."""
+        path = judge.pages(
+            load_config(RunConfig, values), self._language_model, store=self._store,
+            stream=self._config.split.train, summary=summary,
+        )  # fmt: skip
+        return {"index": str(path)}

@@ -1,0 +1,42 @@
+"""How long and how fast to train."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from sae_dist.config import frozen
+
+
+@frozen
+class TrainConfig:
+    """Activation store -> dictionary."""
+
+    tokens: Annotated[int, Field(ge=1)] | None = (
+        10_000_000  # rows to train on; more than the store has means several epochs
+    )
+    steps: Annotated[int, Field(ge=1)] | None = None  # instead of tokens
+    batch: Annotated[int, Field(ge=1)] = 4_096  # rows a step
+    lr: Annotated[float, Field(gt=0)] | None = None  # None: the law 2e-4 / sqrt(n_latents / 2^14)
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02  # of the steps; the learning rate rises from 0
+    decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the steps, at the end; it falls to 0
+    init_rows: Annotated[int, Field(ge=2)] = 16_384  # rows that b_dec, W_enc and the input scale are estimated from
+    checkpoint_every: Annotated[int, Field(ge=1)] = 500  # steps
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    log_every: Annotated[int, Field(ge=1)] = 20  # steps
+    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads; 0: all cores
+
+    def __post_init__(self) -> None:
+        if self.tokens is None and self.steps is None:
+            raise ValueError("train.tokens and train.steps are both null; set one of them")
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"train.warmup_fraction={self.warmup_fraction} + train.decay_fraction={self.decay_fraction} exceed 1"
+            )
+
+    @property
+    def n_steps(self) -> int:
+        """`steps`, else the whole batches in `tokens` (one at least)."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return max(self.tokens // self.batch, 1)
