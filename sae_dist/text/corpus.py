@@ -1,0 +1,54 @@
+"""Text by configuration: which sources there are, their documents, and a fingerprint of what they say."""
+
+from collections.abc import Iterator
+from typing import Annotated, assert_never
+
+from pydantic import Field
+
+from sae_dist.config import digest
+from sae_dist.text import builtin, files, huggingface, jsonl, parquet
+from sae_dist.text.builtin import BuiltinText
+from sae_dist.text.document import Document, clean
+from sae_dist.text.files import FilesText
+from sae_dist.text.huggingface import HuggingfaceText
+from sae_dist.text.jsonl import JsonlText
+from sae_dist.text.parquet import ParquetText
+
+TextConfig = Annotated[BuiltinText | FilesText | JsonlText | ParquetText | HuggingfaceText, Field(discriminator="kind")]
+
+
+def documents(config: TextConfig) -> Iterator[Document]:
+    """Every document that is not empty, in the source's own order, streamed; the same each time."""
+    match config:
+        case BuiltinText():
+            found = builtin.documents(config)
+        case FilesText():
+            found = files.documents(config)
+        case JsonlText():
+            found = jsonl.documents(config)
+        case ParquetText():
+            found = parquet.documents(config)
+        case HuggingfaceText():
+            found = huggingface.documents(config)
+        case _:
+            assert_never(config)
+    for document in found:
+        yield from clean(document)
+
+
+def fingerprint(config: TextConfig) -> str:
+    """Changes when the text, its order, its origins or its labels would; not when a folder is moved."""
+    match config:
+        case BuiltinText():
+            known = builtin.fingerprint(config)
+        case FilesText():
+            known = files.fingerprint(config)
+        case JsonlText():
+            known = jsonl.fingerprint(config)
+        case ParquetText():
+            known = parquet.fingerprint(config)
+        case HuggingfaceText():
+            known = huggingface.fingerprint(config)
+        case _:
+            assert_never(config)
+    return digest([config.kind, known])

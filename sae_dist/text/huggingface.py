@@ -1,0 +1,105 @@
+"""Hugging Face datasets: by name, or a local folder, whole or streaming."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sae_dist.config import UserError, digest, frozen
+from sae_dist.text.document import Document
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@frozen
+class HuggingfaceText:
+    """Each row is a document."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: str = ""
+    """A dataset's name, a folder of data files, or a folder written by `save_to_disk`."""
+    name: str = ""
+    """The dataset's configuration; empty: its default."""
+    split: str = "train"
+    field: str = "text"
+    """The column that holds the text."""
+    category: str = ""
+    """The column that labels a document; empty: none."""
+    streaming: bool = True
+    """Read as it arrives; otherwise it is first fetched whole."""
+    revision: str = "main"
+    """A branch, tag or commit; a commit pins the text for ever."""
+
+
+def documents(config: HuggingfaceText) -> Iterator[Document]:
+    rows = _load(config)
+    columns = rows.column_names  # a stream need not know them before its first row
+    for wanted in filter(None, (config.field, config.category)):
+        if columns is not None and wanted not in columns:
+            raise UserError(f"{config.path} has no column {wanted!r}; it has {', '.join(columns)}; set text.field=")
+    for i, row in enumerate(rows):
+        source = f"{Path(config.path).name}/{config.split}:{i}"
+        text = row.get(config.field, 0)
+        if not isinstance(text, str | None):
+            raise UserError(f"{source} has no text in {config.field!r}; its columns: {', '.join(row)}; set text.field=")
+        label = row.get(config.category) if config.category else None
+        yield Document(text or "", source, None if label is None else str(label))
+
+
+def fingerprint(config: HuggingfaceText) -> str:
+    """Digest of what `datasets` itself knows the data by: the commit of a name, the files of a folder."""
+    import datasets
+
+    rows = _saved(config)
+    if rows is not None:
+        identity = rows._fingerprint
+    else:
+        with _plainly(config):
+            identity = datasets.load_dataset_builder(config.path, config.name or None, revision=config.revision).hash
+    return digest([identity, config.split, config.field, config.category])
+
+
+def _load(config: HuggingfaceText) -> "datasets.Dataset | datasets.IterableDataset":
+    import datasets
+
+    rows = _saved(config)
+    if rows is not None:
+        return rows
+    with _plainly(config):
+        return datasets.load_dataset(
+            config.path,
+            config.name or None,
+            split=config.split,
+            streaming=config.streaming,
+            revision=config.revision,
+        )
+
+
+def _saved(config: HuggingfaceText) -> "datasets.Dataset | None":
+    """The split that `save_to_disk` wrote at `path`; None where nothing of the kind is there."""
+    import datasets
+
+    if not config.path:
+        raise UserError("text.path='' names no dataset; set text.path=NAME or text.path=FOLDER")
+    folder = Path(config.path)
+    if not any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        return None
+    loaded = datasets.load_from_disk(config.path)
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if config.split not in loaded:
+        raise UserError(f"text.split={config.split!r} is not in {config.path}; it has {', '.join(map(str, loaded))}")
+    return loaded[config.split]
+
+
+@contextlib.contextmanager
+def _plainly(config: HuggingfaceText) -> Iterator[None]:
+    """What `datasets` says of a wrong name, configuration, split or revision, as one line."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (DatasetsError, ConnectionError, FileNotFoundError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"text.path={config.path!r} cannot be loaded: {reason}; check text.path, name, split") from None

@@ -1,0 +1,67 @@
+"""JSON lines: an object a line, one field of which is the text."""
+
+import json
+from collections.abc import Iterator
+from typing import Literal
+
+from sae_dist.config import UserError, digest, frozen
+from sae_dist.text import local
+from sae_dist.text.document import Document
+
+
+@frozen
+class JsonlText:
+    """Each line is a document."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    path: str = ""
+    """A file or a folder, searched below."""
+    suffixes: tuple[str, ...] = (".jsonl", ".ndjson")
+    """Which files of a folder are read; each also with .gz, .bz2 or .xz behind it."""
+    field: str = "text"
+    """The field that holds the text."""
+    category: str = ""
+    """The field that labels a document; empty: none."""
+
+
+def documents(config: JsonlText) -> Iterator[Document]:
+    for name, path in local.find(config.path, config.suffixes):
+        for number, line in local.read_lines(path, name):
+            if line.isspace():
+                continue
+            source = f"{name}:{number}"
+            record = _parse(line, source)
+            yield Document(_text(record, config, source), source, _category(record, config))
+
+
+def fingerprint(config: JsonlText) -> str:
+    files = local.find(config.path, config.suffixes)
+    return digest([config.field, config.category, local.fingerprint(files)])
+
+
+def _parse(line: bytes, source: str) -> dict[str, object]:
+    # bytes that are not UTF-8 become lone surrogates, which `clean` counts, names and replaces
+    text = line.decode("utf-8-sig", "surrogateescape")
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source} is not JSON ({error.msg}, column {error.colno}); one object a line") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{source} holds a {type(record).__name__}, not an object; one object a line")
+    return record
+
+
+def _text(record: dict[str, object], config: JsonlText, source: str) -> str:
+    text = record.get(config.field)
+    if text is None and config.field in record:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(
+            f"{source} has no text in field {config.field!r}; its fields: {', '.join(record)}; set text.field="
+        )
+    return text
+
+
+def _category(record: dict[str, object], config: JsonlText) -> str | None:
+    label = record.get(config.category) if config.category else None
+    return None if label is None else str(label)

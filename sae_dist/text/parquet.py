@@ -1,0 +1,65 @@
+"""Parquet: one column is the text; a row group at a time is in memory."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sae_dist.config import UserError, digest, frozen
+from sae_dist.text import local
+from sae_dist.text.document import Document
+
+BATCH_ROWS = 1024
+
+
+@frozen
+class ParquetText:
+    """Each row is a document."""
+
+    kind: Literal["parquet"] = "parquet"
+    path: str = ""
+    """A file or a folder, searched below."""
+    suffixes: tuple[str, ...] = (".parquet",)
+    """Which files of a folder are read."""
+    column: str = "text"
+    """The column that holds the text."""
+    category: str = ""
+    """The column that labels a document; empty: none."""
+
+
+def documents(config: ParquetText) -> Iterator[Document]:
+    columns = [config.column] + ([config.category] if config.category else [])
+    for name, path in local.find(config.path, config.suffixes):
+        with _open(path, name) as file:
+            _check(file.schema_arrow, columns, name)
+            row = 0
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
+                    texts = batch.column(config.column).to_pylist()
+                    labels = batch.column(config.category).to_pylist() if config.category else [None] * len(texts)
+                    for i, (text, label) in enumerate(zip(texts, labels, strict=True), start=row):
+                        yield Document(text or "", f"{name}:{i}", None if label is None else str(label))
+                    row += len(texts)
+
+
+def fingerprint(config: ParquetText) -> str:
+    files = local.find(config.path, config.suffixes)
+    return digest([config.column, config.category, local.fingerprint(files)])
+
+
+def _open(path: Path, name: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"text file {name} is not Parquet ({str(error).splitlines()[0]}); replace it") from None
+
+
+def _check(schema: pa.Schema, columns: list[str], name: str) -> None:
+    for column in columns:
+        if column not in schema.names:
+            raise UserError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}; set text.column=")
+    kind = schema.field(columns[0]).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
+        raise UserError(f"{name}: column {columns[0]!r} holds {kind}, not text; set text.column= to a text column")

@@ -1,0 +1,114 @@
+"""A token stream: a corpus's documents end to end, memory-mapped, cut into sequences of one context each.
+
+A folder holds `tokens.npy` int32 [n_tokens], `starts.npy` int64 [n_documents + 1] and `documents.arrow`, a table of
+(doc uint64, source, category). n_tokens is a multiple of the context: sequence s is the tokens from s * context on.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int, Int32, Int64, UInt32, UInt64
+
+from sae_dist.config import UserError
+
+
+class Sequences(NamedTuple):
+    tokens: Int64[np.ndarray, "m context"]
+    doc: UInt64[np.ndarray, "m context"]
+    pos: UInt32[np.ndarray, "m context"]  # position in the document; a sequence may hold the end of one and more
+
+
+class Window(NamedTuple):
+    tokens: Int64[np.ndarray, " n"]
+    at: int  # index among them of the token that was asked for
+
+
+class TokenStream:
+    """A handle on a folder that `tokenize` wrote; cheap to pickle, its arrays are mapped where they are used."""
+
+    tokens: Int32[np.ndarray, " n_tokens"]
+    starts: Int64[np.ndarray, " n_documents_1"]
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        try:
+            self.context = int(json.loads((self.folder / "stream.json").read_text())["context"])
+            self.tokens = np.load(self.folder / "tokens.npy", mmap_mode="r")
+            self.starts = np.load(self.folder / "starts.npy", mmap_mode="r")
+        except FileNotFoundError as error:
+            raise UserError(f"{self.folder} is no token stream ({error.filename} is missing); tokenize again") from None
+
+    def __reduce__(self) -> tuple[type["TokenStream"], tuple[Path]]:
+        return TokenStream, (self.folder,)
+
+    @functools.cached_property
+    def documents(self) -> pa.Table:
+        """(doc, source, category), a row a document, in the order of the stream."""
+        with pa.memory_map(str(self.folder / "documents.arrow")) as source:
+            return pa.ipc.open_file(source).read_all()
+
+    @functools.cached_property
+    def doc_ids(self) -> UInt64[np.ndarray, " n_documents"]:
+        return self.documents["doc"].to_numpy()
+
+    @functools.cached_property
+    def _by_id(self) -> Int64[np.ndarray, " n_documents"]:
+        return np.argsort(self.doc_ids)
+
+    @property
+    def n_sequences(self) -> int:
+        return len(self.tokens) // self.context
+
+    def sequences(self, ids: Int[np.ndarray, " m"]) -> Sequences:
+        """The sequences `ids`, each token with the document that it is from and its position there."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.n_sequences):
+            raise IndexError(f"sequence ids {ids.min()}..{ids.max()}, but there are {self.n_sequences}")
+        at = ids[:, None] * self.context + np.arange(self.context)
+        row = np.searchsorted(self.starts, at, side="right") - 1
+        return Sequences(
+            tokens=self.tokens[at].astype(np.int64),
+            doc=self.doc_ids[row],
+            pos=(at - self.starts[row]).astype(np.uint32),
+        )
+
+    def locate(self, doc: int, pos: int) -> tuple[int, int]:
+        """(sequence, offset) of position `pos` of document `doc`: the inverse of `sequences`."""
+        start, end = self._span(doc)
+        if not 0 <= pos < end - start:
+            raise IndexError(f"pos={pos}, but document {doc} has {end - start} tokens")
+        return divmod(start + int(pos), self.context)
+
+    def window(self, doc: int, pos: int, before: int, after: int) -> Window:
+        """Token `pos` of document `doc` and up to `before` and `after` tokens around it, none of another document."""
+        sequence, offset = self.locate(doc, pos)
+        at = sequence * self.context + offset
+        start, end = self._span(doc)
+        first = max(start, at - before)
+        return Window(self.tokens[first : min(end, at + after + 1)].astype(np.int64), at - first)
+
+    def category(self, doc: int) -> str | None:
+        return self.documents["category"][self._row(doc)].as_py()
+
+    def source(self, doc: int) -> str:
+        return self.documents["source"][self._row(doc)].as_py()
+
+    def categories(self) -> dict[str | None, int]:
+        """How many documents each category has."""
+        counted = self.documents["category"].value_counts().to_pylist()
+        return {c["values"]: c["counts"] for c in counted}
+
+    def _span(self, doc: int) -> tuple[int, int]:
+        row = self._row(doc)
+        return int(self.starts[row]), int(self.starts[row + 1])
+
+    def _row(self, doc: int) -> int:
+        place = np.searchsorted(self.doc_ids, np.uint64(doc), sorter=self._by_id)
+        row = int(self._by_id[min(int(place), len(self._by_id) - 1)])
+        if int(self.doc_ids[row]) != int(doc):
+            raise UserError(f"document {doc} is not in {self.folder}; the activations were made from another text")
+        return row
