@@ -12,9 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_kernels import plain
+from sae_kernels.cpu.build import library
+from sae_kernels.cpu.kernels import CpuStep
 from sae_kernels.reference import Gradients, Selected, StepStatistics, adam_, remove_parallel, unit_norm
 
-Backend = Literal["auto", "torch"]
+Backend = Literal["auto", "torch", "cpu"]
 
 
 class TopKStep:
@@ -56,6 +58,14 @@ class TopKStep:
         self.tokens_since_fired: Int[Tensor, " n_latents"] = torch.zeros(
             n_latents, dtype=torch.int64, device=W_dec.device
         )
+        on_cpu = W_dec.device.type == "cpu" and product_dtype == torch.bfloat16
+        if backend == "cpu" and not (on_cpu and library()):
+            raise ValueError(
+                "backend=cpu needs CPU tensors, product_dtype=bfloat16, AVX-512 BF16 and a compiler; use auto"
+            )
+        self._kernels = None
+        if backend != "torch" and on_cpu and library():
+            self._kernels = CpuStep(list(self._parameters()), self._first, self._second)
 
     @property
     def W_enc(self) -> Float[Tensor, "d_model n_latents"]:
@@ -70,9 +80,12 @@ class TopKStep:
         self, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float | Float[Tensor, ""]
     ) -> StepStatistics:
         """One optimiser step on `topk_loss`; when the squared error is not finite, nothing but the counters changes."""
-        gradients, statistics = self.gradients(x, variance=variance)
+        if self._kernels:
+            statistics, gradients = self._forward(self._kernels, x, variance), None
+        else:
+            gradients, statistics = self.gradients(x, variance=variance)
         if bool(torch.isfinite(statistics.squared_error)):
-            self.update_(gradients, lr=lr)
+            self._update_(gradients, lr=lr)
         self.count_(statistics.fired, tokens=x.shape[0])
         return statistics
 
@@ -80,6 +93,9 @@ class TopKStep:
         self, x: Float[Tensor, "batch d_model"], *, variance: float | Float[Tensor, ""]
     ) -> tuple[Gradients, StepStatistics]:
         """Gradients of `topk_loss` at the present parameters, dense, for a trainer that reduces them over ranks."""
+        if self._kernels:
+            statistics = self._forward(self._kernels, x, variance)
+            return self._kernels.gradients(), statistics
         return plain.topk_gradients(
             x.float(), self.W_enc, self.W_dec, self.b_enc, self.b_dec, k=self.k, variance=float(variance),
             dead=self.dead, k_aux=self.k_aux, aux_coefficient=self.aux_coefficient, product_dtype=self.product_dtype,
@@ -87,7 +103,20 @@ class TopKStep:
 
     def update_(self, gradients: Gradients, *, lr: float) -> None:
         """Adam on the four parameters; decoder rows lose the gradient along themselves and keep norm 1."""
+        self._update_(gradients, lr=lr)
+
+    def _forward(self, kernels: CpuStep, x: Tensor, variance: float | Tensor) -> StepStatistics:
+        return kernels.forward(
+            x, k=self.k, variance=float(variance), dead=self.dead, k_aux=self.k_aux,
+            aux_coefficient=self.aux_coefficient,
+        )  # fmt: skip
+
+    def _update_(self, gradients: Gradients | None, *, lr: float) -> None:
         self.steps += 1
+        if self._kernels:
+            self._kernels.update_(gradients, step=self.steps, lr=lr, betas=self.betas, eps=self.eps)
+            return
+        assert gradients is not None
         by_parameter = (
             gradients.W_enc.t(),
             remove_parallel(gradients.W_dec, self.W_dec),
@@ -106,6 +135,8 @@ class TopKStep:
 
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Selected:
         """`reference.topk_encode` at the present parameters."""
+        if self._kernels:
+            return self._kernels.encode(x, k=self.k)
         return plain.topk_encode(
             x.float(), self.W_enc, self.b_enc, self.b_dec, k=self.k, product_dtype=self.product_dtype
         )
@@ -133,6 +164,8 @@ class TopKStep:
                 raise ValueError(f"{name} is {list(tensors[name].shape)} and must be {list(tensor.shape)}")
             tensor.copy_(tensors[name])
         self.steps = int(tensors["steps"])
+        if self._kernels:
+            self._kernels.refresh_()
 
     def _parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self._rows_enc, self.W_dec, self.b_enc, self.b_dec

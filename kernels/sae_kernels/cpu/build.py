@@ -1,0 +1,110 @@
+"""The C++ library, compiled at first use into a cache folder; None, with one warning, where it cannot be had."""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in {".cpp", ".h"})
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"})
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, once per process."""
+    loaded = _load()
+    if isinstance(loaded, str):
+        logger.warning("the CPU kernels cannot be used, plain torch (several times slower) takes over: %s", loaded)
+        return None
+    return loaded
+
+
+def _load() -> ctypes.CDLL | str:
+    missing = NEEDED - cpu_flags()
+    if missing:
+        return f"this processor has no {', '.join(sorted(missing))}"
+    compiler = _compiler()
+    if compiler is None:
+        return "no C++ compiler (g++, clang++ or c++, or CXX=...) is on the path"
+    path = built(compiler)
+    if isinstance(path, str):
+        return path
+    loaded = ctypes.CDLL(str(path))
+    if not adds_in_documented_order(loaded):
+        return "this processor's vdpbf16ps adds in another order than documented, so selections would differ"
+    return loaded
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The processor's features as Linux names them; empty elsewhere."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return frozenset()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return frozenset(next(line for line in lines if line.startswith("flags")).split(":")[1].split())
+
+
+def _compiler() -> str | None:
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """SAE_KERNELS_CACHE, or sae_kernels under the user's cache folder."""
+    if "SAE_KERNELS_CACHE" in os.environ:
+        return Path(os.environ["SAE_KERNELS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sae_kernels"
+
+
+def built(compiler: str) -> Path | str:
+    """The library of these sources for this processor, compiled unless it is there; or why it could not be.
+
+    The name holds all that decides the content. One process compiles while others wait, and the file appears whole.
+    """
+    contents = [*(source.read_bytes() for source in SOURCES), compiler.encode(), " ".join(FLAGS).encode()]
+    contents += [" ".join(sorted(cpu_flags())).encode(), torch.__version__.encode()]
+    digest = hashlib.sha256(b"\0".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
+    folder = cache_folder()
+    path = folder / f"sae_cpu-{digest[:16]}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{path.stem}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path
+        logger.info("compiling the CPU kernels into %s (some 15 s, once)", path)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            output = Path(scratch) / path.name
+            source = next(s for s in SOURCES if s.suffix == ".cpp")
+            command = [compiler, *FLAGS, str(source), "-o", str(output)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
+                return f"{' '.join(command)} failed: {first}"
+            os.replace(output, path)
+    return path
+
+
+def adds_in_documented_order(loaded: ctypes.CDLL) -> bool:
+    """Whether vdpbf16ps adds the odd product, then the even one, each with one rounding: what the reference does."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 256, 16, 2, generator=generator).bfloat16()
+    sums = torch.randn(256, 16, generator=generator)
+    out = torch.empty_like(sums)
+    for i in range(len(sums)):
+        loaded.sae_pair_product(*(ctypes.c_void_p(t.data_ptr()) for t in (sums[i], a[i], b[i], out[i])))
+    x, w = a.float(), b.float()
+    return torch.equal(out, (sums + x[..., 1] * w[..., 1]) + x[..., 0] * w[..., 0])

@@ -1,0 +1,202 @@
+"""The C++ entry points as functions of tensors, and the buffers that a step reuses."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from sae_kernels.cpu.build import library
+from sae_kernels.reference import Gradients, Selected, StepStatistics
+
+_PANEL = 64  # rows of the product's register tile
+_CHUNK = 64  # latents of one partial sum
+_LANES = 16
+
+
+class _Adam(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_float) for name in ("lr", "beta1", "beta2", "eps", "unbias1", "unbias2")]
+
+
+class _Parameters(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            "enc", "dec", "bias", "enc_first", "dec_first", "bias_first", "enc_second", "dec_second", "bias_second",
+            "rounded",
+        )
+    ]  # fmt: skip
+
+
+class _Chosen(ctypes.Structure):
+    _fields_ = [
+        ("values", ctypes.c_void_p), ("indices", ctypes.c_void_p), ("d_z", ctypes.c_void_p),
+        ("k", ctypes.c_long), ("first_error", ctypes.c_long), ("scale", ctypes.c_float),
+    ]  # fmt: skip
+
+
+def _call(name: str, *arguments: Tensor | int | float | ctypes.Structure | ctypes.Array | None) -> int:
+    """The library's function of that name; ctypes lets other Python threads run meanwhile."""
+    loaded = library()
+    assert loaded is not None
+    function = getattr(loaded, name)
+    function.restype = ctypes.c_long
+    return function(*(_argument(a) for a in arguments))
+
+
+def _argument(a: Tensor | int | float | ctypes.Structure | ctypes.Array | None) -> object:
+    match a:
+        case None:
+            return ctypes.c_void_p(None)
+        case Tensor():
+            assert a.is_contiguous()
+            return ctypes.c_void_p(a.data_ptr())
+        case int():
+            return ctypes.c_long(a)
+        case float():
+            return ctypes.c_float(a)
+        case ctypes.Structure():
+            return ctypes.byref(a)
+    return a
+
+
+class CpuStep:
+    """The kernels bound to one dictionary's tensors, with the buffers of a step: made once, grown when a batch grows.
+
+    `parameters` are W_enc as [n_latents, d_model], W_dec, b_enc and b_dec; `first` and `second` Adam's moments of them.
+    """
+
+    def __init__(self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor]) -> None:
+        self.parameters, self.first, self.second = parameters, first, second
+        self.n_latents, self.d_model = parameters[1].shape
+        self.padded = self.d_model + self.d_model % 2
+        self.rounded = torch.empty(self.n_latents, self.padded, dtype=torch.bfloat16)
+        self._buffers: dict[str, Tensor] = {}
+        self._none = torch.zeros(self.d_model)
+        self.refresh_()
+
+    def refresh_(self) -> None:
+        """Round W_enc again, after somebody else wrote it."""
+        self._round(self.parameters[0], self._none, self.rounded)
+
+    def encode(self, x: Tensor, *, k: int) -> Selected:
+        self._rows(x)
+        values, indices = self._select(x.shape[0], k, sorted_=True, dead=None, k_dead=0)[0]
+        return Selected(values.clone(), indices.long())
+
+    def forward(
+        self, x: Tensor, *, k: int, variance: float, dead: Tensor, k_aux: int, aux_coefficient: float
+    ) -> StepStatistics:
+        """Selection, reconstruction, errors, AuxK, and the pairs by latent that `gradients` and `update_` take."""
+        batch, n_dead = x.shape[0], int(dead.sum()) if k_aux else 0
+        scale = 2 / (batch * variance)
+        aux_scale = scale * aux_coefficient * min(n_dead / k_aux, 1.0) if n_dead else 0.0
+        kinds = 2 if n_dead else 1
+        rows = self._rows(x)
+        k_dead = min(k_aux, n_dead)
+        chosen = self._select(batch, k, sorted_=False, dead=dead if n_dead else None, k_dead=k_dead)
+        errors = self._buffer("errors", (kinds * batch, self.d_model))
+        squares = self._buffer("squares", (kinds, batch))
+        W_dec, b_dec, threads = self.parameters[1], self.parameters[3], torch.get_num_threads()
+        described = (_Chosen * 2)()
+        for kind, (selected, weight) in enumerate(zip(chosen, (scale, aux_scale), strict=False)):
+            d_z = self._buffer(f"d_z.{kind}", selected.values.shape)
+            own = errors[kind * batch : (kind + 1) * batch]
+            _call(
+                "sae_rows", errors[:batch] if kind else rows, None if kind else b_dec, *selected, W_dec,
+                batch, selected.values.shape[1], self.d_model, -weight, own, squares[kind], d_z, threads,
+            )  # fmt: skip
+            described[kind] = _Chosen(
+                selected.values.data_ptr(), selected.indices.data_ptr(), d_z.data_ptr(),
+                selected.values.shape[1], kind * batch, -weight,
+            )  # fmt: skip
+        offsets = self._buffer("offsets", (self.n_latents + 1,), torch.int64)
+        pairs = self._buffer("pairs", (batch * (k + k_dead), 4), torch.int32)
+        _call("sae_pairs", described, kinds, batch, self.n_latents, offsets, pairs, threads)
+        fired = torch.empty(self.n_latents, dtype=torch.bool)
+        active = _call("sae_fired", *chosen[0], batch * k, fired, self.n_latents)
+        sums = squares.double().sum(1).float()
+        self._through_decoder = (-scale, errors[:batch])
+        return StepStatistics(sums[0], sums[1] if n_dead else torch.zeros(()), torch.tensor(active), fired)
+
+    def gradients(self) -> Gradients:
+        """The dense gradients of the last `forward`."""
+        d_enc, d_dec = torch.empty(2, self.n_latents, self.d_model)
+        d_bias = torch.empty(self.n_latents)
+        self._latents(None, d_enc, d_dec, d_bias)
+        return Gradients(d_enc.t(), d_dec, d_bias, self._d_b_dec())
+
+    def update_(
+        self, gradients: Gradients | None, *, step: int, lr: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        """The update from dense gradients, or from the last `forward` without ever storing them."""
+        adam = _Adam(lr, *betas, eps, 1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step))
+        if gradients is None:
+            self._latents(adam, None, None, None)
+            d_b_dec = self._d_b_dec()
+        else:
+            d_enc, d_dec = gradients.W_enc.t().contiguous(), gradients.W_dec.contiguous()
+            d_b_dec = gradients.b_dec.contiguous()
+            _call(
+                "sae_update", d_enc, d_dec, gradients.b_enc.contiguous(), self._described(), self.n_latents,
+                self.d_model, self.padded, adam, torch.get_num_threads(),
+            )  # fmt: skip
+        _call("sae_adam", self.parameters[3], d_b_dec, self.first[3], self.second[3], self.d_model, adam)
+
+    def _latents(self, adam: _Adam | None, d_enc: Tensor | None, d_dec: Tensor | None, d_bias: Tensor | None) -> None:
+        buffers = self._buffers
+        through_b_dec = self._buffer("through_b_dec", (-(-self.n_latents // _CHUNK), self.d_model))
+        _call(
+            "sae_latents", buffers["offsets"], buffers["pairs"], buffers["errors"], buffers["rounded_rows"],
+            self._described(), self.n_latents, self.d_model, self.padded, adam, d_enc, d_dec, d_bias, through_b_dec,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _d_b_dec(self) -> Tensor:
+        scale, errors = self._through_decoder
+        return scale * self._sum_rows(errors) - self._sum_rows(self._buffers["through_b_dec"])
+
+    def _sum_rows(self, a: Tensor) -> Tensor:
+        out = torch.empty(self.d_model)
+        _call("sae_sum_rows", a, len(a), self.d_model, out, torch.get_num_threads())
+        return out
+
+    def _rows(self, x: Tensor) -> Tensor:
+        rows = self._buffer("rows", (x.shape[0], self.d_model)).copy_(x)
+        rounded = self._buffer("rounded_rows", (x.shape[0], self.padded), torch.bfloat16)
+        self._round(rows, self.parameters[3], rounded)
+        return rows
+
+    def _round(self, a: Tensor, minus: Tensor, out: Tensor) -> None:
+        _call("sae_round", a, minus, out, len(a), self.d_model, self.padded, torch.get_num_threads())
+
+    def _select(self, batch: int, k: int, *, sorted_: bool, dead: Tensor | None, k_dead: int) -> list[Selected]:
+        padded_batch = -(-batch // _PANEL) * _PANEL
+        panels = self._buffer("panels", (padded_batch, self.padded // 2), torch.int32)
+        own, selected = self._best("alive", batch, padded_batch, k)
+        dead_own, dead_selected = self._best("dead", batch, padded_batch, k_dead)
+        _call(
+            "sae_select", self._buffers["rounded_rows"], self.rounded, self.parameters[2], batch, self.n_latents,
+            self.padded // 2, panels, *own, int(sorted_), dead, *dead_own, torch.get_num_threads(),
+        )  # fmt: skip
+        return [selected] if dead is None else [selected, dead_selected]
+
+    def _best(self, name: str, batch: int, padded_batch: int, k: int) -> tuple[tuple, Selected]:
+        room = -(-(k + max(k, 64)) // _LANES) * _LANES
+        values = self._buffer(f"values.{name}", (batch, k))
+        indices = self._buffer(f"indices.{name}", (batch, k), torch.int32)
+        return (
+            k, room, self._buffer(f"least.{name}", (padded_batch,)),
+            self._buffer(f"count.{name}", (padded_batch,), torch.int32),
+            self._buffer(f"candidates.{name}", (batch, room)),
+            self._buffer(f"candidate_indices.{name}", (batch, room), torch.int32), values, indices,
+        ), Selected(values, indices)  # fmt: skip
+
+    def _described(self) -> _Parameters:
+        own = [*self.parameters[:3], *self.first[:3], *self.second[:3], self.rounded]
+        return _Parameters(*(tensor.data_ptr() for tensor in own))
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != shape:
+            buffer = self._buffers[name] = torch.empty(shape, dtype=dtype)
+        return buffer

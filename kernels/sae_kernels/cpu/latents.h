@@ -1,0 +1,106 @@
+// What happens per latent: its pairs with rows of the batch become its gradient, and its gradient becomes its update.
+//
+// The gradient of one latent lives in L1 between the two: the dense gradient exists only when it is asked for.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "parallel.h"
+#include "rows.h"
+#include "vectors.h"
+
+namespace sae {
+
+constexpr long CHUNK = 64;  // latents of a task, and of a partial sum of b_dec's gradient: fixed, so sums are too
+
+// One active latent of one row: the weight of errors[error_row] in dW_dec and of rows[row] in dW_enc.
+struct Pair {
+    int error_row, row;
+    float decoder, encoder;
+};
+
+// (values, indices) [batch, k] of the batch, or of AuxK: weights of the errors from first_error on.
+struct Chosen {
+    const float* values; const int* indices; const float* d_z;
+    long k, first_error;
+    float scale;  // d loss / d x_hat = scale * error
+};
+
+// Sorts the pairs by latent, keeping the order of rows: offsets [n_latents + 1], pairs [offsets[n_latents]].
+inline void pairs_by_latent(const Chosen* chosen, int kinds, long batch, long n_latents, long threads, long* offsets,
+                            Pair* pairs) {
+    const long parts = threads, size = blocks(n_latents, parts);
+    std::vector<long> total(parts + 1, 0);
+    auto each = [&](long part, auto&& use) {
+        const long low = part * size, high = low + size;
+        for (int kind = 0; kind < kinds; kind++)
+            for (long i = 0; i < batch * chosen[kind].k; i++) {
+                const long j = chosen[kind].indices[i];
+                if (j >= low && j < high && chosen[kind].values[i] > 0) use(chosen[kind], i, j);
+            }
+    };
+    parallel(parts, threads, [&](long part) {
+        for (long j = part * size; j < n_latents && j < (part + 1) * size; j++) offsets[j + 1] = 0;
+        each(part, [&](const Chosen&, long, long j) { offsets[j + 1]++; total[part + 1]++; });
+    });
+    for (long part = 0; part < parts; part++) total[part + 1] += total[part];
+    offsets[0] = 0;
+    parallel(parts, threads, [&](long part) {
+        long at = total[part];
+        std::vector<long> next;
+        for (long j = part * size; j < n_latents && j < (part + 1) * size; j++) {
+            next.push_back(at);
+            at += offsets[j + 1];
+            offsets[j + 1] = at;
+        }
+        each(part, [&](const Chosen& c, long i, long j) {
+            const long row = i / c.k;
+            pairs[next[j - part * size]++] = {(int)(c.first_error + row), (int)row, c.scale * c.values[i], c.d_z[i]};
+        });
+    });
+}
+
+struct Adam {
+    float lr, beta1, beta2, eps, unbias1, unbias2;  // unbias = 1 / (1 - beta^step)
+
+    __m512 operator()(__m512 p, __m512 g, float* first, float* second, __mmask16 mask) const {
+        const __m512 m0 = load(first, mask), v0 = load(second, mask);
+        const __m512 m = _mm512_fmadd_ps(_mm512_set1_ps(1 - beta1), _mm512_sub_ps(g, m0), m0);
+        const __m512 v = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(1 - beta2), g), g,
+                                         _mm512_mul_ps(_mm512_set1_ps(beta2), v0));
+        _mm512_mask_storeu_ps(first, mask, m);
+        _mm512_mask_storeu_ps(second, mask, v);
+        const __m512 root = _mm512_sqrt_ps(_mm512_mul_ps(v, _mm512_set1_ps(unbias2)));
+        const __m512 step = _mm512_div_ps(_mm512_mul_ps(m, _mm512_set1_ps(unbias1)),
+                                          _mm512_add_ps(root, _mm512_set1_ps(eps)));
+        return _mm512_fnmadd_ps(_mm512_set1_ps(lr), step, p);
+    }
+
+    void row(float* p, const float* g, float* first, float* second, long d) const {
+        for (long i = 0; i < d; i += LANES) {
+            const __mmask16 m = lanes(d - i);
+            _mm512_mask_storeu_ps(p + i, m, (*this)(load(p + i, m), load(g + i, m), first + i, second + i, m));
+        }
+    }
+};
+
+// A decoder row: the gradient without its part along the row, Adam, norm 1.
+inline void decoder_row(float* w, const float* g, float* first, float* second, long d, const Adam& adam, bool any) {
+    const __m512 along = _mm512_set1_ps(any ? dot(g, w, d) : 0);
+    __m512 squares = _mm512_setzero_ps();
+    for (long i = 0; i < d; i += LANES) {
+        const __mmask16 m = lanes(d - i);
+        const __m512 old = load(w + i, m), across = _mm512_fnmadd_ps(along, old, load(g + i, m));
+        const __m512 p = adam(old, across, first + i, second + i, m);
+        _mm512_mask_storeu_ps(w + i, m, p);
+        squares = _mm512_mask3_fmadd_ps(p, p, squares, m);
+    }
+    const __m512 norm = _mm512_set1_ps(std::fmax(std::sqrt(_mm512_reduce_add_ps(squares)), 1e-12f));
+    for (long i = 0; i < d; i += LANES) {
+        const __mmask16 m = lanes(d - i);
+        _mm512_mask_storeu_ps(w + i, m, _mm512_div_ps(load(w + i, m), norm));
+    }
+}
+
+}  // namespace sae
