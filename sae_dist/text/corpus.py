@@ -17,19 +17,23 @@ from sae_dist.text.parquet import ParquetText
 TextConfig = Annotated[BuiltinText | FilesText | JsonlText | ParquetText | HuggingfaceText, Field(discriminator="kind")]
 
 
-def documents(config: TextConfig) -> Iterator[Document]:
-    """Every document that is not empty, in the source's own order, streamed; the same each time."""
+def documents(config: TextConfig, *, seed: int | None = None) -> Iterator[Document]:
+    """Every document that is not empty, streamed, in the source's own order, the same each time.
+
+    With a `seed` the parts of a source (files, row groups, blocks of rows) come in an order that is a function of it,
+    so that a beginning of a sorted corpus is a sample of it.
+    """
     match config:
         case BuiltinText():
             found = builtin.documents(config)
         case FilesText():
-            found = files.documents(config)
+            found = files.documents(config, seed)
         case JsonlText():
-            found = jsonl.documents(config)
+            found = jsonl.documents(config, seed)
         case ParquetText():
-            found = parquet.documents(config)
+            found = parquet.documents(config, seed)
         case HuggingfaceText():
-            found = huggingface.documents(config)
+            found = huggingface.documents(config, seed)
         case _:
             assert_never(config)
     for document in found:

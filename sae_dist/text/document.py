@@ -1,11 +1,13 @@
 """A document: the unit of text that has an origin, a category, and a place on one side of the held-out split."""
 
 import logging
+import random
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_CHARS = 1_000_000  # a tokenizer needs some 50 bytes a character, so one document must not be a whole library
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -15,6 +17,14 @@ class Document(NamedTuple):
     text: str
     source: str  # where it was read, relative to the corpus, e.g. "notes/a.txt[1]" or "web.jsonl:17"
     category: str | None
+
+
+def shuffled_parts(parts: Iterable[T], seed: int | None) -> list[T]:
+    """`parts` in an order that is a function of `seed`; in their own where there is none."""
+    ordered = list(parts)
+    if seed is not None:
+        random.Random(seed).shuffle(ordered)
+    return ordered
 
 
 def pieces(chunks: Iterable[str], limit: int) -> Iterator[str]:
@@ -48,7 +58,7 @@ def clean(document: Document) -> Iterator[Document]:
     """`document` as valid Unicode, in pieces of at most `MAX_CHARS`; nothing where it is empty."""
     text, broken = _SURROGATES.subn("\ufffd", document.text)
     if broken:
-        logger.warning("%s: %d lone surrogates replaced by U+FFFD", document.source, broken)
+        logger.warning("%s: %d undecodable characters replaced by U+FFFD", document.source, broken)
     if not text or text.isspace():
         return
     if len(text) <= MAX_CHARS:

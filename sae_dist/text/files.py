@@ -5,7 +5,7 @@ from typing import Literal, assert_never
 
 from sae_dist.config import digest, frozen
 from sae_dist.text import local
-from sae_dist.text.document import MAX_CHARS, Document, pieces
+from sae_dist.text.document import MAX_CHARS, Document, pieces, shuffled_parts
 
 
 @frozen
@@ -21,8 +21,8 @@ class FilesText:
     """What labels a document: nothing, the folder that its file is in, or the file's suffix."""
 
 
-def documents(config: FilesText) -> Iterator[Document]:
-    for name, path in local.find(config.path, config.suffixes):
+def documents(config: FilesText, seed: int | None) -> Iterator[Document]:
+    for name, path in shuffled_parts(local.find(config.path, config.suffixes), seed):
         category = _category(config, name)
         for i, piece in enumerate(pieces(local.read_chunks(path, name), MAX_CHARS)):
             yield Document(piece, f"{name}[{i}]" if i else name, category)

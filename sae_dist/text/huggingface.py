@@ -3,13 +3,15 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sae_dist.config import UserError, digest, frozen
-from sae_dist.text.document import Document
+from sae_dist.text.document import Document, shuffled_parts
 
 if TYPE_CHECKING:
     import datasets
+
+BLOCK_ROWS = 256
 
 
 @frozen
@@ -32,19 +34,33 @@ class HuggingfaceText:
     """A branch, tag or commit; a commit pins the text for ever."""
 
 
-def documents(config: HuggingfaceText) -> Iterator[Document]:
+def documents(config: HuggingfaceText, seed: int | None) -> Iterator[Document]:
     rows = _load(config)
     columns = rows.column_names  # a stream need not know them before its first row
     for wanted in filter(None, (config.field, config.category)):
         if columns is not None and wanted not in columns:
             raise UserError(f"{config.path} has no column {wanted!r}; it has {', '.join(columns)}; set text.field=")
-    for i, row in enumerate(rows):
+    for i, row in _numbered(rows, seed):
         source = f"{Path(config.path).name}/{config.split}:{i}"
         text = row.get(config.field, 0)
         if not isinstance(text, str | None):
             raise UserError(f"{source} has no text in {config.field!r}; its columns: {', '.join(row)}; set text.field=")
         label = row.get(config.category) if config.category else None
         yield Document(text or "", source, None if label is None else str(label))
+
+
+def _numbered(
+    rows: "datasets.Dataset | datasets.IterableDataset", seed: int | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, row): a stream as it comes, anything else in shuffled blocks."""
+    import datasets
+
+    if isinstance(rows, datasets.IterableDataset):
+        yield from enumerate(rows)
+        return
+    for start in shuffled_parts(range(0, len(rows), BLOCK_ROWS), seed):
+        for i in range(start, min(start + BLOCK_ROWS, len(rows))):
+            yield i, rows[i]
 
 
 def fingerprint(config: HuggingfaceText) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from sae_dist.config import UserError, digest, frozen
 from sae_dist.text import local
-from sae_dist.text.document import Document
+from sae_dist.text.document import Document, shuffled_parts
 
 
 @frozen
@@ -24,8 +24,8 @@ class JsonlText:
     """The field that labels a document; empty: none."""
 
 
-def documents(config: JsonlText) -> Iterator[Document]:
-    for name, path in local.find(config.path, config.suffixes):
+def documents(config: JsonlText, seed: int | None) -> Iterator[Document]:
+    for name, path in shuffled_parts(local.find(config.path, config.suffixes), seed):
         for number, line in local.read_lines(path, name):
             if line.isspace():
                 continue

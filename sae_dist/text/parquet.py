@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from sae_dist.config import UserError, digest, frozen
 from sae_dist.text import local
-from sae_dist.text.document import Document
+from sae_dist.text.document import Document, shuffled_parts
 
 BATCH_ROWS = 1024
 
@@ -29,19 +29,31 @@ class ParquetText:
     """The column that labels a document; empty: none."""
 
 
-def documents(config: ParquetText) -> Iterator[Document]:
-    columns = [config.column] + ([config.category] if config.category else [])
+def documents(config: ParquetText, seed: int | None) -> Iterator[Document]:
+    groups = []
     for name, path in local.find(config.path, config.suffixes):
         with _open(path, name) as file:
-            _check(file.schema_arrow, columns, name)
+            _check(file.schema_arrow, _columns(config), name)
             row = 0
             for group in range(file.num_row_groups):
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
-                    texts = batch.column(config.column).to_pylist()
-                    labels = batch.column(config.category).to_pylist() if config.category else [None] * len(texts)
-                    for i, (text, label) in enumerate(zip(texts, labels, strict=True), start=row):
-                        yield Document(text or "", f"{name}:{i}", None if label is None else str(label))
-                    row += len(texts)
+                groups.append((name, path, group, row))
+                row += file.metadata.row_group(group).num_rows
+    for name, path, group, row in shuffled_parts(groups, seed):
+        with _open(path, name) as file:
+            yield from _row_group(file, config, group, f"{name}:", row)
+
+
+def _row_group(file: pq.ParquetFile, config: ParquetText, group: int, prefix: str, row: int) -> Iterator[Document]:
+    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=_columns(config)):
+        texts = batch.column(config.column).to_pylist()
+        labels = batch.column(config.category).to_pylist() if config.category else [None] * len(texts)
+        for text, label in zip(texts, labels, strict=True):
+            yield Document(text or "", f"{prefix}{row}", None if label is None else str(label))
+            row += 1
+
+
+def _columns(config: ParquetText) -> list[str]:
+    return [config.column] + ([config.category] if config.category else [])
 
 
 def fingerprint(config: ParquetText) -> str:

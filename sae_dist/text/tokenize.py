@@ -4,8 +4,8 @@ Which side a document is on is a function of its text alone, so neither the orde
 can carry text from one side to the other.
 """
 
-import array
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import numpy as np
-import pyarrow as pa
 import xxhash
 
 from sae_dist.config import UserError, digest
@@ -25,17 +23,19 @@ from sae_dist.text import corpus
 from sae_dist.text.corpus import TextConfig
 from sae_dist.text.document import Document
 from sae_dist.text.stream import TokenStream
+from sae_dist.text.stream_writer import StreamWriter
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SHUFFLE_CHARS = 64 << 20  # a corpus of at most so many characters is permuted as a whole
 BATCH_CHARS = 1 << 20
-TABLE_ROWS = 8192
 HELDOUT_SALT = 0x5AE0  # not the run's seed: what one run holds out, no other run trains on
-SCHEMA = pa.schema([("doc", pa.uint64()), ("source", pa.string()), ("category", pa.string())])
 # what a vocabulary does not show: merges, normalisation, whitespace, digits, unknown characters
 PROBES = ["The quick brown fox, isn't it?", " 12345 67\n\n\tdef f(x):", "naïve Ωmega 東京 \U0001f600", "AGTC4f/+=="]
+
+
+_Item = tuple[Document, int, StreamWriter]
 
 
 class Tokenizer(Protocol):
@@ -106,7 +106,7 @@ def tokenize(
                 shutil.rmtree(stale)
             part = folder / f".{final.name}.{uuid.uuid4().hex[:8]}.part"
             try:
-                found = _shuffled(corpus.documents(config), seed)
+                found = _shuffled(corpus.documents(config, seed=seed), seed)
                 _build(part, found, tokenizer, sizes=sizes, heldout_fraction=heldout_fraction, progress=progress)
                 (part / "recipe.json").write_text(json.dumps(recipe, indent=1))
                 part.rename(final)
@@ -148,53 +148,62 @@ def _build(
     opened_by = separator(tokenizer)
     opening = [] if opened_by is None else [opened_by]
     wanted = (sizes.train + sizes.heldout) * sizes.context
-    seen: set[int] = set()
-    n_chars = n_repeated = 0
+    tally = _Tally()
     with (
-        _Writer(folder / "train", sizes.train, sizes.context) as train,
-        _Writer(folder / "heldout", sizes.heldout, sizes.context) as heldout,
+        StreamWriter(folder / "train", n_sequences=sizes.train, context=sizes.context) as train,
+        StreamWriter(folder / "heldout", n_sequences=sizes.heldout, context=sizes.context) as heldout,
     ):
-
-        def to_encode() -> Iterator[tuple[Document, int, _Writer]]:
-            nonlocal n_chars, n_repeated
-            for document in found:
-                text = document.text.encode()
-                doc = xxhash.xxh3_64_intdigest(text)
-                n_chars += len(document.text)
-                if doc in seen:
-                    n_repeated += 1
-                    continue
-                seen.add(doc)
-                side = heldout if xxhash.xxh3_64_intdigest(text, HELDOUT_SALT) < heldout_fraction * 2**64 else train
-                if not side.full:
-                    yield document, doc, side
-                elif train.full and heldout.full:
-                    return
-
-        for batch in _batches(to_encode()):
+        for batch in _batches(_needed(found, tally, train=train, heldout=heldout, heldout_fraction=heldout_fraction)):
             encoded = _encode(tokenizer, [document.text for document, _, _ in batch])
             for (document, doc, side), ids in zip(batch, encoded, strict=True):
-                if len(ids):
-                    side.add(document, doc, [*opening, *ids])
+                if ids:
+                    side.add(document, doc=doc, ids=[*opening, *ids])
             if progress is not None:
                 progress(train.done + heldout.done, wanted)
-            if train.full and heldout.full:
-                break
         if not (train.full and heldout.full):
-            raise UserError(_too_short(train, heldout, n_documents=len(seen), n_chars=n_chars))
+            raise UserError(_too_short(train, heldout, tally=tally, heldout_fraction=heldout_fraction))
     logger.info(
         "text tokenised: %s tokens to train on in %s documents, %s held out in %s; %s repeated documents left out",
-        *(f"{n:,}" for n in (train.done, train.n_documents, heldout.done, heldout.n_documents, n_repeated)),
+        *(f"{n:,}" for n in (train.done, train.n_documents, heldout.done, heldout.n_documents, tally.n_repeated)),
     )
 
 
-def _too_short(train: "_Writer", heldout: "_Writer", *, n_documents: int, n_chars: int) -> str:
-    shares = [side.done / side.wanted for side in (train, heldout) if side.wanted]
-    enough = int(min(shares) * (train.wanted + heldout.wanted))
-    cure = f"ask for fewer (harvest.tokens={enough}) or give more text" if enough else "give more text"
+def _needed(
+    found: Iterable[Document], tally: "_Tally", *, train: StreamWriter, heldout: StreamWriter, heldout_fraction: float
+) -> Iterator[_Item]:
+    """Each new document with its id and its side, as long as a side has room; both are functions of the text."""
+    for document in found:
+        if train.full and heldout.full:
+            return
+        text = document.text.encode()
+        doc = xxhash.xxh3_64_intdigest(text)
+        tally.n_chars += len(document.text)
+        if doc in tally.docs:
+            tally.n_repeated += 1
+            continue
+        tally.docs.add(doc)
+        side = heldout if xxhash.xxh3_64_intdigest(text, HELDOUT_SALT) < heldout_fraction * 2**64 else train
+        if not side.full:
+            yield document, doc, side
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What was read so far."""
+
+    docs: set[int] = dataclasses.field(default_factory=set)
+    n_chars: int = 0
+    n_repeated: int = 0
+
+
+def _too_short(train: StreamWriter, heldout: StreamWriter, *, tally: _Tally, heldout_fraction: float) -> str:
+    # a side that is full says nothing of how much there is; the training side, being larger, says it more exactly
+    there = heldout.done / heldout_fraction if train.full else train.done / (1 - heldout_fraction)
+    enough = int(0.9 * there) - heldout.wanted  # 0.9: shares are by documents, which are not equally long
+    cure = f"ask for fewer (try harvest.tokens={enough}) or give more text" if enough > 0 else "give more text"
     return (
         f"the text is too short: {train.done:,} of {train.wanted:,} training tokens and {heldout.done:,} of "
-        f"{heldout.wanted:,} held-out ones in {n_documents:,} documents of {n_chars:,} characters; {cure}"
+        f"{heldout.wanted:,} held-out ones in {len(tally.docs):,} documents of {tally.n_chars:,} characters; {cure}"
     )
 
 
@@ -220,8 +229,8 @@ def _shuffled(found: Iterable[Document], seed: int) -> Iterator[Document]:
         yield held.pop()
 
 
-def _batches(items: Iterable[tuple[Document, int, "_Writer"]]) -> Iterator[list[tuple[Document, int, "_Writer"]]]:
-    batch: list[tuple[Document, int, _Writer]] = []
+def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    batch: list[_Item] = []
     n_chars = 0
     for item in items:
         batch.append(item)
@@ -231,50 +240,6 @@ def _batches(items: Iterable[tuple[Document, int, "_Writer"]]) -> Iterator[list[
             batch, n_chars = [], 0
     if batch:
         yield batch
-
-
-class _Writer:
-    """Writes one `TokenStream` folder; what comes after its last sequence is cut off."""
-
-    def __init__(self, folder: Path, n_sequences: int, context: int):
-        folder.mkdir(parents=True)
-        self.folder, self.wanted, self.done = folder, n_sequences * context, 0
-        self.starts, self.rows = array.array("q"), []
-        self.tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.int32, (self.wanted,))
-        self.table = pa.ipc.new_file(str(folder / "documents.arrow"), SCHEMA)
-        (folder / "stream.json").write_text(json.dumps({"context": context}))
-
-    @property
-    def full(self) -> bool:
-        return self.done == self.wanted
-
-    @property
-    def n_documents(self) -> int:
-        return len(self.starts)
-
-    def add(self, document: Document, doc: int, ids: list[int]) -> None:
-        ids = ids[: self.wanted - self.done]
-        if not ids:
-            return
-        self.starts.append(self.done)
-        self.tokens[self.done : self.done + len(ids)] = ids
-        self.done += len(ids)
-        self.rows.append({"doc": doc, "source": document.source, "category": document.category})
-        if len(self.rows) == TABLE_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        self.table.write_batch(pa.RecordBatch.from_pylist(self.rows, schema=SCHEMA))
-        self.rows = []
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._flush()
-        self.table.close()
-        self.tokens.flush()
-        np.save(self.folder / "starts.npy", np.append(np.asarray(self.starts, dtype=np.int64), self.done))
 
 
 @contextlib.contextmanager

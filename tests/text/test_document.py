@@ -43,4 +43,4 @@ def test_blank_documents_vanish_and_long_ones_are_numbered(monkeypatch):
 def test_lone_surrogates_are_replaced_and_counted_by_name(caplog):
     with caplog.at_level(logging.WARNING):
         assert [d.text for d in clean(Document("a\ud800b\udcff", "web.jsonl:3", None))] == ["a\ufffdb\ufffd"]
-    assert "web.jsonl:3: 2 lone surrogates" in caplog.text
+    assert "web.jsonl:3: 2 undecodable characters" in caplog.text

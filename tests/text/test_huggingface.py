@@ -73,3 +73,10 @@ def test_a_name_that_cannot_be_reached_is_said(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="nobody/nothing.* cannot be loaded"):
         list(documents(HuggingfaceText(path="nobody/nothing")))
+
+
+def test_a_seed_shuffles_blocks_and_keeps_row_numbers(tmp_path):
+    datasets.Dataset.from_dict({"text": [f"t{i}" for i in range(1000)]}).save_to_disk(tmp_path / "data")
+    found = list(documents(HuggingfaceText(path=str(tmp_path / "data")), seed=1))
+    assert [d.source for d in found] == [f"data/train:{d.text[1:]}" for d in found]
+    assert sorted(int(d.text[1:]) for d in found) == list(range(1000)) != [int(d.text[1:]) for d in found]

@@ -176,3 +176,15 @@ def test_a_wrong_column_and_a_wrong_file_are_said(tmp_path):
     (tmp_path / "q.parquet").write_bytes(json.dumps({}).encode() * 20)
     with pytest.raises(UserError, match=r"q\.parquet is not Parquet"):
         list(documents(ParquetText(path=str(tmp_path / "q.parquet"))))
+
+
+def test_a_seed_shuffles_the_parts_and_changes_no_document(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i:02}.txt").write_text(f"t{i}")
+        (tmp_path / f"{i:02}.jsonl").write_text(f'{{"text": "j{i}"}}\n{{"text": "J{i}"}}\n')
+    pq.write_table(pa.table({"text": [f"p{i}" for i in range(24)]}), tmp_path / "p.parquet", row_group_size=2)
+    for kind in ("files", "jsonl", "parquet"):
+        config = KINDS[kind](path=str(tmp_path))
+        plain, seeded = list(documents(config)), list(documents(config, seed=1))
+        assert plain != seeded and sorted(plain) == sorted(seeded) and len(plain) in (12, 24)
+        assert seeded == list(documents(config, seed=1)) != list(documents(config, seed=2))

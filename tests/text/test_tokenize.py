@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_dist.config import UserError
+from sae_dist.text import stream_writer
 from sae_dist.text import tokenize as module
 from sae_dist.text.corpus import documents
 from sae_dist.text.document import Document
@@ -190,12 +191,16 @@ def test_tokenizers_that_differ_only_in_what_they_do_have_other_fingerprints(num
 
 
 def test_a_text_that_is_too_short_is_said_with_a_number_that_works(write_jsonl, build):
-    config = write_jsonl(some_texts())
-    with pytest.raises(UserError, match="the text is too short: .* in 60 documents of") as error:
-        build(config, n_tokens=100_000)
-    enough = int(re.search(r"harvest\.tokens=(\d+)", str(error.value))[1])
-    split = build(config, n_tokens=enough)
-    assert enough > 400 and (split.train.n_sequences + split.heldout.n_sequences) * 4 > enough - 4
+    texts = some_texts(1000)
+    config, held_out = write_jsonl(texts), 400
+    with pytest.raises(UserError, match="the text is too short: .* in 1,000 documents of") as error:
+        build(config, n_tokens=100_000, heldout_fraction=held_out / 100_000)
+    enough = int(re.search(r"harvest\.tokens=(\d+)", str(error.value))[1]) + held_out
+    split = build(config, n_tokens=enough, heldout_fraction=held_out / enough)
+    assert split.heldout.n_sequences == 100
+    assert enough > 0.8 * sum(1 + len(text.split()) for text in texts)
+    with pytest.raises(UserError, match="characters; give more text"):
+        build(write_jsonl(["1 2"], "short.jsonl"), n_tokens=4000, heldout_fraction=0.9)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +234,7 @@ def test_batch_and_table_sizes_leave_the_stream_as_it_is(write_jsonl, build, tmp
     config = write_jsonl(some_texts())
     build(config, folder=tmp_path / "a")
     monkeypatch.setattr(module, "BATCH_CHARS", 50)
-    monkeypatch.setattr(module, "TABLE_ROWS", 3)
+    monkeypatch.setattr(stream_writer, "TABLE_ROWS", 3)
     stream = build(config, folder=tmp_path / "b").train
     a, b = tree(tmp_path / "a"), tree(tmp_path / "b")
     assert {k: v for k, v in a.items() if not k.endswith("arrow")} == {k: v for k, v in b.items() if "arrow" not in k}
