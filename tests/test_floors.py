@@ -22,7 +22,7 @@ ONLY_IN = {  # a heavy dependency has one home
     "ray": "sae_dist/service/",
     "wandb": "sae_dist/monitor.py",
     "hydra": "sae_dist/cli/",
-    "s3fs": "sae_dist/storage.py",
+    "s3fs": "sae_dist/storage/",
     "transformers": "sae_dist/model/",
     "datasets": "sae_dist/text/",
 }

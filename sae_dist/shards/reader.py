@@ -191,7 +191,8 @@ def unit_rows(store: Store, hook: str, unit: int, batch_rows: int) -> Iterator[R
 def _fetch(storage: Storage, key: str, ref: SliceRef) -> UInt8[np.ndarray, " bytes"]:
     path = storage.local_path(key)
     if path is None:
-        return np.frombuffer(bytearray(storage.read(key, ref.offset, ref.bytes)), np.uint8)
+        data = storage.read(key, ref.offset, ref.bytes)
+        return np.frombuffer(bytearray(data) if isinstance(data, bytes) else data, np.uint8)  # writable, for torch
     with path.open("rb") as file:
         start = ref.offset - ref.offset % mmap.ALLOCATIONGRANULARITY
         length = ref.offset + ref.bytes - start

@@ -16,11 +16,6 @@ from sae_dist.shards.format import CorruptData
 from tests.shards import predictable
 
 
-@pytest.fixture(params=["file", "memory"])
-def place(request, tmp_path):
-    return storage.open(tmp_path / "store") if request.param == "file" else storage.open(f"memory://{tmp_path}")
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
 def test_every_row_of_every_hook_comes_back(place, dtype):
     store = predictable.filled(place, dtype=dtype)
@@ -61,11 +56,11 @@ def test_local_slices_are_views_of_the_file(tmp_path):
     assert any(int(start, 16) <= address < int(end, 16) for start, _, end in (m[0].partition("-") for m in maps))
 
 
-def test_creating_twice_is_the_same_store_and_another_meta_is_refused(place):
-    first = writer.create(place, predictable.meta())
-    assert writer.create(place, predictable.meta()).meta == first.meta
+def test_creating_twice_is_the_same_store_and_another_meta_is_refused(every_place):
+    first = writer.create(every_place, predictable.meta())
+    assert writer.create(every_place, predictable.meta()).meta == first.meta
     with pytest.raises(UserError, match=r"slice_rows: 20 there, 24 here"):
-        writer.create(place, predictable.meta(slice_rows=24))
+        writer.create(every_place, predictable.meta(slice_rows=24))
     with pytest.raises(UserError, match=r"holds no store\.json"):
         reader.open(storage.open("memory://nothing"))
 
@@ -78,11 +73,12 @@ def test_names_from_data_never_become_paths(hook):
         storage.checked_key("data/../../etc/passwd")
 
 
-def test_of_many_writers_of_one_unit_one_wins_and_the_others_leave_nothing(place):
-    store = writer.create(place, predictable.meta())
+def test_of_many_writers_of_one_unit_one_wins_and_the_others_leave_nothing(every_place):
+    store = writer.create(every_place, predictable.meta())
     results = []
     threads = [
-        threading.Thread(target=lambda: results.append(predictable.write(reader.open(place), 1))) for _ in range(6)
+        threading.Thread(target=lambda: results.append(predictable.write(reader.open(every_place), 1)))
+        for _ in range(6)
     ]
     for thread in threads:
         thread.start()
@@ -90,7 +86,7 @@ def test_of_many_writers_of_one_unit_one_wins_and_the_others_leave_nothing(place
         thread.join()
     assert sum(written.won for written in results) == 1
     assert len({written.commit.attempt for written in results}) == 1
-    assert len(list(place.list("data/"))) == len(store.meta.hooks)
+    assert len(list(every_place.list("data/"))) == len(store.meta.hooks)
 
 
 def test_rows_that_are_not_finite_are_dropped_in_all_hooks_and_counted(place):

@@ -1,0 +1,51 @@
+"""Object storage: a folder, the memory of this process or S3 behind one handful of operations (object.py)."""
+
+import uuid
+from pathlib import Path
+
+from sae_dist.config import UserError
+from sae_dist.storage.local import LocalStorage
+from sae_dist.storage.memory import MemoryStorage
+from sae_dist.storage.object import Bytes, Entry, Storage, StorageError, checked_key
+
+__all__ = ["Bytes", "Entry", "LocalStorage", "MemoryStorage", "Storage", "StorageError", "checked_key", "open", "probe"]
+
+
+def open(uri: str | Path) -> Storage:
+    """The storage at `uri`: a folder, file:///folder, memory://name or s3://bucket/prefix.
+
+    S3 finds endpoint, region and credentials where every AWS client does (AWS_ENDPOINT_URL, AWS_PROFILE, roles, ...).
+    """
+    scheme, separator, rest = str(uri).partition("://")
+    if not separator:
+        return LocalStorage(Path(uri).absolute())
+    match scheme:
+        case "file":
+            return LocalStorage(Path(rest).absolute())
+        case "memory":
+            return MemoryStorage(rest)
+        case "s3":
+            from sae_dist.storage.s3 import S3Storage  # its clients take a second to import
+
+            bucket, _, prefix = rest.strip("/").partition("/")
+            return S3Storage(bucket, prefix)
+        case _:
+            raise UserError(f"store={uri}: unknown scheme {scheme}; use a folder, file://, s3:// or memory://")
+
+
+def probe(storage: Storage) -> None:
+    """Refuses a storage on which two writers could both believe that they were first.
+
+    Some S3 servers ignore If-None-Match and answer 200 to everybody (rclone 1.75, nanio 0.1 do).
+    """
+    key = f"probe/{uuid.uuid4().hex}"
+    try:
+        first, second = storage.create(key, b"first"), storage.create(key, b"second")
+        kept = bytes(storage.read(key))
+    finally:
+        storage.delete(key)
+    if not first or second or kept != b"first":
+        raise StorageError(
+            f"store={storage.uri}: a second conditional create of one key was accepted, so two producers could "
+            "commit one unit; use a store that honours If-None-Match (AWS S3, R2, MinIO, SeaweedFS, a local folder)"
+        )

@@ -1,0 +1,107 @@
+"""A folder as storage, on a local or a shared file system."""
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from sae_dist import faults
+from sae_dist.storage.object import Bytes, Entry, StorageError, checked_key
+
+TEMPORARY = ".partial-"  # files that a killed writer left; never listed
+
+
+class LocalStorage:
+    """A folder. Writes go to a temporary file, are flushed to disk and linked into place."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.uri = str(root)
+
+    def local_path(self, key: str) -> Path | None:
+        return self.root / checked_key(key)
+
+    def read(self, key: str, start: int | None = None, length: int | None = None) -> Bytes:
+        with (self.root / checked_key(key)).open("rb") as file:
+            if start:
+                file.seek(start)
+            return file.read(-1 if length is None else length)
+
+    def write(self, key: str, data: Bytes) -> None:
+        self._place(key, data, replace=True)
+
+    def create(self, key: str, data: Bytes) -> bool:
+        return self._place(key, data, replace=False)
+
+    def _place(self, key: str, data: Bytes, *, replace: bool) -> bool:
+        path = self.root / checked_key(key)
+        temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                faults.point("storage.before_sync", key=key)
+                os.fsync(file.fileno())
+            faults.point("storage.before_rename", key=key)
+            if replace:
+                os.replace(temporary, path)
+            else:
+                os.link(temporary, path)  # fails if the name is taken, and shows the whole content or nothing
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise StorageError(
+                    f"{path}: {error.strerror} writing {len(data)} bytes; free space or move the store"
+                ) from error
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        return (e for e in self._walk(prefix) if not Path(e.key).name.startswith(TEMPORARY))
+
+    def leftovers(self) -> Iterator[Entry]:
+        return (e for e in self._walk("") if Path(e.key).name.startswith(TEMPORARY))
+
+    def _walk(self, prefix: str) -> Iterator[Entry]:
+        folder = prefix.rpartition("/")[0]
+        pending = [self.root / folder]
+        found = []
+        while pending:
+            try:
+                children = list(os.scandir(pending.pop()))
+            except FileNotFoundError:
+                continue
+            for child in children:
+                if child.is_dir(follow_symlinks=False):
+                    pending.append(Path(child.path))
+                    continue
+                key = Path(child.path).relative_to(self.root).as_posix()
+                if key.startswith(prefix):
+                    try:
+                        status = child.stat()
+                    except FileNotFoundError:
+                        continue  # renamed or deleted since the folder was read
+                    found.append(Entry(key, status.st_size, status.st_mtime))
+        return iter(sorted(found))
+
+    def delete(self, key: str) -> None:
+        (self.root / checked_key(key)).unlink(missing_ok=True)
+
+    def exists(self, key: str) -> bool:
+        return (self.root / checked_key(key)).is_file()
+
+    def size(self, key: str) -> int:
+        return (self.root / checked_key(key)).stat().st_size
+
+    def discard(self, leftover: Entry) -> None:
+        (self.root / leftover.key).unlink(missing_ok=True)

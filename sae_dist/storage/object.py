@@ -1,0 +1,75 @@
+"""What every storage can do, in terms of keys and whole objects."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from sae_dist.config import UserError
+
+Bytes = bytes | bytearray | memoryview
+
+
+class StorageError(UserError):
+    """The storage said no, or nothing at all for too long; one line with the cure."""
+
+
+class Entry(NamedTuple):
+    """A stored object; mtime in seconds since the epoch, by the clock of the storage."""
+
+    key: str
+    size: int
+    mtime: float
+
+
+class Storage(Protocol):
+    """Objects under one place, read by many and written whole; safe to use from several threads."""
+
+    uri: str
+
+    def read(self, key: str, start: int | None = None, length: int | None = None) -> Bytes:
+        """The object, or `length` bytes of it from `start`; FileNotFoundError if there is none."""
+        ...
+
+    def write(self, key: str, data: Bytes) -> None:
+        """Puts the object there, in place of any other of that key; nobody sees half of it."""
+        ...
+
+    def create(self, key: str, data: Bytes) -> bool:
+        """Puts the object there if none is; True for exactly one of any number of writers.
+
+        Writers of equal bytes may all be told that they won, so a writer puts a name of its own into them.
+        """
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Objects whose key starts with `prefix`, by key."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Removes the object; no error if there is none."""
+        ...
+
+    def exists(self, key: str) -> bool: ...
+
+    def size(self, key: str) -> int: ...
+
+    def local_path(self, key: str) -> Path | None:
+        """Where a reader may map the object into memory; None if it is not a local file."""
+        ...
+
+    def leftovers(self) -> Iterator[Entry]:
+        """What killed writers left behind: no reader can see it, but it takes room."""
+        ...
+
+    def discard(self, leftover: Entry) -> None:
+        """Removes one of the leftovers."""
+        ...
+
+
+def checked_key(key: str) -> str:
+    """`key` if it is a plain relative path: no empty part, no '..', nothing that a shell or a URL would read."""
+    parts = key.split("/")
+    if not re.fullmatch(r"[A-Za-z0-9._/=+-]+", key) or any(part in ("", ".", "..") for part in parts):
+        raise UserError(f"key={key!r} is not a plain relative path; names of hooks and units make the keys")
+    return key

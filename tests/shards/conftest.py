@@ -1,0 +1,64 @@
+"""Places for stores: a folder, the memory of this process, an S3 server that misbehaves, a real S3 server."""
+
+import uuid
+
+import pytest
+import s3fs
+
+from sae_dist import storage
+from tests.shards import seaweedfs
+from tests.shards.s3_double import S3Double
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory):
+    """The endpoint of a real S3 server with a bucket named bucket."""
+    with seaweedfs.server(tmp_path_factory.mktemp("seaweedfs")) as endpoint:
+        keys = {"key": seaweedfs.KEYS["AWS_ACCESS_KEY_ID"], "secret": seaweedfs.KEYS["AWS_SECRET_ACCESS_KEY"]}
+        fs = s3fs.S3FileSystem(endpoint_url=endpoint, **keys, client_kwargs={"region_name": "us-east-1"})
+        fs.call_s3("create_bucket", Bucket="bucket")
+        yield endpoint
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """The misbehaving S3 server; clients in this process and its children find it."""
+    with S3Double() as server:
+        _point_to(server.endpoint, monkeypatch)
+        yield server
+
+
+def _point_to(endpoint: str, monkeypatch) -> None:
+    for name, value in {**seaweedfs.KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
+        monkeypatch.setenv(name, value)
+
+
+def _open(kind: str, request, tmp_path):
+    match kind:
+        case "file":
+            return storage.open(tmp_path / "store")
+        case "memory":
+            return storage.open(f"memory://{uuid.uuid4().hex}")
+        case "double":
+            request.getfixturevalue("double")
+        case "seaweedfs":
+            _point_to(request.getfixturevalue("seaweed"), request.getfixturevalue("monkeypatch"))
+    return storage.open(f"s3://bucket/{uuid.uuid4().hex}")
+
+
+@pytest.fixture(params=["file", "memory", "double"])
+def place(request, tmp_path):
+    """An empty storage."""
+    return _open(request.param, request, tmp_path)
+
+
+@pytest.fixture(params=["file", "memory", "double", "seaweedfs"])
+def every_place(request, tmp_path):
+    """An empty storage, the real S3 server among them."""
+    return _open(request.param, request, tmp_path)
+
+
+@pytest.fixture(params=["file", "double", "seaweedfs"])
+def durable(request, tmp_path):
+    """An empty storage that other processes can open by its URI."""
+    return _open(request.param, request, tmp_path)

