@@ -1,0 +1,74 @@
+"""Every kernel in every block configuration that the host code can choose, as the compiler wants it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from sae_kernels import triton_rescan, triton_select, triton_topk_encode
+from sae_kernels.triton_tiles import GROUP_ROWS, SINGLE, TILES, UNEVEN, Tile
+
+CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)  # k up to 16, 32, 64, 128, 512, 2048
+
+
+class Configuration(NamedTuple):
+    """One kernel with its argument types, its constants, which arguments are multiples of 16, and the launch."""
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    aligned: frozenset[str]
+    options: Mapping[str, Any]
+
+
+def _configuration(
+    name: str, kernel: Any, types: str, *, warps: int, stages: int = 2, **constants: Any
+) -> Configuration:
+    """`types` is 'argument:type ...'; a '!' marks a value that is a multiple of 16, as pointers are."""
+    pairs = dict(pair.split(":") for pair in types.split())
+    aligned = frozenset(n for n, t in pairs.items() if t[0] in "!*")
+    plain = {n: t.lstrip("!") for n, t in pairs.items()}
+    return Configuration(name, kernel, plain, constants, aligned, {"num_warps": warps, "num_stages": stages})
+
+
+def encode(name: str, tile: Tile, *, dtype: str = "bf16", theta: bool = False, even: bool = True,
+           capacity: int = 512) -> Configuration:  # fmt: skip
+    """The encoder product with its selecting epilogue in one tile shape."""
+    return _configuration(
+        name, triton_topk_encode._encode_kernel,
+        f"x_ptr:*{dtype} W_ptr:*{dtype} b_ptr:*fp32 theta_ptr:*fp32 bound_value_ptr:*fp32 bound_latent_ptr:*i32 "
+        "keys_ptr:*i64 count_ptr:*i32 batch:i32 n_latents:!i32 "
+        + ("d_model:!i32 x_stride:!i32 W_stride:!i32 " if even else "d_model:i32 x_stride:i32 W_stride:i32 ")
+        + "start:!i32 stop:!i32 stride:i32",
+        warps=tile.warps, stages=tile.stages, CAPACITY=capacity, HAS_THETA=theta, EVEN=even,
+        PRECISION="ieee" if dtype == "fp32" else "tf32", ROWS=tile.rows, LATENTS=tile.latents, DEPTH=tile.depth,
+        PARTS=tile.parts, GROUP=GROUP_ROWS,
+    )  # fmt: skip
+
+
+def configurations(target: str) -> Iterator[Configuration]:
+    """All configurations that can be chosen on `target`; the default of each kernel comes first."""
+    tile = TILES[target]
+    yield encode("encode", tile)
+    yield encode("encode-theta", tile, theta=True)
+    yield encode("encode-uneven", UNEVEN, even=False)
+    yield encode("encode-fp32", SINGLE, dtype="fp32", even=False)
+    for capacity in CAPACITIES:
+        warps = triton_select.warps_for(capacity)
+        yield _configuration(
+            f"tighten-{capacity}", triton_select._tighten_kernel,
+            "keys_ptr:*i64 count_ptr:*i32 bound_value_ptr:*fp32 bound_latent_ptr:*i32 overflow_ptr:*i32 k:i32",
+            warps=warps, CAPACITY=capacity,
+        )  # fmt: skip
+        yield _configuration(
+            f"rescan-{capacity}", triton_rescan._rescan_kernel,
+            "x_ptr:*bf16 W_ptr:*bf16 b_ptr:*fp32 theta_ptr:*fp32 keys_ptr:*i64 count_ptr:*i32 overflow_ptr:*i32 "
+            "n_latents:!i32 d_model:!i32 x_stride:!i32 W_stride:!i32 k:i32",
+            warps=triton_rescan.rescan_warps(capacity), CAPACITY=capacity, HAS_THETA=False,
+            LATENTS=triton_rescan._LATENTS, DEPTH=triton_rescan._DEPTH,
+        )  # fmt: skip
+    for k in (32, 64, 128):
+        yield _configuration(
+            f"rank-{k}", triton_select._rank_kernel, 
+            "keys_ptr:*i64 count_ptr:*i32 values_ptr:*fp32 indices_ptr:*i64 k:i32",
+            warps=1 if k <= 32 else 4, CAPACITY=512, K=k,
+        )  # fmt: skip

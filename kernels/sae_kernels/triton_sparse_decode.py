@@ -1,0 +1,78 @@
+"""The two gathers of a sparse dictionary: rows of W_dec weighted and summed, and rows of W_dec dotted with an error.
+
+Both read k rows a token, 2 k d_model bytes of bf16, and hold one fp32 vector; neither writes anything per latent.
+"""
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_kernels.triton_tiles import power_of_two
+
+
+@triton.jit
+def _decode_kernel(values_ptr, indices_ptr, W_ptr, b_ptr, out_ptr, k, d_model, W_stride,
+                   PLACES: tl.constexpr, DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+    """DEPTH dimensions of one row: sum_j values_j W[indices_j] + b, PLACES gathered rows in flight at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    dim = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
+    total = tl.zeros((PLACES, DEPTH), dtype=tl.float32)
+    for first in range(0, k, PLACES):
+        place = first + tl.arange(0, PLACES)
+        value = tl.load(values_ptr + row * k + place, mask=place < k, other=0.0).to(tl.float32)
+        index = tl.load(indices_ptr + row * k + place, mask=place < k, other=0)
+        address = W_ptr + index.to(tl.int64)[:, None] * W_stride + dim[None, :]
+        W = tl.load(address, mask=(value != 0.0)[:, None] & (dim < d_model)[None, :], other=0.0)
+        total += value[:, None] * W.to(tl.float32)
+    x_hat = tl.sum(total, 0)
+    if HAS_BIAS:
+        x_hat += tl.load(b_ptr + dim, mask=dim < d_model, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * d_model + dim, x_hat, mask=dim < d_model)
+
+
+@triton.jit
+def _gather_dot_kernel(e_ptr, W_ptr, indices_ptr, out_ptr, k, d_model, e_stride, W_stride,
+                       PLACES: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """PLACES of one row's e . W[indices]."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+    index = tl.load(indices_ptr + row * k + place, mask=place < k, other=0).to(tl.int64)
+    total = tl.zeros((PLACES, DEPTH), dtype=tl.float32)
+    for first in range(0, d_model, DEPTH):
+        dim = first + tl.arange(0, DEPTH)
+        e = tl.load(e_ptr + row * e_stride + dim, mask=dim < d_model, other=0.0).to(tl.float32)
+        mask = (place < k)[:, None] & (dim < d_model)[None, :]
+        W = tl.load(W_ptr + index[:, None] * W_stride + dim[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += W * e[None, :]
+    tl.store(out_ptr + row * k + place, tl.sum(total, 1), mask=place < k)
+
+
+def blocks_for(d_model: int) -> tuple[int, int]:
+    """(gathered rows in flight, dimensions) of a program of four warps: 32 numbers a thread, 16-byte loads."""
+    depth = min(512, max(64, power_of_two(d_model)))
+    return 4096 // depth, depth
+
+
+def decode(values: Tensor, indices: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """sum_j values_j W[indices_j] (+ bias), [batch, d_model] fp32; rows of W [n_latents, d_model] are contiguous."""
+    (batch, k), d_model = values.shape, W.shape[1]
+    places, depth = blocks_for(d_model)
+    out = torch.empty(batch, d_model, dtype=torch.float32, device=W.device)
+    _decode_kernel[(batch, triton.cdiv(d_model, depth))](
+        values.contiguous(), indices.contiguous(), W, W if bias is None else bias, out, k, d_model, W.stride(0),
+        PLACES=places, DEPTH=depth, HAS_BIAS=bias is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def gather_dot(e: Tensor, W: Tensor, indices: Tensor) -> Tensor:
+    """e . W[indices] [batch, k] in fp32; e [batch, d_model] and W [n_latents, d_model] with contiguous rows."""
+    (batch, k), d_model = indices.shape, W.shape[1]
+    places, depth = blocks_for(d_model)
+    out = torch.empty(batch, k, dtype=torch.float32, device=W.device)
+    _gather_dot_kernel[(batch, triton.cdiv(k, places))](
+        e, W, indices.contiguous(), out, k, d_model, e.stride(0), W.stride(0), PLACES=places, DEPTH=depth, num_warps=4
+    )
+    return out
