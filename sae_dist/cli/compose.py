@@ -8,6 +8,7 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,6 +27,13 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     """conf/`command`.yaml with the overrides, resolved, as plain values; UserError for what does not compose."""
     GlobalHydra.instance().clear()
     expanded = [part for override in overrides for part in _expand(override)]
+    for override in expanded:
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            raise UserError(
+                f"{override} is not understood ({str(error).splitlines()[0]}); quote it: 'key=\"value\"'"
+            ) from None
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             config = hydra.compose(command, expanded)

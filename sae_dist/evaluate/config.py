@@ -9,7 +9,7 @@ from sae_dist.config import frozen
 
 @frozen
 class EvaluateConfig:
-    """Reconstruction figures use every held-out row of the store; cross-entropies need the model and use fewer tokens."""
+    """Reconstruction figures use every held-out row of the store; cross-entropies need the model and use fewer."""
 
     ce_sequences: Annotated[int, Field(ge=1)] = (
         128  # held-out sequences for loss recovered (four passes of the model each)

@@ -1,4 +1,4 @@
-"""One unit of text through the model: tokens in, rows out. Who calls it, and where rows go, is the service's business."""
+"""One unit of text through the model: tokens in, rows out. Who calls it and where rows go is the service's business."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int64, UInt32, UInt64
 from torch import Tensor
 
+from sae_dist.config import UserError
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.rows import eligible, keep
 from sae_dist.model.hooks import capture
@@ -44,7 +45,7 @@ def harvest(
     candidates = eligible(tokens, config.rows, separator(language_model.tokenizer))
     kept = keep(states, candidates, config.rows)
     if kept.nonfinite > config.max_nonfinite_fraction * tokens.numel():
-        raise FloatingPointError(
+        raise UserError(
             f"{kept.nonfinite} of {tokens.numel()} positions of {language_model.name} are NaN or Inf at "
             f"{', '.join(hooks)}; load it in float32 (model.dtype=float32) or raise harvest.max_nonfinite_fraction"
         )

@@ -14,29 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from sae_dist.config import UserError, frozen
+from sae_dist.config import UserError
 from sae_dist.model import smollm2, tiny
+from sae_dist.model.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE = 4096  # weights of each tensor that the fingerprint reads
-
-
-@frozen
-class ModelConfig:
-    """Which language model, and how it is held.
-
-    name: `smollm2`, `tiny-llama`, `tiny-gpt2`, a name on the Hugging Face hub, or a local folder
-    revision: commit, tag or branch of a hub model; null is its default branch
-    dtype: `auto` is bfloat16 where the device computes it fast, else float32
-    device: `auto` is the GPU when there is one
-    """
-
-    name: str = "smollm2"
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    trust_remote_code: Literal[False] = False
 
 
 class LanguageModel(NamedTuple):

@@ -47,7 +47,7 @@ def initialize(x: Float[Tensor, "rows d_model"], *, n_latents: int, k: int, seed
     W_dec /= W_dec.norm(dim=-1, keepdim=True)
     b_dec = geometric_median(x)
     centred = x - b_dec
-    sample = centred[:512]  # the ratio of two mean norms: 512 rows give it within a few per cent
+    sample = centred[:: max(len(centred) // 512, 1)]  # the ratio of two mean norms: 512 rows give it to a few per cent
     values, indices = (sample @ W_dec.T).relu().topk(k, dim=-1)
     rebuilt = torch.einsum("bk,bkd->bd", values, W_dec[indices])
     c = float(sample.norm(dim=-1).mean() / rebuilt.norm(dim=-1).mean().clamp_min(1e-12))

@@ -9,7 +9,7 @@ from sae_dist.config import digest, frozen, to_dict
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.interpret.collect import PagesConfig
-from sae_dist.model.load import ModelConfig
+from sae_dist.model.config import ModelConfig
 from sae_dist.monitor import WandbConfig
 from sae_dist.sae.config import SAEConfig
 from sae_dist.shards.order import OrderConfig
@@ -54,6 +54,23 @@ class RunConfig:
             out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae, order=self.order,
             train=self.train, wandb=self.wandb,
         )  # fmt: skip
+
+
+@frozen
+class HarvestJob:
+    """text + model -> store."""
+
+    out: str = "runs/harvest"  # tokens and status
+    cluster: str = "local"
+    model: ModelConfig
+    hook: str | tuple[str, ...]
+    text: TextConfig
+    store: str
+    harvest: HarvestConfig
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        return (self.hook,) if isinstance(self.hook, str) else self.hook
 
 
 @frozen

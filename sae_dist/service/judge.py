@@ -1,21 +1,33 @@
 """Evaluation and feature pages of a run's dictionary, beside the model that they need."""
 
+import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
+from sae_dist import storage
+from sae_dist.config import UserError
+from sae_dist.config import load as load_config
+from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.evaluate import evaluate_loss, evaluate_reconstruction
 from sae_dist.harvest.rows import eligible
+from sae_dist.interpret.collect import PagesConfig
 from sae_dist.interpret.site import feature_pages
 from sae_dist.interpret.vocabulary import decoder
 from sae_dist.model.load import LanguageModel
+from sae_dist.model.load import load as load_model
 from sae_dist.model.logits import unembedding
+from sae_dist.monitor import write_json
 from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.service.config import RunConfig
+from sae_dist.service.prepare import Prepared, prepare
+from sae_dist.shards import reader
 from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.text.stream import TokenStream
 from sae_dist.text.tokenize import separator
@@ -49,3 +61,49 @@ def pages(
         W_U=unembedding(language_model.model), stream=stream, decode=decoder(tokenizer),
         special=tokenizer.all_special_ids, summary=summary, config=config.pages,
     )  # fmt: skip
+
+
+def evaluate_again(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
+    """Judges a finished run's dictionary anew; its summary, with the new figures written into summary.json."""
+    summary = _summary(out)
+    config = _run_config(out)
+    if config is None:
+        store = reader.open(storage.open(summary["store"]))
+        dictionary = dictionary_file.load(out / "dictionary")
+        summary["eval"] |= evaluate_reconstruction(dictionary, store, summary["hook"], evaluate_config)
+    else:
+        config = dataclasses.replace(config, evaluate=evaluate_config)
+        prepared, store = _prepared(config)
+        summary["eval"] = evaluate(config, load_model(config.model), store=store, stream=prepared.split.heldout)
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def pages_again(out: Path, pages_config: PagesConfig) -> Path:
+    """Writes a finished run's feature pages anew; the path of their index."""
+    summary, config = _summary(out), _run_config(out)
+    if config is None:
+        raise UserError(f"out={out} is a run of `sae-dist train`: it has no text and no model to make pages of")
+    config = dataclasses.replace(config, pages=pages_config)
+    prepared, store = _prepared(config)
+    return pages(config, load_model(config.model), store=store, stream=prepared.split.train, summary=summary)
+
+
+def _summary(out: Path) -> dict[str, Any]:
+    if not (out / "summary.json").is_file():
+        raise UserError(f"out={out} has no summary.json: the run has not finished; repeat its command first")
+    return json.loads((out / "summary.json").read_text())
+
+
+def _run_config(out: Path) -> RunConfig | None:
+    """The config of a run of `sae-dist run`; None for one of `sae-dist train`."""
+    values = yaml.safe_load((out / "config.yaml").read_text())
+    return load_config(RunConfig, values) if "model" in values else None
+
+
+def _prepared(config: RunConfig) -> tuple[Prepared, Store]:
+    prepared = prepare(
+        model=config.model, hook_points=[config.hook], text=config.text, harvest=config.harvest,
+        folder=config.folder / "text", store_uri=config.store_uri, progress=lambda _: None,
+    )  # fmt: skip
+    return prepared, reader.open(storage.open(config.store_uri))

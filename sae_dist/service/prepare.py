@@ -10,7 +10,8 @@ from sae_dist.config import to_dict
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.units import counts
 from sae_dist.model import hooks
-from sae_dist.model.load import LanguageModel, ModelConfig
+from sae_dist.model.config import ModelConfig
+from sae_dist.model.load import LanguageModel
 from sae_dist.model.load import load as load_model
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.writer import create
@@ -38,6 +39,7 @@ def prepare(
     progress: Callable[[Mapping[str, Any]], None],
 ) -> Prepared:
     """Tokenises the text under `folder` and creates the store, once; UserError for a hook point that is not there."""
+    text_fingerprint = corpus.fingerprint(text)  # first: a missing file is found before a model is loaded for nothing
     language_model = load_model(model)
     widths = {hook: hooks.width(language_model.model, hook) for hook in hook_points}
     n_train, n_heldout = counts(harvest)
@@ -48,7 +50,7 @@ def prepare(
         heldout_fraction=n_heldout * per_unit / wanted, seed=harvest.seed, folder=folder,
         progress=lambda done, total: progress({"tokens": done, "of": total}),
     )  # fmt: skip
-    meta = _describe(language_model, widths, text=text, harvest=harvest)
+    meta = _describe(language_model, widths, text_fingerprint=text_fingerprint, harvest=harvest)
     create(storage.open(store_uri), meta)
     facts = {
         "tokens": len(split.train.tokens),
@@ -60,14 +62,14 @@ def prepare(
 
 
 def _describe(
-    language_model: LanguageModel, widths: Mapping[str, int], *, text: TextConfig, harvest: HarvestConfig
+    language_model: LanguageModel, widths: Mapping[str, int], *, text_fingerprint: str, harvest: HarvestConfig
 ) -> StoreMeta:
     n_train, n_heldout = counts(harvest)
     return StoreMeta(
         model=language_model.name,
         model_fingerprint=language_model.fingerprint,
         tokenizer=tokenizer_fingerprint(language_model.tokenizer),
-        text_fingerprint=corpus.fingerprint(text),
+        text_fingerprint=text_fingerprint,
         context=harvest.context,
         hooks=dict(widths),
         n_units=n_train + n_heldout,

@@ -13,7 +13,7 @@ from sae_dist.config import load as load_config
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.harvest import harvest
 from sae_dist.harvest.units import sequences_of
-from sae_dist.model.load import ModelConfig
+from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import load as load_model
 from sae_dist.service import judge
 from sae_dist.service.config import RunConfig

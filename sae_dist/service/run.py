@@ -23,6 +23,7 @@ from sae_dist.service.harvesting import Harvesting
 from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.run_folder import RunFolder
+from sae_dist.service.summary import summarize
 from sae_dist.service.trainer import Trainer, TrainReport
 from sae_dist.shards import reader
 
@@ -79,23 +80,13 @@ class _Run:
         harvesting = Harvesting(self._replica_config, self._config.harvest, todo=todo, n_units=self._store.meta.n_units)
         try:
             report = self._stream(harvesting)
-            summary: dict[str, Any] = {
-                "name": self._out.name,
-                "config_hash": config_hash(self._config),
-                "store": self._config.store_uri,
-                "dictionary": str(self._out / "dictionary"),
-                "n_latents": self._config.sae.n_latents,
-                "d_model": self._store.meta.hooks[self._config.hook],
-                "k": self._config.sae.k,
-                "tokens_trained": report.tokens,
-                "steps": report.steps,
-                "wall_seconds": None,
-                "tokens_per_second": round(report.tokens / report.seconds, 1),
-                "order_hash": report.order_hash,
-            }
-            summary["eval"] = self._judge(
+            figures = self._judge(
                 "evaluate", [report.order_hash, self._values["evaluate"]], harvesting,
                 lambda replica: replica.evaluate.remote(self._values),
+            )  # fmt: skip
+            summary = summarize(
+                self._config.train_job(), hook=self._config.hook, store=self._store, trained=report,
+                hashed=config_hash(self._config), figures=figures,
             )  # fmt: skip
             if self._config.pages is not None:
                 summary["pages"] = self._judge(

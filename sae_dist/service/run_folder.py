@@ -23,9 +23,13 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"out={path} cannot be made ({error.strerror}); choose another out=") from None
-        self._lock = _claim(path)
         values = to_dict(config)
-        _refuse_another_run(path, values)
+        self._lock = _claim(path)
+        try:
+            _refuse_another_run(path, values)
+        except UserError:
+            self._lock.close()
+            raise
         (path / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         self._started, self._seconds_before = time.monotonic(), float(read_status(path).get("wall_seconds", 0.0))
 

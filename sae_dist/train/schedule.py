@@ -7,7 +7,7 @@ def base_lr(n_latents: int) -> float:
 
 
 def lr_factor(step: int, *, n_steps: int, warmup_fraction: float, decay_fraction: float) -> float:
-    """Linear warm-up, constant, linear decay over the last `decay_fraction` (Templeton et al. 2024); steps count from 0.
+    """Linear warm-up, constant, linear decay at the end (Templeton et al. 2024); steps count from 0.
 
     The first step has 1 / warm-up steps and the last 1 / decay steps of the peak: no step is wasted on a rate of zero.
     """

@@ -19,7 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from sae_dist.model.load import LanguageModel, ModelConfig, load
+from sae_dist.model.config import ModelConfig
+from sae_dist.model.load import LanguageModel, load
 
 VOCAB = 61
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from sae_dist.config import CONF_DIR, UserError
 from sae_dist.config import load as checked
 from sae_dist.model import smollm2, tiny
-from sae_dist.model.load import ModelConfig, fast_dtype, fingerprint, load
+from sae_dist.model.config import ModelConfig
+from sae_dist.model.load import fast_dtype, fingerprint, load
 
 
 @pytest.mark.parametrize("name", tiny.TINY)

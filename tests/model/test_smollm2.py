@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sae_dist.model import hooks
-from sae_dist.model.load import ModelConfig, load
+from sae_dist.model.config import ModelConfig
+from sae_dist.model.load import load
 from sae_dist.model.logits import next_token_loss, unembedding
 
 TEXT = """The residual stream is a sum: every layer reads it, and adds what it has found. A dictionary of directions

@@ -1,0 +1,23 @@
+"""Train a dictionary on an activation store, in this process; no Ray, no language model.
+
+The store may hold activations that were made elsewhere (sae-dist store import). Repeating the command goes on.
+Example: sae-dist train store=stores/mine sae.n_latents=512 sae.k=4 train.steps=3000 train.batch=512 out=runs/mine
+"""
+
+import signal
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from sae_dist.cli.report import print_summary
+from sae_dist.config import load
+from sae_dist.service.config import TrainJob
+from sae_dist.service.training import train_and_judge
+
+
+def main(values: Mapping[str, Any]) -> int:
+    stop = threading.Event()  # the step in hand is finished and saved first
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    print_summary(train_and_judge(load(TrainJob, values), stop=stop.is_set))
+    return 0

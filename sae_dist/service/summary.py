@@ -1,0 +1,41 @@
+"""summary.json: the final figures of a run. A figure that was not measured is null, never a guess."""
+
+from typing import Any, Protocol
+
+from sae_dist.service.config import TrainJob
+from sae_dist.shards.reader import Store
+
+
+class Finished(Protocol):
+    """What training reports."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def order_hash(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+def summarize(
+    job: TrainJob, *, hook: str, store: Store, trained: Finished, hashed: str, figures: dict[str, Any]
+) -> dict[str, Any]:
+    """The summary of a finished training; `wall_seconds` is for the caller to fill in last."""
+    return {
+        "name": job.out.rstrip("/").rpartition("/")[2],
+        "config_hash": hashed,
+        "store": job.store,
+        "hook": hook,
+        "dictionary": f"{job.out}/dictionary",
+        "n_latents": job.sae.n_latents,
+        "d_model": store.meta.hooks[hook],
+        "k": job.sae.k,
+        "tokens_trained": trained.tokens,
+        "steps": trained.steps,
+        "wall_seconds": None,
+        "tokens_per_second": round(trained.tokens / trained.seconds, 1),
+        "order_hash": trained.order_hash,
+        "eval": figures,
+    }

@@ -1,0 +1,111 @@
+"""The command line: what it composes, what it refuses and how it says so."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from sae_dist.cli.compose import compose
+from sae_dist.cli.main import COMMANDS, main
+from sae_dist.config import CONF_DIR, UserError, load, to_dict
+from sae_dist.service.config import HarvestJob, RunConfig, TrainJob, config_hash
+
+JOBS = {"run": RunConfig, "harvest": HarvestJob, "train": TrainJob}
+NEEDED = {"harvest": ["store=s"], "train": ["store=s"]}
+
+
+def groups():
+    """Every YAML of every group, as an override of every command that has the group."""
+    for command in JOBS:
+        bare = yaml.safe_load((CONF_DIR / f"{command}.yaml").read_text())
+        for group in (next(iter(entry)) for entry in bare["defaults"] if isinstance(entry, dict)):
+            yield from ((command, f"{group}={path.stem}") for path in sorted((CONF_DIR / group).glob("*.yaml")))
+    yield from (("run", f"+preset={path.stem}") for path in sorted((CONF_DIR / "preset").glob("*.yaml")))
+
+
+@pytest.mark.parametrize(("command", "override"), list(groups()))
+def test_every_yaml_composes_and_loads(command, override):
+    needed = [*NEEDED.get(command, []), *(["model.name=gpt2"] if override == "model=hf" else [])]
+    config = load(JOBS[command], compose(command, [override, *needed]))
+    assert load(JOBS[command], to_dict(config)) == config
+
+
+@pytest.mark.parametrize("command", JOBS)
+def test_yaml_and_dataclass_agree_on_the_defaults(command):
+    """A default that differs between conf/ and the code would depend on how the code was called."""
+    composed = compose(command, NEEDED.get(command, []))
+    for part in ("harvest", "train", "evaluate", "order", "wandb", "sae", "pages"):
+        if part in composed and part != "order":  # conf/run.yaml shuffles few units together: its store grows
+            declared = type(getattr(load(JOBS[command], composed), part))()
+            assert to_dict(declared) == to_dict(getattr(load(JOBS[command], composed), part)), part
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "sae.kk=3", "store=s"], "unknown key sae.kk; did you mean sae.k?"),
+        (["run", "sae.k=three"], "sae.k='three': input should be a valid integer"),
+        (["run", "sae=topkk"], "sae=topkk is not known; choose one of topk"),
+        (["run", "sae.n_latents=16", "sae.k=32"], "k=32 exceeds n_latents=16"),
+        (["run", "train.batch=0"], "train.batch=0: input should be greater than or equal to 1"),
+        (["run", "harvest.rows.drop_first=128"], "drops all of harvest.context=128"),
+        (["run", "text=/nowhere/at/all.txt", "out={tmp}/a", "model=tiny-llama"], "/nowhere/at/all.txt"),
+        (["run", "hook=resid_post.99", "out={tmp}/b", "model=tiny-llama"], "hook='resid_post.99'"),
+        (["run", "model=/nowhere/model", "out={tmp}/c"], "model.name=/nowhere/model"),
+        (["train", "store={tmp}/nothing", "out={tmp}/d"], "{tmp}/nothing"),
+        (["train"], "store is missing; set store="),
+        (["status", "{tmp}/e"], "holds no run"),
+        (["frobnicate"], "unknown command frobnicate; choose one of run"),
+        (["run", "nonsense"], "nonsense is not understood; write key=value"),
+        (["run", "train.lr=[1"], "train.lr=[1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = main([argument.format(tmp=tmp_path) for argument in arguments])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert len(said) == 1
+    assert message.format(tmp=tmp_path) in said[0]
+
+
+def test_a_name_or_a_path_will_do_for_model_and_text(tmp_path):
+    def text(value):
+        return compose("run", [f"text={value}"])["text"]
+
+    assert compose("run", ["model=openai-community/gpt2"])["model"]["name"] == "openai-community/gpt2"
+    assert compose("run", ["model=tiny-gpt2"])["model"]["name"] == "tiny-gpt2"
+    assert (text("a/b.jsonl.gz")["kind"], text("x.parquet")["kind"]) == ("jsonl", "parquet")
+    assert text(tmp_path) == text("files") | {"path": str(tmp_path)}
+    assert text("owner/name") == text("huggingface") | {"path": "owner/name"}
+
+
+def test_what_may_differ_between_two_starts_is_not_part_of_the_hash():
+    def hashed(*overrides):
+        return config_hash(load(RunConfig, compose("run", list(overrides))))
+
+    assert hashed() == hashed("out=x", "wandb.mode=disabled", "harvest.replicas=4", "train.log_every=1")
+    assert (
+        len({hashed(), hashed("seed=1"), hashed("sae.k=31"), hashed("train.batch=8"), hashed("hook=resid_post.3")}) == 5
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_the_command_and_its_keys(command, capsys):
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"usage: sae-dist {command}" in shown
+    for key in yaml.safe_load((CONF_DIR / f"{command}.yaml").read_text()):
+        assert key == "defaults" or f"{key}:" in shown
+
+
+def test_the_command_line_starts_without_loading_what_it_does_not_need():
+    code = "import sys, sae_dist.cli.main as m; m.main(['--help']); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "ray", "transformers", "hydra", "wandb"} & set(loaded)
+
+
+def test_a_config_refuses_what_it_does_not_know():
+    with pytest.raises(UserError, match="unknown key sae.kk=1"):
+        load(TrainJob, {"out": "o", "store": "s", "sae": {"kk": 1}, "order": {}, "train": {}, "wandb": {}})

@@ -1,0 +1,48 @@
+"""Loss recovered in a real (tiny) model."""
+
+import pytest
+import torch
+
+from sae_dist.evaluate.loss_recovered import loss_recovered
+from sae_dist.model.config import ModelConfig
+from sae_dist.model.load import load
+
+MODEL = load(ModelConfig(name="tiny-llama", dtype="float32"))
+TOKENS = torch.randint(3, 200, (6, 12), generator=torch.Generator().manual_seed(0))
+EVERYWHERE = torch.ones_like(TOKENS, dtype=torch.bool)
+
+
+def found(reconstruct, positions=EVERYWHERE, mean=None):
+    batches = [(TOKENS[:4], positions[:4]), (TOKENS[4:], positions[4:])]
+    mean = torch.full((32,), 0.5) if mean is None else mean
+    return loss_recovered(MODEL, "resid_post.1", batches=batches, reconstruct=reconstruct, mean=mean)
+
+
+def test_a_perfect_reconstruction_recovers_everything():
+    result = found(lambda rows: rows)
+    assert result.ce_spliced == result.ce_clean
+    assert result.loss_recovered == result.loss_recovered_mean == 1
+    assert result.tokens == 6 * 11
+
+
+def test_zeros_recover_nothing_and_the_mean_is_its_own_yardstick():
+    zeros, mean = found(torch.zeros_like), found(lambda rows: torch.full_like(rows, 0.5))
+    assert zeros.ce_spliced == zeros.ce_zero_ablated
+    assert zeros.loss_recovered == 0
+    assert mean.ce_spliced == mean.ce_mean_ablated
+    assert mean.loss_recovered_mean == 0
+
+
+def test_the_clean_loss_is_the_models_own():
+    with torch.no_grad():
+        logits = MODEL.model(TOKENS).logits.float()
+    own = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    assert found(lambda rows: rows).ce_clean == pytest.approx(float(own), rel=1e-5)
+
+
+def test_positions_left_alone_are_left_alone():
+    result = found(torch.zeros_like, positions=torch.zeros_like(EVERYWHERE))
+    assert result.ce_zero_ablated == result.ce_mean_ablated == result.ce_clean
+    first_only = EVERYWHERE.clone()
+    first_only[:, 1:] = False
+    assert found(torch.zeros_like, positions=first_only).ce_zero_ablated != result.ce_clean

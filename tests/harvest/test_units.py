@@ -1,0 +1,29 @@
+"""The corpus cut into units before anything is harvested."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_dist.harvest.config import HarvestConfig
+from sae_dist.harvest.units import counts, sequences_of
+
+
+@given(st.integers(1, 5000), st.integers(1, 500), st.integers(2, 40), st.integers(1, 30), st.integers(0, 5))
+def test_every_sequence_is_in_exactly_one_unit(tokens, heldout_tokens, context, unit_sequences, seed):
+    config = HarvestConfig(
+        tokens=tokens, heldout_tokens=heldout_tokens, context=context, unit_sequences=unit_sequences, seed=seed
+    )
+    n_train, n_heldout = counts(config)
+    assert (n_train - 1) * unit_sequences * context < tokens <= n_train * unit_sequences * context
+    units = [sequences_of(unit, config) for unit in range(n_train + n_heldout)]
+    for heldout, n in ((False, n_train), (True, n_heldout)):
+        ids = np.concatenate([unit.sequences for unit in units if unit.heldout == heldout])
+        assert sorted(ids.tolist()) == list(range(n * unit_sequences))
+
+
+def test_a_unit_is_a_sample_of_the_whole_text_and_depends_on_the_seed():
+    config = HarvestConfig(tokens=1_000_000, context=100, unit_sequences=100)
+    first = sequences_of(0, config).sequences
+    assert first.min() < 1000 < 9000 < first.max()
+    other = sequences_of(0, HarvestConfig(tokens=1_000_000, context=100, unit_sequences=100, seed=1)).sequences
+    assert set(first) != set(other)

@@ -1,0 +1,93 @@
+"""A finished dictionary: folding, files, refusals."""
+
+import json
+
+import pytest
+import torch
+
+from sae_dist.config import UserError
+from sae_dist.sae import dictionary as dictionary_file
+from sae_dist.sae.config import TopK, check_width, resolved_k_aux
+from sae_dist.sae.dictionary import Dictionary
+from sae_dist.sae.initialize import Parameters
+from sae_dist.sae.scale import fold_scale, input_scale
+
+
+def random_parameters(d_model: int = 12, n_latents: int = 40) -> Parameters:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    W_dec = draw(n_latents, d_model)
+    return Parameters(
+        draw(n_latents, d_model).T, W_dec / W_dec.norm(dim=-1, keepdim=True), draw(n_latents), draw(d_model)
+    )
+
+
+def dictionary(parameters: Parameters) -> Dictionary:
+    return Dictionary(parameters=parameters, k=5, info={"variant": "topk", "hook": "resid_post.1"})
+
+
+def test_the_input_scale_makes_the_mean_square_norm_d_model():
+    x = 7 * torch.randn(2000, 32, generator=torch.Generator().manual_seed(1))
+    scale = input_scale(float(x.square().sum(-1).mean()), 32)
+    assert float((x * scale).square().sum(-1).mean()) == pytest.approx(32, rel=1e-5)
+
+
+def test_folded_on_raw_input_is_unfolded_on_scaled_input():
+    parameters, scale = random_parameters(), 0.04
+    x = 25 * torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
+    trained, folded = dictionary(parameters), dictionary(fold_scale(parameters, scale))
+    on_scaled, on_raw = trained.encode(x * scale), folded.encode(x)
+    assert torch.equal(on_scaled.indices, on_raw.indices)
+    assert torch.allclose(on_scaled.values / scale, on_raw.values, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(trained.decode(on_scaled) / scale, folded.decode(on_raw), rtol=1e-4, atol=1e-3)
+
+
+def test_encode_and_decode_are_the_documented_formula():
+    found = dictionary(random_parameters())
+    W_enc, W_dec, b_enc, b_dec = found.parameters
+    x = torch.randn(9, 12, generator=torch.Generator().manual_seed(3))
+    z = ((x - b_dec) @ W_enc + b_enc).relu()
+    kept = torch.zeros_like(z).scatter(1, z.topk(5).indices, z.topk(5).values)
+    assert torch.allclose(found.decode(found.encode(x)), kept @ W_dec + b_dec, atol=1e-5)
+
+
+def test_a_saved_dictionary_loads_bit_for_bit(tmp_path):
+    saved = dictionary(random_parameters())
+    dictionary_file.save(saved, tmp_path)
+    loaded = dictionary_file.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters, loaded.parameters, strict=True))
+    assert (loaded.k, loaded.info["hook"]) == (5, "resid_post.1")
+
+
+@pytest.mark.parametrize("damage", ["no config", "no weights", "cut weights", "other format"])
+def test_a_folder_that_is_not_a_whole_dictionary_is_refused(tmp_path, damage):
+    dictionary_file.save(dictionary(random_parameters()), tmp_path)
+    weights, config = tmp_path / "dictionary.safetensors", tmp_path / "config.json"
+    match damage:
+        case "no config":
+            config.unlink()
+        case "no weights":
+            weights.unlink()
+        case "cut weights":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "other format":
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"format": 99}))
+    with pytest.raises(UserError, match=str(tmp_path)):
+        dictionary_file.load(tmp_path)
+
+
+def test_k_aux_is_the_power_of_two_below_half_the_width():
+    assert resolved_k_aux(TopK(), 576) == 256
+    assert resolved_k_aux(TopK(), 512) == 256
+    assert resolved_k_aux(TopK(), 4096) == 2048
+    assert resolved_k_aux(TopK(n_latents=100), 4096) == 100
+    assert resolved_k_aux(TopK(k_aux=0), 4096) == 0
+
+
+@pytest.mark.parametrize("impossible", [TopK(n_latents=16, k=16), TopK(n_latents=4096, k=65)])
+def test_a_dictionary_that_cannot_work_is_refused(impossible):
+    with pytest.raises(UserError, match="sae.k="):
+        check_width(impossible, 64)

@@ -1,0 +1,51 @@
+"""Parameters before step 0."""
+
+import torch
+
+from sae_dist.sae.initialize import geometric_median, initialize
+
+
+def test_the_geometric_median_of_a_line_is_its_median():
+    x = torch.tensor([[0.0, 0], [1, 0], [2, 0], [3, 0], [100, 0]])
+    assert torch.allclose(geometric_median(x, iterations=2000, tolerance=0), torch.tensor([2.0, 0]), atol=1e-3)
+
+
+def test_the_geometric_median_has_a_smaller_sum_of_distances_than_its_neighbours_and_the_mean():
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)).exp()
+    y = geometric_median(x)
+
+    def cost(point):
+        return (x - point).double().norm(dim=-1).sum()
+
+    for neighbour in [x.mean(0), *(y + 0.05 * sign * step for sign in (-1, 1) for step in torch.eye(6))]:
+        assert cost(y) < cost(neighbour)
+
+
+def test_one_outlier_moves_the_mean_and_not_the_geometric_median():
+    x = torch.randn(500, 4, generator=torch.Generator().manual_seed(1))
+    x[0] = 1e6
+    assert geometric_median(x).norm() < 0.5 < x.mean(0).norm()
+
+
+def test_initialisation_is_tied_unit_and_of_the_right_size():
+    x = 3 + torch.randn(512, 16, generator=torch.Generator().manual_seed(2))
+    W_enc, W_dec, b_enc, b_dec = initialize(x, n_latents=64, k=4, seed=0)
+    c = (W_enc.T / W_dec).mean()
+    assert torch.allclose(W_enc.T, c * W_dec)
+    assert torch.allclose(W_dec.norm(dim=-1), torch.ones(64))
+    assert not b_enc.any()
+    assert W_enc.T.is_contiguous()
+    values, indices = ((x - b_dec) @ W_enc).relu().topk(4)
+    rebuilt = torch.einsum("bk,bkd->bd", values, W_dec[indices])
+    ratio = rebuilt.norm(dim=-1).mean() / (x - b_dec).norm(dim=-1).mean()
+    assert abs(float(ratio) - 1) < 1e-4
+
+
+def test_the_seed_decides_and_nothing_else():
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(11)
+    first = initialize(x, n_latents=16, k=2, seed=5)
+    torch.manual_seed(12)
+    again, other = initialize(x, n_latents=16, k=2, seed=5), initialize(x, n_latents=16, k=2, seed=6)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first.W_dec, other.W_dec)

@@ -1,0 +1,21 @@
+"""The learning rate, worked by hand."""
+
+import pytest
+
+from sae_dist.train.schedule import base_lr, lr_factor
+
+
+def test_the_law_halves_the_rate_for_four_times_the_latents():
+    assert base_lr(2**14) == pytest.approx(2e-4)
+    assert base_lr(2**16) == pytest.approx(1e-4)
+    assert base_lr(2**12) == pytest.approx(4e-4)
+
+
+def test_warm_up_plateau_and_decay():
+    factors = [lr_factor(s, n_steps=20, warmup_fraction=0.2, decay_fraction=0.25) for s in range(20)]
+    assert factors[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert factors[14:] == pytest.approx([1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_without_warm_up_and_decay_it_is_constant():
+    assert {lr_factor(s, n_steps=7, warmup_fraction=0, decay_fraction=0) for s in range(7)} == {1.0}
