@@ -1,0 +1,149 @@
+"""Feature pages: a static site that opens from disk, without a server and without a network.
+
+A page opened from disk may not fetch, but may load scripts, so the data are scripts that hand over one JSON value each.
+Text of the corpus is hostile: in the data it is escaped to ASCII without "<", in the pages it only ever becomes the
+content of a text node, and a content security policy refuses inline scripts.
+"""
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_dist.interpret.collect import Collected, Encode, PagesConfig, Rows, collect
+from sae_dist.interpret.contexts import Contexts, Intervals, Shading, choose, shade
+from sae_dist.interpret.logit_effect import LogitEffects, logit_effects
+from sae_dist.interpret.records import Stream, context_text, index_columns, labels, latent_records, token_dtype
+from sae_dist.interpret.similar import Similar, similar_latents
+from sae_dist.interpret.vocabulary import Decode
+
+STATIC = Path(__file__).parent / "static"
+LATENTS_PER_FILE = 64  # about 0.3 MB: a page reads one file of latents
+
+
+def feature_pages(
+    out: Path,
+    rows: Callable[[], Rows],
+    *,
+    encode: Encode,
+    W_dec: Float[Tensor, "n_latents d_model"],
+    W_U: Float[Tensor, "d_model vocab"],
+    stream: Stream,
+    decode: Decode,
+    special: Collection[int] = (),
+    summary: Mapping[str, Any],
+    config: PagesConfig,
+) -> Path:
+    """Look at a dictionary on a stream of activations and write `<out>/pages`; `rows` starts the same stream twice."""
+    collected = collect(rows(), encode, n_latents=len(W_dec), category=stream.category, config=config)
+    contexts, intervals = choose(collected, config)
+    return build(
+        out,
+        summary,
+        collected=collected,
+        contexts=contexts,
+        intervals=intervals,
+        shading=shade(rows(), encode, collected=collected, contexts=contexts, config=config),
+        effects=logit_effects(W_dec[collected.paged], W_U, n_tokens=config.logits),
+        similar=similar_latents(W_dec, n_nearest=config.similar),
+        stream=stream,
+        decode=decode,
+        special=special,
+        config=config,
+    )
+
+
+def build(
+    out: Path,
+    summary: Mapping[str, Any],
+    *,
+    collected: Collected,
+    contexts: Contexts,
+    intervals: Intervals,
+    shading: Shading,
+    effects: LogitEffects,
+    similar: Similar,
+    stream: Stream,
+    decode: Decode,
+    special: Collection[int] = (),
+    config: PagesConfig,
+) -> Path:
+    """Write `<out>/pages`, whole or not at all, and return the path of its index.
+
+    `effects` has a row for each of `collected.paged`, `similar` one for each latent. `special` are token ids without
+    text of their own. A value of `summary` that is None was not measured.
+    """
+    text = context_text(contexts, collected.categories, stream, config)
+    token_labels = labels(contexts, text, decode, n_paged=len(collected.paged))
+    used = np.unique(np.concatenate([text.tokens, effects.promoted.flatten(), effects.suppressed.flatten()]))
+    partial, pages = out / "pages.partial", out / "pages"
+    if partial.exists():
+        shutil.rmtree(partial)
+    shutil.copytree(STATIC, partial)
+    (partial / "data").mkdir()
+
+    _write(partial, "summary", _facts(summary, collected, token_bytes=np.dtype(token_dtype(used)).itemsize))
+    _write(partial, "tokens", [_shown(decode(t), special=t in special) for t in used.tolist()])
+    _write(partial, "index", index_columns(collected, token_labels, effects, used))
+    records = latent_records(
+        collected=collected,
+        contexts=contexts,
+        intervals=intervals,
+        shading=shading,
+        effects=effects,
+        similar=similar,
+        text=text,
+        used=used,
+    )
+    for number, batch in enumerate(iter(lambda: list(itertools.islice(records, LATENTS_PER_FILE)), [])):
+        _write(partial, f"latents-{number}", batch)
+    if pages.exists():
+        shutil.rmtree(pages)
+    partial.rename(pages)
+    return pages / "index.html"
+
+
+def _facts(summary: Mapping[str, Any], collected: Collected, *, token_bytes: int) -> dict[str, Any]:
+    """What all pages need to know."""
+    return {
+        "summary": _finite(summary),
+        "rows": collected.rows,
+        "n_latents": len(collected.firings),
+        "categories": collected.categories,
+        "category_rows": collected.category_rows.tolist(),
+        "latents_per_file": LATENTS_PER_FILE,
+        "token_bytes": token_bytes,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a figure that is none becomes null, which the pages show as not measured."""
+    match value:
+        case Mapping():
+            return {str(k): _finite(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_finite(v) for v in value]
+        case float() if not math.isfinite(value):
+            return None
+        case _:
+            return value
+
+
+def _shown(piece: str | bytes, *, special: bool) -> str | list[str]:
+    """A token as the pages read it: its text, ["hex", its bytes] or ["special", its name]."""
+    if isinstance(piece, bytes):
+        return ["hex", piece.hex()]
+    return ["special", piece] if special else piece
+
+
+def _write(pages: Path, name: str, value: Any) -> None:
+    """A script that hands `value` to the pages: ASCII, and no "<" that could end a script or begin a comment."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    (pages / "data" / f"{name}.js").write_text(f'saePages.receive("{name}",{text});\n')
