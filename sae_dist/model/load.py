@@ -46,6 +46,8 @@ def load(config: ModelConfig) -> LanguageModel:
     dtype = fast_dtype(device) if config.dtype == "auto" else config.dtype
     with _no_progress_bars():
         model, tokenizer = _load(config, getattr(torch, dtype))
+    if config.attention != "auto":
+        model.set_attn_implementation(config.attention)
     model.requires_grad_(False).eval().to(device)  # type: ignore[arg-type]
     model.config.name_or_path = config.name  # what messages call it; for smollm2 it was the cache folder
     revision = config.revision if config.name in tiny.TINY else getattr(model.config, "_commit_hash", None)

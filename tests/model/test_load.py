@@ -47,6 +47,13 @@ def test_bfloat16_rounds_the_weights_and_spares_the_rotary_frequencies(tiny_llam
     assert rounded.model.get_decoder().rotary_emb.inv_freq.dtype == torch.float32
 
 
+def test_attention_is_computed_as_asked_and_comes_to_the_same(tiny_llama):
+    eager = load(ModelConfig(name="tiny-llama", dtype="float32", device="cpu", attention="eager"))
+    assert eager.model.config._attn_implementation == "eager"
+    tokens = torch.arange(1, 40)[None]
+    torch.testing.assert_close(eager.model(tokens).logits, tiny_llama.model(tokens).logits)
+
+
 def test_a_local_folder_loads_what_was_saved_there(tiny_llama, tmp_path):
     tiny_llama.model.save_pretrained(tmp_path)
     tiny_llama.tokenizer.save_pretrained(tmp_path)
