@@ -80,7 +80,7 @@ class CpuStep:
 
     def encode(self, x: Tensor, *, k: int) -> Selected:
         self._rows(x)
-        values, indices = self._select(x.shape[0], k, sorted_=True, dead=None, k_dead=0)[0]
+        values, indices = self._select("alive", self.rounded, self.parameters[2], batch=len(x), k=k, sorted_=True)
         return Selected(values.clone(), indices.long())
 
     def forward(
@@ -93,7 +93,9 @@ class CpuStep:
         kinds = 2 if n_dead else 1
         rows = self._rows(x)
         k_dead = min(k_aux, n_dead)
-        chosen = self._select(batch, k, sorted_=False, dead=dead if n_dead else None, k_dead=k_dead)
+        chosen = [self._select("alive", self.rounded, self.parameters[2], batch=batch, k=k)]
+        if n_dead:
+            chosen.append(self._select_dead(dead, batch=batch, k=k_dead))
         errors = self._buffer("errors", (kinds * batch, self.d_model))
         squares = self._buffer("squares", (kinds, batch))
         W_dec, b_dec, threads = self.parameters[1], self.parameters[3], torch.get_num_threads()
@@ -169,27 +171,30 @@ class CpuStep:
     def _round(self, a: Tensor, minus: Tensor, out: Tensor) -> None:
         _call("sae_round", a, minus, out, len(a), self.d_model, self.padded, torch.get_num_threads())
 
-    def _select(self, batch: int, k: int, *, sorted_: bool, dead: Tensor | None, k_dead: int) -> list[Selected]:
+    def _select(
+        self, name: str, rounded: Tensor, b_enc: Tensor, *, batch: int, k: int, sorted_: bool = False
+    ) -> Selected:
+        """The k best latents of every row of the rounded batch, among those given, into the buffers of that name."""
         padded_batch = -(-batch // _PANEL) * _PANEL
-        panels = self._buffer("panels", (padded_batch, self.padded // 2), torch.int32)
-        own, selected = self._best("alive", batch, padded_batch, k)
-        dead_own, dead_selected = self._best("dead", batch, padded_batch, k_dead)
-        _call(
-            "sae_select", self._buffers["rounded_rows"], self.rounded, self.parameters[2], batch, self.n_latents,
-            self.padded // 2, panels, *own, int(sorted_), dead, *dead_own, torch.get_num_threads(),
-        )  # fmt: skip
-        return [selected] if dead is None else [selected, dead_selected]
-
-    def _best(self, name: str, batch: int, padded_batch: int, k: int) -> tuple[tuple, Selected]:
         room = -(-(k + max(k, 64)) // _LANES) * _LANES
         values = self._buffer(f"values.{name}", (batch, k))
         indices = self._buffer(f"indices.{name}", (batch, k), torch.int32)
-        return (
-            k, room, self._buffer(f"least.{name}", (padded_batch,)),
-            self._buffer(f"count.{name}", (padded_batch,), torch.int32),
+        _call(
+            "sae_select", self._buffers["rounded_rows"], rounded, b_enc, batch, len(b_enc), self.padded // 2,
+            self._buffer("panels", (padded_batch, self.padded // 2), torch.int32), k, room,
+            self._buffer("least", (padded_batch,)), self._buffer("count", (padded_batch,), torch.int32),
             self._buffer(f"candidates.{name}", (batch, room)),
-            self._buffer(f"candidate_indices.{name}", (batch, room), torch.int32), values, indices,
-        ), Selected(values, indices)  # fmt: skip
+            self._buffer(f"candidate_indices.{name}", (batch, room), torch.int32),
+            values, indices, int(sorted_), torch.get_num_threads(),
+        )  # fmt: skip
+        return Selected(values, indices)
+
+    def _select_dead(self, dead: Tensor, *, batch: int, k: int) -> Selected:
+        """AuxK's selection: one product over the compacted dead latents."""
+        places = dead.nonzero().squeeze(1)
+        selected = self._select("dead", self.rounded[places], self.parameters[2][places], batch=batch, k=k)
+        selected.indices.copy_(places[selected.indices])
+        return selected
 
     def _described(self) -> _Parameters:
         own = [*self.parameters[:3], *self.first[:3], *self.second[:3], self.rounded]

@@ -26,31 +26,21 @@ void sae_round(const float* a, const float* minus, uint16_t* out, long n, long d
     });
 }
 
-// The k best of relu(z) per row -> values, indices [batch, k]; with `dead`, also the k_dead best among the dead ones.
-// x [batch, pairs], w [n_latents, pairs]: bf16 pairs. Scratch: panels, and for either selection least and count
-// [rows rounded up to 64] and candidates [batch, room].
+// The k best of relu(z) per row -> values, indices [batch, k]. x [batch, pairs], w [n_latents, pairs]: bf16 pairs.
+// Scratch: panels, least and count [rows rounded up to 64], candidates [batch, room].
 void sae_select(const uint32_t* x, const uint32_t* w, const float* b_enc, long batch, long n_latents, long pairs,
                 uint32_t* panels, long k, long room, float* least, int* count, float* candidate_values,
-                int* candidate_indices, float* values, int* indices, long sorted, const uint8_t* dead, long k_dead,
-                long room_dead, float* least_dead, int* count_dead, float* dead_candidate_values,
-                int* dead_candidate_indices, float* dead_values, int* dead_indices, long threads) {
+                int* candidate_indices, float* values, int* indices, long sorted, long threads) {
     const Best best{k, room, least, count, candidate_values, candidate_indices};
-    const Best best_dead{k_dead, room_dead, least_dead, count_dead, dead_candidate_values, dead_candidate_indices};
     const long n_panels = blocks(batch, PANEL);
     parallel(blocks(n_panels, TASK_PANELS), threads, [&](long task) {
         const long first = task * TASK_PANELS;
         const long last = first + TASK_PANELS < n_panels ? first + TASK_PANELS : n_panels;
         for (long panel = first; panel < last; panel++) pack(x, panels, batch, pairs, panel);
-        for (long r = first * PANEL; r < last * PANEL; r++) {
-            const float start = r < batch ? 0 : INFINITY;
-            least[r] = start, count[r] = 0;
-            if (dead) least_dead[r] = start, count_dead[r] = 0;
-        }
-        select_panels(w, panels, pairs, b_enc, n_latents, first, last, best, dead, best_dead);
-        for (long r = first * PANEL; r < last * PANEL && r < batch; r++) {
+        for (long r = first * PANEL; r < last * PANEL; r++) least[r] = r < batch ? 0 : INFINITY, count[r] = 0;
+        select_panels(w, panels, pairs, b_enc, n_latents, first, last, best);
+        for (long r = first * PANEL; r < last * PANEL && r < batch; r++)
             finish(best, r, sorted, values + r * k, indices + r * k);
-            if (dead) finish(best_dead, r, sorted, dead_values + r * k_dead, dead_indices + r * k_dead);
-        }
     });
 }
 

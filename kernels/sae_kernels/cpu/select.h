@@ -118,62 +118,73 @@ inline void tile(const uint32_t* w, const uint32_t* x, long pairs, const float* 
         for (int v = 0; v < 4; v++) z[m][v] = _mm512_add_ps(z[m][v], _mm512_set1_ps(b_enc[m]));
 }
 
-inline void offer(const Best& best, long row, __m512 z, __mmask16 pass, int index) {
-    alignas(64) float values[LANES];
-    _mm512_store_ps(values, z);
-    for (unsigned left = pass; left; left &= left - 1) {
-        const int lane = __builtin_ctz(left);
-        best.add(row + lane, values[lane], index);
+// What passed its row's `least` in the tiles since the last `drain`: appending does not branch on single candidates, as a
+// mispredicted branch costs more than a candidate.
+struct Log {
+    static constexpr long SIZE = 4096, TILE_MOST = TILE * PANEL;
+    long n = 0;
+    alignas(64) float values[SIZE + LANES];
+    alignas(64) int keys[SIZE + LANES];  // latent of the group * 64 + row of the panel
+
+    void append(__m512 z, __mmask16 pass, int key) {
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        _mm512_storeu_ps(values + n, _mm512_maskz_compress_ps(pass, z));
+        _mm512_storeu_si512(keys + n, _mm512_maskz_compress_epi32(pass, _mm512_add_epi32(lane, _mm512_set1_epi32(key))));
+        n += __builtin_popcount(pass);
+    }
+
+    void drain(const Best& best, long row, long latent) {
+        for (long i = 0; i < n; i++) {
+            const long r = row + keys[i] % PANEL;
+            if (values[i] > best.least[r]) best.add(r, values[i], (int)(latent + keys[i] / PANEL));
+        }
+        n = 0;
+    }
+};
+
+template <int LATENTS>
+__attribute__((noinline)) void product(const uint32_t* w, const uint32_t* x, long pairs, const float* b_enc,
+                                       const float* least, int key, Log& log) {
+    __m512 z[LATENTS][4];
+    tile<LATENTS>(w, x, pairs, b_enc, z);
+#pragma GCC unroll 6
+    for (int m = 0; m < LATENTS; m++) {
+        __mmask16 pass[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++)
+            pass[v] = _mm512_cmp_ps_mask(z[m][v], _mm512_loadu_ps(least + v * LANES), _CMP_GT_OQ);
+        if (__builtin_expect(pass[0] | pass[1] | pass[2] | pass[3], 0))
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) log.append(z[m][v], pass[v], key + m * PANEL + v * LANES);
     }
 }
 
-template <int LATENTS>
-__attribute__((noinline)) void product_and_offer(const uint32_t* w, const uint32_t* x, long pairs, const float* b_enc,
-                                                 long latent, long row, const Best& best, const uint8_t* dead,
-                                                 const Best& best_dead) {
-    __m512 z[LATENTS][4];
-    tile<LATENTS>(w + latent * pairs, x, pairs, b_enc + latent, z);
-#pragma GCC unroll 6
-    for (int m = 0; m < LATENTS; m++)
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) {
-            const long r = row + v * LANES;
-            const __mmask16 pass = _mm512_cmp_ps_mask(z[m][v], _mm512_loadu_ps(best.least + r), _CMP_GT_OQ);
-            if (__builtin_expect(pass != 0, 0)) offer(best, r, z[m][v], pass, (int)(latent + m));
-        }
-    if (!dead) return;
-#pragma GCC unroll 6
-    for (int m = 0; m < LATENTS; m++)
-        if (dead[latent + m])
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++) {
-                const long r = row + v * LANES;
-                const __mmask16 pass = _mm512_cmp_ps_mask(z[m][v], _mm512_loadu_ps(best_dead.least + r), _CMP_GT_OQ);
-                if (pass) offer(best_dead, r, z[m][v], pass, (int)(latent + m));
-            }
-}
-
 template <int LATENTS, class... Rest>
-inline void tail(long latents, const Rest&... rest) {
+inline void tail(long latents, Rest&&... rest) {
     if constexpr (LATENTS > 0) {
-        if (latents == LATENTS) product_and_offer<LATENTS>(rest...);
+        if (latents == LATENTS) product<LATENTS>(rest...);
         else tail<LATENTS - 1>(latents, rest...);
     }
 }
 
 // All latents against the rows of panels [first, last).
 inline void select_panels(const uint32_t* w, const uint32_t* panels, long pairs, const float* b_enc, long n_latents,
-                          long first, long last, const Best& best, const uint8_t* dead, const Best& best_dead) {
+                          long first, long last, const Best& best) {
+    Log log;
     long group = GROUP_BYTES / (pairs * 4) / TILE * TILE;
     if (group < TILE) group = TILE;
     for (long start = 0; start < n_latents; start += group) {
         const long end = start + group < n_latents ? start + group : n_latents;
         for (long panel = first; panel < last; panel++) {
             const uint32_t* x = panels + panel * pairs * PANEL;
+            const float* least = best.least + panel * PANEL;
             long j = start;
-            for (; j + TILE <= end; j += TILE)
-                product_and_offer<TILE>(w, x, pairs, b_enc, j, panel * PANEL, best, dead, best_dead);
-            tail<TILE - 1>(end - j, w, x, pairs, b_enc, j, panel * PANEL, best, dead, best_dead);
+            for (; j + TILE <= end; j += TILE) {
+                product<TILE>(w + j * pairs, x, pairs, b_enc + j, least, (int)((j - start) * PANEL), log);
+                if (log.n > Log::SIZE - Log::TILE_MOST) log.drain(best, panel * PANEL, start);
+            }
+            tail<TILE - 1>(end - j, w + j * pairs, x, pairs, b_enc + j, least, (int)((j - start) * PANEL), log);
+            log.drain(best, panel * PANEL, start);
         }
     }
 }
