@@ -1,10 +1,9 @@
 """An open store: its commits and its slices, each verified against its checksum before anybody sees a row."""
 
-import mmap
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +14,10 @@ from torch import Tensor
 from sae_dist import config
 from sae_dist.config import UserError
 from sae_dist.shards import format, manifest, quantize, statistics
+from sae_dist.shards.cache import FolderCache
 from sae_dist.shards.format import Commit, CorruptData, SliceRef, StoreMeta
 from sae_dist.shards.manifest import Manifest
+from sae_dist.shards.mapped import map_bytes
 from sae_dist.shards.statistics import Statistics
 from sae_dist.storage import Storage
 
@@ -49,20 +50,10 @@ class Rows(NamedTuple):
     unit: int
 
 
-class SliceCache(Protocol):
-    """Bytes of slices nearer than the storage (cache.py); `fetch` is called only on a miss."""
-
-    def get(self, ref: SliceRef, fetch: "Fetch") -> UInt8[np.ndarray, " bytes"]: ...
-
-
-class Fetch(Protocol):
-    def __call__(self) -> UInt8[np.ndarray, " bytes"]: ...
-
-
 class Store:
     """A store that is open for reading, and for writing through writer.py. Safe to use from several threads."""
 
-    def __init__(self, storage: Storage, meta: StoreMeta, *, cache: SliceCache | None = None):
+    def __init__(self, storage: Storage, meta: StoreMeta, *, cache: FolderCache | None = None):
         self.storage = storage
         self.meta = meta
         self.cache = cache
@@ -127,10 +118,13 @@ class Store:
         def fetch() -> UInt8[np.ndarray, " bytes"]:
             return _fetch(self.storage, key, ref)
 
-        for attempt in range(2):
-            data = self.cache.get(ref, fetch) if self.cache is not None and attempt == 0 else fetch()
+        cache = self.cache if self.storage.local_path(key) is None else None
+        for _ in range(2):
+            data = fetch() if cache is None else cache.get(ref, fetch)
             if len(data) == ref.bytes and format.xxh3_128(data) == ref.xxh3_128:
                 return data
+            if cache is not None:
+                cache.drop(ref)
         return None
 
     def _missing(self, unit: int, key: str) -> UserError:
@@ -155,7 +149,7 @@ class Store:
         return statistics.from_json(format.parse_statistics(bytes(data), unit)[hook])
 
 
-def open(storage: Storage, *, cache: SliceCache | None = None) -> Store:
+def open(storage: Storage, *, cache: FolderCache | None = None) -> Store:
     """The store at `storage`; `UserError` if there is none."""
     try:
         data = storage.read("store.json")
@@ -193,15 +187,7 @@ def _fetch(storage: Storage, key: str, ref: SliceRef) -> UInt8[np.ndarray, " byt
     if path is None:
         data = storage.read(key, ref.offset, ref.bytes)
         return np.frombuffer(bytearray(data) if isinstance(data, bytes) else data, np.uint8)  # writable, for torch
-    with path.open("rb") as file:
-        start = ref.offset - ref.offset % mmap.ALLOCATIONGRANULARITY
-        length = ref.offset + ref.bytes - start
-        if path.stat().st_size < ref.offset + ref.bytes:
-            return np.empty(0, np.uint8)  # truncated: reading past the end of a mapping would be SIGBUS
-        # One mapping a slice: its pages leave the process with it. A private copy, so that torch may call it writable.
-        mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
-    mapped.madvise(mmap.MADV_WILLNEED)
-    return np.frombuffer(mapped, np.uint8)[ref.offset - start :]
+    return map_bytes(path, ref.offset, ref.bytes)
 
 
 def _parse(data: UInt8[np.ndarray, " bytes"], schema: pa.Schema, dtype: format.DType, width: int) -> Slice:

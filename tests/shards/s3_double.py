@@ -63,6 +63,7 @@ class S3Double:
     objects: dict[tuple[str, str], tuple[bytes, float]] = field(default_factory=dict)
     uploads: dict[str, tuple[str, str, dict[int, bytes]]] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
+    log: list[tuple[str, str]] = field(default_factory=list)
     buckets: set[str] = field(default_factory=lambda: {"bucket"})
     stall_s: float = 3.0
 
@@ -94,6 +95,7 @@ class S3Double:
     def action(self, method: str, key: str) -> str | None:
         with self.lock:
             self.requests[method] += 1
+            self.log.append((method, key))
             return next((rule.action for rule in self.rules if rule.applies(method, key)), None)
 
 

@@ -1,0 +1,158 @@
+"""Slices of a remote store on a local disk: each is fetched once per machine, whoever reads it, however often.
+
+Files are named by the hash of their content, so jobs on one machine may share the folder. The reader verifies every
+slice it gets, from here as from the storage. A file that is evicted while somebody has it mapped stays theirs until
+they let go of it: that is what unlink means.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from pydantic import Field
+
+from sae_dist import faults
+from sae_dist.config import frozen
+from sae_dist.shards.format import SliceRef
+from sae_dist.shards.mapped import map_bytes
+
+logger = logging.getLogger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOCKS = 64
+ABANDONED_S = 3600.0  # a file that was begun so long ago was begun by a process that is dead
+RESCAN = 32  # writes between two looks at what other jobs have put there
+
+
+@frozen
+class CacheConfig:
+    """Where slices are kept and how much room they may take."""
+
+    folder: str
+    limit_bytes: int = Field(default=64 << 30, ge=0)
+
+
+class FolderCache:
+    """A folder of verified slices, least recently used out first."""
+
+    def __init__(self, config: CacheConfig):
+        self.folder, self.limit_bytes = Path(config.folder), config.limit_bytes
+        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+        self.counts: Counter[str] = Counter(hits=0, misses=0, evicted=0, dropped=0, uncached=0)
+        self._used, self._writes = self._measure(), 0
+        self._lock = threading.Lock()
+
+    def get(self, ref: SliceRef, fetch: Callable[[], UInt8[np.ndarray, " bytes"]]) -> UInt8[np.ndarray, " bytes"]:
+        """The bytes of a slice; of all who miss it at once, on this machine, one fetches it."""
+        path = self._path(ref)
+        found = self._look(path, ref)
+        if found is not None:
+            return found
+        with self._only_one(ref):
+            found = self._look(path, ref)
+            if found is not None:
+                return found
+            self._count("misses")
+            data = fetch()
+            if not self._keep(path, data):
+                return data
+        kept = self._look(path, ref, count=False)
+        return data if kept is None else kept  # mapped: memory that the kernel may take back
+
+    def drop(self, ref: SliceRef) -> None:
+        """Forgets a slice whose bytes turned out wrong."""
+        self._path(ref).unlink(missing_ok=True)
+        self._count("dropped")
+
+    def _path(self, ref: SliceRef) -> Path:
+        return self.folder / ref.xxh3_128[:2] / f"{ref.xxh3_128}.slice"
+
+    def _look(self, path: Path, ref: SliceRef, *, count: bool = True) -> UInt8[np.ndarray, " bytes"] | None:
+        try:
+            data = map_bytes(path, 0, ref.bytes)
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        if count:
+            self._count("hits")
+        return data
+
+    def _keep(self, path: Path, data: UInt8[np.ndarray, " bytes"]) -> bool:
+        """Puts the bytes on disk if there is room; a full disk costs speed, never the run."""
+        if len(data) > self.limit_bytes:
+            return False
+        problem = ""
+        for attempt in range(2):
+            self._make_room(len(data), everything=attempt == 1)
+            temporary = path.with_name(f".{uuid.uuid4().hex}")
+            try:
+                path.parent.mkdir(exist_ok=True)
+                with temporary.open("wb") as file:
+                    file.write(data.data)
+                faults.point("cache.before_rename", slice=path.stem)
+                os.replace(temporary, path)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                problem = error.strerror or ""
+            else:
+                with self._lock:
+                    self._used += len(data)
+                return True
+            finally:
+                temporary.unlink(missing_ok=True)
+        if self.counts["uncached"] == 0:
+            logger.warning(
+                "cache %s: %s even when empty; slices are read from the store each time", self.folder, problem
+            )
+        self._count("uncached")
+        return False
+
+    def _make_room(self, needed: int, *, everything: bool) -> None:
+        with self._lock:
+            self._writes += 1
+            if self._writes % RESCAN == 0:
+                self._used = self._measure()
+            if not everything and self._used + needed <= self.limit_bytes:
+                return
+            target = 0 if everything else 0.9 * self.limit_bytes - needed  # some slack, so as not to scan each time
+            entries = sorted(self._files(), key=lambda entry: entry[1].st_mtime)
+            self._used = sum(status.st_size for _, status in entries)
+            for path, status in entries:
+                if self._used <= target:
+                    break
+                path.unlink(missing_ok=True)
+                self._used -= status.st_size
+                self.counts["evicted"] += 1
+
+    def _measure(self) -> int:
+        return sum(status.st_size for _, status in self._files())
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.folder.glob("??/*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue  # another job was faster
+            if path.suffix == ".slice" or time.time() - status.st_mtime > ABANDONED_S:
+                yield path, status
+
+    @contextmanager
+    def _only_one(self, ref: SliceRef) -> Iterator[None]:
+        """A lock between threads and processes; the kernel lets go of it when a process dies."""
+        with (self.folder / "locks" / str(int(ref.xxh3_128[:8], 16) % LOCKS)).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self.counts[name] += 1

@@ -1,0 +1,59 @@
+"""Finds what no reader can ever see: data without a commit, uploads and files that killed writers left.
+
+Nothing else is ever deleted, and nothing younger than `age_s`: a producer may be about to commit it.
+"""
+
+import re
+import time
+from typing import NamedTuple
+
+from sae_dist import faults
+from sae_dist.config import UserError
+from sae_dist.shards import format
+from sae_dist.shards.reader import Store
+from sae_dist.storage import Entry
+
+DAY_S = 86_400.0
+OURS = re.compile(r"data/[A-Za-z0-9._-]+/\d{8,}/[A-Za-z0-9_-]+\.arrow|probe/[0-9a-f]{32}")
+
+
+class Garbage(NamedTuple):
+    """What nobody refers to, what of it is too young to judge, and whether it has been deleted."""
+
+    orphans: list[Entry]
+    young: int
+    deleted: bool
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.size for entry in self.orphans)
+
+
+def collect(store: Store, *, age_s: float = 2 * DAY_S, delete: bool = False, now: float | None = None) -> Garbage:
+    """The orphans of a store; deletes them only if told to. `now` is by the clock of the storage (seconds)."""
+    if age_s < 0:
+        raise UserError(f"age_s={age_s}; give the age in seconds beyond which no producer is still at work")
+    storage, now = store.storage, time.time() if now is None else now
+    # First the data, then the commits: data that was listed and is committed by then is never taken for an orphan.
+    candidates = [
+        entry for prefix in ("data/", "probe/") for entry in storage.list(prefix) if OURS.fullmatch(entry.key)
+    ]
+    left = list(storage.leftovers())
+    commits = store.committed()
+    gone = {entry.key for entry in storage.list("retired/")}
+    live = {
+        shard.key
+        for unit, commit in commits.items()
+        if format.retired_key(unit) not in gone
+        for shard in commit.shards.values()
+    }
+    orphans = [entry for entry in candidates if entry.key not in live]
+    old = [entry for entry in orphans if now - entry.mtime >= age_s]
+    old_left = [entry for entry in left if now - entry.mtime >= age_s]
+    if delete:
+        for entry in old:
+            faults.point("gc.before_delete", key=entry.key)
+            storage.delete(entry.key)
+        for entry in old_left:
+            storage.discard(entry)
+    return Garbage(old + old_left, len(orphans) + len(left) - len(old) - len(old_left), delete)

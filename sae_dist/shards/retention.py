@@ -1,0 +1,68 @@
+"""How long a store keeps the data of units that every consumer is through with: keep | ring | until_consumed."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sae_dist import faults
+from sae_dist.config import frozen
+from sae_dist.shards import format
+from sae_dist.shards.credits import positions
+from sae_dist.shards.reader import Store
+
+
+@frozen
+class Keep:
+    """Everything stays."""
+
+    kind: Literal["keep"] = "keep"
+
+
+@frozen
+class Ring:
+    """At most so many bytes stay, as far as consumers allow."""
+
+    kind: Literal["ring"] = "ring"
+    bytes: int = Field(default=1 << 40, ge=0)
+
+
+@frozen
+class UntilConsumed:
+    """What every consumer has finished before its last checkpoint goes, but for a margin."""
+
+    kind: Literal["until_consumed"] = "until_consumed"
+    margin_units: int = Field(default=0, ge=0)
+
+
+RetentionConfig = Annotated[Keep | Ring | UntilConsumed, Field(discriminator="kind")]
+
+
+def retire(store: Store, policy: Keep | Ring | UntilConsumed) -> list[int]:
+    """Deletes the data of units that may go, oldest first, and returns them; commits and statistics stay.
+
+    Held-out units never go, nor anything before a consumer is registered, nor a unit that some consumer would need
+    after going back to its checkpoint.
+    """
+    consumers = positions(store.storage)
+    saved = min((p.saved for p in consumers), default=0)
+    if isinstance(policy, Keep) or saved == 0:
+        return []
+    commits = store.committed()
+    gone = {entry.key for entry in store.storage.list("retired/")}
+    present = [unit for unit in sorted(commits) if format.retired_key(unit) not in gone]
+    sizes = {unit: sum(shard.bytes for shard in commits[unit].shards.values()) for unit in present}
+    if isinstance(policy, UntilConsumed):
+        free = [unit for unit in present if unit < min(saved - policy.margin_units, store.meta.train_units)]
+    else:
+        excess, free = sum(sizes.values()) - policy.bytes, []
+        for unit in (u for u in present if u < min(saved, store.meta.train_units)):
+            if excess <= 0:
+                break
+            free.append(unit)
+            excess -= sizes[unit]
+    for unit in free:
+        store.storage.create(format.retired_key(unit), format.seal({"unit": unit, "saved": saved}))
+        faults.point("retention.after_mark", unit=unit)
+        for shard in commits[unit].shards.values():
+            store.storage.delete(shard.key)
+    return free

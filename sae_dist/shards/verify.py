@@ -1,0 +1,95 @@
+"""Reads every byte of a store against its checksums and says which units have to be harvested again."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import xxhash
+
+from sae_dist.config import UserError
+from sae_dist.shards import format
+from sae_dist.shards.format import Commit, CorruptData
+from sae_dist.shards.mapped import map_bytes
+from sae_dist.shards.reader import Store
+
+CHUNK_BYTES = 32 << 20
+
+
+class Bad(NamedTuple):
+    """One thing that is not what its commit says."""
+
+    unit: int
+    key: str
+    problem: str
+
+
+class Verification(NamedTuple):
+    """What `verify` found. `missing` units were never committed, which is no fault; `retired` ones were let go."""
+
+    units: int
+    bytes: int
+    bad: list[Bad]
+    missing: list[int]
+    retired: list[int]
+
+    @property
+    def harvest_again(self) -> list[int]:
+        return sorted({bad.unit for bad in self.bad})
+
+
+def verify(store: Store, *, threads: int = 4) -> Verification:
+    """Every shard of every unit, whole: size, hash and with it every slice."""
+    commits: dict[int, Commit] = {}
+    bad: list[Bad] = []
+    listed = {format.unit_of_commit_key(entry.key) for entry in store.storage.list("commit/")}
+    for unit in sorted(unit for unit in listed if unit is not None):
+        try:
+            commit = store.commit(unit)
+        except CorruptData as error:
+            bad.append(Bad(unit, format.commit_key(unit), str(error)))
+            continue
+        if commit is not None:
+            commits[unit] = commit
+    gone = {entry.key for entry in store.storage.list("retired/")}
+    retired = [unit for unit in commits if format.retired_key(unit) in gone]
+    jobs = [
+        (unit, shard) for unit, commit in commits.items() if unit not in retired for shard in commit.shards.values()
+    ]
+    with ThreadPoolExecutor(threads) as pool:
+        problems = pool.map(lambda job: _problem(store, job[1]), jobs)
+        bad += [Bad(unit, shard.key, problem) for (unit, shard), problem in zip(jobs, problems, strict=True) if problem]
+    missing = [unit for unit in range(store.meta.n_units) if unit not in listed]
+    return Verification(len(commits), sum(shard.bytes for _, shard in jobs), bad, missing, retired)
+
+
+def withdraw(store: Store, units: Iterable[int]) -> None:
+    """Takes back the commits of `units`, so that they can be harvested again; each is kept under withdrawn/.
+
+    Runs that pinned the old commits will refuse the new ones: the rows are those of another forward pass.
+    """
+    for unit in units:
+        try:
+            data = store.storage.read(format.commit_key(unit))
+        except FileNotFoundError:
+            raise UserError(
+                f"unit={unit} of {store.storage.uri} is not committed; there is nothing to withdraw"
+            ) from None
+        store.storage.write(f"withdrawn/{unit:08d}-{format.xxh3_128(data)}.json", data)
+        store.storage.delete(format.commit_key(unit))
+
+
+def _problem(store: Store, shard: format.Shard) -> str:
+    """Why the shard is not what was committed, '' if it is."""
+    try:
+        size = store.storage.size(shard.key)
+        if size != shard.bytes:
+            return f"{size} bytes instead of {shard.bytes}"
+        whole = xxhash.xxh3_128()
+        path = store.storage.local_path(shard.key)
+        for start in range(0, size, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, size - start)
+            data = map_bytes(path, start, length).data if path else store.storage.read(shard.key, start, length)
+            whole.update(data)
+    except FileNotFoundError:
+        return "gone"
+    return "" if whole.hexdigest() == shard.xxh3_128 else f"xxh3-128 {whole.hexdigest()} instead of {shard.xxh3_128}"

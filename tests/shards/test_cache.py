@@ -1,0 +1,130 @@
+"""The cache is never believed, is shared by jobs, and a full disk costs speed only."""
+
+import itertools
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sae_dist import storage
+from sae_dist.shards import reader
+from sae_dist.shards.cache import CacheConfig, FolderCache
+from sae_dist.shards.loader import Loader
+from sae_dist.shards.order import OrderConfig
+from tests.shards import predictable
+
+HOOK = "resid_post.1"
+
+
+@pytest.fixture
+def remote(double):
+    store = predictable.filled(storage.open("s3://bucket/store"))
+    double.requests.clear()
+    return store.storage
+
+
+def cached(remote, folder, limit: int = 1 << 30) -> reader.Store:
+    return reader.open(remote, cache=FolderCache(CacheConfig(folder=str(folder), limit_bytes=limit)))
+
+
+def hashes(store, n: int = 14) -> list[int]:
+    with Loader(store, hook=HOOK, batch=32, seed=1, order=OrderConfig(lanes=2, window=2)) as loader:
+        batches = list(itertools.islice(loader, n))
+    assert all(predictable.is_true(HOOK, b.x, b.doc, b.pos) for b in batches)
+    return [b.order_hash for b in batches]
+
+
+def data_reads(double) -> int:
+    return sum(1 for method, key in double.log if method == "GET" and key.startswith("store/data/"))
+
+
+def n_slices(store) -> int:
+    return sum(len(store.commit(unit).shards[HOOK].slices) for unit in range(store.meta.train_units))
+
+
+def test_each_slice_is_read_from_the_store_once_however_many_loaders_read_it(remote, double, tmp_path):
+    plain = hashes(reader.open(remote))
+    double.log.clear()
+    store = cached(remote, tmp_path)
+    assert [hashes(store), hashes(cached(remote, tmp_path)), hashes(store)] == [plain] * 3
+    assert data_reads(double) == n_slices(store)
+
+
+def test_two_processes_share_a_cache_and_read_each_slice_once(remote, double, tmp_path):
+    code = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from sae_dist import storage\n"
+        "from tests.shards import test_cache\n"
+        "store = test_cache.cached(storage.open(sys.argv[1]), Path(sys.argv[2]))\n"
+        "print(json.dumps(test_cache.hashes(store)))\n"
+    )
+    command = [sys.executable, "-c", code, remote.uri, str(tmp_path)]
+    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    results = [json.loads(job.communicate()[0]) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert results[0] == results[1] == hashes(cached(remote, tmp_path))
+    assert data_reads(double) == n_slices(reader.open(remote))
+
+
+def test_a_cached_file_that_rotted_is_found_dropped_and_read_again(remote, double, tmp_path):
+    before = hashes(cached(remote, tmp_path))
+    files = sorted(tmp_path.glob("??/*.slice"))
+    flipped, cut, emptied = files[0], files[1], files[2]
+    data = bytearray(flipped.read_bytes())
+    data[len(data) // 2] ^= 8
+    flipped.write_bytes(data)
+    os.truncate(cut, 100)
+    os.truncate(emptied, 0)
+    double.log.clear()
+    store = cached(remote, tmp_path)
+    assert hashes(store) == before
+    assert store.cache.counts["dropped"] == 3 and data_reads(double) == 3
+    assert flipped.read_bytes() != bytes(data)
+
+
+def test_eviction_keeps_the_limit_and_mapped_slices_alive(remote, tmp_path):
+    store = cached(remote, tmp_path)
+    part = store.read_slice(HOOK, 0, 0)
+    size = max(path.stat().st_size for path in tmp_path.glob("??/*.slice"))
+    small = cached(remote, tmp_path, limit=3 * size)
+    for unit, index in itertools.product(range(5), range(3)):
+        small.read_slice(HOOK, unit, index)
+    used = sum(path.stat().st_size for path in tmp_path.glob("??/*.slice"))
+    assert used <= 3 * size and small.cache.counts["evicted"] >= 10
+    assert not store.cache._path(store.commit(0).shards[HOOK].slices[0]).exists()
+    assert predictable.is_true(HOOK, part.x, part.doc, part.pos)  # evicted by the other job, still whole for this one
+
+
+def test_the_least_recently_used_goes_first(remote, tmp_path):
+    store = cached(remote, tmp_path)
+    refs = [ref for unit in range(2) for ref in store.commit(unit).shards[HOOK].slices[:4]]
+    for index in range(8):
+        store.read_slice(HOOK, index // 4, index % 4)
+    for age, ref in enumerate(refs):
+        os.utime(store.cache._path(ref), (1000 + age, 1000 + age))
+    store.read_slice(HOOK, 0, 0)  # used again just now
+    store.cache.limit_bytes = sum(ref.bytes for ref in refs)
+    store.read_slice(HOOK, 2, 0)
+    assert store.cache._path(refs[0]).exists() and not store.cache._path(refs[1]).exists()
+
+
+def test_a_full_disk_costs_speed_only(remote, double, tmp_path, caplog):
+    store = cached(remote, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # every write beyond 100 bytes fails, as on a full disk
+    try:
+        with caplog.at_level(logging.WARNING):
+            part = store.read_slice(HOOK, 0, 0)
+            again = store.read_slice(HOOK, 0, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert predictable.is_true(HOOK, part.x, part.doc, part.pos) and torch.equal(part.x, again.x)
+    assert store.cache.counts["uncached"] == 2
+    assert [r.message for r in caplog.records if "File too large even when empty" in r.message] != []
+    assert list(tmp_path.glob("??/*")) == []
