@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from sae_dist.config import UserError
 from sae_dist.model.anatomy import anatomy, decoder
 
-_CHUNK_LOGITS = 2**24  # fp32 logits alive at once: 64 MiB
+_CHUNK_ROWS = 256  # rows of fp32 logits alive at once: 50 MB at a vocabulary of 49,152
 
 
 @torch.no_grad()
@@ -56,17 +56,16 @@ def next_token_loss(
     else:
         states, unembed = decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state, head
 
-    batch, context = tokens.shape
-    step = max(1, _CHUNK_LOGITS // (batch * head.weight.shape[0]))
+    cap = None if unembed is not head else getattr(decoder(model).config, "final_logit_softcapping", None)
+    targets = tokens[:, 1:].flatten()
+    rows = states[:, :-1].flatten(0, 1)  # a matrix: given a slice of three dims torch copies W_U for every sequence
     losses = []
-    for start in range(0, context - 1, step):
-        target = tokens[:, start + 1 : start + 1 + step]
-        logits = unembed(states[:, start : start + target.shape[1]])
-        cap = None if unembed is not head else getattr(decoder(model).config, "final_logit_softcapping", None)
+    for part, target in zip(rows.split(_CHUNK_ROWS), targets.split(_CHUNK_ROWS), strict=True):
+        logits = unembed(part)
         if cap is not None:  # Gemma 2 squashes its logits
             logits = torch.tanh(logits / cap) * cap
-        losses.append(F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target))
-    return torch.cat(losses, dim=1)
+        losses.append(F.cross_entropy(logits.float(), target, reduction="none"))
+    return torch.cat(losses).view(tokens.shape[0], -1)
 
 
 def _head(model: PreTrainedModel) -> nn.Linear:

@@ -93,7 +93,7 @@ class Harvesting:
 
     def _start(self) -> None:
         threads = self._config.threads or max((os.cpu_count() or 1) // self._config.replicas, 1)
-        actor = ray.remote(num_cpus=1, num_gpus=self._config.gpus)(Replica)
+        actor = ray.remote(num_cpus=1, num_gpus=self._config.gpus, max_concurrency=2)(Replica)
         replica = actor.remote(self._replica_config, threads)
         self._replicas.append(replica)
         self._hand_out(replica)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,34 @@ from sae_dist.text.stream import TokenStream
 from sae_dist.text.tokenize import separator
 
 
-def evaluate(config: RunConfig, language_model: LanguageModel, *, store: Store, stream: TokenStream) -> dict[str, Any]:
+def evaluate(
+    config: RunConfig,
+    language_model: LanguageModel,
+    *,
+    store: Store,
+    stream: TokenStream,
+    progress: Callable[..., None] = lambda **_: None,
+) -> dict[str, Any]:
     """All figures: reconstruction on the store's held-out units, cross-entropies on held-out sequences."""
     dictionary = dictionary_file.load(config.folder / "dictionary")
     mean = torch.as_tensor(store.statistics(config.hook, store.meta.train_units).mean, dtype=torch.float32)
     split_token = separator(language_model.tokenizer)
+    wanted = min(config.evaluate.ce_sequences, stream.n_sequences) * (stream.context - 1)
     return evaluate_reconstruction(dictionary, store, config.hook, config.evaluate) | evaluate_loss(
         dictionary, language_model, config.hook, stream=stream, mean=mean, config=config.evaluate,
         positions=lambda tokens: eligible(tokens, config.harvest.rows, split_token),
+        progress=lambda tokens: progress(ce_tokens=tokens, of=wanted),
     )  # fmt: skip
 
 
 def pages(
-    config: RunConfig, language_model: LanguageModel, *, store: Store, stream: TokenStream, summary: Mapping[str, Any]
+    config: RunConfig,
+    language_model: LanguageModel,
+    *,
+    store: Store,
+    stream: TokenStream,
+    summary: Mapping[str, Any],
+    progress: Callable[..., None] = lambda **_: None,
 ) -> Path:
     """The static site of a run, from the rows that its dictionary was trained on."""
     dictionary = dictionary_file.load(config.folder / "dictionary")
@@ -53,6 +68,7 @@ def pages(
 
     def rows() -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
         for unit in range(store.meta.train_units):
+            progress(unit=unit, of=store.meta.train_units)
             for part in unit_rows(store, config.hook, unit, 8192):
                 yield part.x.float(), part.doc, part.pos
 

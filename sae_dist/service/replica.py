@@ -56,10 +56,11 @@ class Replica:
         self._config, self._harvest = config, load_config(HarvestConfig, config.harvest)
         self._language_model = load_model(load_config(ModelConfig, config.model))
         self._store = reader.open(storage.open(config.store_uri))
+        self._progress: dict[str, Any] = {}
 
-    def ready(self) -> int:
-        """Its process id, once the model is loaded."""
-        return os.getpid()
+    def progress(self) -> dict[str, Any]:
+        """How far `evaluate` or `pages` is; answered beside them, so the actor needs max_concurrency=2."""
+        return self._progress
 
     def harvest(self, unit: int) -> UnitReport:
         """Harvests one unit and commits it."""
@@ -79,13 +80,17 @@ class Replica:
     def evaluate(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The figures of a run's dictionary on held-out text."""
         return judge.evaluate(
-            load_config(RunConfig, values), self._language_model, store=self._store, stream=self._config.split.heldout
-        )
+            load_config(RunConfig, values), self._language_model, store=self._store,
+            stream=self._config.split.heldout, progress=self._say,
+        )  # fmt: skip
 
     def pages(self, values: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the feature pages of a run's dictionary; where their index is."""
         path = judge.pages(
             load_config(RunConfig, values), self._language_model, store=self._store,
-            stream=self._config.split.train, summary=summary,
+            stream=self._config.split.train, summary=summary, progress=self._say,
         )  # fmt: skip
         return {"index": str(path)}
+
+    def _say(self, **facts: Any) -> None:
+        self._progress = facts

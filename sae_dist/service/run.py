@@ -151,15 +151,24 @@ class _Run:
             found = json.loads(path.read_text())
             if found["made_from"] == made_from:
                 return found["result"]
-        self._folder.status(phase)
-        self._display.update(phase, {"": "working"}, now=True)
         replica = harvesting.any_replica()
         try:
-            result = answer(ask(replica))
+            result = self._wait(phase, replica, ask(replica))
         except RayActorError:
             logger.warning("the replica died in %s; a new one tries once more", phase)
             harvesting.replace(replica)
-            result = answer(ask(harvesting.any_replica()))
+            replica = harvesting.any_replica()
+            result = self._wait(phase, replica, ask(replica))
         write_json(path, {"made_from": made_from, "result": result})
         self._display.update(phase, {k: v for k, v in result.items() if isinstance(v, int | float | str)}, now=True)
         return result
+
+    def _wait(self, phase: str, replica: ActorHandle, asked: ray.ObjectRef) -> dict[str, Any]:
+        """The answer, showing meanwhile how far it is."""
+        said = {}
+        while not ray.wait([asked], timeout=0.5)[0]:
+            ready, _ = ray.wait([saying := replica.progress.remote()], timeout=0.5)
+            said = answer(saying) if ready else said
+            self._display.update(phase, said)
+            self._folder.status(phase, **said)
+        return answer(asked)
