@@ -116,7 +116,7 @@ def collect(
     exponent = torch.full((n_latents,), histogram.UNSEEN)
     counts = torch.zeros(n_latents, histogram.N_BINS, dtype=torch.int64)
     top = nothing(len(paged), 2 * config.top_contexts)
-    samples = nothing(len(paged) * SAMPLE_BINS, max(1, config.interval_contexts))
+    samples = nothing(len(paged) * SAMPLE_BINS, max(1, 2 * config.interval_contexts))  # some are shown already
     categories = _Categories(n_latents)
     block = config.tokens_before + 1 + config.tokens_after
     n_rows = 0

@@ -47,12 +47,12 @@ class Shading(NamedTuple):
 
 
 def choose(collected: Collected, config: PagesConfig) -> tuple[Contexts, Intervals]:
-    """The strongest activations, one a passage, and the samples of every interval that are not among them."""
+    """The strongest activations, one a passage, and of every interval a fair sample of those not yet in sight."""
     edges = _bin_edges(collected, config.intervals)
     top = _passages(collected.top, config)
     parts = [_contexts(top, TOP)]
     if config.interval_contexts:
-        parts += [_contexts(_without(sample, top), q) for q, sample in enumerate(_samples(collected, edges))]
+        parts += [_contexts(_unseen(sample, top, config), q) for q, sample in enumerate(_samples(collected, edges))]
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     order = _lexsort(columns[0], torch.where(columns[1] == TOP, config.intervals, columns[1]).neg(), columns[2].neg())
     return Contexts(*(column[order] for column in columns)), _intervals(collected, edges)
@@ -89,17 +89,30 @@ def _passages(top: Kept, config: PagesConfig) -> Kept:
     """The strongest first; an activation that an earlier context shows already is not shown again."""
     chosen = torch.zeros(top.key.shape, dtype=torch.bool)
     for i in range(top.key.shape[1]):
-        ahead = top.pos[:, i, None] - top.pos
-        seen = (top.doc == top.doc[:, i, None]) & (-config.tokens_before <= ahead) & (ahead <= config.tokens_after)
+        seen = _shows(top.doc, top.pos, top.doc[:, i, None], top.pos[:, i, None], config)
         room = chosen.sum(-1) < config.top_contexts
         chosen[:, i] = (top.key[:, i] != EMPTY) & ~(seen & chosen).any(-1) & room
     return top._replace(key=top.key.masked_fill(~chosen, EMPTY))
 
 
-def _without(sample: Kept, shown: Kept) -> Kept:
-    same = (sample.doc[:, :, None] == shown.doc[:, None]) & (sample.pos[:, :, None] == shown.pos[:, None])
-    repeated = (same & (shown.key != EMPTY)[:, None]).any(-1)
-    return sample._replace(key=sample.key.masked_fill(repeated, EMPTY))
+def _unseen(sample: Kept, shown: Kept, config: PagesConfig) -> Kept:
+    """The first `interval_contexts` of a sample that no shown context has in its window."""
+    in_sight = torch.stack(
+        [
+            (_shows(shown.doc, shown.pos, doc[:, None], pos[:, None], config) & (shown.key != EMPTY)).any(-1)
+            for doc, pos in zip(sample.doc.unbind(1), sample.pos.unbind(1), strict=True)
+        ],
+        dim=1,
+    )
+    free = ~in_sight & (sample.key != EMPTY)
+    chosen = free & (free.cumsum(-1) <= config.interval_contexts)
+    return sample._replace(key=sample.key.masked_fill(~chosen, EMPTY))
+
+
+def _shows(doc: Tensor, pos: Tensor, other_doc: Tensor, other_pos: Tensor, config: PagesConfig) -> Bool[Tensor, "..."]:
+    """Whether the window round (doc, pos) holds the other token."""
+    ahead = other_pos - pos
+    return (doc == other_doc) & (-config.tokens_before <= ahead) & (ahead <= config.tokens_after)
 
 
 def _contexts(kept: Kept, interval: int) -> Contexts:

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_dist.interpret.keyed import mix
+
 EMPTY = torch.iinfo(torch.int64).max
 
 
@@ -58,7 +60,8 @@ def keep_(
     )
     order = key.argsort()
     if block > 1:
-        order = order[_first_of_each(cell[order], doc[order], pos[order] // block)]
+        passage = mix(mix(doc) + mix(cell << 32 | pos // block))
+        order = order[_first_of_each(passage[order])]
     order = order[cell[order].argsort(stable=True)]
     cell = cell[order]
     counts = cell.bincount(minlength=len(touched))
@@ -69,16 +72,13 @@ def keep_(
         old[touched[cell], rank] = new[order]
 
 
-def _first_of_each(*columns: Int[Tensor, " n"]) -> Int[Tensor, " m"]:
-    """Ascending indices of the first occurrence of every distinct tuple."""
-    order = torch.arange(len(columns[0]))
-    for column in reversed(columns):
-        order = order[column[order].argsort(stable=True)]
-    same = torch.ones(len(order), dtype=torch.bool)
-    same[:1] = False
-    for column in columns:
-        same[1:] &= column[order][1:] == column[order][:-1]
-    return order[~same].sort().values
+def _first_of_each(words: Int[Tensor, " n"]) -> Int[Tensor, " m"]:
+    """Ascending indices of the first occurrence of every distinct word."""
+    order = words.argsort(stable=True)
+    words = words[order]
+    first = torch.ones(len(words), dtype=torch.bool)
+    first[1:] = words[1:] != words[:-1]
+    return order[first].sort().values
 
 
 def merge_cells(kept: Kept, groups: Int[Tensor, "new old"]) -> Kept:

@@ -35,8 +35,12 @@ def decoder(tokenizer: Tokenizer) -> Decode:
         piece = tokenizer.convert_ids_to_tokens(token)
         if match := _BYTE_PIECE.fullmatch(piece):
             return bytes([int(match[1], 16)])
-        if all(c in alphabet for c in piece):
-            return bytes(alphabet[c] for c in piece)
-        return text
+        if not all(c in alphabet for c in piece):
+            return text
+        raw = bytes(alphabet[c] for c in piece)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return raw
 
     return decode

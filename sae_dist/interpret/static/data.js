@@ -45,13 +45,17 @@ const format = {
     for (const [size, letter] of steps) if (Math.abs(n) >= size) return `${+(n / size).toPrecision(3)}${letter}`;
     return `${+n.toPrecision(3)}`;
   },
+  /** With all its digits, so that a column of numbers stands straight. */
   number(x, digits = 3) {
-    return x === null ? "–" : x !== 0 && Math.abs(x) < 1e-3 ? x.toExponential(1) : `${+x.toPrecision(digits)}`;
+    if (x === null) return "–";
+    const size = Math.abs(x);
+    if (x === 0) return "0";
+    return size < 1e-3 ? x.toExponential(1) : size < 10 ** digits ? x.toPrecision(digits) : format.count(x);
   },
   percent(x) {
     if (x === null) return "–";
-    if (x > 0 && x < 1e-4) return `${(100 * x).toExponential(1)} %`;
-    return `${+(100 * x).toPrecision(x >= 0.0995 ? 3 : 2)} %`;
+    if (x === 0 || x === 1) return `${100 * x} %`;
+    return `${(100 * x).toPrecision(x >= 0.0995 ? 3 : 2)} %`;
   },
 };
 

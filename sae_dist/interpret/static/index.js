@@ -20,7 +20,7 @@ function flatten(value, path = []) {
   return Object.entries(value).flatMap(([key, inner]) => flatten(inner, [...path, key]));
 }
 
-function showHeader(facts, silent) {
+function showHeader(facts, silent, pages) {
   const { summary } = facts;
   document.getElementById("name").textContent = summary.name ?? "Features";
   document.title = `${summary.name ?? "Run"} · features`;
@@ -29,6 +29,7 @@ function showHeader(facts, silent) {
     `${format.count(facts.n_latents)} latents`,
     `seen on ${format.short(facts.rows)} tokens`,
     silent ? `${format.count(silent)} silent there` : "none silent there",
+    pages < facts.n_latents ? `pages for a sample of ${format.count(pages)}` : "",
   ];
   document.getElementById("subtitle").textContent = parts.filter(Boolean).join("  ·  ");
   const figures = FIGURES.map(([keys, name, write]) => [name, lookUp(summary, keys), write]).filter(([, x]) => x !== undefined);
@@ -53,7 +54,7 @@ const COLUMNS = [
   const [facts, tokens, columns] = await Promise.all(["summary", "tokens", "index"].map(saePages.load));
   const index = makeIndex(columns, facts, tokens);
   const fired = columns.count.filter((n) => n > 0).length;
-  showHeader(facts, facts.n_latents - fired);
+  showHeader(facts, facts.n_latents - fired, columns.tokens.length);
   document.body.classList.toggle("unlabelled", facts.categories.length === 0);
 
   let query = readQuery(location.hash);
@@ -89,40 +90,44 @@ const COLUMNS = [
     const cell = (className, ...children) => make("div", { className: `cell ${className}`, role: "cell" }, ...children);
     const share = (logDensity[latent] - densityRange[0]) / (densityRange[1] - densityRange[0]);
     const bar = (value, className = "") => make("span", { className: `bar ${className}`, style: { "--v": Math.max(0, value).toFixed(3) } });
-    const row = make("div", { className: "row", role: "row", "aria-rowindex": `${place + 2}`, style: { top: `${place * rowHeight()}px` } },
+    const row = make("div", { className: "row", role: "row", "aria-rowindex": `${place + 2}`, style: { top: `${place * height}px` } },
       cell("c-latent", link),
       cell("c-tokens", ...(page < 0 ? [make("span", { className: "quiet" }, count ? "no page" : "")] : chips(columns.tokens[page], "chip"))),
       cell("c-density", ...(count ? [make("span", { className: "n" }, format.percent(count / facts.rows)), bar(share)] : [make("span", { className: "quiet" }, "silent")])),
       cell("c-max", ...(count ? [make("span", { className: "n" }, format.number(columns.maximum[latent]))] : [])),
       cell("c-category", ...(count && category >= 0
-        ? [make("span", { className: "name" }, facts.categories[category]), make("span", { className: "n" }, `${Math.round(100 * columns.purity[latent])} %`), bar(columns.purity[latent], "pure")]
+        ? [make("span", { className: columns.purity[latent] < 2 * chance(category) ? "name weak" : "name" }, facts.categories[category]), make("span", { className: "n" }, `${Math.round(100 * columns.purity[latent])} %`), bar(columns.purity[latent], "pure")]
         : [])),
       cell("c-promoted", ...(page < 0 || !count ? [] : chips(columns.promoted[page], "word"))));
     return row;
   }
 
-  function rowHeight() {
-    return parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--row"));
+  function chance(category) {
+    return facts.category_rows[category] / facts.rows;
   }
 
+  let height = 0; // of a row; asking the style for it costs a layout
+
   function paint() {
-    const height = rowHeight();
     const top = rows.getBoundingClientRect().top;
     const first = Math.max(0, Math.floor(-top / height) - 6);
     const last = Math.min(order.length, Math.ceil((innerHeight - top) / height) + 6);
     for (const [place, row] of live) if (place < first || place >= last) row.remove(), live.delete(place);
+    const added = document.createDocumentFragment();
     for (let place = first; place < last; place++)
       if (!live.has(place)) {
         const row = makeRow(order[place], place);
         live.set(place, row);
-        rows.append(row);
+        added.append(row);
       }
+    rows.append(added);
   }
 
   function refill() {
+    height = parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--row"));
     live.clear();
     rows.replaceChildren();
-    rows.style.height = `${Math.max(1, order.length) * rowHeight()}px`;
+    rows.style.height = `${Math.max(1, order.length) * height}px`;
     if (!order.length) rows.append(make("p", { className: "nothing" }, "No latent matches."));
     paint();
   }
@@ -199,7 +204,7 @@ const COLUMNS = [
     ].filter(Boolean).join(", "), make("span", { "aria-hidden": "true" }, " ×"));
     rangeChip.setAttribute("aria-label", "Remove the selected range");
     document.getElementById("matches").textContent =
-      order.length === fired && !query.all ? `${format.count(fired)} latents` : `${format.count(order.length)} of ${format.count(facts.n_latents)} latents`;
+      order.length === facts.n_latents ? `${format.count(order.length)} latents` : `${format.count(order.length)} of ${format.count(facts.n_latents)} latents`;
     document.getElementById("table").setAttribute("aria-rowcount", `${order.length + 1}`);
     document.getElementById("head").replaceChildren(...COLUMNS.map(({ name, sort, className }) => {
       const sorted = sort === query.sort ? (query.descending ? "descending" : "ascending") : "none";

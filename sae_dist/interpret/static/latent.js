@@ -58,7 +58,7 @@
     element("label").replaceChildren(...columns.tokens[page].map((id) => make("span", { className: "chip" }, tokenAlone(tokens[id], { trim: true }))));
     const figures = [
       ["density", format.percent(count / facts.rows)],
-      ["one token in", count ? format.short(facts.rows / count) : "–"],
+      ["one token in", count ? format.count(facts.rows / count) : "–"],
       ["max activation", format.number(columns.maximum[latent])],
       ["mean when active", format.number(columns.mean[latent])],
     ];
@@ -78,10 +78,10 @@
     const [edges, counts] = current.intervals;
     const total = columns.count[latent];
     const n = counts.length;
-    const groups = new Map();
+    const groups = new Map([[-1, []]]);
+    for (let interval = n - 1; interval >= 0; interval--) if (counts[interval]) groups.set(interval, []);
     let from = 0;
     for (const [interval, value, category, length, at, active] of current.contexts) {
-      if (!groups.has(interval)) groups.set(interval, []);
       groups.get(interval).push({ value, category, at, active, ids: ids.slice(from, from + length) });
       from += length;
     }
@@ -90,9 +90,10 @@
         `part ${interval + 1} of ${n} of its range, ${format.count(counts[interval])} activations, ${format.percent(total ? counts[interval] / total : 0)}`];
     element("groups").replaceChildren(...[...groups].map(([interval, contexts]) => {
       const [name, note] = title(interval);
-      return make("section", {}, make("h2", {}, name, make("span", { className: "note" }, note)), make("ol", {}, ...contexts.map(makeContext)));
+      return make("section", {}, make("h2", {}, name, make("span", { className: "note" }, note)), 
+        contexts.length ? make("ol", {}, ...contexts.map(makeContext)) : make("p", { className: "nothing" }, "A sample of these is in sight above."));
     }));
-    if (!groups.size) element("groups").replaceChildren(make("p", { className: "nothing" }, "It was silent on the tokens that were looked at."));
+    if (!total) element("groups").replaceChildren(make("p", { className: "nothing" }, "It was silent on the tokens that were looked at."));
     showView();
   }
 
@@ -159,7 +160,7 @@
     const edges = Array.from({ length: used + 1 }, (_, i) => (bound * i) / counts.length);
     bars(element("histogram"), {
       edges, counts: counts.slice(0, used), height: 130, scale: (n) => Math.log1p(n),
-      marks: ticks(0, edges[used], 5).map((v) => [v, format.number(v)]),
+      marks: ticks(0, edges[used], 5).map((v) => [v, format.short(v)]),
       fill: (i) => 0.25 + 0.75 * ((i + 0.5) / used),
       title: (i) => `${format.number(edges[i])} – ${format.number(edges[i + 1])}: ${format.count(counts[i])} tokens`,
       label: `Histogram of ${columns.count[latent]} activations, counts on a logarithmic scale`,
@@ -179,8 +180,9 @@
     element("kinds").hidden = facts.categories.length === 0;
     element("categories").replaceChildren(...current.categories.map(([category, share, count]) => {
       const chance = facts.category_rows[category] / facts.rows;
-      return make("li", { title: `${format.count(count)} activations; ${format.percent(chance)} of all tokens`, style: { "--v": share.toFixed(4), "--chance": chance.toFixed(4) } },
+      return make("li", { title: `${format.count(count)} activations; ${format.percent(chance)} of all tokens are ${facts.categories[category]}` },
         make("a", { className: "word", href: `index.html#q=${encodeURIComponent(`cat:"${facts.categories[category]}"`)}&sort=purity` }, facts.categories[category]),
+        make("span", { className: "track", style: { "--v": share.toFixed(4), "--chance": chance.toFixed(4) } }),
         make("span", { className: "n" }, format.percent(share)));
     }));
   }

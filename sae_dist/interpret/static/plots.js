@@ -24,15 +24,16 @@ function power10(exponent) {
   return `10${exponent < 0 ? "⁻" : ""}${digits}`;
 }
 
-/** Whole powers of ten on a log10 axis, with 2 and 5 between them when they are few. */
+/** Whole powers of ten on a log10 axis, with values between them when they are few. */
 function logTicks(low, high) {
   const whole = ticks(Math.ceil(low), Math.floor(high), 6).filter(Number.isInteger).map((e) => [e, power10(e)]);
   if (whole.length > 2) return whole;
   const found = [];
+  const between = high - low < 0.7 ? [1, 1.5, 2, 3, 4, 5, 7] : [1, 2, 5];
   for (let e = Math.floor(low); e <= high; e++)
-    for (const m of [1, 2, 5]) {
+    for (const m of between) {
       const x = e + Math.log10(m);
-      if (low <= x && x <= high) found.push([x, format.number(m * 10 ** e)]);
+      if (low <= x && x <= high) found.push([x, format.short(m * 10 ** e)]);
     }
   return found;
 }

@@ -2,17 +2,17 @@
 // Which latents, in which order: the state lives in the address, so that a view can be linked to and stepped through.
 
 const SORTS = {
+  latent: { name: "Number", descending: false, key: (index) => index.count.map((_, i) => i) },
   max: { name: "Max activation", descending: true, key: (index) => index.maximum },
   density: { name: "Density", descending: true, key: (index) => index.count },
   purity: { name: "Category purity", descending: true, key: (index) => index.purity },
   mean: { name: "Mean activation", descending: true, key: (index) => index.mean },
-  latent: { name: "Number", descending: false, key: (index) => index.count.map((_, i) => i) },
 };
 
 /** {q, sort, descending, all, density: [low, high], max: [low, high], view} from an address's fragment. */
 function readQuery(fragment) {
   const fields = new URLSearchParams(fragment.replace(/^#/, ""));
-  const sort = Object.hasOwn(SORTS, fields.get("sort")) ? fields.get("sort") : "max";
+  const sort = Object.hasOwn(SORTS, fields.get("sort")) ? fields.get("sort") : "latent";
   const range = (name) => {
     const ends = (fields.get(name) ?? "").split("..").map(Number);
     return ends.length === 2 && ends.every(Number.isFinite) && fields.get(name) !== "" ? ends : null;
@@ -32,7 +32,7 @@ function readQuery(fragment) {
 function writeQuery(query) {
   const fields = new URLSearchParams();
   if (query.q) fields.set("q", query.q);
-  if (query.sort !== "max") fields.set("sort", query.sort);
+  if (query.sort !== "latent") fields.set("sort", query.sort);
   if (query.descending !== SORTS[query.sort].descending) fields.set("dir", query.descending ? "desc" : "asc");
   if (query.all) fields.set("all", "1");
   if (query.density) fields.set("d", query.density.map((x) => +x.toPrecision(4)).join(".."));
@@ -90,7 +90,7 @@ function select(index, query) {
   const inside = (range, x) => !range || (range[0] <= x && x <= range[1]);
   const chosen = [];
   for (let latent = 0; latent < index.n; latent++) {
-    if (!query.all && index.count[latent] === 0) continue;
+    if (!query.all && (index.count[latent] === 0 || index.slot[latent] < 0)) continue;
     if (!inside(query.density, index.count[latent] / index.rows) || !inside(query.max, index.maximum[latent])) continue;
     if (tests.length) {
       const text = index.text(latent);

@@ -2,20 +2,21 @@
 // Tokens as text. An entry of the token table is a string, ["special", name], or ["hex", bytes] for parts of characters.
 
 const CONTROL = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffd]/;
-const INVISIBLE = new RegExp(CONTROL.source + "|[^\\S ]", "gu");
+const INVISIBLE = new RegExp(CONTROL.source + "|[^\\S ]| {3,}", "gu");
 
 /** Text nodes and quiet marks for what cannot be seen; where `breaks`, line breaks and tabs also move the text. */
 function visible(text, breaks = false) {
   const parts = [];
   const move = (space) => (breaks ? make("span", { className: "break" }, space) : "");
   const quiet = (mark, title) => make("span", { className: "quiet", title }, mark);
-  if (/^ +$/.test(text)) return [quiet("·".repeat(text.length), "")];
+  if (/^ {1,2}$/.test(text)) return [quiet("·".repeat(text.length), "")];
   let from = 0;
   for (const match of text.matchAll(INVISIBLE)) {
     if (match.index > from) parts.push(text.slice(from, match.index));
     from = match.index + match[0].length;
     const code = match[0].codePointAt(0);
-    if (code === 10) parts.push(quiet("↵", "line feed"), move("\n"));
+    if (code === 32) parts.push(make("span", { className: "run" }, match[0]));
+    else if (code === 10) parts.push(quiet("↵", "line feed"), move("\n"));
     else if (code === 9) parts.push(quiet("→", "tab"), move("\t"));
     else if (code < 32) parts.push(quiet(String.fromCodePoint(0x2400 + code), "control character"));
     else if (code === 0xfffd) parts.push(quiet("�", "part of a character"));

@@ -1,0 +1,184 @@
+"""The site holds what was collected, opens from disk, and no text of the corpus can act in it."""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from sae_dist.config import CONF_DIR
+from sae_dist.interpret.collect import PagesConfig
+from sae_dist.interpret.site import STATIC, feature_pages
+from sae_dist.interpret.vocabulary import decoder
+
+HOSTILE = ["<script>alert(1)</script>", "</script>", "<!--", "\u2028", "\\", '"', "'", "`${1}", "]]>", "&lt;", "\u202e"]
+PIECES: list[str | bytes] = [*HOSTILE, b"\xe3\x81", b"\x82", "\n", "\t", " the", "\udc80"]
+N_LATENTS, D_MODEL, DOCS, CONTEXT, K = 70, 16, 30, 20, 4
+CONFIG = PagesConfig(top_contexts=5, tokens_before=4, tokens_after=2, interval_contexts=1)
+SUMMARY = {"name": "</script><script>alert(2)</script>", "eval": {"fvu": float("nan"), "loss_recovered": None}}
+
+
+class Stream:
+    context = CONTEXT
+    tokens = torch.randint(0, len(PIECES), (DOCS, CONTEXT), generator=torch.Generator().manual_seed(0))
+
+    def category(self, doc: int) -> str | None:
+        return ("prose", "<script>")[doc % 2]
+
+    def locate(self, doc: int, pos: int) -> tuple[int, int]:
+        return doc, pos
+
+    def window(self, doc: int, pos: int, before: int, after: int) -> tuple[list[int], int]:
+        first = max(0, pos - before)
+        return self.tokens[doc, first : pos + after + 1].tolist(), pos - first
+
+
+def write(out: Path, decode=PIECES.__getitem__, n_latents: int = N_LATENTS) -> Path:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(DOCS * CONTEXT, D_MODEL, generator=g)
+    W_dec = torch.randn(n_latents, D_MODEL, generator=g)
+    at = torch.arange(DOCS * CONTEXT)
+
+    def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, indices = (x @ W_dec.T).topk(K)
+        return values.relu(), indices
+
+    return feature_pages(
+        out,
+        lambda: iter([(x, at // CONTEXT, at % CONTEXT)]),
+        encode=encode,
+        W_dec=W_dec,
+        W_U=torch.randn(D_MODEL, len(PIECES), generator=g),
+        stream=Stream(),
+        decode=decode,
+        special=(15,),
+        summary=SUMMARY,
+        config=CONFIG,
+    )
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("run")).parent
+
+
+def received(pages: Path, name: str):
+    """What a data file hands over; fails unless the file is one call with one JSON value and nothing else."""
+    text = (pages / "data" / f"{name}.js").read_text()
+    call = re.fullmatch(r'saePages\.receive\("([\w-]+)",(.*)\);\n', text)
+    assert call is not None and call[1] == name
+    return json.loads(call[2])
+
+
+def test_no_text_can_leave_its_string(pages: Path):
+    for path in (pages / "data").iterdir():
+        text = path.read_text()
+        assert text.isascii() and "<" not in text
+        received(pages, path.stem)
+    assert set(HOSTILE) <= {t for t in received(pages, "tokens") if isinstance(t, str)}
+    assert received(pages, "summary")["summary"]["name"] == SUMMARY["name"]
+    assert "<script>" in received(pages, "summary")["categories"]
+
+
+def test_pages_write_text_only_as_text():
+    for path in STATIC.glob("*.js"):
+        script = path.read_text()
+        for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "srcdoc"):
+            assert way not in script, f"{path.name} uses {way}"
+
+
+def test_pages_run_no_inline_script_and_reach_no_network():
+    for path in STATIC.glob("*.html"):
+        page = path.read_text()
+        assert "default-src 'none'; script-src 'self' file:;" in page
+        assert not re.search(r"<script(?![^>]*\ssrc=)", page) and not re.search(r"\son\w+=", page)
+    for path in STATIC.iterdir():
+        assert set(re.findall(r"https?://[^\"' )]+", path.read_text())) <= {"http://www.w3.org/2000/svg"}
+        assert "@import" not in path.read_text() and "url(" not in path.read_text()
+
+
+def test_pages_load_only_files_that_lie_beside_them(pages: Path):
+    for page in ("index.html", "latent.html"):
+        for name in re.findall(r'(?:src|href)="([^"#]+)"', (pages / page).read_text()):
+            assert (pages / name).is_file()
+
+
+def test_contexts_hold_the_tokens_of_the_corpus(pages: Path):
+    tokens, facts = received(pages, "tokens"), received(pages, "summary")
+    names = [p.hex() if isinstance(p, bytes) else p for p in PIECES]
+    corpus = [[names[t] for t in document] for document in Stream.tokens.tolist()]
+    passages = {tuple(d[i:j]) for d in corpus for i in range(CONTEXT) for j in range(i + 1, min(CONTEXT, i + 7) + 1)}
+    seen = 0
+    for number in range(-(-N_LATENTS // facts["latents_per_file"])):
+        for record in received(pages, f"latents-{number}"):
+            ids = np.frombuffer(base64.b64decode(record["text"]), f"<u{facts['token_bytes']}")
+            start = 0
+            for _, value, _, length, at, active in record["contexts"]:
+                shown = [tokens[i] for i in ids[start : start + length]]
+                assert tuple(t[1] if isinstance(t, list) else t for t in shown) in passages
+                assert dict(zip(active[::2], active[1::2], strict=True))[at] == value
+                start += length
+                seen += 1
+            assert start == len(ids)
+    assert seen > N_LATENTS
+
+
+def test_special_tokens_and_bytes_are_marked(pages: Path):
+    tokens = received(pages, "tokens")
+    assert ["special", " the"] in tokens and ["hex", "e381"] in tokens and ["hex", "82"] in tokens
+
+
+def test_the_index_agrees_with_the_pages(pages: Path):
+    index = received(pages, "index")
+    assert index["paged"] is None and len(index["count"]) == N_LATENTS
+    for record in received(pages, "latents-0"):
+        latent = record["id"]
+        assert sum(record["histogram"][1]) == sum(record["intervals"][1]) == index["count"][latent]
+        if index["count"][latent]:
+            best, share, _ = record["categories"][0]
+            assert (best, round(share, 3)) == (
+                index["category"][latent],
+                pytest.approx(index["purity"][latent], abs=2e-3),
+            )
+
+
+def test_a_figure_that_is_no_number_is_null(pages: Path):
+    assert received(pages, "summary")["summary"]["eval"] == {"fvu": None, "loss_recovered": None}
+
+
+def test_a_build_that_fails_leaves_the_old_pages(tmp_path: Path):
+    index = write(tmp_path)
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in index.parent.rglob("*") if p.is_file()}
+    with pytest.raises(KeyError):
+        write(tmp_path, decode={}.__getitem__)
+    assert {p.relative_to(tmp_path): p.read_bytes() for p in index.parent.rglob("*") if p.is_file()} == before
+    write(tmp_path)
+    assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_the_configuration_file_states_the_defaults():
+    written = yaml.safe_load((CONF_DIR / "pages" / "default.yaml").read_text()) | {"seed": 0}
+    assert PagesConfig(**written) == PagesConfig()
+
+
+class ByteTokenizer:
+    """A byte-level tokenizer of five pieces, as Hugging Face writes them."""
+
+    pieces = {0: "Ġthe", 1: "ãģ", 2: "Ĥ", 3: "<0xE3>", 4: "ï¿½"}
+    texts = {0: " the", 1: "\ufffd", 2: "\ufffd", 3: "\ufffd", 4: "\ufffd"}
+
+    def decode(self, token_ids: list[int]) -> str:
+        return self.texts[token_ids[0]]
+
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        return self.pieces[ids]
+
+
+def test_parts_of_characters_become_bytes():
+    decode = decoder(ByteTokenizer())
+    assert [decode(i) for i in range(5)] == [" the", b"\xe3\x81", b"\x82", b"\xe3", "\ufffd"]
+    assert b"".join([decode(1), decode(2)]).decode() == "あ"
