@@ -33,7 +33,8 @@ def _point_to(endpoint: str, monkeypatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def _open(kind: str, request, tmp_path):
+def open_place(kind: str, request, tmp_path):
+    """An empty storage of one kind."""
     match kind:
         case "file":
             return storage.open(tmp_path / "store")
@@ -49,16 +50,16 @@ def _open(kind: str, request, tmp_path):
 @pytest.fixture(params=["file", "memory", "double"])
 def place(request, tmp_path):
     """An empty storage."""
-    return _open(request.param, request, tmp_path)
+    return open_place(request.param, request, tmp_path)
 
 
 @pytest.fixture(params=["file", "memory", "double", "seaweedfs"])
 def every_place(request, tmp_path):
     """An empty storage, the real S3 server among them."""
-    return _open(request.param, request, tmp_path)
+    return open_place(request.param, request, tmp_path)
 
 
 @pytest.fixture(params=["file", "double", "seaweedfs"])
 def durable(request, tmp_path):
     """An empty storage that other processes can open by its URI."""
-    return _open(request.param, request, tmp_path)
+    return open_place(request.param, request, tmp_path)
