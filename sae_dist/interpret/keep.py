@@ -60,7 +60,7 @@ def keep_(
     )
     order = key.argsort()
     if block > 1:
-        passage = mix(mix(doc) + mix(cell << 32 | pos // block))
+        passage = mix(doc) + (cell << 32 | pos // block)  # equal for two passages with a chance of 2**-64
         order = order[_first_of_each(passage[order])]
     order = order[cell[order].argsort(stable=True)]
     cell = cell[order]
