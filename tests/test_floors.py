@@ -15,6 +15,7 @@ FLOORS = (  # lowest first; packages on one floor do not know each other
     {"harvest", "train", "evaluate", "interpret"},
     {"service"},
     {"cli"},
+    {"__main__"},
 )
 ONLY_IN = {  # a heavy dependency has one home
     "triton": "kernels/sae_kernels/",

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from sae_dist.config import UserError  # noqa: E402
 @contextmanager
 def cluster(address: str, *, cpus: int) -> Iterator[None]:
     """Ray for as long as the context lasts: `local` starts one on this machine's loopback with `cpus` places."""
+    asked_to_stop = signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": False}
     if address == "local":
         ray.init(
@@ -36,6 +38,7 @@ def cluster(address: str, *, cpus: int) -> Iterator[None]:
             raise UserError(
                 f"cluster={address} cannot be joined ({reason}); check the address, or use cluster=local"
             ) from None
+    signal.signal(signal.SIGTERM, asked_to_stop)  # Ray has put its own there, which ends the process on the spot
     try:
         yield
     finally:
