@@ -1,0 +1,156 @@
+"""Look after activation stores.
+
+sae-dist store ls      store=S            what it holds
+sae-dist store stats   store=S            norms, variance and outliers of every hook point
+sae-dist store verify  store=S            read every byte against its checksum; withdraw=true has bad units made again
+sae-dist store gc      store=S            objects that no commit names; delete=true deletes them
+sae-dist store import  path=X store=S     a store of activations made elsewhere
+sae-dist store copy    store=S to=T       between folders and s3://, resumable and verified
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, assert_never
+
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from sae_dist import storage
+from sae_dist.config import UserError, frozen, load
+from sae_dist.service.display import quantity
+from sae_dist.shards import copy as copying
+from sae_dist.shards import gc, imports, reader, summary, verify
+from sae_dist.shards.format import DType
+from sae_dist.shards.imports import ImportConfig
+from sae_dist.shards.reader import Store
+
+POSITIONAL = ("action", "store")
+HOUR_S = 3600.0
+BAD_INPUT = 2
+
+
+@frozen
+class StoreJob:
+    """One action on one store; the keys of the other actions are at rest."""
+
+    action: Literal["ls", "stats", "verify", "gc", "import", "copy"]
+    store: str
+    to: str | None = None
+    path: str | None = None
+    hook: str = "imported"
+    key: str = ""
+    dtype: DType | Literal["auto"] = "auto"
+    unit_rows: int = 0
+    slice_rows: int = 0
+    heldout_fraction: float = 0.05
+    max_nonfinite: float = 0.01
+    model: str = "imported"
+    seed: int = 0
+    withdraw: bool = False
+    delete: bool = False
+    age_hours: Annotated[float, Field(ge=0)] = 48.0
+
+    def needed(self, key: Literal["to", "path"]) -> str:
+        """A key that this action cannot do without."""
+        value = getattr(self, key)
+        if value is None:
+            raise UserError(f"{key} is missing; sae-dist store {self.action} needs {key}=...")
+        return value
+
+
+def main(values: Mapping[str, Any]) -> int:
+    job = load(StoreJob, values)
+    match job.action:
+        case "import":
+            _ls(_import(job))
+        case "copy":
+            target = storage.open(job.needed("to"))
+            done = copying.copy(_open(job), target)
+            print(f"{target.uri}: {done.units} units, {_size(done.bytes)} copied, {done.skipped} were there")
+        case "ls":
+            _ls(_open(job))
+        case "stats":
+            _stats(_open(job))
+        case "verify":
+            return _verify(job)
+        case "gc":
+            _gc(job)
+        case _:
+            assert_never(job.action)
+    return 0
+
+
+def _open(job: StoreJob) -> Store:
+    return reader.open(storage.open(job.store))
+
+
+def _import(job: StoreJob) -> Store:
+    settings = ImportConfig(
+        path=job.needed("path"), hook=job.hook, key=job.key, dtype=job.dtype, unit_rows=job.unit_rows,
+        slice_rows=job.slice_rows, heldout_fraction=job.heldout_fraction, max_nonfinite=job.max_nonfinite,
+        model=job.model, seed=job.seed,
+    )  # fmt: skip
+    return imports.import_store(storage.open(job.store), settings)
+
+
+def _ls(store: Store) -> None:
+    found = summary.summarize(store)
+    hooks = ", ".join(f"{hook} [{width}]" for hook, width in found.hooks.items())
+    print(f"{found.uri}  {found.digest[:12]}")
+    print(f"  model {found.model}, hook points {hooks}, {found.dtype}")
+    units = f"{len(found.units)} of {found.n_units} units ({found.heldout_units} held out)"
+    print(f"  {units}, {found.rows:,} rows, {_size(found.bytes)}")
+    for hook, error in found.relative_error.items():
+        print(f"  {hook}: storing cost a relative squared error of {quantity(error)}")
+    for consumer in found.consumers:
+        print(f"  read by {consumer.consumer}: {consumer.taken} units, {consumer.saved} past its checkpoint")
+
+
+def _stats(store: Store) -> None:
+    table = Table()
+    for column in ("hook point", "rows", "mean norm", "norm of the mean", "variance", "max |x|", "NaN or Inf"):
+        table.add_column(column, justify="left" if column == "hook point" else "right")
+    for hook, found in summary.statistics(store).items():
+        mean_norm = float((found.mean**2).sum() ** 0.5)
+        row = (found.n, found.norm_mean, mean_norm, found.total_variance, found.max_abs, found.nonfinite)
+        table.add_row(hook, *(quantity(value) for value in row))
+    Console().print(table)
+
+
+def _verify(job: StoreJob) -> int:
+    store = _open(job)
+    found = verify.verify(store)
+    print(f"{store.storage.uri}: {found.units} units, {_size(found.bytes)} read")
+    for bad in found.bad:
+        print(f"  unit {bad.unit}: {bad.problem} ({bad.key})")
+    if found.missing:
+        print(f"  {len(found.missing)} units are not harvested yet, the first is {found.missing[0]}")
+    if not found.harvest_again:
+        print("  every byte is what was committed")
+        return 0
+    again = ", ".join(map(str, found.harvest_again))
+    if job.withdraw:
+        verify.withdraw(store, found.harvest_again)
+        print(f"  withdrawn: {again}; the command that harvested the store makes them again")
+    else:
+        print(f"  to have units {again} made again: sae-dist store verify store={job.store} withdraw=true")
+    return BAD_INPUT
+
+
+def _gc(job: StoreJob) -> None:
+    store = _open(job)
+    found = gc.collect(store, age_s=job.age_hours * HOUR_S, delete=job.delete)
+    for orphan in found.orphans:
+        print(f"  {orphan.key}  {_size(orphan.size)}")
+    print(
+        f"{store.storage.uri}: {len(found.orphans)} objects, {_size(found.bytes)}, "
+        f"{'deleted' if found.deleted else 'to delete with delete=true'}; {found.young} too young to tell"
+    )
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if n_bytes < 1024 or unit == "TiB":
+            break
+        n_bytes /= 1024
+    return f"{n_bytes:.4g} {unit}"

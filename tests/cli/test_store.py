@@ -1,0 +1,84 @@
+"""Activations made elsewhere: import, look, train, verify, copy, as a person types it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sae_dist.cli.main import main
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch, capsys):
+    """Rows that are sums of 2 of 32 directions, as a store made from an .npy file."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    directions = rng.standard_normal((32, 16)).astype(np.float32)
+    chosen = np.argsort(rng.random((4000, 32)), axis=1)[:, :2]
+    np.save("acts.npy", ((1 + rng.random((4000, 2, 1))) * directions[chosen]).sum(1).astype(np.float32))
+    assert main(["store", "import", "path=acts.npy", "store=stores/mine"]) == 0
+    assert "4,000 rows" in capsys.readouterr().out
+    return tmp_path / "stores" / "mine"
+
+
+def test_train_on_activations_made_elsewhere(store, capsys):
+    command = ["train", "store=stores/mine", "sae=topk", "sae.n_latents=64", "sae.k=4", "train.steps=300",
+               "train.batch=256", "train.lr=0.003", "wandb.mode=disabled", "out=runs/mine"]  # fmt: skip
+    assert main(command) == 0
+    assert "FVU" in capsys.readouterr().out
+    summary = json.loads((store.parents[1] / "runs" / "mine" / "summary.json").read_text())
+    assert summary["eval"]["fvu"] < 0.3
+    assert summary["eval"]["loss_recovered"] is None
+    assert summary["eval"]["tokens"] == 1000  # the last of four units
+    assert summary["tokens_trained"] == 300 * 256
+    assert main(["evaluate", "runs/mine"]) == 0
+    assert main(["status", "runs/mine"]) == 0
+    assert "done" in capsys.readouterr().out
+    assert main(["pages", "runs/mine"]) == 2
+    assert "has no text and no model" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_is_found_named_and_mended(store, capsys):
+    assert main(["store", "verify", "store=stores/mine"]) == 0
+    assert "every byte is what was committed" in capsys.readouterr().out
+    shard = sorted(store.glob("data/*/00000002/*.arrow"))[0]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    assert main(["store", "verify", "stores/mine"]) == 2
+    assert "unit 2:" in capsys.readouterr().out
+    assert main(["train", "store=stores/mine", "sae.n_latents=64", "sae.k=4", "train.steps=500", "out=runs/bad"]) == 2
+    assert "unit" in capsys.readouterr().err
+    assert main(["store", "verify", "stores/mine", "withdraw=true"]) == 2
+    assert main(["store", "import", "path=acts.npy", "store=stores/mine"]) == 0
+    assert main(["store", "verify", "stores/mine"]) == 0
+
+
+def test_copies_are_the_same_store(store, capsys):
+    assert main(["store", "copy", "store=stores/mine", "to=stores/copy"]) == 0
+    assert main(["store", "verify", "stores/copy"]) == 0
+    capsys.readouterr()
+    listed = []
+    for name in ("mine", "copy"):
+        assert main(["store", "ls", f"stores/{name}"]) == 0
+        listed.append(capsys.readouterr().out.splitlines()[1:])
+    assert listed[0] == listed[1]
+    assert main(["store", "stats", "stores/copy"]) == 0
+    assert main(["store", "gc", "stores/copy", "age_hours=0"]) == 0
+    assert "0 objects" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["store", "import", "store=s"], "path is missing"),
+        (["store", "copy", "store=stores/mine"], "to is missing"),
+        (["store", "import", "path=nothing.npy", "store=s"], "nothing.npy"),
+        (["store", "frob", "store=s"], "action='frob'"),
+        (["store", "ls", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_named(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
