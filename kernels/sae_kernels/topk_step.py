@@ -5,7 +5,7 @@ update is `remove_parallel`, `adam_`, `unit_norm`; which code computes them (`ba
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +16,10 @@ from sae_kernels.cpu.build import library
 from sae_kernels.cpu.kernels import CpuStep
 from sae_kernels.reference import Gradients, Selected, StepStatistics, adam_, remove_parallel, unit_norm
 
-Backend = Literal["auto", "torch", "cpu"]
+if TYPE_CHECKING:
+    from sae_kernels.triton_step import TritonStep
+
+Backend = Literal["auto", "torch", "cpu", "triton"]
 
 
 class TopKStep:
@@ -63,9 +66,24 @@ class TopKStep:
             raise ValueError(
                 "backend=cpu needs CPU tensors, product_dtype=bfloat16, AVX-512 BF16 and a compiler; use auto"
             )
-        self._kernels = None
-        if backend != "torch" and on_cpu and library():
+        self._kernels: CpuStep | TritonStep | None = None
+        if backend == "triton" or (backend == "auto" and W_dec.is_cuda and product_dtype == torch.bfloat16):
+            from sae_kernels import triton_step  # imports Triton, which only a GPU needs
+
+            self._kernels = triton_step.TritonStep(list(self._parameters()), self._first, self._second)
+        elif backend != "torch" and on_cpu and library():
             self._kernels = CpuStep(list(self._parameters()), self._first, self._second)
+
+    @property
+    def backend_used(self) -> Backend:
+        """What `auto` came to."""
+        match self._kernels:
+            case None:
+                return "torch"
+            case CpuStep():
+                return "cpu"
+            case _:
+                return "triton"
 
     @property
     def W_enc(self) -> Float[Tensor, "d_model n_latents"]:
@@ -105,7 +123,7 @@ class TopKStep:
         """Adam on the four parameters; decoder rows lose the gradient along themselves and keep norm 1."""
         self._update_(gradients, lr=lr)
 
-    def _forward(self, kernels: CpuStep, x: Tensor, variance: float | Tensor) -> StepStatistics:
+    def _forward(self, kernels: "CpuStep | TritonStep", x: Tensor, variance: float | Tensor) -> StepStatistics:
         return kernels.forward(
             x, k=self.k, variance=float(variance), dead=self.dead, k_aux=self.k_aux,
             aux_coefficient=self.aux_coefficient,

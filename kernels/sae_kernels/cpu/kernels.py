@@ -11,6 +11,7 @@ from sae_kernels.reference import Gradients, Selected, StepStatistics
 _PANEL = 64  # rows of the product's register tile
 _CHUNK = 64  # latents of one partial sum
 _LANES = 16
+_DENSE = 16  # AuxK takes dense products up to this many times k_aux dead latents (aux.h)
 
 
 class _Adam(ctypes.Structure):
@@ -25,6 +26,19 @@ class _Parameters(ctypes.Structure):
             "rounded",
         )
     ]  # fmt: skip
+
+
+class _Dense(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("slots", "dec", "enc", "bias")]
+
+
+class _Aux(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("error", "rows", "values", "indices", "W_dec", "places")),
+        *((name, ctypes.c_long) for name in ("batch", "k", "n_dead", "d", "padded")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("squares", "d_dec", "d_enc", "d_bias")),
+    ]
 
 
 class _Chosen(ctypes.Structure):
@@ -72,6 +86,7 @@ class CpuStep:
         self.rounded = torch.empty(self.n_latents, self.padded, dtype=torch.bfloat16)
         self._buffers: dict[str, Tensor] = {}
         self._none = torch.zeros(self.d_model)
+        self._dense: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.refresh_()
 
     def refresh_(self) -> None:
@@ -87,38 +102,63 @@ class CpuStep:
         self, x: Tensor, *, k: int, variance: float, dead: Tensor, k_aux: int, aux_coefficient: float
     ) -> StepStatistics:
         """Selection, reconstruction, errors, AuxK, and the pairs by latent that `gradients` and `update_` take."""
-        batch, n_dead = x.shape[0], int(dead.sum()) if k_aux else 0
-        scale = 2 / (batch * variance)
-        aux_scale = scale * aux_coefficient * min(n_dead / k_aux, 1.0) if n_dead else 0.0
-        kinds = 2 if n_dead else 1
+        batch, scale = len(x), 2 / (len(x) * variance)
+        places = dead.nonzero().squeeze(1) if k_aux else dead.nonzero().squeeze(1)[:0]
+        n_dead, k_dead = len(places), min(k_aux, len(places))
+        few = n_dead <= _DENSE * k_aux
         rows = self._rows(x)
-        k_dead = min(k_aux, n_dead)
-        chosen = [self._select("alive", self.rounded, self.parameters[2], batch=batch, k=k)]
+        chosen = self._select("alive", self.rounded, self.parameters[2], batch=batch, k=k)
+        errors = self._buffer("errors", (batch if few else 2 * batch, self.d_model))
+        squares = self._buffer("squares", (2, batch)).zero_()
+        described = (_Chosen * 2)(
+            self._reconstruct("alive", rows, self.parameters[3], chosen, -scale, errors, squares, 0)
+        )
+        self._dense = None
         if n_dead:
-            chosen.append(self._select_dead(dead, batch=batch, k=k_dead))
-        errors = self._buffer("errors", (kinds * batch, self.d_model))
-        squares = self._buffer("squares", (kinds, batch))
-        W_dec, b_dec, threads = self.parameters[1], self.parameters[3], torch.get_num_threads()
-        described = (_Chosen * 2)()
-        for kind, (selected, weight) in enumerate(zip(chosen, (scale, aux_scale), strict=False)):
-            d_z = self._buffer(f"d_z.{kind}", selected.values.shape)
-            own = errors[kind * batch : (kind + 1) * batch]
-            _call(
-                "sae_rows", errors[:batch] if kind else rows, None if kind else b_dec, *selected, W_dec,
-                batch, selected.values.shape[1], self.d_model, -weight, own, squares[kind], d_z, threads,
-            )  # fmt: skip
-            described[kind] = _Chosen(
-                selected.values.data_ptr(), selected.indices.data_ptr(), d_z.data_ptr(),
-                selected.values.shape[1], kind * batch, -weight,
-            )  # fmt: skip
+            dead_chosen = self._select("dead", self.rounded[places], self.parameters[2][places], batch=batch, k=k_dead)
+            aux_scale = -scale * aux_coefficient * min(n_dead / k_aux, 1.0)
+            if few:
+                self._aux(places, dead_chosen, aux_scale, errors, squares[1])
+            else:
+                dead_chosen.indices.copy_(places[dead_chosen.indices])
+                described[1] = self._reconstruct("dead", errors, None, dead_chosen, aux_scale, errors, squares, 1)
         offsets = self._buffer("offsets", (self.n_latents + 1,), torch.int64)
-        pairs = self._buffer("pairs", (batch * (k + k_dead), 4), torch.int32)
-        _call("sae_pairs", described, kinds, batch, self.n_latents, offsets, pairs, threads)
+        pairs = self._buffer("pairs", (batch * (k if few else k + k_dead), 4), torch.int32)
+        kinds = 1 if few else 2
+        _call("sae_pairs", described, kinds, batch, self.n_latents, offsets, pairs, torch.get_num_threads())
         fired = torch.empty(self.n_latents, dtype=torch.bool)
-        active = _call("sae_fired", *chosen[0], batch * k, fired, self.n_latents)
+        active = _call("sae_fired", *chosen, batch * k, fired, self.n_latents)
         sums = squares.double().sum(1).float()
         self._through_decoder = (-scale, errors[:batch])
-        return StepStatistics(sums[0], sums[1] if n_dead else torch.zeros(()), torch.tensor(active), fired)
+        return StepStatistics(sums[0], sums[1], torch.tensor(active), fired)
+
+    def _reconstruct(
+        self, name: str, target: Tensor, b_dec: Tensor | None, chosen: Selected, scale: float, errors: Tensor,
+        squares: Tensor, kind: int,
+    ) -> _Chosen:  # fmt: skip
+        """What the chosen latents leave of the target, into the kind's part of errors and squares; and d loss / dz."""
+        batch, k = chosen.values.shape
+        d_z = self._buffer(f"d_z.{name}", (batch, k))
+        _call(
+            "sae_rows", target[:batch], b_dec, *chosen, self.parameters[1], batch, k, self.d_model, scale,
+            errors[kind * batch :], squares[kind], d_z, torch.get_num_threads(),
+        )  # fmt: skip
+        return _Chosen(*(t.data_ptr() for t in (*chosen, d_z)), k, kind * batch, scale)
+
+    def _aux(self, places: Tensor, chosen: Selected, scale: float, errors: Tensor, squares: Tensor) -> None:
+        """AuxK's gradients of the dead latents, kept until `sae_latents` adds them."""
+        batch, k = chosen.values.shape
+        slots = self._buffer("slots", (self.n_latents,), torch.int32).fill_(-1)
+        slots[places] = torch.arange(len(places), dtype=torch.int32)
+        dec, enc = torch.empty(2, len(places), self.d_model)
+        bias = torch.empty(len(places))
+        inputs = (errors, self._buffers["rounded_rows"], *chosen, self.parameters[1], places)
+        aux = _Aux(
+            *(t.data_ptr() for t in inputs), batch, k, len(places), self.d_model, self.padded, scale,
+            *(t.data_ptr() for t in (squares, dec, enc, bias)),
+        )  # fmt: skip
+        _call("sae_aux_dense", aux, torch.get_num_threads())
+        self._dense = (slots, dec, enc, bias)
 
     def gradients(self) -> Gradients:
         """The dense gradients of the last `forward`."""
@@ -146,11 +186,12 @@ class CpuStep:
 
     def _latents(self, adam: _Adam | None, d_enc: Tensor | None, d_dec: Tensor | None, d_bias: Tensor | None) -> None:
         buffers = self._buffers
+        dense = _Dense(*(t.data_ptr() for t in self._dense)) if self._dense else None
         through_b_dec = self._buffer("through_b_dec", (-(-self.n_latents // _CHUNK), self.d_model))
         _call(
             "sae_latents", buffers["offsets"], buffers["pairs"], buffers["errors"], buffers["rounded_rows"],
-            self._described(), self.n_latents, self.d_model, self.padded, adam, d_enc, d_dec, d_bias, through_b_dec,
-            torch.get_num_threads(),
+            dense, self._described(), self.n_latents, self.d_model, self.padded, adam, d_enc, d_dec, d_bias,
+            through_b_dec, torch.get_num_threads(),
         )  # fmt: skip
 
     def _d_b_dec(self) -> Tensor:
@@ -188,13 +229,6 @@ class CpuStep:
             values, indices, int(sorted_), torch.get_num_threads(),
         )  # fmt: skip
         return Selected(values, indices)
-
-    def _select_dead(self, dead: Tensor, *, batch: int, k: int) -> Selected:
-        """AuxK's selection: one product over the compacted dead latents."""
-        places = dead.nonzero().squeeze(1)
-        selected = self._select("dead", self.rounded[places], self.parameters[2][places], batch=batch, k=k)
-        selected.indices.copy_(places[selected.indices])
-        return selected
 
     def _described(self) -> _Parameters:
         own = [*self.parameters[:3], *self.first[:3], *self.second[:3], self.rounded]

@@ -12,8 +12,6 @@
 
 namespace sae {
 
-constexpr long CHUNK = 64;  // latents of a task, and of a partial sum of b_dec's gradient: fixed, so sums are too
-
 // One active latent of one row: the weight of errors[error_row] in dW_dec and of rows[row] in dW_enc.
 struct Pair {
     int error_row, row;

@@ -33,6 +33,8 @@ void parallel(long tasks, long threads, const Task& task) {
     for (auto& thread : others) thread.join();
 }
 
+constexpr long CHUNK = 64;  // of rows or latents: of one task, or of one partial sum; fixed, so that sums are, too
+
 inline long blocks(long n, long size) { return (n + size - 1) / size; }
 
 }  // namespace sae

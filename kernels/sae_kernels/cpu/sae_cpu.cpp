@@ -2,6 +2,7 @@
 //
 // Needs AVX-512 with BF16; `build.py` asks the processor first.
 
+#include "aux.h"
 #include "latents.h"
 #include "parallel.h"
 #include "rows.h"
@@ -76,44 +77,55 @@ struct Parameters {
     uint16_t* rounded;                               // bf16 of enc, [n_latents, padded]
 };
 
-// The gradient of every latent from its pairs; `through_b_dec` [blocks(n_latents, 64), d] gets rounded enc * d_bias,
-// summed over a chunk. Then either the gradient is stored (d_enc given) or the update is made.
-void sae_latents(const long* offsets, const Pair* pairs, const float* errors, const uint16_t* rows,
+// Of dense gradients that AuxK gave for some latents: slots [n_latents] is their row, or -1.
+struct Dense {
+    const int* slots;
+    const float *dec, *enc, *bias;
+};
+
+// The gradient of every latent from its pairs and, where given, from AuxK; `through_b_dec` [blocks(n_latents, 64), d]
+// gets rounded enc * d_bias, summed over a chunk. Then the gradient is stored (d_enc given) or the update is made.
+void sae_latents(const long* offsets, const Pair* pairs, const float* errors, const uint16_t* rows, const Dense* dense,
                  const Parameters* parameters, long n_latents, long d, long padded, const Adam* adam, float* d_enc,
                  float* d_dec, float* d_bias, float* through_b_dec, long threads) {
     const Parameters& p = *parameters;
     parallel(blocks(n_latents, CHUNK), threads, [&](long chunk) {
         std::vector<float> scratch(2 * d), biases(CHUNK);
         const long first = chunk * CHUNK, last = first + CHUNK < n_latents ? first + CHUNK : n_latents;
+        auto slot = [&](long j) { return dense ? dense->slots[j] : -1; };
         for (long j = first; j < last; j++) {
-            const Pair* own = pairs + offsets[j];
-            const long n = offsets[j + 1] - offsets[j];
-            float bias = 0;
-            for (long i = 0; i < n; i++) bias += own[i].encoder;
+            float bias = slot(j) < 0 ? 0 : dense->bias[slot(j)];
+            for (long i = offsets[j]; i < offsets[j + 1]; i++) bias += pairs[i].encoder;
             biases[j - first] = bias;
         }
         weighted_sum(through_b_dec + chunk * d, d, last - first, [&](long j) { return p.rounded + (first + j) * padded; },
                      [&](long j) { return biases[j]; });
         for (long j = first; j < last; j++) {
             const Pair* own = pairs + offsets[j];
-            const long n = offsets[j + 1] - offsets[j];
+            const long n = offsets[j + 1] - offsets[j], s = slot(j);
             float* g_dec = d_dec ? d_dec + j * d : scratch.data();
             float* g_enc = d_enc ? d_enc + j * d : scratch.data() + d;
             weighted_sum(g_dec, d, n, [&](long i) { return errors + own[i].error_row * d; },
                          [&](long i) { return own[i].decoder; });
             weighted_sum(g_enc, d, n, [&](long i) { return rows + own[i].row * padded; },
                          [&](long i) { return own[i].encoder; });
+            if (s >= 0) {
+                add_row(g_dec, dense->dec + s * d, d);
+                add_row(g_enc, dense->enc + s * d, d);
+            }
             if (d_dec) {
                 d_bias[j] = biases[j - first];
                 continue;
             }
-            decoder_row(p.dec + j * d, g_dec, p.dec_first + j * d, p.dec_second + j * d, d, *adam, n > 0);
+            decoder_row(p.dec + j * d, g_dec, p.dec_first + j * d, p.dec_second + j * d, d, *adam, n > 0 || s >= 0);
             adam->row(p.enc + j * d, g_enc, p.enc_first + j * d, p.enc_second + j * d, d);
             adam->row(p.bias + j, &biases[j - first], p.bias_first + j, p.bias_second + j, 1);
             round_row(p.enc + j * d, nullptr, p.rounded + j * padded, d, padded);
         }
     });
 }
+
+void sae_aux_dense(const Aux* aux, long threads) { aux_dense(*aux, threads); }
 
 // The update from a dense gradient.
 void sae_update(const float* d_enc, const float* d_dec, const float* d_bias, const Parameters* parameters,

@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "parallel.h"
+#include "rows.h"
 #include "vectors.h"
 
 namespace sae {

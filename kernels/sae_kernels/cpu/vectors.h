@@ -47,6 +47,13 @@ inline void weighted_sum(float* out, long d, long count, const Row& row, const W
     if (start < d) weighted_sum_part<1>(out + start, lanes(d - start), count, from, weight);
 }
 
+inline void add_row(float* to, const float* a, long d) {
+    for (long i = 0; i < d; i += LANES) {
+        const __mmask16 m = lanes(d - i);
+        _mm512_mask_storeu_ps(to + i, m, _mm512_add_ps(load(to + i, m), load(a + i, m)));
+    }
+}
+
 template <class T>
 inline float dot(const float* a, const T* b, long d) {
     __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
