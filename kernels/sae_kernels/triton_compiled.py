@@ -1,6 +1,6 @@
 """Kernels compiled for a processor that need not be there: registers, spills, shared memory and instructions.
 
-`python -m sae_kernels.triton_compiled sm_90 [name ...]` prints one JSON object a kernel. It must run in a process of
+`python -m sae_kernels.triton_compiled sm_90 [pattern ...]` prints one JSON object a kernel. It must run in a process of
 its own: Triton's interpreter and its compiler do not mix.
 """
 
@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class Compiled(NamedTuple):
     name: str
     target: str
     registers: int  # a thread
-    spills: int  # bytes of stack on NVIDIA, spilled vector registers on AMD
+    spills: int  # bytes of stack on NVIDIA (nothing else is there), spilled vector registers on AMD
     shared: int  # bytes a program
     warps: int
     instructions: list[str]
@@ -79,10 +79,11 @@ def _amd(text: str) -> tuple[int, int]:
     return number("vgpr_count"), number("vgpr_spill_count")
 
 
-def report(target: str, wanted: Mapping[str, bool] | list[str]) -> list[Compiled]:
-    """Every configuration of a target whose name starts with one of `wanted`; all when that is empty."""
-    chosen = [c for c in configurations(target) if not wanted or any(c.name.startswith(w) for w in wanted)]
-    return [compile_for(target, c) for c in chosen]
+def report(target: str, patterns: Sequence[str]) -> Iterator[Compiled]:
+    """Every configuration of a target whose name begins as one of the patterns says; all when there is none."""
+    for configuration in configurations(target):
+        if not patterns or any(re.match(pattern, configuration.name) for pattern in patterns):
+            yield compile_for(target, configuration)
 
 
 if __name__ == "__main__":

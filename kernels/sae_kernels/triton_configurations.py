@@ -3,10 +3,18 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from sae_kernels import triton_rescan, triton_select, triton_topk_encode
-from sae_kernels.triton_tiles import GROUP_ROWS, SINGLE, TILES, UNEVEN, Tile
+from sae_kernels import (
+    triton_latents,
+    triton_rescan,
+    triton_select,
+    triton_sparse_decode,
+    triton_sparse_gradient,
+    triton_topk_encode,
+)
+from sae_kernels.triton_tiles import GROUP_ROWS, SINGLE, TILES, UNEVEN, Tile, power_of_two
 
-CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)  # k up to 16, 32, 64, 128, 512, 2048
+CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)  # k up to 16, 32, 64, 128, 256 or 1024, 512 or 2048
+WIDTHS = (128, 768, 2048, 4096, 8192)  # d_model, rounded up to a power of two
 
 
 class Configuration(NamedTuple):
@@ -35,10 +43,10 @@ def encode(name: str, tile: Tile, *, dtype: str = "bf16", theta: bool = False, e
     """The encoder product with its selecting epilogue in one tile shape."""
     return _configuration(
         name, triton_topk_encode._encode_kernel,
-        f"x_ptr:*{dtype} W_ptr:*{dtype} b_ptr:*fp32 theta_ptr:*fp32 bound_value_ptr:*fp32 bound_latent_ptr:*i32 "
-        "keys_ptr:*i64 count_ptr:*i32 batch:i32 n_latents:!i32 "
+        f"x_ptr:*{dtype} W_ptr:*{dtype} b_ptr:*fp32 theta_ptr:*fp32 least_ptr:*fp32 before_ptr:*i32 "
+        "keys_ptr:*i64 count_ptr:*i32 order_ptr:*i32 batch:i32 "
         + ("d_model:!i32 x_stride:!i32 W_stride:!i32 " if even else "d_model:i32 x_stride:i32 W_stride:i32 ")
-        + "start:!i32 stop:!i32 stride:i32",
+        + "start:!i32 stop:!i32",
         warps=tile.warps, stages=tile.stages, CAPACITY=capacity, HAS_THETA=theta, EVEN=even,
         PRECISION="ieee" if dtype == "fp32" else "tf32", ROWS=tile.rows, LATENTS=tile.latents, DEPTH=tile.depth,
         PARTS=tile.parts, GROUP=GROUP_ROWS,
@@ -56,7 +64,7 @@ def configurations(target: str) -> Iterator[Configuration]:
         warps = triton_select.warps_for(capacity)
         yield _configuration(
             f"tighten-{capacity}", triton_select._tighten_kernel,
-            "keys_ptr:*i64 count_ptr:*i32 bound_value_ptr:*fp32 bound_latent_ptr:*i32 overflow_ptr:*i32 k:i32",
+            "keys_ptr:*i64 count_ptr:*i32 least_ptr:*fp32 before_ptr:*i32 overflow_ptr:*i32 k:i32",
             warps=warps, CAPACITY=capacity,
         )  # fmt: skip
         yield _configuration(
@@ -72,3 +80,61 @@ def configurations(target: str) -> Iterator[Configuration]:
             "keys_ptr:*i64 count_ptr:*i32 values_ptr:*fp32 indices_ptr:*i64 k:i32",
             warps=1 if k <= 32 else 4, CAPACITY=512, K=k,
         )  # fmt: skip
+    yield from _gathers()
+    for d_model in WIDTHS:
+        yield from _updates(d_model)
+
+
+def _gathers() -> Iterator[Configuration]:
+    for d_model in (128, 768):  # blocks of 128 and, from d_model 512 on, of 512 dimensions
+        places, depth = triton_sparse_decode.blocks_for(d_model)
+        pairs, _ = triton_sparse_gradient.blocks_for(d_model)
+        yield _configuration(
+            f"decode-{depth}", triton_sparse_decode._decode_kernel,
+            "values_ptr:*fp32 indices_ptr:*i64 W_ptr:*fp32 b_ptr:*fp32 minus_ptr:*fp32 out_ptr:*fp32 k:!i32 "
+            "d_model:!i32 W_stride:!i32 minus_stride:!i32",
+            warps=4, PLACES=places, DEPTH=depth, HAS_BIAS=True, RESIDUAL=True,
+        )  # fmt: skip
+        yield _configuration(
+            f"gather-dot-{depth}", triton_sparse_decode._gather_dot_kernel,
+            "e_ptr:*fp32 W_ptr:*fp32 indices_ptr:*i64 out_ptr:*fp32 k:!i32 d_model:!i32 e_stride:!i32 W_stride:!i32",
+            warps=4, PLACES=places, DEPTH=depth,
+        )  # fmt: skip
+        yield _configuration(
+            f"gradient-{depth}", triton_sparse_gradient._gradient_kernel,
+            "rows_ptr:*bf16 weights_ptr:*fp32 pairs_ptr:*i32 offsets_ptr:*i32 out_ptr:*fp32 sum_ptr:*fp32 k:!i32 "
+            "split:!i32 shift:!i32 d_model:!i32 stride:!i32",
+            warps=4, PAIRS=pairs, DEPTH=depth, HAS_SUM=True,
+        )  # fmt: skip
+        yield _configuration(
+            f"gradient-atomic-{depth}", triton_sparse_gradient._scatter_kernel,
+            "rows_ptr:*bf16 weights_ptr:*fp32 indices_ptr:*i64 out_ptr:*fp32 k:!i32 d_model:!i32 stride:!i32",
+            warps=4, DEPTH=depth,
+        )  # fmt: skip
+
+
+def _updates(d_model: int) -> Iterator[Configuration]:
+    depth, warps = power_of_two(d_model), triton_latents.warps_for(d_model)
+    types = (
+        "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 rounded_ptr:*bf16 gradient_ptr:*fp32 norm_ptr:*fp32 bias_ptr:*fp32 "
+        "bias_m_ptr:*fp32 bias_v_ptr:*fp32 bias_gradient_ptr:*fp32 rows_ptr:*{} weights_ptr:*fp32 pairs_ptr:*i32 "
+        "offsets_ptr:*i32 done_ptr:*i32 schedule_ptr:*fp32 step:i32 beta1:fp32 beta2:fp32 eps:fp32 k:i32 split:i32 "
+        "shift:!i32 d_model:!i32 row_stride:!i32"
+    )
+    for name, rows, dense, encoder, lazy in (
+        ("encoder", "bf16", False, True, False),
+        ("decoder", "fp32", False, False, False),
+        ("decoder-lazy", "fp32", False, False, True),
+        ("decoder-dense", "fp32", True, False, False),
+    ):
+        yield _configuration(
+            f"update-{name}-{depth}", triton_latents._update_kernel, types.format(rows),
+            warps=warps, DENSE=dense, UNIT=not encoder, ROUND=encoder, BIAS=encoder, LAZY=lazy,
+            PAIRS=triton_latents.pairs_for(d_model), DEPTH=depth,
+        )  # fmt: skip
+    yield _configuration(
+        f"catch-up-{depth}", triton_latents._catch_up_kernel,
+        "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 offsets_ptr:*i32 done_ptr:*i32 schedule_ptr:*fp32 step:i32 beta1:fp32 "
+        "beta2:fp32 eps:fp32 d_model:!i32",
+        warps=warps, ALL=False, DEPTH=depth,
+    )  # fmt: skip

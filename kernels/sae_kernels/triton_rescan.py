@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_kernels.triton_select import keep_largest, warps_for
+from sae_kernels.triton_select import COUNT_STRIDE, keep_largest, warps_for
 from sae_kernels.triton_tiles import power_of_two
 
 _LATENTS, _DEPTH = 64, 32
@@ -53,7 +53,7 @@ def _rescan_kernel(x_ptr, W_ptr, b_ptr, theta_ptr, keys_ptr, count_ptr, overflow
         tl.debug_barrier()
         if (count + LATENTS > CAPACITY) | (start + LATENTS >= n_latents):
             bits, low, count = keep_largest(keys, count, k, CAPACITY)
-    tl.store(count_ptr + row, count)
+    tl.store(count_ptr + row * COUNT_STRIDE, count)
 
 
 def rescan_(

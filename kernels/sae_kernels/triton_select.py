@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae_kernels.triton_tiles import power_of_two
 
+COUNT_STRIDE = tl.constexpr(8)  # 32 bytes a counter: side by side, the compiler would give the atomics another layout
 RANKED_IN_KERNEL = 128  # k^2 comparisons a row; above it one segmented sort is cheaper
 
 
@@ -48,16 +49,16 @@ def keep_largest(keys_ptr, count, k, CAPACITY: tl.constexpr):
 
 
 @triton.jit
-def _tighten_kernel(keys_ptr, count_ptr, bound_value_ptr, bound_latent_ptr, overflow_ptr, k, CAPACITY: tl.constexpr):
+def _tighten_kernel(keys_ptr, count_ptr, least_ptr, before_ptr, overflow_ptr, k, CAPACITY: tl.constexpr):
     """One row: keep its k best candidates and raise its bound to the k-th; note a row that lost candidates."""
     row = tl.program_id(0)
-    count = tl.load(count_ptr + row)
+    count = tl.load(count_ptr + row * COUNT_STRIDE)
     if count > CAPACITY:
         tl.store(overflow_ptr + row, 1)
     bits, low, kept = keep_largest(keys_ptr + row.to(tl.int64) * CAPACITY, count, k, CAPACITY)
-    tl.store(count_ptr + row, kept)
-    tl.store(bound_value_ptr + row, bits.to(tl.float32, bitcast=True))
-    tl.store(bound_latent_ptr + row, 0x7FFFFFFF - low)
+    tl.store(count_ptr + row * COUNT_STRIDE, kept)
+    tl.store(least_ptr + row, bits.to(tl.float32, bitcast=True))
+    tl.store(before_ptr + row, 0x7FFFFFFF - low)
 
 
 @triton.jit
@@ -65,7 +66,7 @@ def _rank_kernel(keys_ptr, count_ptr, values_ptr, indices_ptr, k, CAPACITY: tl.c
     """One row: its kept keys in descending order. The place of a key is the number of larger ones."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, K)
-    count = tl.load(count_ptr + row)
+    count = tl.load(count_ptr + row * COUNT_STRIDE)
     key = tl.load(keys_ptr + row * CAPACITY + place, mask=place < count, other=0)
     rank = tl.sum((key[None, :] > key[:, None]).to(tl.int32), 1)
     rank = tl.where(place < count, rank, place)
@@ -85,7 +86,7 @@ class Buffers:
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
         self.keys = torch.empty(rows, capacity, dtype=torch.int64, device=device)
-        self.count = torch.empty(rows, dtype=torch.int32, device=device)
+        self.count = torch.empty(rows, int(COUNT_STRIDE), dtype=torch.int32, device=device)
         self.overflow = torch.empty(rows, dtype=torch.int32, device=device)
         self.bound_value = torch.empty(rows, dtype=torch.float32, device=device)
         self.bound_latent = torch.empty(rows, dtype=torch.int32, device=device)
@@ -111,7 +112,7 @@ def ordered(keys: Tensor, count: Tensor, values: Tensor, indices: Tensor) -> Non
         size = power_of_two(k)
         _rank_kernel[(rows,)](keys, count, values, indices, k, CAPACITY=capacity, K=size, num_warps=1 if k <= 32 else 4)
         return
-    kept = torch.arange(k, device=keys.device) < count[:, None]
+    kept = torch.arange(k, device=keys.device) < count[:, :1]
     key = torch.where(kept, keys[:, :k], 0).sort(dim=1, descending=True).values
     values.copy_((key >> 32).to(torch.int32).view(torch.float32))
     indices.copy_(torch.where(key > 0, 0x7FFFFFFF - (key & 0xFFFFFFFF), 0))

@@ -13,9 +13,10 @@ from sae_kernels.triton_tiles import power_of_two
 
 
 @triton.jit
-def _decode_kernel(values_ptr, indices_ptr, W_ptr, b_ptr, out_ptr, k, d_model, W_stride,
-                   PLACES: tl.constexpr, DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
-    """DEPTH dimensions of one row: sum_j values_j W[indices_j] + b, PLACES gathered rows in flight at a time."""
+def _decode_kernel(values_ptr, indices_ptr, W_ptr, b_ptr, minus_ptr, out_ptr, k, d_model, W_stride, minus_stride,
+                   PLACES: tl.constexpr, DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr,
+                   RESIDUAL: tl.constexpr):  # fmt: skip
+    """DEPTH dimensions of one row of x_hat = sum_j values_j W[indices_j] + b, or of x - x_hat."""
     row = tl.program_id(0).to(tl.int64)
     dim = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
     total = tl.zeros((PLACES, DEPTH), dtype=tl.float32)
@@ -29,6 +30,9 @@ def _decode_kernel(values_ptr, indices_ptr, W_ptr, b_ptr, out_ptr, k, d_model, W
     x_hat = tl.sum(total, 0)
     if HAS_BIAS:
         x_hat += tl.load(b_ptr + dim, mask=dim < d_model, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        x = tl.load(minus_ptr + row * minus_stride + dim, mask=dim < d_model, other=0.0).to(tl.float32)
+        x_hat = x - x_hat
     tl.store(out_ptr + row * d_model + dim, x_hat, mask=dim < d_model)
 
 
@@ -55,14 +59,21 @@ def blocks_for(d_model: int) -> tuple[int, int]:
     return 4096 // depth, depth
 
 
-def decode(values: Tensor, indices: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-    """sum_j values_j W[indices_j] (+ bias), [batch, d_model] fp32; rows of W [n_latents, d_model] are contiguous."""
+def decode(
+    values: Tensor, indices: Tensor, W: Tensor, bias: Tensor | None, *, residual_of: Tensor | None = None
+) -> Tensor:
+    """x_hat = sum_j values_j W[indices_j] (+ bias), or residual_of - x_hat; [batch, d_model] fp32.
+
+    Rows of W [n_latents, d_model] and of residual_of [batch, d_model] are contiguous. Places of value 0 are not read.
+    """
     (batch, k), d_model = values.shape, W.shape[1]
     places, depth = blocks_for(d_model)
     out = torch.empty(batch, d_model, dtype=torch.float32, device=W.device)
+    minus = out if residual_of is None else residual_of
     _decode_kernel[(batch, triton.cdiv(d_model, depth))](
-        values.contiguous(), indices.contiguous(), W, W if bias is None else bias, out, k, d_model, W.stride(0),
-        PLACES=places, DEPTH=depth, HAS_BIAS=bias is not None, num_warps=4,
+        values.contiguous(), indices.contiguous(), W, W if bias is None else bias, minus, out, k, d_model, W.stride(0),
+        minus.stride(0), PLACES=places, DEPTH=depth, HAS_BIAS=bias is not None, RESIDUAL=residual_of is not None,
+        num_warps=4,
     )  # fmt: skip
     return out
 

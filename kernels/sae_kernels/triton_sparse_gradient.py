@@ -31,15 +31,16 @@ def segments(values: Tensor, indices: Tensor, *, n_latents: int) -> Segments:
 
 
 @triton.jit
-def segment_sum(rows_ptr, weights_ptr, pairs_ptr, begin, end, k, stride, dim, d_model,
+def segment_sum(rows_ptr, weights_ptr, pairs_ptr, begin, end, k, split, shift, stride, dim, d_model,
                 PAIRS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
-    """sum over the segment's pairs of weights[pair] * rows[pair // k], for the dimensions `dim`."""
+    """sum over the segment's pairs of weights[pair] * rows[pair // k (+ shift from place `split` on)], over `dim`."""
     total = tl.zeros((PAIRS, DEPTH), dtype=tl.float32)
     for first in range(begin, end, PAIRS):
         at = first + tl.arange(0, PAIRS)
         pair = tl.load(pairs_ptr + at, mask=at < end, other=0)
         weight = tl.load(weights_ptr + pair, mask=at < end, other=0.0)
-        address = rows_ptr + (pair // k).to(tl.int64)[:, None] * stride + dim[None, :]
+        token = pair // k + tl.where(pair % k >= split, shift, 0)
+        address = rows_ptr + token.to(tl.int64)[:, None] * stride + dim[None, :]
         row = tl.load(address, mask=(at < end)[:, None] & (dim < d_model)[None, :], other=0.0)
         total += weight[:, None] * row.to(tl.float32)
     return tl.sum(total, 0)
@@ -57,13 +58,14 @@ def weight_sum(weights_ptr, pairs_ptr, begin, end):
 
 
 @triton.jit
-def _gradient_kernel(rows_ptr, weights_ptr, pairs_ptr, offsets_ptr, out_ptr, sum_ptr, k, d_model, stride,
-                     PAIRS: tl.constexpr, DEPTH: tl.constexpr, HAS_SUM: tl.constexpr):  # fmt: skip
+def _gradient_kernel(rows_ptr, weights_ptr, pairs_ptr, offsets_ptr, out_ptr, sum_ptr, k, split, shift, d_model,
+                     stride, PAIRS: tl.constexpr, DEPTH: tl.constexpr, HAS_SUM: tl.constexpr):  # fmt: skip
     """DEPTH dimensions of one latent's row of the gradient."""
     latent = tl.program_id(0).to(tl.int64)
     dim = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
     begin, end = tl.load(offsets_ptr + latent), tl.load(offsets_ptr + latent + 1)
-    total = segment_sum(rows_ptr, weights_ptr, pairs_ptr, begin, end, k, stride, dim, d_model, PAIRS, DEPTH)
+    total = segment_sum(rows_ptr, weights_ptr, pairs_ptr, begin, end, k, split, shift, stride, dim, d_model,
+                        PAIRS, DEPTH)  # fmt: skip
     tl.store(out_ptr + latent * d_model + dim, total, mask=dim < d_model)
     if HAS_SUM:
         tl.store(sum_ptr + latent, weight_sum(weights_ptr, pairs_ptr, begin, end), mask=tl.program_id(1) == 0)
@@ -89,20 +91,29 @@ def blocks_for(d_model: int) -> tuple[int, int]:
 
 
 def row_gradient(
-    rows: Tensor, weights: Tensor, by_latent: Segments, *, n_latents: int, with_sum: bool = False
+    rows: Tensor,
+    weights: Tensor,
+    by_latent: Segments,
+    *,
+    n_latents: int,
+    with_sum: bool = False,
+    split: int | None = None,
+    shift: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """G[i] = sum over pairs (b, j) of latent i of weights[b, j] rows[b], [n_latents, d_model] fp32, deterministic.
 
     Reads the rows once a pair (2 k batch d_model bytes of bf16, mostly from the cache) and writes 4 n_latents d_model.
-    `with_sum` adds sum of weights by latent, which is the gradient of b_enc.
+    `with_sum` adds sum of weights by latent, which is the gradient of b_enc. From place `split` on, a pair takes the
+    row `shift` further down.
     """
     d_model, k = rows.shape[1], weights.shape[1]
     pairs, depth = blocks_for(d_model)
     out = torch.empty(n_latents, d_model, dtype=torch.float32, device=rows.device)
     total = torch.empty(n_latents, dtype=torch.float32, device=rows.device) if with_sum else None
     _gradient_kernel[(n_latents, triton.cdiv(d_model, depth))](
-        rows, weights, by_latent.pairs, by_latent.offsets, out, out if total is None else total, k, d_model,
-        rows.stride(0), PAIRS=pairs, DEPTH=depth, HAS_SUM=with_sum, num_warps=4,
+        rows, weights, by_latent.pairs, by_latent.offsets, out, out if total is None else total, k,
+        k if split is None else split, shift, d_model, rows.stride(0),
+        PAIRS=pairs, DEPTH=depth, HAS_SUM=with_sum, num_warps=4,
     )  # fmt: skip
     return out, total
 

@@ -7,6 +7,7 @@ row and stretch, into a buffer that holds them with eight standard deviations to
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -14,15 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_kernels.triton_rescan import rescan_
-from sae_kernels.triton_select import Buffers, ordered, tighten_
+from sae_kernels.triton_select import COUNT_STRIDE, Buffers, ordered, tighten_
 from sae_kernels.triton_tiles import GROUP_ROWS, Tile, power_of_two, tile_for
 
 ROWS_AT_ONCE = 16384  # bounds the buffers; W_enc is read again for every so many rows: 16k operations a byte
 
 
 @triton.jit
-def _emit(product, row, first, stop, stride, b_ptr, theta_ptr, bound_value_ptr, bound_latent_ptr, keys_ptr, count_ptr,
-          batch, n_latents, CAPACITY: tl.constexpr, HAS_THETA: tl.constexpr, ROWS: tl.constexpr,
+def _emit(product, row, first, stop, order_ptr, b_ptr, theta_ptr, least_ptr, before_ptr, keys_ptr, count_ptr,
+          batch, CAPACITY: tl.constexpr, HAS_THETA: tl.constexpr, ROWS: tl.constexpr,
           LATENTS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Write the keys of z = product + b_enc [ROWS, LATENTS] that exceed their row's bound to the row's buffer.
 
@@ -30,32 +31,33 @@ def _emit(product, row, first, stop, stride, b_ptr, theta_ptr, bound_value_ptr, 
     """
     if PARTS == 1:
         place = first + tl.arange(0, LATENTS)
-        latent = ((place.to(tl.int64) * stride) % n_latents).to(tl.int32)
+        latent = tl.load(order_ptr + place, mask=place < stop, other=0)
         z = product + tl.load(b_ptr + latent)[None, :]
-        value = tl.load(bound_value_ptr + row, mask=row < batch, other=float("inf"))[:, None]
-        before = tl.load(bound_latent_ptr + row, mask=row < batch, other=0)[:, None]
+        value = tl.load(least_ptr + row, mask=row < batch, other=float("inf"))[:, None]
+        before = tl.load(before_ptr + row, mask=row < batch, other=0)[:, None]
         keep = ((z > value) | ((z == value) & (latent[None, :] < before))) & (place < stop)[None, :]
         if HAS_THETA:
             keep = keep & (z > tl.load(theta_ptr + latent)[None, :])
-        slot = tl.atomic_add((count_ptr + row)[:, None] + tl.zeros_like(latent)[None, :], 1, mask=keep, sem="relaxed")
+        counter = (count_ptr + row * COUNT_STRIDE)[:, None] + tl.zeros_like(latent)[None, :]
+        slot = tl.atomic_add(counter, 1, mask=keep, sem="relaxed")
         key = (z.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - latent).to(tl.int64)[None, :]
         tl.store((keys_ptr + row.to(tl.int64) * CAPACITY)[:, None] + slot, key, mask=keep & (slot < CAPACITY))
     else:
         HALF: tl.constexpr = LATENTS // 2
         left, right = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, HALF)), (0, 2, 1)))
-        _emit(left, row, first, stop, stride, b_ptr, theta_ptr, bound_value_ptr, bound_latent_ptr, keys_ptr, count_ptr,
-              batch, n_latents, CAPACITY, HAS_THETA, ROWS, HALF, PARTS // 2)  # fmt: skip
-        _emit(right, row, first + HALF, stop, stride, b_ptr, theta_ptr, bound_value_ptr, bound_latent_ptr, keys_ptr,
-              count_ptr, batch, n_latents, CAPACITY, HAS_THETA, ROWS, HALF, PARTS // 2)  # fmt: skip
+        _emit(left, row, first, stop, order_ptr, b_ptr, theta_ptr, least_ptr, before_ptr, keys_ptr, count_ptr,
+              batch, CAPACITY, HAS_THETA, ROWS, HALF, PARTS // 2)  # fmt: skip
+        _emit(right, row, first + HALF, stop, order_ptr, b_ptr, theta_ptr, least_ptr, before_ptr, keys_ptr,
+              count_ptr, batch, CAPACITY, HAS_THETA, ROWS, HALF, PARTS // 2)  # fmt: skip
 
 
 @triton.jit
-def _encode_kernel(x_ptr, W_ptr, b_ptr, theta_ptr, bound_value_ptr, bound_latent_ptr, keys_ptr, count_ptr,
-                   batch, n_latents, d_model, x_stride, W_stride, start, stop, stride,
+def _encode_kernel(x_ptr, W_ptr, b_ptr, theta_ptr, least_ptr, before_ptr, keys_ptr, count_ptr,
+                   order_ptr, batch, d_model, x_stride, W_stride, start, stop,
                    CAPACITY: tl.constexpr, HAS_THETA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
                    ROWS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
                    GROUP: tl.constexpr):  # fmt: skip
-    """One tile of z = x W_enc + b_enc for the latents (place * stride) mod n_latents, start <= place < stop."""
+    """One tile of z = x W_enc + b_enc for the latents order[start:stop]."""
     program = tl.program_id(0)
     row_blocks = tl.cdiv(batch, ROWS)
     sweep = GROUP * tl.cdiv(stop - start, LATENTS)
@@ -63,7 +65,8 @@ def _encode_kernel(x_ptr, W_ptr, b_ptr, theta_ptr, bound_value_ptr, bound_latent
     height = tl.minimum(row_blocks - first, GROUP)
     row = (first + (program % sweep) % height) * ROWS + tl.arange(0, ROWS)
     column = start + ((program % sweep) // height) * LATENTS
-    latent = ((column + tl.arange(0, LATENTS)).to(tl.int64) * stride) % n_latents  # past `stop`: repeats, not kept
+    place = column + tl.arange(0, LATENTS)
+    latent = tl.load(order_ptr + place, mask=place < stop, other=0).to(tl.int64)  # past `stop`: not kept
     dim = tl.arange(0, DEPTH)
     x_ptrs = x_ptr + tl.where(row < batch, row, 0).to(tl.int64)[:, None] * x_stride + dim[None, :]
     W_ptrs = W_ptr + latent[None, :] * W_stride + dim[:, None]
@@ -77,8 +80,8 @@ def _encode_kernel(x_ptr, W_ptr, b_ptr, theta_ptr, bound_value_ptr, bound_latent
         product = tl.dot(x, W, product, input_precision=PRECISION)
         x_ptrs += DEPTH
         W_ptrs += DEPTH
-    _emit(product, row, column, stop, stride, b_ptr, theta_ptr, bound_value_ptr, bound_latent_ptr, keys_ptr, count_ptr,
-          batch, n_latents, CAPACITY, HAS_THETA, ROWS, LATENTS, PARTS)  # fmt: skip
+    _emit(product, row, column, stop, order_ptr, b_ptr, theta_ptr, least_ptr, before_ptr, keys_ptr, count_ptr,
+          batch, CAPACITY, HAS_THETA, ROWS, LATENTS, PARTS)  # fmt: skip
 
 
 def capacity_for(k: int) -> int:
@@ -101,8 +104,9 @@ def stretches(n_latents: int, *, k: int, capacity: int, block: int) -> list[tupl
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def scatter_stride(n_latents: int) -> int:
-    """A step near the golden section of n_latents and coprime to it: any stretch then samples all regions evenly.
+@lru_cache(maxsize=8)
+def scattered(n_latents: int, device: torch.device) -> Tensor:
+    """All latents, int32, in steps near the golden section: any stretch of them samples all regions evenly.
 
     Neighbouring latents are often alike (nested dictionaries put the frequent ones first); a stretch of neighbours
     would bound the rest badly, a scattered one is as good as a random sample.
@@ -110,7 +114,8 @@ def scatter_stride(n_latents: int) -> int:
     stride = max(1, round(n_latents * (math.sqrt(5) - 1) / 2))
     while math.gcd(stride, n_latents) != 1:
         stride += 1
-    return stride
+    order = torch.arange(n_latents, device=device) * stride % n_latents
+    return order.to(torch.int32)
 
 
 def encode_stretch_(
@@ -121,7 +126,7 @@ def encode_stretch_(
     blocks = triton.cdiv(rows, tile.rows) * triton.cdiv(stop - start, tile.latents)
     _encode_kernel[(blocks,)](
         x, W, b_enc, theta if theta is not None else b_enc, buffers.bound_value, buffers.bound_latent, buffers.keys,
-        buffers.count, rows, n_latents, d_model, x.stride(0), W.stride(0), start, stop, scatter_stride(n_latents),
+        buffers.count, scattered(n_latents, x.device), rows, d_model, x.stride(0), W.stride(0), start, stop,
         CAPACITY=buffers.keys.shape[1], HAS_THETA=theta is not None, EVEN=d_model % tile.depth == 0,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", ROWS=tile.rows, LATENTS=tile.latents,
         DEPTH=tile.depth, PARTS=tile.parts, GROUP=GROUP_ROWS, num_warps=tile.warps, num_stages=tile.stages,

@@ -18,9 +18,10 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _bf16_products():
-    """The interpreter holds bf16 as 16-bit integers and would multiply those; widen the operands of a product."""
-    original = interpreter.InterpreterBuilder.create_dot
+def _bf16_as_on_a_gpu():
+    """The interpreter holds bf16 as 16-bit integers, would multiply those, and cuts fp32 off where a GPU rounds."""
+    builder = interpreter.InterpreterBuilder
+    original, original_cast = builder.create_dot, builder.cast_impl
 
     def widened(handle):
         if handle.dtype != tl.bfloat16:
@@ -30,6 +31,13 @@ def _bf16_products():
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         return original(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    def cast_impl(self, handle, to):
+        if handle.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return original_cast(self, handle, to)
+        bits = handle.data.view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
+        return interpreter.TensorHandle(rounded.astype(np.uint16), to.scalar)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
     yield
-    interpreter.InterpreterBuilder.create_dot = original
+    builder.create_dot, builder.cast_impl = original, original_cast

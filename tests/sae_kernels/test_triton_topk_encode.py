@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from sae_kernels import reference
-from sae_kernels.triton_topk_encode import capacity_for, encode_select, scatter_stride, stretches
+from sae_kernels.triton_topk_encode import capacity_for, encode_select, scattered, stretches
 
 
 def integers(shape, device, *, low=-3, high=4, seed=0):
@@ -61,7 +61,7 @@ def test_a_row_without_positive_values_and_a_nan_select_nothing(device):
 
 def test_a_buffer_that_overflows_is_counted_and_still_exact(device):
     n_latents, k, capacity = 150, 3, 32
-    order = torch.arange(n_latents).mul(scatter_stride(n_latents)).remainder(n_latents)
+    order = scattered(n_latents, torch.device("cpu")).long()
     b = torch.zeros(n_latents)
     b[order] = torch.arange(n_latents).float()  # every stretch beats all before it: the bound never helps
     x, W = torch.ones(2, 16), torch.zeros(n_latents, 16)
@@ -87,8 +87,8 @@ def test_stretches_cover_every_latent_once_and_fit_the_buffer(n_latents, k):
     for start, stop in spans[1:]:
         growth = stop / start
         assert k * growth + 8 * math.sqrt(k * growth * (growth - 1)) <= capacity
-    stride = scatter_stride(n_latents)
-    assert math.gcd(stride, n_latents) == 1
+    order = scattered(n_latents, torch.device("cpu"))
+    assert torch.equal(order.sort().values, torch.arange(n_latents, dtype=torch.int32))
 
 
 def test_the_buffers_grow_with_k_and_not_with_n_latents(device):

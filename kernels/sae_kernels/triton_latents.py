@@ -1,0 +1,193 @@
+"""The whole update of a latent by one program: gradient row, projection, Adam, unit norm, rounding, norm statistics.
+
+The gradient of a row lives in registers only. A parameter moves 24 bytes (its value and two moments, read and written,
+fp32) and 2 for the bf16 copy that the product reads, where separate kernels move 8 more for the gradient and read the
+row again to project and to normalise it.
+
+A row of W_dec is read only by tokens that select it, so its update may wait: `catch_up_` replays the steps that a row
+has missed, each with a zero gradient, before the row is read. Same operations in the same order: the same bits as an
+update of every row at every step, without the traffic of the rows that nothing read.
+"""
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_kernels.triton_sparse_gradient import Segments, segment_sum, weight_sum
+from sae_kernels.triton_tiles import power_of_two
+
+
+class Moments(NamedTuple):
+    """A parameter [n_latents, d_model] or [n_latents] and Adam's moments of it, fp32."""
+
+    value: Tensor
+    first: Tensor
+    second: Tensor
+
+
+class Pairs(NamedTuple):
+    """What a gradient row is made of: weights [batch, k] by (token, place), and the rows that they multiply."""
+
+    rows: Tensor  # [batch or 2 batch, d_model]
+    weights: Tensor  # fp32 [batch, k]
+    by_latent: Segments
+    split: int  # places from here on multiply the second `batch` rows
+    shift: int  # 0, or batch where there are second rows
+
+
+@triton.jit
+def _adam(p, g, m, v, schedule_ptr, step, beta1, beta2, eps):
+    """One Adam step with the scalars of `step`: lr, 1 / (1 - beta1^step), 1 / (1 - beta2^step)."""
+    m = m + (1 - beta1) * (g - m)
+    v = v * beta2 + (1 - beta2) * g * g
+    at = schedule_ptr + step * 3
+    denominator = tl.sqrt(v * tl.load(at + 2)) + eps
+    return p - tl.load(at) * (m * tl.load(at + 1) / denominator), m, v
+
+
+@triton.jit
+def _unit(p):
+    norm = tl.sqrt(tl.sum(p * p, 0))
+    return p / tl.maximum(norm, 1e-12)
+
+
+@triton.jit
+def _replay(p, m, v, schedule_ptr, done, step, beta1, beta2, eps, UNIT: tl.constexpr):
+    """Steps done + 1 to step - 1 with a zero gradient."""
+    for missed in range(done + 1, step):
+        p, m, v = _adam(p, tl.zeros_like(p), m, v, schedule_ptr, missed, beta1, beta2, eps)
+        if UNIT:
+            p = _unit(p)
+    return p, m, v
+
+
+@triton.jit
+def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bias_ptr, bias_m_ptr, bias_v_ptr,
+                   bias_gradient_ptr, rows_ptr, weights_ptr, pairs_ptr, offsets_ptr, done_ptr, schedule_ptr,
+                   step, beta1, beta2, eps, k, split, shift, d_model, row_stride,
+                   DENSE: tl.constexpr, UNIT: tl.constexpr, ROUND: tl.constexpr, BIAS: tl.constexpr,
+                   LAZY: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """One latent: its gradient from its pairs (or DENSE, from memory), then Adam; UNIT projects and normalises."""
+    latent = tl.program_id(0).to(tl.int64)
+    dim = tl.arange(0, DEPTH)
+    inside = dim < d_model
+    begin, end = 0, 0
+    if not DENSE:
+        begin, end = tl.load(offsets_ptr + latent), tl.load(offsets_ptr + latent + 1)
+        if LAZY and begin == end:
+            return
+    if DENSE:
+        g = tl.load(gradient_ptr + latent * d_model + dim, mask=inside, other=0.0)
+    else:
+        g = segment_sum(rows_ptr, weights_ptr, pairs_ptr, begin, end, k, split, shift, row_stride, dim, d_model,
+                        PAIRS, DEPTH)  # fmt: skip
+    address = latent * d_model + dim
+    p = tl.load(p_ptr + address, mask=inside, other=0.0)
+    m = tl.load(m_ptr + address, mask=inside, other=0.0)
+    v = tl.load(v_ptr + address, mask=inside, other=0.0)
+    tl.store(norm_ptr + latent, tl.sum(g * g, 0))
+    if LAZY:
+        p, m, v = _replay(p, m, v, schedule_ptr, tl.load(done_ptr + latent), step, beta1, beta2, eps, UNIT)
+        tl.store(done_ptr + latent, step)
+    if UNIT:
+        g = g - tl.sum(g * p, 0) * p
+    p, m, v = _adam(p, g, m, v, schedule_ptr, step, beta1, beta2, eps)
+    if UNIT:
+        p = _unit(p)
+    tl.store(p_ptr + address, p, mask=inside)
+    tl.store(m_ptr + address, m, mask=inside)
+    tl.store(v_ptr + address, v, mask=inside)
+    if ROUND:
+        tl.store(rounded_ptr + address, p.to(tl.bfloat16), mask=inside)
+    if BIAS:
+        if DENSE:
+            g_bias = tl.load(bias_gradient_ptr + latent)
+        else:
+            g_bias = weight_sum(weights_ptr, pairs_ptr, begin, end)
+            tl.store(bias_gradient_ptr + latent, g_bias)
+        b, b_m, b_v = tl.load(bias_ptr + latent), tl.load(bias_m_ptr + latent), tl.load(bias_v_ptr + latent)
+        b, b_m, b_v = _adam(b, g_bias, b_m, b_v, schedule_ptr, step, beta1, beta2, eps)
+        tl.store(bias_ptr + latent, b)
+        tl.store(bias_m_ptr + latent, b_m)
+        tl.store(bias_v_ptr + latent, b_v)
+
+
+@triton.jit
+def _catch_up_kernel(p_ptr, m_ptr, v_ptr, offsets_ptr, done_ptr, schedule_ptr, step, beta1, beta2, eps, d_model,
+                     ALL: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """One decoder row: the steps before `step` that it has missed, if a token is about to read it."""
+    latent = tl.program_id(0).to(tl.int64)
+    if not ALL and tl.load(offsets_ptr + latent) == tl.load(offsets_ptr + latent + 1):
+        return
+    done = tl.load(done_ptr + latent)
+    if done + 1 >= step:
+        return
+    dim = tl.arange(0, DEPTH)
+    inside = dim < d_model
+    address = latent * d_model + dim
+    p = tl.load(p_ptr + address, mask=inside, other=0.0)
+    m = tl.load(m_ptr + address, mask=inside, other=0.0)
+    v = tl.load(v_ptr + address, mask=inside, other=0.0)
+    p, m, v = _replay(p, m, v, schedule_ptr, done, step, beta1, beta2, eps, True)
+    tl.store(p_ptr + address, p, mask=inside)
+    tl.store(m_ptr + address, m, mask=inside)
+    tl.store(v_ptr + address, v, mask=inside)
+    tl.store(done_ptr + latent, step - 1)
+
+
+def warps_for(d_model: int) -> int:
+    """Eight numbers a thread up to d_model 2,048, so that value, moments and gathered rows fit its registers."""
+    return min(max(power_of_two(d_model) // 256, 1), 8)
+
+
+def pairs_for(d_model: int) -> int:
+    """Gathered rows in flight: 16 up to d_model 512, 2 from 4,096 on."""
+    return max(2, min(16, 8192 // power_of_two(d_model)))
+
+
+def schedule_row(*, step: int, lr: float, betas: tuple[float, float]) -> tuple[float, float, float]:
+    """The scalars of one step, computed in double precision: lr and Adam's two bias corrections."""
+    return lr, 1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step)
+
+
+def update_latents_(
+    parameter: Moments, source: Pairs | Tensor, *, schedule: Tensor, step: int, betas: tuple[float, float], eps: float,
+    norms: Tensor, unit: bool, rounded: Tensor | None = None, bias: Moments | None = None,
+    bias_gradient: Tensor | None = None, done: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Adam on every row of a parameter [n_latents, d_model], in place, from its pairs or from a dense gradient.
+
+    `schedule` [steps, 3] holds `schedule_row` of every step so far. `norms` [n_latents] gets each row's ||g||^2.
+    `unit` removes the gradient along each row and keeps rows at norm 1; `rounded` gets the bf16 copy. With `bias`, its
+    gradient (the sum of the weights) is written to `bias_gradient` (dense: read from it) and applied. With `done`
+    [n_latents], rows without a pair wait, and rows with one first make up for the steps that they missed.
+    """
+    n_latents, d_model = parameter.value.shape
+    dense = source if isinstance(source, Tensor) else None
+    pairs = None if isinstance(source, Tensor) else source
+    none = norms
+    _update_kernel[(n_latents,)](
+        *parameter, none if rounded is None else rounded, none if dense is None else dense, norms,
+        *(bias or (none, none, none)), none if bias_gradient is None else bias_gradient,
+        *((none, none, none, none) if pairs is None else (pairs.rows, pairs.weights, *pairs.by_latent)),
+        none if done is None else done, schedule, step, betas[0], betas[1], eps,
+        1 if pairs is None else pairs.weights.shape[1], 0 if pairs is None else pairs.split,
+        0 if pairs is None else pairs.shift, d_model, 0 if pairs is None else pairs.rows.stride(0),
+        DENSE=dense is not None, UNIT=unit, ROUND=rounded is not None, BIAS=bias is not None, LAZY=done is not None,
+        PAIRS=pairs_for(d_model), DEPTH=power_of_two(d_model), num_warps=warps_for(d_model),
+    )  # fmt: skip
+
+
+def catch_up_(
+    parameter: Moments, done: Tensor, by_latent: Segments | None, *, schedule: Tensor, step: int,
+    betas: tuple[float, float], eps: float,
+) -> None:  # fmt: skip
+    """Bring the unit rows that the pairs read (None: all rows) to the state before `step`."""
+    n_latents, d_model = parameter.value.shape
+    _catch_up_kernel[(n_latents,)](
+        *parameter, done if by_latent is None else by_latent.offsets, done, schedule, step, betas[0], betas[1], eps,
+        d_model, ALL=by_latent is None, DEPTH=power_of_two(d_model), num_warps=warps_for(d_model),
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""`TopKStep` with the Triton kernels against the reference, and against itself in plain torch."""
+
+import pytest
+import torch
+from sae_kernels import reference
+from sae_kernels.topk_step import TopKStep
+
+
+def state(n_latents, d_model, k, device, *, backend="triton", dead=0):
+    generator = torch.Generator().manual_seed(0)
+    W_dec = reference.unit_norm(torch.randn(n_latents, d_model, generator=generator))
+    sae = TopKStep(
+        (W_dec + 0.1 * torch.randn(n_latents, d_model, generator=generator)).t().to(device), W_dec.to(device),
+        b_enc=0.1 * torch.randn(n_latents, generator=generator).to(device),
+        b_dec=0.1 * torch.randn(d_model, generator=generator).to(device),
+        k=k, k_aux=3, aux_coefficient=1 / 32, dead_after_tokens=1000, backend=backend,
+    )  # fmt: skip
+    sae.tokens_since_fired[torch.randperm(n_latents, generator=generator)[:dead].to(device)] = 1000
+    return sae
+
+
+def batch_of(batch, d_model, device):
+    return torch.randn(batch, d_model, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+@pytest.mark.parametrize(
+    "batch, n_latents, d_model, k, dead", [(1, 8, 4, 1, 0), (5, 64, 19, 4, 2), (3, 32, 16, 32, 32), (9, 50, 33, 3, 20)]
+)
+def test_gradients_match_autograd_in_double_precision(device, batch, n_latents, d_model, k, dead):
+    sae, x = state(n_latents, d_model, k, device, dead=dead), batch_of(batch, d_model, device)
+    gradients, statistics = sae.gradients(x, variance=1.7)
+    expected, expected_statistics = reference.topk_gradients(
+        x.double(), *(p.double() for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)), k=k,
+        variance=torch.tensor(1.7), dead=sae.dead, k_aux=3, aux_coefficient=1 / 32, product_dtype=torch.bfloat16,
+    )  # fmt: skip
+    for ours, theirs in zip(gradients, expected, strict=True):  # fp32 sums of up to batch * k terms
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6 * float(theirs.abs().max() + 1e-6))
+    assert torch.equal(statistics.fired, expected_statistics.fired)
+    assert int(statistics.active) == int(expected_statistics.active)
+    for ours, theirs in zip(statistics[:2], expected_statistics[:2], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=0)
+
+
+def test_steps_equal_those_in_plain_torch_with_and_without_stored_gradients(device):
+    fused, stored, plain = (state(20, 12, 3, device, backend=b, dead=6) for b in ("triton", "triton", "torch"))
+    for step in range(2):
+        x = batch_of(5, 12, device) + step
+        fused.step(x, lr=1e-3, variance=2.0)
+        plain.step(x, lr=1e-3, variance=2.0)
+        gradients, statistics = stored.gradients(x, variance=2.0)
+        stored.update_(gradients, lr=1e-3)
+        stored.count_(statistics.fired, tokens=len(x))
+    for name, expected in plain.state_dict().items():
+        # Adam divides by the root of a second moment: where a gradient is rounding alone, its sign decides a whole lr
+        scale = 1e-4 * float(expected.double().abs().max())
+        torch.testing.assert_close(fused.state_dict()[name], expected, rtol=1e-3, atol=scale, msg=name)
+        torch.testing.assert_close(stored.state_dict()[name], fused.state_dict()[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_two_runs_of_a_step_give_the_same_bits(device):
+    one, two = (state(20, 12, 3, device, dead=6) for _ in range(2))
+    for sae in (one, two):
+        sae.step(batch_of(5, 12, device), lr=1e-3, variance=2.0)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, two.state_dict()[name]), name
+
+
+def test_encode_selects_what_the_reference_selects(device):
+    sae, x = state(50, 16, 5, device), batch_of(6, 16, device)
+    ours = sae.encode(x)
+    expected = reference.topk_encode(x, sae.W_enc, sae.b_enc, sae.b_dec, k=5, product_dtype=torch.bfloat16)
+    assert torch.equal(ours.indices, expected.indices)
+    torch.testing.assert_close(ours.values, expected.values, rtol=1e-5, atol=1e-6)
