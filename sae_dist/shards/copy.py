@@ -9,7 +9,7 @@ from sae_dist.config import UserError
 from sae_dist.shards import format, writer
 from sae_dist.shards.format import Commit, CorruptData, Shard
 from sae_dist.shards.reader import Store
-from sae_dist.storage import Storage
+from sae_dist.storage import Bytes, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -38,26 +38,32 @@ def copy(source: Store, target: Storage, *, threads: int = 4) -> Copied:
     with ThreadPoolExecutor(threads) as pool:
         sizes = list(pool.map(lambda commit: _copy_unit(source, target, commit), todo))
     for entry in source.storage.list("manifest/"):
-        target.create(entry.key, source.storage.read(entry.key))
+        target.create(entry.key, _record(source.storage, entry.key))
     return Copied(len(todo), sum(sizes), len(commits) - len(todo) - len(retired), len(retired))
 
 
 def _copy_unit(source: Store, target: Storage, commit: Commit) -> int:
+    """Shards first, each read back from the target, then the commit: what the target shows, it has."""
     for shard in commit.shards.values():
-        target.write(shard.key, _whole(source, commit.unit, shard))
+        target.write(shard.key, _verified(source.storage, commit.unit, shard))
+        _verified(target, commit.unit, shard)
         faults.point("copy.after_shard", unit=commit.unit, key=shard.key)
-    target.create(format.commit_key(commit.unit), source.storage.read(format.commit_key(commit.unit)))
+    target.create(format.commit_key(commit.unit), _record(source.storage, format.commit_key(commit.unit)))
     return sum(shard.bytes for shard in commit.shards.values())
 
 
-def _whole(source: Store, unit: int, shard: Shard) -> memoryview:
-    for _ in range(2):  # a flipped bit on the way is gone the second time
+def _record(storage: Storage, key: str) -> bytes:
+    record = format.read_record(storage, key, f"{storage.uri}/{key}")
+    return format.seal({name: value for name, value in record.items() if name != "digest"})
+
+
+def _verified(storage: Storage, unit: int, shard: Shard) -> Bytes:
+    """The whole shard; read a second time if it is wrong the first, for bits also flip on the way."""
+    for _ in range(2):
         try:
-            data = source.storage.read(shard.key)
+            data = storage.read(shard.key)
         except FileNotFoundError:
-            raise CorruptData(f"{source.storage.uri}/{shard.key} is gone although unit {unit} is committed") from None
+            raise CorruptData(f"{storage.uri}/{shard.key} is gone although unit {unit} is committed") from None
         if len(data) == shard.bytes and format.xxh3_128(data) == shard.xxh3_128:
-            return memoryview(data)
-    raise CorruptData(
-        f"{source.storage.uri}/{shard.key} does not match its checksum; unit {unit} has to be harvested again"
-    )
+            return data
+    raise CorruptData(f"{storage.uri}/{shard.key} does not match its checksum; unit {unit} has to be harvested again")

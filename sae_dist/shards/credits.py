@@ -51,7 +51,7 @@ def positions(storage: Storage) -> list[Position]:
     found = []
     for entry in storage.list("consumers/"):
         try:
-            record = format.unseal(bytes(storage.read(entry.key)), entry.key)
+            record = format.read_record(storage, entry.key, f"{storage.uri}/{entry.key}")
         except FileNotFoundError:
             continue  # signed off meanwhile
         found.append(Position(record["consumer"], record["taken"], record["saved"]))

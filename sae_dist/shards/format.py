@@ -11,6 +11,7 @@ import xxhash
 
 from sae_dist import config
 from sae_dist.config import UserError, frozen
+from sae_dist.storage import Bytes, Storage
 
 FORMAT_VERSION = 1
 DType = Literal["bfloat16", "float16", "float32", "int8", "float8_e4m3"]
@@ -160,16 +161,24 @@ def seal(record: dict[str, Any]) -> bytes:
     return json.dumps({**record, "digest": config.digest(record)}, separators=(",", ":")).encode()
 
 
-def unseal(data: bytes, what: str) -> dict[str, Any]:
+def unseal(data: Bytes, what: str) -> dict[str, Any]:
     """The record in `data`, its own `digest` included; raises `CorruptData` when that is not the hash of the rest."""
     try:
-        record = json.loads(data)
+        record = json.loads(bytes(data))
         content = {k: v for k, v in record.items() if k != "digest"}
     except (ValueError, AttributeError):
         raise CorruptData(f"{what} is not the JSON record that was written there") from None
     if config.digest(content) != record.get("digest"):
         raise CorruptData(f"{what} does not match its own digest")
     return record
+
+
+def read_record(storage: Storage, key: str, what: str) -> dict[str, Any]:
+    """The record at `key`; one that does not match its digest is read once more, for bits also flip on the way."""
+    try:
+        return unseal(storage.read(key), what)
+    except CorruptData:
+        return unseal(storage.read(key), what)
 
 
 def commit_bytes(commit: Commit, statistics: dict[str, dict[str, Any]]) -> bytes:
@@ -179,9 +188,9 @@ def commit_bytes(commit: Commit, statistics: dict[str, dict[str, Any]]) -> bytes
     return seal(record | {"format_version": FORMAT_VERSION, "statistics": statistics})
 
 
-def parse_commit(data: bytes, unit: int, store: str) -> Commit:
-    """The commit of `unit` of the store with digest `store`; anything else is refused."""
-    record = unseal(data, f"commit of unit {unit}")
+def read_commit(storage: Storage, unit: int, store: str) -> Commit:
+    """The commit of `unit` of the store with digest `store`; anything else in its place is refused."""
+    record = read_record(storage, commit_key(unit), f"commit of unit {unit}")
     if record["store"] != store or record["unit"] != unit:
         raise CorruptData(
             f"commit of unit {unit} belongs to unit {record['unit']} of store {record['store']}, not to store {store}"
@@ -193,8 +202,9 @@ def parse_commit(data: bytes, unit: int, store: str) -> Commit:
     return Commit(**{name: record[name] for name in Commit._fields if name != "shards"}, shards=shards)
 
 
-def parse_statistics(data: bytes, unit: int) -> dict[str, dict[str, Any]]:
-    return unseal(data, f"commit of unit {unit}")["statistics"]
+def read_statistics(storage: Storage, unit: int) -> dict[str, dict[str, Any]]:
+    """The statistics of `unit` by hook, as statistics.py wrote them."""
+    return read_record(storage, commit_key(unit), f"commit of unit {unit}")["statistics"]
 
 
 def schema(meta: StoreMeta, hook: str) -> pa.Schema:

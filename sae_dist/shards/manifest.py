@@ -38,7 +38,7 @@ def read(storage: Storage, store: str, version: int) -> Manifest:
     """Manifest `version` of the store with digest `store`; anything else in its place is refused."""
     place = f"{storage.uri}/{manifest_key(version)}"
     try:
-        record = format.unseal(bytes(storage.read(manifest_key(version))), place)
+        record = format.read_record(storage, manifest_key(version), place)
     except FileNotFoundError:
         raise UserError(f"{place} does not exist; the newest manifest there is v{latest(storage)}") from None
     if record["store"] != store or record["version"] != version:

@@ -67,10 +67,9 @@ class Store:
         if known is not None:
             return known
         try:
-            data = self.storage.read(format.commit_key(unit))
+            commit = format.read_commit(self.storage, unit, self.meta.digest)
         except FileNotFoundError:
             return None
-        commit = format.parse_commit(bytes(data), unit, self.meta.digest)
         with self._lock:
             return self._commits.setdefault(unit, commit)
 
@@ -143,19 +142,17 @@ class Store:
 
     def unit_statistics(self, unit: int, hook: str) -> Statistics | None:
         try:
-            data = self.storage.read(format.commit_key(unit))
+            return statistics.from_json(format.read_statistics(self.storage, unit)[hook])
         except FileNotFoundError:
             return None
-        return statistics.from_json(format.parse_statistics(bytes(data), unit)[hook])
 
 
 def open(storage: Storage, *, cache: FolderCache | None = None) -> Store:
     """The store at `storage`; `UserError` if there is none."""
     try:
-        data = storage.read("store.json")
+        record = format.read_record(storage, "store.json", f"{storage.uri}/store.json")
     except FileNotFoundError:
         raise UserError(f"store={storage.uri} holds no store.json; harvest or import into it first") from None
-    record = format.unseal(bytes(data), f"{storage.uri}/store.json")
     meta = config.load(StoreMeta, record["meta"])
     if meta.digest != record["name"]:
         raise CorruptData(f"{storage.uri}/store.json names itself {record['name']} but its content is {meta.digest}")

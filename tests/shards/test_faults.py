@@ -177,6 +177,15 @@ def test_a_bit_flipped_on_the_way_is_read_again_and_at_rest_is_told(double):
         read_all(reader.open(place))
 
 
+@pytest.mark.parametrize("key", ["s/store.json", "s/commit/00000002.json", "s/manifest/"])
+def test_a_bit_flipped_in_a_record_on_the_way_is_read_again(double, key):
+    store = predictable.filled(storage.open("s3://bucket/s"))
+    pinned = store.snapshot()
+    rule = double.fail("flip", method="GET", key=key, nth=1)
+    assert reader.open(store.storage).pinned(pinned.version) == pinned
+    assert rule.done == 1
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_damage_at_rest_reaches_the_consumer(durable, damage):
     store = predictable.filled(durable)
