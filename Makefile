@@ -17,7 +17,7 @@ venv: .venv/.installed
 	touch $@
 
 quickstart: venv
-	$(BIN)/sae-dist run --config quickstart
+	$(BIN)/sae-dist run preset=quickstart
 
 test: venv
 	$(BIN)/python -m pytest -m "not slow"

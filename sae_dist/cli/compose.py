@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,17 @@ def _bare(command: str) -> dict[str, Any]:
 
 
 def help_text(command: str, about: str) -> str:
-    """What the command does, its keys with their defaults, and the alternatives of every group."""
-    groups = [path.name for path in sorted(CONF_DIR.iterdir()) if path.is_dir() and path.name in _bare(command)]
-    alternatives = "\n".join(f"  {group}={'|'.join(options(group))}" for group in groups)
-    presets = f"\n  +preset={'|'.join(options('preset'))}" if command == "run" else ""
-    keys = OmegaConf.to_yaml(DictConfig(_bare(command)), resolve=False)
-    indented = "\n".join(f"  {line}" for line in keys.splitlines())
-    return (
-        f"usage: sae-dist {command} [key=value ...] [--cfg]\n\n{about.strip()}\n\n"
-        f"Groups (choose one, then set its keys):\n{alternatives}{presets}\n\nKeys and their defaults:\n{indented}\n"
-    )
+    """What the command does, and its keys as conf/ has them: defaults, comments, alternatives of every group."""
+    lines = (CONF_DIR / f"{command}.yaml").read_text(encoding="utf-8").splitlines()
+    own = lines[next((i for i, line in enumerate(lines) if not line.strip()), 0) :]  # what follows the defaults list
+    defaults = OmegaConf.load(CONF_DIR / f"{command}.yaml").get("defaults", [])
+    groups = {str(k): v for entry in defaults if isinstance(entry, DictConfig) for k, v in entry.items()}
+    parts = [f"usage: sae-dist {command} [key=value ...] [--cfg | --help]", about.strip()]
+    if groups:
+        parts.append("Groups, and what each may be:\n" + "\n".join(f"  {g}={'|'.join(options(g))}" for g in groups))
+    parts.append("Keys and their defaults (--cfg shows what a command line makes of them):\n" + "\n".join(own).strip())
+    for group, chosen in groups.items():
+        if chosen is not None:
+            text = (CONF_DIR / group / f"{chosen}.yaml").read_text(encoding="utf-8")
+            parts.append(f"{group}:  {'':<17}# {group}={chosen}\n{textwrap.indent(text.rstrip(), '  ')}")
+    return "\n\n".join(parts)

@@ -68,7 +68,7 @@ def _dispatch(command: str, overrides: list[str]) -> int:
 
     module = importlib.import_module(f"sae_dist.cli.{command}")
     if {"-h", "--help"} & set(overrides):
-        print(help_text(command, module.__doc__ or ""))
+        _print(help_text(command, module.__doc__ or ""))
         return 0
     show = "--cfg" in overrides
     positional = iter(getattr(module, "POSITIONAL", ()))
@@ -86,9 +86,16 @@ def _dispatch(command: str, overrides: list[str]) -> int:
         keys.append(override)
     values = compose(command, keys)
     if show:
-        print(yaml.safe_dump(values, sort_keys=False), end="")
+        _print(yaml.safe_dump(values, sort_keys=False))
         return 0
     return module.main(values)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(*_: object) -> None:

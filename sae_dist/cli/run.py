@@ -1,7 +1,7 @@
 """Harvest, train, evaluate and write feature pages, in one job under Ray.
 
 Repeating the command goes on where it stopped, whatever stopped it; a finished run prints its summary again.
-Example: sae-dist run +preset=quickstart
+Example: sae-dist run preset=quickstart
 """
 
 from collections.abc import Mapping

@@ -21,7 +21,7 @@ def groups():
         bare = yaml.safe_load((CONF_DIR / f"{command}.yaml").read_text())
         for group in (next(iter(entry)) for entry in bare["defaults"] if isinstance(entry, dict)):
             yield from ((command, f"{group}={path.stem}") for path in sorted((CONF_DIR / group).glob("*.yaml")))
-    yield from (("run", f"+preset={path.stem}") for path in sorted((CONF_DIR / "preset").glob("*.yaml")))
+    yield from (("run", f"preset={path.stem}") for path in sorted((CONF_DIR / "preset").glob("*.yaml")))
 
 
 @pytest.mark.parametrize(("command", "override"), list(groups()))
@@ -96,8 +96,10 @@ def test_help_names_the_command_and_its_keys(command, capsys):
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert f"usage: sae-dist {command}" in shown
-    for key in yaml.safe_load((CONF_DIR / f"{command}.yaml").read_text()):
-        assert key == "defaults" or f"{key}:" in shown
+    described = yaml.safe_load((CONF_DIR / f"{command}.yaml").read_text())
+    groups = [name for entry in described.pop("defaults", []) if isinstance(entry, dict) for name in entry]
+    for key in [*described, *(group for group in groups if group != "preset")]:
+        assert f"\n{key}:" in shown
 
 
 def test_the_command_line_starts_without_loading_what_it_does_not_need():

@@ -19,7 +19,7 @@ DEADLINE_S = 240
 
 
 def command(out: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "sae_dist", "run", "+preset=tiny", f"out={out}", "wandb.mode=disabled", *overrides]
+    return [sys.executable, "-m", "sae_dist", "run", "preset=tiny", f"out={out}", "wandb.mode=disabled", *overrides]
 
 
 def start(out: Path, *overrides: str) -> subprocess.Popen[str]:
