@@ -1,1 +1,50 @@
-"""Sparse encoder and decoder operations; `reference` is the specification of every one."""
+"""Sparse encoder and decoder operations; `reference` is the specification of every one.
+
+The functions here choose by device: Triton kernels on a GPU; on a CPU `plain`, or `reference` where a gradient is
+wanted. A training step is `topk_step.TopKStep`. Importing this package imports no Triton.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_kernels import plain, reference
+from sae_kernels.reference import Selected
+
+__all__ = ["Selected", "sparse_decode", "topk_encode"]
+
+
+def topk_encode(
+    x: Float[Tensor, "batch d_model"],
+    W_enc: Float[Tensor, "d_model n_latents"],
+    b_enc: Float[Tensor, " n_latents"],
+    b_dec: Float[Tensor, " d_model"],
+    *,
+    k: int,
+    product_dtype: torch.dtype | None = None,
+) -> Selected:
+    """TopK(relu((x - b_dec) W_enc + b_enc)), on a GPU without a [batch, n_latents] tensor."""
+    if x.is_cuda:
+        from sae_kernels import triton_ops
+
+        return triton_ops.topk_encode(x, W_enc, b_enc, b_dec, k=k, product_dtype=product_dtype)
+    ops = reference if _wants_gradient(x, W_enc, b_enc, b_dec) else plain
+    return ops.topk_encode(x, W_enc, b_enc, b_dec, k=k, product_dtype=product_dtype)
+
+
+def sparse_decode(
+    values: Float[Tensor, "batch k"],
+    indices: Int[Tensor, "batch k"],
+    W_dec: Float[Tensor, "n_latents d_model"],
+    b_dec: Float[Tensor, " d_model"],
+) -> Float[Tensor, "batch d_model"]:
+    """x_hat = sum_j values_j W_dec[indices_j] + b_dec."""
+    if values.is_cuda:
+        from sae_kernels import triton_ops
+
+        return triton_ops.sparse_decode(values, indices, W_dec, b_dec)
+    return plain.sparse_decode(values, indices, W_dec, b_dec)
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
