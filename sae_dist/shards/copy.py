@@ -58,8 +58,8 @@ def _record(storage: Storage, key: str) -> bytes:
 
 
 def _verified(storage: Storage, unit: int, shard: Shard) -> Bytes:
-    """The whole shard; read a second time if it is wrong the first, for bits also flip on the way."""
-    for _ in range(2):
+    """The whole shard; read again if it is wrong, for bits also flip on the way."""
+    for _ in range(format.READS):
         try:
             data = storage.read(shard.key)
         except FileNotFoundError:

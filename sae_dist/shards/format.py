@@ -14,6 +14,7 @@ from sae_dist.config import UserError, frozen
 from sae_dist.storage import Bytes, Storage
 
 FORMAT_VERSION = 1
+READS = 3  # of bytes that do not match their checksum, before it is the store that is said to be wrong
 DType = Literal["bfloat16", "float16", "float32", "int8", "float8_e4m3"]
 
 
@@ -174,11 +175,13 @@ def unseal(data: Bytes, what: str) -> dict[str, Any]:
 
 
 def read_record(storage: Storage, key: str, what: str) -> dict[str, Any]:
-    """The record at `key`; one that does not match its digest is read once more, for bits also flip on the way."""
-    try:
-        return unseal(storage.read(key), what)
-    except CorruptData:
-        return unseal(storage.read(key), what)
+    """The record at `key`; one that does not match its digest is read again, for bits also flip on the way."""
+    for _ in range(READS - 1):
+        try:
+            return unseal(storage.read(key), what)
+        except CorruptData:
+            continue
+    return unseal(storage.read(key), what)
 
 
 def commit_bytes(commit: Commit, statistics: dict[str, dict[str, Any]]) -> bytes:

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -72,15 +72,17 @@ class Loader:
         threads: int = 4,
         reuse_buffers: bool = False,
         stall_s: float = 3600.0,
+        stop: Callable[[], bool] = lambda: False,
     ):
         """`batch` is global, over all ranks; `order_hash` is the value after `start_step` steps: on resume, the
         total on rank 0 and 0 elsewhere. `reuse_buffers`: x is overwritten once the next batch has been asked for.
+        Once `stop()` is true the iterator ends, within a second, even while it waits for rows.
         `stall_s`: how long a live loader waits for one unit before it says that producers are gone.
         """
         self.store, self.hook, self.batch, self.seed = store, hook, batch, seed
         self.order = order or OrderConfig()
         self.n_units = store.meta.train_units if n_units is None else n_units
-        self.live, self.stall_s = live, stall_s
+        self.live, self.stall_s, self._asked_to_stop = live, stall_s, stop
         self._check(rank, world, manifest)
         self.lanes = range(rank, self.order.lanes, world)  # interleaved: a round of few slices still reaches every rank
         self._start_step, self._hash = start_step, order_hash
@@ -130,7 +132,7 @@ class Loader:
         started = time.perf_counter()
         item = self._take()
         self._seconds["starved_s"] += time.perf_counter() - started
-        if item is None:
+        if item is None:  # asked to stop, or the thread has ended
             self.close()
             self._producing.result()  # raises here what ended the thread
             raise StopIteration
@@ -141,9 +143,10 @@ class Loader:
     def _take(self) -> Batch | None:
         while not self._stop.is_set():
             try:
-                return self._ready.get(timeout=1.0)
+                return self._ready.get(timeout=0.5)
             except queue.Empty:
-                continue
+                if self._asked_to_stop():
+                    return None
         return None
 
     def waits(self) -> Waits:

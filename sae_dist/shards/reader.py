@@ -60,6 +60,14 @@ class Store:
         self._commits: dict[int, Commit] = {}
         self._schemas = {hook: format.schema(meta, hook) for hook in meta.hooks}
         self._lock = threading.Lock()
+        self._scratch = threading.local()
+
+    def scratch(self, size: int) -> UInt8[np.ndarray, " size"]:
+        """Room for a shard, this thread's own and the same each time: fresh pages cost more than filling them."""
+        room = getattr(self._scratch, "room", None)
+        if room is None or len(room) < size:
+            room = self._scratch.room = np.empty(size, np.uint8)
+        return room[:size]
 
     def commit(self, unit: int) -> Commit | None:
         """The commit of `unit`, None while there is none; commits never change, so each is fetched once."""
@@ -92,7 +100,7 @@ class Store:
         return pinned
 
     def read_slice(self, hook: str, unit: int, index: int) -> Slice:
-        """Slice `index` of `unit`, its bytes verified; a mismatch is fetched once more, then `CorruptData`."""
+        """Slice `index` of `unit`, its bytes verified; `CorruptData` if they are wrong however often they are read."""
         commit = self.commit(unit)
         if commit is None:
             raise UserError(f"unit={unit} of {self.storage.uri} is not committed; harvest it first")
@@ -112,13 +120,13 @@ class Store:
         return _parse(data, self._schemas[hook], self.meta.dtype, self.meta.hooks[hook])
 
     def _bytes(self, key: str, ref: SliceRef) -> UInt8[np.ndarray, " bytes"] | None:
-        """The verified bytes of a slice, None if twice wrong."""
+        """The verified bytes of a slice, None if wrong each time."""
 
         def fetch() -> UInt8[np.ndarray, " bytes"]:
             return _fetch(self.storage, key, ref)
 
         cache = self.cache if self.storage.local_path(key) is None else None
-        for _ in range(2):
+        for _ in range(format.READS):
             data = fetch() if cache is None else cache.get(ref, fetch)
             if len(data) == ref.bytes and format.xxh3_128(data) == ref.xxh3_128:
                 return data

@@ -20,6 +20,7 @@ from sae_dist.shards.format import Commit, Shard, SliceRef, StoreMeta
 from sae_dist.shards.reader import Store
 from sae_dist.storage import Storage
 
+INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MAGIC = b"ARROW1\0\0"  # how an Arrow IPC file begins, padding included
 logger = logging.getLogger(__name__)
 
@@ -78,25 +79,27 @@ def write_unit_once(
     if known is not None:
         return Written(known, won=False)
     meta = store.meta
-    x = {hook: activations[hook].detach().cpu() for hook in meta.hooks if hook in activations}
+    x = {hook: activations[hook].detach().cpu().contiguous() for hook in meta.hooks if hook in activations}
     columns = {"doc": _column(doc, np.uint64), "pos": _column(pos, np.uint32), "token": _column(token, np.uint32)}
     _check_shapes(meta, unit, x, activations.keys(), columns)
-    kept, dropped = _kept_rows(meta, unit, x)
+    measured = {hook: statistics.measure(part) for hook, part in x.items()}
+    finite = torch.stack([measured[hook].finite & _fits(meta, x[hook]) for hook in x]).all(0)
+    kept, dropped = _kept_rows(meta, unit, finite)
     order = kept[permutation.permutation(len(kept), permutation.key(meta.seed, unit))]
     attempt = uuid.uuid4().hex
-    shards, measured = {}, {}
+    shards = {}
     faults.point("writer.before_data", unit=unit)
     for hook in meta.hooks:
         key = format.shard_key(hook, unit, attempt)
-        data, refs, error = _arrow_file(meta, hook, x[hook], columns, order)
-        measured[hook] = statistics.to_json(statistics.measure(x[hook]))
+        data, refs, error = _arrow_file(store, hook, x[hook], columns, order)
         shards[hook] = Shard(key, len(data), format.xxh3_128(data), refs, error)
         faults.point("writer.before_hook", unit=unit, hook=hook)
-        store.storage.write(key, memoryview(data))
+        store.storage.write(key, data)
         faults.point("writer.after_hook", unit=unit, hook=hook)
     commit = Commit(unit, attempt, meta.digest, len(order), dropped, shards, digest="")
     faults.point("writer.before_commit", unit=unit)
-    store.storage.create(format.commit_key(unit), format.commit_bytes(commit, measured))
+    told = {hook: statistics.to_json(measured[hook].statistics) for hook in meta.hooks}
+    store.storage.create(format.commit_key(unit), format.commit_bytes(commit, told))
     faults.point("writer.after_commit", unit=unit)
     winner = store.commit(unit)  # read back whatever `create` said: its answer may have been lost and retried
     assert winner is not None, f"unit {unit} has no commit straight after one was created"
@@ -128,9 +131,16 @@ def _check_shapes(meta: StoreMeta, unit: int, x: dict[str, Tensor], given: Any, 
             raise UserError(f"hook={hook} has width {part.shape[1]} in unit {unit}, the store says {meta.hooks[hook]}")
 
 
-def _kept_rows(meta: StoreMeta, unit: int, x: dict[str, Tensor]) -> tuple[Int64[np.ndarray, " kept"], int]:
+def _fits(meta: StoreMeta, x: Float[Tensor, "rows width"]) -> Bool[Tensor, " rows"]:
+    """Rows that stay finite when they are cast to the store's dtype: 70,000 does not in float16."""
+    view = meta.element.view
+    if meta.element.scaled or x.dtype == view or torch.finfo(view).max >= torch.finfo(x.dtype).max:
+        return torch.ones(len(x), dtype=torch.bool)
+    return torch.cat([part.to(view).isfinite().all(1) for part in x.split(statistics.CHUNK_ROWS)])
+
+
+def _kept_rows(meta: StoreMeta, unit: int, finite: Bool[Tensor, " rows"]) -> tuple[Int64[np.ndarray, " kept"], int]:
     """Rows that are stored and how many are not: a row is dropped in all hooks if it is not finite in one."""
-    finite: Bool[Tensor, " rows"] = torch.stack([_finite(meta, part) for part in x.values()]).all(0)
     bad = int((~finite).sum())
     if bad > meta.max_nonfinite * len(finite):
         raise UserError(
@@ -142,38 +152,48 @@ def _kept_rows(meta: StoreMeta, unit: int, x: dict[str, Tensor]) -> tuple[Int64[
     return np.flatnonzero(finite.numpy()), bad
 
 
-def _finite(meta: StoreMeta, x: Float[Tensor, "rows width"]) -> Bool[Tensor, " rows"]:
-    return statistics.finite_rows(x if meta.element.scaled else x.to(meta.element.view))  # a cast can overflow
-
-
 def _arrow_file(
-    meta: StoreMeta,
+    store: Store,
     hook: str,
     x: Float[Tensor, "rows width"],
     columns: dict[str, np.ndarray],
     order: Int64[np.ndarray, " kept"],
-) -> tuple[pa.Buffer, tuple[SliceRef, ...], float]:
-    """The shard as bytes, its slices and the relative squared error of what was stored."""
-    sink = pa.BufferOutputStream()
+) -> tuple[memoryview, tuple[SliceRef, ...], float]:
+    """The shard as bytes (good until the next call), its slices, and the relative squared error of what was stored."""
+    meta = store.meta
     schema = format.schema(meta, hook)
+    first = len(MAGIC) + schema.serialize().size
+    slices = -(-len(order) // meta.slice_rows)
+    row_bytes = x.shape[1] * meta.element.stored.itemsize + 4 * meta.element.scaled + 16
+    room = store.scratch(2 * first + len(order) * row_bytes + (slices + 1) * 4096)
+    sink = pa.FixedSizeBufferWriter(pa.py_buffer(room))
     placed, error, square = [], 0.0, 0.0
     with pa.ipc.new_file(sink, schema) as file:
         for start in range(0, len(order), meta.slice_rows):
             rows = order[start : start + meta.slice_rows]
-            part = x[torch.from_numpy(rows)]
+            part = _gather(x, torch.from_numpy(rows))
             encoded = quantize.encode(part, meta.dtype)
-            if part.dtype != format.ELEMENTS[meta.dtype].view:
+            if part.dtype != meta.element.view:
                 e, s = quantize.squared_error(part, encoded, meta.dtype)
                 error, square = error + e, square + s
-            flat = pa.array(encoded.bits.view(-1).numpy(), type=meta.element.arrow)
+            flat = _array(encoded.bits.view(-1).numpy(), meta.element.arrow)
             arrays = [pa.FixedSizeListArray.from_arrays(flat, meta.hooks[hook])]
             if encoded.scale is not None:
-                arrays.append(pa.array(encoded.scale.numpy()))
-            arrays += [pa.array(column[rows]) for column in columns.values()]
-            before = sink.tell() or len(MAGIC) + schema.serialize().size  # both are written along with the first batch
+                arrays.append(_array(encoded.scale.numpy(), pa.float32()))
+            arrays += [_array(column[rows], schema.field(name).type) for name, column in columns.items()]
+            before = sink.tell() or first  # magic and schema are written along with the first batch
             file.write_batch(pa.record_batch(arrays, schema=schema))
             placed.append((before, sink.tell() - before, len(rows)))
-    data = sink.getvalue()
-    whole = memoryview(data)
+    whole = room.data[: sink.tell()]
     refs = tuple(SliceRef(at, size, rows, format.xxh3_128(whole[at : at + size])) for at, size, rows in placed)
-    return data, refs, error / square if square else 0.0
+    return whole, refs, error / square if square else 0.0
+
+
+def _gather(x: Float[Tensor, "rows width"], rows: Int64[Tensor, " some"]) -> Float[Tensor, "some width"]:
+    """x[rows], moved as integers: indexing bfloat16 takes eight times as long."""
+    return torch.index_select(x.view(INTEGER[x.element_size()]), 0, rows).view(x.dtype)
+
+
+def _array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """The values where they are; pa.array would import pandas to look at them."""
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])

@@ -1,12 +1,9 @@
 """The cache is never believed, is shared by jobs, and a full disk costs speed only."""
 
 import itertools
-import json
 import logging
 import os
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from sae_dist.shards import reader
 from sae_dist.shards.cache import CacheConfig, FolderCache
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
-from tests.shards import predictable
+from tests.shards import children, predictable
 
 HOOK = "resid_post.1"
 
@@ -56,20 +53,16 @@ def test_each_slice_is_read_from_the_store_once_however_many_loaders_read_it(rem
 
 
 def test_two_processes_share_a_cache_and_read_each_slice_once(remote, double, tmp_path):
-    code = (
-        "import json, sys\n"
-        "from pathlib import Path\n"
-        "from sae_dist import storage\n"
-        "from tests.shards import test_cache\n"
-        "store = test_cache.cached(storage.open(sys.argv[1]), Path(sys.argv[2]))\n"
-        "print(json.dumps(test_cache.hashes(store)))\n"
-    )
-    command = [sys.executable, "-c", code, remote.uri, str(tmp_path)]
-    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
-    results = [json.loads(job.communicate()[0]) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0]
-    assert results[0] == results[1] == hashes(cached(remote, tmp_path))
-    assert data_reads(double) == n_slices(reader.open(remote))
+    reports = [str(tmp_path / name) for name in ("a", "b")]
+    cache = str(tmp_path / "cache")
+    jobs = [children.start(children.consume, remote.uri, r, 12, 0, 0, 0, 1, cache) for r in reports]
+    for job in jobs:
+        job.join(60)
+    assert [job.exitcode for job in jobs] == [0, 0]
+    assert children.told(reports[0]) == children.told(reports[1]) and len(children.told(reports[0])) == 12
+    reads = [key for method, key in double.log if method == "GET" and key.startswith("store/data/")]
+    files = list((tmp_path / "cache").glob("??/*.slice"))
+    assert len(reads) == len(files) > 0
 
 
 def test_a_cached_file_that_rotted_is_found_dropped_and_read_again(remote, double, tmp_path):

@@ -26,7 +26,7 @@ def test_parts_merge_to_the_whole(cuts: list[int]):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5001, 3, generator=generator) * torch.tensor([1.0, 50.0, 0.01]) + torch.tensor([0.0, 3000.0, -1.0])
     edges = sorted({0, *cuts, len(x)})
-    got = statistics.merged(statistics.measure(x[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+    got = statistics.merged(statistics.measure(x[a:b]).statistics for a, b in zip(edges, edges[1:], strict=False))
     mean, M2, norm, largest = direct(x)
     assert got.n == len(x) and got.nonfinite == 0
     np.testing.assert_allclose(got.mean, mean, rtol=1e-5, atol=1e-4)  # fp32 sums of up to 2,048 rows
@@ -39,10 +39,11 @@ def test_parts_merge_to_the_whole(cuts: list[int]):
 def test_rows_that_are_not_finite_are_in_no_figure_but_their_count():
     x = torch.ones(6, 2)
     x[1, 0], x[4, 1] = torch.nan, torch.inf
-    got = statistics.measure(x)
+    got, finite = statistics.measure(x)
     assert (got.n, got.nonfinite, got.mean.tolist(), got.max_abs) == (4, 2, [1.0, 1.0], 1.0)
-    assert statistics.measure(x[1:2]).n == 0
-    assert statistics.merge(statistics.measure(x[1:2]), got)[0::5] == (4, 3)
+    assert finite.tolist() == [True, False, True, True, False, True]
+    bad = statistics.measure(x[1:2]).statistics
+    assert bad.n == 0 and statistics.merge(bad, got)[0::5] == (4, 3)
 
 
 def test_the_store_merges_the_first_training_units(tmp_path):
