@@ -28,6 +28,9 @@ class TopKStep:
     W_enc is kept as the transpose of a contiguous [n_latents, d_model] tensor. The tensors given are copied. W_dec must
     have unit rows. A latent is dead once it has been silent for `dead_after_tokens` tokens; `k_aux=0` turns AuxK off.
     `k` may be assigned between steps.
+
+    Pre-activations are sums in fp32 over operands rounded to `product_dtype`. On a CPU with the kernels their order is
+    that of `reference.ordered_pre_activations`, and everything is the same bitwise for any number of threads.
     """
 
     def __init__(
