@@ -219,6 +219,9 @@ def main() -> int:
     result: dict[str, Any] = {"machine": machine(run), "checks": outcomes, "figures": run.figures}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate([(8, 16, 64, 2)] if arguments.tiny else CASES):
+        if time.monotonic() > run.deadline:
+            run.figures.append({"case": case, "ms": None, "reason": "out of time"})
+            continue
         encoder(run, case, tiles=number < 2 and not arguments.tiny)
         gathers(run, case)
         step(run, case)

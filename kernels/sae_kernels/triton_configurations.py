@@ -14,7 +14,7 @@ from sae_kernels import (
 from sae_kernels.triton_tiles import GROUP_ROWS, SINGLE, TILES, UNEVEN, Tile, power_of_two
 
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)  # k up to 16, 32, 64, 128, 256 or 1024, 512 or 2048
-WIDTHS = (128, 768, 2048, 4096, 8192)  # d_model, rounded up to a power of two
+WIDTHS = (128, 256, 512, 768, 2048, 4096, 8192)  # d_model, rounded up to a power of two
 
 
 class Configuration(NamedTuple):
@@ -29,13 +29,14 @@ class Configuration(NamedTuple):
 
 
 def _configuration(
-    name: str, kernel: Any, types: str, *, warps: int, stages: int = 2, **constants: Any
+    name: str, kernel: Any, types: str, *, warps: int, stages: int | None = None, **constants: Any
 ) -> Configuration:
     """`types` is 'argument:type ...'; a '!' marks a value that is a multiple of 16, as pointers are."""
     pairs = dict(pair.split(":") for pair in types.split())
     aligned = frozenset(n for n, t in pairs.items() if t[0] in "!*")
     plain = {n: t.lstrip("!") for n, t in pairs.items()}
-    return Configuration(name, kernel, plain, constants, aligned, {"num_warps": warps, "num_stages": stages})
+    options = {"num_warps": warps} | ({"num_stages": stages} if stages else {})  # else the default, as at the launch
+    return Configuration(name, kernel, plain, constants, aligned, options)
 
 
 def encode(name: str, tile: Tile, *, dtype: str = "bf16", theta: bool = False, even: bool = True,
@@ -71,7 +72,7 @@ def configurations(target: str) -> Iterator[Configuration]:
             f"rescan-{capacity}", triton_rescan._rescan_kernel,
             "x_ptr:*bf16 W_ptr:*bf16 b_ptr:*fp32 theta_ptr:*fp32 keys_ptr:*i64 count_ptr:*i32 overflow_ptr:*i32 "
             "n_latents:!i32 d_model:!i32 x_stride:!i32 W_stride:!i32 k:i32",
-            warps=triton_rescan.rescan_warps(capacity), CAPACITY=capacity, HAS_THETA=False,
+            warps=triton_rescan.rescan_warps(capacity), stages=1, CAPACITY=capacity, HAS_THETA=False,
             LATENTS=triton_rescan._LATENTS, DEPTH=triton_rescan._DEPTH,
         )  # fmt: skip
     for k in (32, 64, 128):
@@ -117,7 +118,8 @@ def _updates(d_model: int) -> Iterator[Configuration]:
     depth, warps = power_of_two(d_model), triton_latents.warps_for(d_model)
     types = (
         "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 rounded_ptr:*bf16 gradient_ptr:*fp32 norm_ptr:*fp32 bias_ptr:*fp32 "
-        "bias_m_ptr:*fp32 bias_v_ptr:*fp32 bias_gradient_ptr:*fp32 rows_ptr:*{} weights_ptr:*fp32 pairs_ptr:*i32 "
+        "bias_m_ptr:*fp32 bias_v_ptr:*fp32 bias_gradient_ptr:*fp32 slots_ptr:*i32 extra_ptr:*fp32 "
+        "extra_bias_ptr:*fp32 rows_ptr:*{} weights_ptr:*fp32 pairs_ptr:*i32 "
         "offsets_ptr:*i32 done_ptr:*i32 schedule_ptr:*fp32 step:i32 beta1:fp32 beta2:fp32 eps:fp32 k:i32 split:i32 "
         "shift:!i32 d_model:!i32 row_stride:!i32"
     )
@@ -130,6 +132,7 @@ def _updates(d_model: int) -> Iterator[Configuration]:
         yield _configuration(
             f"update-{name}-{depth}", triton_latents._update_kernel, types.format(rows),
             warps=warps, DENSE=dense, UNIT=not encoder, ROUND=encoder, BIAS=encoder, LAZY=lazy,
+            EXTRA=not lazy and not dense,
             PAIRS=triton_latents.pairs_for(d_model), DEPTH=depth,
         )  # fmt: skip
     yield _configuration(

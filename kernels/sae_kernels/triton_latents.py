@@ -66,10 +66,11 @@ def _replay(p, m, v, schedule_ptr, done, step, beta1, beta2, eps, UNIT: tl.const
 
 @triton.jit
 def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bias_ptr, bias_m_ptr, bias_v_ptr,
-                   bias_gradient_ptr, rows_ptr, weights_ptr, pairs_ptr, offsets_ptr, done_ptr, schedule_ptr,
+                   bias_gradient_ptr, slots_ptr, extra_ptr, extra_bias_ptr, rows_ptr, weights_ptr, pairs_ptr,
+                   offsets_ptr, done_ptr, schedule_ptr,
                    step, beta1, beta2, eps, k, split, shift, d_model, row_stride,
                    DENSE: tl.constexpr, UNIT: tl.constexpr, ROUND: tl.constexpr, BIAS: tl.constexpr,
-                   LAZY: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+                   LAZY: tl.constexpr, EXTRA: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     """One latent: its gradient from its pairs (or DENSE, from memory), then Adam; UNIT projects and normalises."""
     latent = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, DEPTH)
@@ -84,6 +85,11 @@ def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bia
     else:
         g = segment_sum(rows_ptr, weights_ptr, pairs_ptr, begin, end, k, split, shift, row_stride, dim, d_model,
                         PAIRS, DEPTH)  # fmt: skip
+    slot = 0
+    if EXTRA:
+        slot = tl.load(slots_ptr + latent)
+        extra = extra_ptr + slot.to(tl.int64) * d_model + dim
+        g += tl.load(extra, mask=inside & (slot >= 0), other=0.0)
     address = latent * d_model + dim
     p = tl.load(p_ptr + address, mask=inside, other=0.0)
     m = tl.load(m_ptr + address, mask=inside, other=0.0)
@@ -107,6 +113,8 @@ def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bia
             g_bias = tl.load(bias_gradient_ptr + latent)
         else:
             g_bias = weight_sum(weights_ptr, pairs_ptr, begin, end)
+            if EXTRA:
+                g_bias += tl.load(extra_bias_ptr + slot, mask=slot >= 0, other=0.0)
             tl.store(bias_gradient_ptr + latent, g_bias)
         b, b_m, b_v = tl.load(bias_ptr + latent), tl.load(bias_m_ptr + latent), tl.load(bias_v_ptr + latent)
         b, b_m, b_v = _adam(b, g_bias, b_m, b_v, schedule_ptr, step, beta1, beta2, eps)
@@ -144,8 +152,8 @@ def warps_for(d_model: int) -> int:
 
 
 def pairs_for(d_model: int) -> int:
-    """Gathered rows in flight: 16 up to d_model 512, 2 from 4,096 on."""
-    return max(2, min(16, 8192 // power_of_two(d_model)))
+    """Gathered rows in flight: 8 up to d_model 1,024, 2 from 4,096 on."""
+    return max(2, min(8, 8192 // power_of_two(d_model)))
 
 
 def schedule_row(*, step: int, lr: float, betas: tuple[float, float]) -> tuple[float, float, float]:
@@ -157,6 +165,7 @@ def update_latents_(
     parameter: Moments, source: Pairs | Tensor, *, schedule: Tensor, step: int, betas: tuple[float, float], eps: float,
     norms: Tensor, unit: bool, rounded: Tensor | None = None, bias: Moments | None = None,
     bias_gradient: Tensor | None = None, done: Tensor | None = None,
+    extra: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Adam on every row of a parameter [n_latents, d_model], in place, from its pairs or from a dense gradient.
 
@@ -164,19 +173,23 @@ def update_latents_(
     `unit` removes the gradient along each row and keeps rows at norm 1; `rounded` gets the bf16 copy. With `bias`, its
     gradient (the sum of the weights) is written to `bias_gradient` (dense: read from it) and applied. With `done`
     [n_latents], rows without a pair wait, and rows with one first make up for the steps that they missed.
+    `extra` (slots [n_latents], gradient rows, bias) is added where a latent's slot is not -1.
     """
     n_latents, d_model = parameter.value.shape
+    assert extra is None or done is None, "a row that waits has no gradient"
     dense = source if isinstance(source, Tensor) else None
     pairs = None if isinstance(source, Tensor) else source
     none = norms
     _update_kernel[(n_latents,)](
         *parameter, none if rounded is None else rounded, none if dense is None else dense, norms,
         *(bias or (none, none, none)), none if bias_gradient is None else bias_gradient,
+        *(extra or (none, none, none)),
         *((none, none, none, none) if pairs is None else (pairs.rows, pairs.weights, *pairs.by_latent)),
         none if done is None else done, schedule, step, betas[0], betas[1], eps,
         1 if pairs is None else pairs.weights.shape[1], 0 if pairs is None else pairs.split,
         0 if pairs is None else pairs.shift, d_model, 0 if pairs is None else pairs.rows.stride(0),
         DENSE=dense is not None, UNIT=unit, ROUND=rounded is not None, BIAS=bias is not None, LAZY=done is not None,
+        EXTRA=extra is not None,
         PAIRS=pairs_for(d_model), DEPTH=power_of_two(d_model), num_warps=warps_for(d_model),
     )  # fmt: skip
 

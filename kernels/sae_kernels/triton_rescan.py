@@ -65,5 +65,5 @@ def rescan_(
     _rescan_kernel[(batch,)](
         x, W, b_enc, theta if theta is not None else b_enc, keys, count, overflow, W.shape[0], d_model,
         x.stride(0), W.stride(0), k, CAPACITY=capacity, HAS_THETA=theta is not None, LATENTS=latents, DEPTH=_DEPTH,
-        num_warps=rescan_warps(capacity),
+        num_warps=rescan_warps(capacity), num_stages=1,
     )  # fmt: skip

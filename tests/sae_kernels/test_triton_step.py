@@ -24,7 +24,8 @@ def batch_of(batch, d_model, device):
 
 
 @pytest.mark.parametrize(
-    "batch, n_latents, d_model, k, dead", [(1, 8, 4, 1, 0), (5, 64, 19, 4, 2), (3, 32, 16, 32, 32), (9, 50, 33, 3, 20)]
+    "batch, n_latents, d_model, k, dead",
+    [(1, 8, 4, 1, 0), (5, 64, 19, 4, 2), (3, 32, 16, 32, 32), (9, 50, 33, 3, 20), (4, 60, 33, 3, 55)],
 )
 def test_gradients_match_autograd_in_double_precision(device, batch, n_latents, d_model, k, dead):
     sae, x = state(n_latents, d_model, k, device, dead=dead), batch_of(batch, d_model, device)
@@ -33,12 +34,19 @@ def test_gradients_match_autograd_in_double_precision(device, batch, n_latents, 
         x.double(), *(p.double() for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)), k=k,
         variance=torch.tensor(1.7), dead=sae.dead, k_aux=3, aux_coefficient=1 / 32, product_dtype=torch.bfloat16,
     )  # fmt: skip
-    for ours, theirs in zip(gradients, expected, strict=True):  # fp32 sums of up to batch * k terms
-        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6 * float(theirs.abs().max() + 1e-6))
+    # fp32 sums of up to batch * k terms; the dead latents' rows, when few, come from products of bf16 operands
+    few = 0 < dead <= 16 * 3
+    coarse = 2**-7 * few * sae.dead
+    enc, dec = ((g * sae.dead).abs().max() for g in (expected.W_enc, expected.W_dec.t()))
+    through_encoder = (sae.W_enc.double().abs() * coarse).sum(1) * (expected.b_enc * sae.dead).abs().max()
+    extra = (coarse * enc, (coarse * dec)[:, None], coarse * enc, through_encoder)
+    for ours, theirs, more in zip(gradients, expected, extra, strict=True):
+        tolerance = 2e-5 * theirs.abs() + 2e-6 * (theirs.abs().max() + 1e-6) + more
+        assert bool(((ours.double() - theirs).abs() <= tolerance).all())
     assert torch.equal(statistics.fired, expected_statistics.fired)
     assert int(statistics.active) == int(expected_statistics.active)
-    for ours, theirs in zip(statistics[:2], expected_statistics[:2], strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=0)
+    for ours, theirs, rtol in zip(statistics[:2], expected_statistics[:2], (1e-5, 2**-7 if few else 1e-5), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=rtol, atol=0)
 
 
 def test_steps_equal_those_in_plain_torch_with_and_without_stored_gradients(device):
@@ -51,9 +59,9 @@ def test_steps_equal_those_in_plain_torch_with_and_without_stored_gradients(devi
         stored.update_(gradients, lr=1e-3)
         stored.count_(statistics.fired, tokens=len(x))
     for name, expected in plain.state_dict().items():
-        # Adam divides by the root of a second moment: where a gradient is rounding alone, its sign decides a whole lr
-        scale = 1e-4 * float(expected.double().abs().max())
-        torch.testing.assert_close(fused.state_dict()[name], expected, rtol=1e-3, atol=scale, msg=name)
+        # AuxK's products are bf16, and Adam divides by the root of a second moment, which keeps their relative error
+        scale = 2e-4 * float(expected.double().abs().max())
+        torch.testing.assert_close(fused.state_dict()[name], expected, rtol=2**-6, atol=scale, msg=name)
         torch.testing.assert_close(stored.state_dict()[name], fused.state_dict()[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
