@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -18,7 +18,8 @@ from sae_dist.shards import order, quantize
 from sae_dist.shards.manifest import Manifest
 from sae_dist.shards.order import OrderConfig, Round
 from sae_dist.shards.permutation import MASK
-from sae_dist.shards.reader import Slice, Store
+from sae_dist.shards.reader import Store
+from sae_dist.shards.windows import Closed, Window, Windows
 
 GATHER = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # rows are moved as integers: any dtype, no rounding
 POLL_S = 0.05
@@ -37,6 +38,14 @@ class Batch(NamedTuple):
     epoch: int  # of the first row of the global batch
     order_hash: int  # this rank's share of it after this step; shares of all ranks add modulo 2^64
     units_done: int  # units of the first epoch that no later step reads again in that epoch
+
+
+class Part(NamedTuple):
+    """What one lane gives to a batch out of one window."""
+
+    window: Window
+    rows: Int64[np.ndarray, " rows"]  # of the window, ascending
+    pieces: list[order.Piece]  # the same rows by slice
 
 
 class Waits(NamedTuple):
@@ -87,16 +96,14 @@ class Loader:
         self.lanes = range(rank, self.order.lanes, world)  # interleaved: a round of few slices still reaches every rank
         self._start_step, self._hash = start_step, order_hash
         self._dtype = quantize.batch_dtype(store.meta.dtype)
-        self._windows: dict[tuple[int, int, int, int], list[Future[Slice]]] = {}
-        self._permutations: dict[tuple[int, int, int, int], Int64[np.ndarray, " rows"]] = {}
         self._rounds: dict[tuple[int, int], Round] = {}
         self._ready: queue.Queue[Batch | None] = queue.Queue(prefetch)
         self._spare: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         self._reuse, self._lent = reuse_buffers, None
         self._stop = threading.Event()
-        self._seconds = dict.fromkeys(("starved_s", "blocked_s", "read_s", "uncommitted_s"), 0.0)
+        self._windows = Windows(store, hook, self.order, seed, threads=threads, stop=self._stop)
+        self._seconds = dict.fromkeys(("starved_s", "blocked_s", "uncommitted_s"), 0.0)
         self._batches_made = self._bytes_made = 0
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="slices")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._producing = self._ahead.submit(self._produce)
 
@@ -151,14 +158,13 @@ class Loader:
 
     def waits(self) -> Waits:
         """A copy of the counters; subtract two to get an interval."""
-        return Waits(**self._seconds, batches=self._batches_made, bytes=self._bytes_made)
+        return Waits(**self._seconds, read_s=self._windows.read_s, batches=self._batches_made, bytes=self._bytes_made)
 
     def close(self) -> None:
         """Ends the threads; batches not yet taken are dropped."""
         self._stop.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._windows.close()
         self._ahead.shutdown(wait=True)
-        self._windows.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -171,7 +177,7 @@ class Loader:
             for batch in self._batches():
                 if not self._hand_over(batch):
                     return
-        except _Closed:
+        except Closed:
             return
         finally:
             self._hand_over(None)  # the consumer then asks this thread what happened
@@ -192,7 +198,7 @@ class Loader:
         round, offset = self._enter(place.epoch, place.number, place.offset), place.offset
         step = self._start_step
         while True:
-            pieces: list[tuple[Slice, order.Piece]] = []
+            parts: list[Part] = []
             need, epoch = self.batch, None
             while need:
                 if offset == round.rows:  # only when a row of the next round is needed: it may not be committed yet
@@ -204,10 +210,10 @@ class Loader:
                 sizes = [lane.rows for lane in round.lanes]
                 before, after = order.apportion(offset, sizes), order.apportion(offset + count, sizes)
                 for lane in self.lanes:
-                    pieces += self._lane_pieces(round, lane, before[lane], after[lane])
+                    parts += self._lane_parts(round, lane, before[lane], after[lane])
                 offset, need = offset + count, need - count
             assert epoch is not None
-            yield self._gather(pieces, step, epoch, self._units_done(round, offset))
+            yield self._gather(parts, step, epoch, self._units_done(round, offset))
             step += 1
 
     def _units_done(self, round: Round, offset: int) -> int:
@@ -226,7 +232,7 @@ class Loader:
         given = order.apportion(offset, [lane.rows for lane in round.lanes])
         for lane in self.lanes:
             if given[lane] < round.lanes[lane].rows:
-                self._submit(round, lane, order.window_at(self.order, round.lanes[lane], given[lane]))
+                self._windows.submit(round, lane, order.window_at(self.order, round.lanes[lane], given[lane]))
         return round
 
     def _round(self, epoch: int, number: int) -> Round:
@@ -263,96 +269,64 @@ class Loader:
                     "harvest still running? (sae-dist store ls shows what is there)"
                 )
             if self._stop.wait(pause):
-                raise _Closed
+                raise Closed
             self._seconds["uncommitted_s"] += time.perf_counter() - started - waited
             pause = min(pause * 1.5, 2.0)
         return commit.rows
 
-    def _lane_pieces(self, round: Round, lane: int, start: int, stop: int) -> list[tuple[Slice, order.Piece]]:
-        pieces = []
+    def _lane_parts(self, round: Round, lane: int, start: int, stop: int) -> list[Part]:
+        """Rows [start, stop) of a lane in the order in which it serves them, window by window."""
+        parts = []
         dealt = round.lanes[lane]
         while start < stop:
-            window = order.window_at(self.order, dealt, start)
-            first, last = order.window_rows(self.order, dealt, window)
-            slices = self._open_window(round, lane, window)
+            number = order.window_at(self.order, dealt, start)
+            fresh = not self._windows.is_open(round, lane, number)
+            window = self._windows.get(round, lane, number)
+            if fresh:
+                self._read_ahead(round, lane, number)
+            last = window.first + len(window.rows)
             upto = min(stop, last)
-            rows = self._permutations[round.epoch, round.number, lane, window][start - first : upto - first]
-            pieces += [(slices[piece.unit, piece.slice], piece) for piece in order.split(dealt, rows)]
+            rows = np.sort(window.rows[start - window.first : upto - window.first])
+            parts.append(Part(window, rows - window.first, order.split(dealt, rows)))
             start = upto
             if upto == last:
-                self._close_window(round, lane, window)
-        return pieces
-
-    def _open_window(self, round: Round, lane: int, window: int) -> dict[tuple[int, int], Slice]:
-        name = (round.epoch, round.number, lane, window)
-        self._submit(round, lane, window)
-        if name not in self._permutations:
-            self._permutations[name] = order.window_permutation(self.order, self.seed, round, lane, window)
-            self._read_ahead(round, lane, window)
-        started = time.perf_counter()
-        slices = [self._wait(future) for future in self._windows[name]]
-        self._seconds["read_s"] += time.perf_counter() - started
-        first = window * self.order.window
-        dealt = round.lanes[lane]
-        return {(int(dealt.unit[first + i]), int(dealt.slice[first + i])): part for i, part in enumerate(slices)}
-
-    def _wait(self, future: Future[Slice]) -> Slice:
-        while True:
-            if self._stop.is_set():
-                raise _Closed
-            try:
-                return future.result(timeout=1.0)
-            except TimeoutError:
-                if future.done():  # the read itself timed out
-                    raise
-
-    def _submit(self, round: Round, lane: int, window: int) -> None:
-        name = (round.epoch, round.number, lane, window)
-        if name in self._windows or self._stop.is_set():
-            return
-        dealt = round.lanes[lane]
-        chosen = range(window * self.order.window, min((window + 1) * self.order.window, len(dealt.unit)))
-        self._windows[name] = [
-            self._pool.submit(self.store.read_slice, self.hook, int(dealt.unit[i]), int(dealt.slice[i])) for i in chosen
-        ]
+                self._windows.drop(round, lane, number)
+        return parts
 
     def _read_ahead(self, round: Round, lane: int, window: int) -> None:
         """One window ahead in every lane: memory is at most 2 x lanes x window slices."""
         if (window + 1) * self.order.window < len(round.lanes[lane].unit):
-            self._submit(round, lane, window + 1)
+            self._windows.submit(round, lane, window + 1)
             return
         epoch, number = self._after(round)
         units = order.round_units(self.order, self.seed, self.n_units, epoch, number)
         if (epoch, number) in self._rounds or all(self.store.commit(int(unit)) is not None for unit in units):
             upcoming = self._round(epoch, number)
             if upcoming.lanes[lane].rows:
-                self._submit(upcoming, lane, 0)
+                self._windows.submit(upcoming, lane, 0)
 
-    def _close_window(self, round: Round, lane: int, window: int) -> None:
-        name = (round.epoch, round.number, lane, window)
-        del self._windows[name], self._permutations[name]
-
-    def _gather(self, pieces: list[tuple[Slice, order.Piece]], step: int, epoch: int, units_done: int) -> Batch:
-        width = self.store.meta.hooks[self.hook]
-        n = sum(len(piece.rows) for _, piece in pieces)
-        scaled = self.store.meta.element.scaled
-        moved = GATHER[self.store.meta.element.stored.itemsize]
+    def _gather(self, parts: list[Part], step: int, epoch: int, units_done: int) -> Batch:
+        meta, n = self.store.meta, sum(len(part.rows) for part in parts)
+        width, scaled = meta.hooks[self.hook], meta.element.scaled
+        moved = GATHER[meta.element.stored.itemsize]
         target = torch.empty(n, width, dtype=moved) if scaled else self._buffer(n, width).view(moved)
-        scale = torch.empty(n)
+        scale = torch.empty(n if scaled else 0)
         unit, row = np.empty(n, np.int64), np.empty(n, np.int64)
         doc, pos, token = np.empty(n, np.uint64), np.empty(n, np.uint32), np.empty(n, np.uint32)
         at = 0
-        for part, piece in pieces:
-            to = slice(at, at + len(piece.rows))
-            index = torch.from_numpy(piece.rows)
-            torch.index_select(part.bits.view(moved), 0, index, out=target[to])
-            if part.scale is not None:
-                torch.index_select(part.scale, 0, index, out=scale[to])
-            unit[to] = piece.unit
-            row[to] = piece.slice * self.store.meta.slice_rows + piece.rows
-            doc[to], pos[to], token[to] = part.doc[piece.rows], part.pos[piece.rows], part.token[piece.rows]
-            at = to.stop
-        x = quantize.decode(target, scale if scaled else None, self.store.meta.dtype)
+        for window, rows, pieces in parts:
+            to = slice(at, at + len(rows))
+            doc[to], pos[to], token[to] = window.doc[rows], window.pos[rows], window.token[rows]
+            for piece in pieces:
+                to = slice(at, at + len(piece.rows))
+                stored, index = window.slices[piece.unit, piece.slice], torch.from_numpy(piece.rows)
+                torch.index_select(stored.bits.view(moved), 0, index, out=target[to])
+                if stored.scale is not None:
+                    torch.index_select(stored.scale, 0, index, out=scale[to])
+                unit[to] = piece.unit
+                row[to] = piece.slice * meta.slice_rows + piece.rows
+                at = to.stop
+        x = quantize.decode(target, scale if scaled else None, meta.dtype)
         self._hash = (self._hash + order.fold(step, unit, row)) & MASK
         self._batches_made += 1
         self._bytes_made += target.nbytes
@@ -365,7 +339,3 @@ class Loader:
             if len(spare) == n:
                 return spare
         return torch.empty(n, width, dtype=self._dtype)
-
-
-class _Closed(Exception):
-    """The consumer closed the loader while its thread was waiting."""

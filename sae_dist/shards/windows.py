@@ -1,0 +1,95 @@
+"""The slices that lanes have open: fetched ahead by a few threads, held as views, let go of when they are served."""
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt32, UInt64
+
+from sae_dist.shards import order
+from sae_dist.shards.order import OrderConfig, Round
+from sae_dist.shards.reader import Slice, Store
+
+Name = tuple[int, int, int, int]  # epoch, round, lane, window
+
+
+class Closed(Exception):
+    """The consumer closed the loader while its thread was waiting."""
+
+
+class Window(NamedTuple):
+    """The slices of one window and the order of their rows; ids lie end to end, so that a lane needs one look-up."""
+
+    first: int  # row of the lane that the window begins with
+    rows: Int64[np.ndarray, " rows"]  # rows of the lane in the order in which they are served
+    slices: dict[tuple[int, int], Slice]  # by unit and slice
+    doc: UInt64[np.ndarray, " rows"]
+    pos: UInt32[np.ndarray, " rows"]
+    token: UInt32[np.ndarray, " rows"]
+
+
+class Windows:
+    """Windows of one hook point, by lane; used by one thread, filled by `threads` others."""
+
+    def __init__(self, store: Store, hook: str, config: OrderConfig, seed: int, *, threads: int, stop: threading.Event):
+        self.store, self.hook, self.config, self.seed, self.stop = store, hook, config, seed, stop
+        self.read_s = 0.0  # seconds that the loader waited for bytes
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="slices")
+        self._coming: dict[Name, list[Future[Slice]]] = {}
+        self._open: dict[Name, Window] = {}
+
+    def submit(self, round: Round, lane: int, window: int) -> None:
+        """Starts to read the slices of a window, once."""
+        name = (round.epoch, round.number, lane, window)
+        if name in self._coming or name in self._open or self.stop.is_set():
+            return
+        dealt = round.lanes[lane]
+        chosen = range(window * self.config.window, min((window + 1) * self.config.window, len(dealt.unit)))
+        self._coming[name] = [
+            self._pool.submit(self.store.read_slice, self.hook, int(dealt.unit[i]), int(dealt.slice[i])) for i in chosen
+        ]
+
+    def is_open(self, round: Round, lane: int, window: int) -> bool:
+        return (round.epoch, round.number, lane, window) in self._open
+
+    def get(self, round: Round, lane: int, window: int) -> Window:
+        """The window, when all its slices are there."""
+        name = (round.epoch, round.number, lane, window)
+        if name not in self._open:
+            self.submit(round, lane, window)
+            self._open[name] = self._assemble(round, lane, window, self._coming.pop(name))
+        return self._open[name]
+
+    def drop(self, round: Round, lane: int, window: int) -> None:
+        """Lets go of a window; its memory is free once no batch in the making refers to it."""
+        del self._open[round.epoch, round.number, lane, window]
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _assemble(self, round: Round, lane: int, window: int, coming: list[Future[Slice]]) -> Window:
+        rows = order.window_permutation(self.config, self.seed, round, lane, window)
+        started = time.perf_counter()
+        slices = [self._wait(future) for future in coming]
+        self.read_s += time.perf_counter() - started
+        dealt, at = round.lanes[lane], window * self.config.window
+        return Window(
+            int(dealt.start[at]),
+            rows,
+            {(int(dealt.unit[at + i]), int(dealt.slice[at + i])): part for i, part in enumerate(slices)},
+            np.concatenate([part.doc for part in slices]),
+            np.concatenate([part.pos for part in slices]),
+            np.concatenate([part.token for part in slices]),
+        )
+
+    def _wait(self, future: Future[Slice]) -> Slice:
+        while True:
+            if self.stop.is_set():
+                raise Closed
+            try:
+                return future.result(timeout=1.0)
+            except TimeoutError:
+                if future.done():  # the read itself timed out
+                    raise
