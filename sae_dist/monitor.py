@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import subprocess
@@ -17,7 +18,7 @@ from sae_dist.config import frozen
 
 logger = logging.getLogger(__name__)
 
-Log = Callable[[int, Mapping[str, float]], None]  # (step, figures)
+Log = Callable[[int, Mapping[str, Any]], None]  # (step, figures)
 
 
 @frozen
@@ -39,8 +40,10 @@ class JsonLines:
         if not _ends_a_line(path):
             self._file.write(b"\n")  # after the line that a kill cut short
 
-    def __call__(self, step: int, figures: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}).encode() + b"\n")
+    def __call__(self, step: int, figures: Mapping[str, Any]) -> None:
+        entry = {"step": step, "time": round(time.time(), 3), **figures}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -74,16 +77,24 @@ def newest_metrics(path: Path) -> dict[str, Any]:
         return {}
     with path.open("rb") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - 16_384, 0))
-        lines = file.read().split(b"\n")[:-1]  # what follows the last line end is still being written
-    return json.loads(lines[-1]) if lines else {}
+        lines = file.read().split(b"\n")
+    for line in reversed(lines):  # the last one may still be in the writing, or cut short by a kill
+        with contextlib.suppress(ValueError):
+            return json.loads(line)
+    return {}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: readers never see half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON whole or not at all: readers never see half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """`write_whole` of JSON; a figure that is not finite is a ValueError, not bad JSON."""
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 class WandbMirror:
@@ -110,7 +121,7 @@ class WandbMirror:
         self._thread = threading.Thread(target=self._feed, name="wandb-mirror", daemon=True)
         self._thread.start()
 
-    def __call__(self, step: int, figures: Mapping[str, float]) -> None:
+    def __call__(self, step: int, figures: Mapping[str, Any]) -> None:
         try:
             self._queue.put_nowait({"step": step, **figures})
         except queue.Full:
@@ -155,7 +166,7 @@ def serve_wandb() -> None:
 def tee(*logs: Log) -> Log:
     """One Log that feeds several."""
 
-    def log(step: int, figures: Mapping[str, float]) -> None:
+    def log(step: int, figures: Mapping[str, Any]) -> None:
         for each in logs:
             each(step, figures)
 

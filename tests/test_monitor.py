@@ -22,6 +22,8 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "fvu": 0.5}\n{"step": 2, "fv')
     assert [entry["step"] for entry in read_metrics(path)] == [1]
+    JsonLines(path).close()  # a run that went on and died before its first line
+    assert newest_metrics(path)["step"] == 1
     assert newest_metrics(path)["step"] == 1
 
 

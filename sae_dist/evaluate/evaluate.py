@@ -39,21 +39,23 @@ def evaluate_loss(
     hook: str,
     *,
     stream: TokenStream,
-    positions: Callable[[Int[Tensor, "batch context"]], Bool[Tensor, "batch context"]],
+    positions: Callable[
+        [Int[Tensor, "batch context"], Float[Tensor, "batch context d_model"]], Bool[Tensor, "batch context"]
+    ],
     mean: Float[Tensor, " d_model"],
     config: EvaluateConfig,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Figures:
     """The figures that need the model: its cross-entropy clean, spliced, zero-ablated and mean-ablated."""
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        ids = np.arange(min(config.ce_sequences, stream.n_sequences))
+    def batches() -> Iterator[Tensor]:
+        n = min(config.ce_sequences, stream.n_sequences)  # evenly over the stream: neighbours are of one document
+        ids = np.linspace(0, stream.n_sequences - 1, n).round().astype(np.int64)
         for start in range(0, len(ids), config.batch_sequences):
-            tokens = torch.as_tensor(stream.sequences(ids[start : start + config.batch_sequences]).tokens)
-            yield tokens, positions(tokens)
+            yield torch.as_tensor(stream.sequences(ids[start : start + config.batch_sequences]).tokens)
 
     found = loss_recovered(
-        language_model, hook, batches=batches(), mean=mean, progress=progress,
+        language_model, hook, batches=batches(), positions=positions, mean=mean, progress=progress,
         reconstruct=lambda rows: dictionary.decode(dictionary.encode(rows.float())),
     )  # fmt: skip
     return {
@@ -67,11 +69,12 @@ def evaluate_loss(
     }
 
 
+RECONSTRUCTION_FIGURES = ("tokens", "fvu", "l0", "dead_fraction", "cosine", "density_quantiles")
 LOSS_FIGURES = (
     "ce_tokens", "ce_clean", "ce_spliced", "ce_zero_ablated", "ce_mean_ablated",
     "loss_recovered", "loss_recovered_mean",
 )  # fmt: skip
-UNMEASURED_LOSS: Figures = dict.fromkeys(LOSS_FIGURES)  # null in summary.json: not measured, never a guess
+UNMEASURED: Figures = dict.fromkeys((*RECONSTRUCTION_FIGURES, *LOSS_FIGURES))  # null: not measured, never a guess
 
 
 def density_quantiles(density: Float[Tensor, " n_latents"]) -> dict[str, float]:

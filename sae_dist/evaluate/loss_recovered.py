@@ -1,6 +1,7 @@
 """What a dictionary keeps of the model's loss: cross-entropy with the reconstruction spliced into the running model."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,43 +37,47 @@ def loss_recovered(
     language_model: LanguageModel,
     hook: str,
     *,
-    batches: Iterable[tuple[Int[Tensor, "batch context"], Bool[Tensor, "batch context"]]],
+    batches: Iterable[Int[Tensor, "batch context"]],
+    positions: Callable[
+        [Int[Tensor, "batch context"], Float[Tensor, "batch context width"]], Bool[Tensor, "batch context"]
+    ],
     reconstruct: Callable[[Float[Tensor, "rows width"]], Float[Tensor, "rows width"]],
     mean: Float[Tensor, " width"],
     progress: Callable[[int], None] = lambda _: None,
 ) -> LossRecovered:
     """Runs each batch four times: clean, reconstruction spliced in, zeros, and the training mean.
 
-    `batches` are (tokens, which positions to intervene on). Positions that never become rows (the first of a sequence,
-    whose massive activation the dictionary has not seen) stay as they are in all four runs.
+    `positions(tokens, x)` says where to intervene: where a harvest would make rows. Elsewhere (the first position of a
+    sequence and norm outliers, which the dictionary has never seen) x stays as it is in all four runs.
     """
 
     def fill(values: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda rows: values.to(rows.dtype).expand_as(rows)
+        return lambda rows: values.to(rows).expand_as(rows)
 
     interventions: tuple[Callable[[Tensor], Tensor] | None, ...] = (
         None,
-        lambda rows: reconstruct(rows).to(rows.dtype),
+        lambda rows: reconstruct(rows.cpu()).to(rows),
         fill(torch.zeros_like(mean)),
         fill(mean),
     )
     totals, n_tokens = [0.0] * len(interventions), 0
-    for tokens, positions in batches:
+    for tokens in batches:
         for i, intervention in enumerate(interventions):
-            edits = {} if intervention is None else {hook: _at(positions, intervention)}
+            edits = {} if intervention is None else {hook: _where(partial(positions, tokens), intervention)}
             with replace(language_model.model, edits):
-                totals[i] += float(next_token_loss(language_model.model, tokens).double().sum())
+                losses = next_token_loss(language_model.model, tokens.to(language_model.model.device))
+            totals[i] += float(losses.double().sum())
         n_tokens += tokens.shape[0] * (tokens.shape[1] - 1)
         progress(n_tokens)
     return LossRecovered(n_tokens, *(total / n_tokens for total in totals))
 
 
-def _at(
-    positions: Bool[Tensor, "batch context"], intervention: Callable[[Tensor], Tensor]
+def _where(
+    positions: Callable[[Tensor], Tensor], intervention: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
     def edit(x: Float[Tensor, "batch context width"]) -> Float[Tensor, "batch context width"]:
-        edited = x.clone()
-        edited[positions] = intervention(x[positions])
+        mask, edited = positions(x.cpu()).to(x.device), x.clone()
+        edited[mask] = intervention(x[mask])
         return edited
 
     return edit

@@ -39,7 +39,7 @@ def harvest(
     tokens = torch.as_tensor(sequences.tokens)
     parts: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
     for batch in tokens.split(config.batch_sequences):
-        for hook, x in capture(language_model.model, batch, hooks).items():
+        for hook, x in capture(language_model.model, batch.to(language_model.model.device), hooks).items():
             parts[hook].append(x.cpu())
     states = {hook: torch.cat(xs) for hook, xs in parts.items()}
     candidates = eligible(tokens, config.rows, separator(language_model.tokenizer))

@@ -47,12 +47,15 @@ class Dictionary:
 
 
 def save(dictionary: Dictionary, folder: Path) -> None:
-    """Writes both files; config.json last, so that a folder with one is whole."""
+    """Writes both files, each whole or not at all; config.json last, so that a folder with one is complete."""
     folder.mkdir(parents=True, exist_ok=True)
+    weights, config = folder / "dictionary.safetensors", folder / "config.json"
     tensors = {name: tensor.float().contiguous() for name, tensor in dictionary.parameters._asdict().items()}
-    save_file(tensors, folder / "dictionary.safetensors", metadata={"format": str(FORMAT)})
+    save_file(tensors, weights.with_suffix(".part"), metadata={"format": str(FORMAT)})
+    weights.with_suffix(".part").replace(weights)
     info = {**dictionary.info, "format": FORMAT, "k": dictionary.k}
-    (folder / "config.json").write_text(json.dumps(info, indent=2, sort_keys=True) + "\n")
+    config.with_suffix(".part").write_text(json.dumps(info, indent=2, sort_keys=True) + "\n")
+    config.with_suffix(".part").replace(config)
 
 
 def load(folder: Path) -> Dictionary:
@@ -67,7 +70,9 @@ def load(folder: Path) -> Dictionary:
     try:
         tensors = load_file(weights)
     except SafetensorError as error:
-        raise UserError(f"{weights} is damaged ({error}); export it again from the run's checkpoint") from error
+        raise UserError(
+            f"{weights} is damaged ({error}); remove dictionary/ and summary.json and repeat the run's command"
+        ) from error
     W_enc = tensors["W_enc"].T.contiguous().T
     parameters = Parameters(W_enc, tensors["W_dec"], tensors["b_enc"], tensors["b_dec"])
     if W_enc.shape != parameters.W_dec.T.shape:

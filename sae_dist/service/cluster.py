@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would let anything else on the machine stall the run
 
 import ray  # noqa: E402
-from ray.exceptions import RayTaskError  # noqa: E402
+from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
 
-from sae_dist.config import UserError  # noqa: E402
+from sae_dist.config import Stopped, UserError  # noqa: E402
 
 
 @contextmanager
@@ -25,24 +26,51 @@ def cluster(address: str, *, cpus: int) -> Iterator[None]:
     """Ray for as long as the context lasts: `local` starts one on this machine's loopback with `cpus` places."""
     asked_to_stop = signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": False}
-    if address == "local":
-        ray.init(
-            address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1",
-            object_store_memory=256 * 2**20, **quiet,
-        )  # fmt: skip
-    else:
-        try:
+    try:
+        if address == "local":
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1",
+                object_store_memory=256 * 2**20, **quiet,
+            )  # fmt: skip
+        else:
             ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"cluster={address} cannot be joined ({reason}); check the address, or use cluster=local"
-            ) from None
+    except SystemExit:  # Ray's own answer to SIGTERM while it starts
+        raise Stopped("SIGTERM") from None
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if address == "local":
+            raise
+        raise UserError(
+            f"cluster={address} cannot be joined ({first_line(error)}); check the address, or use cluster=local"
+        ) from None
     signal.signal(signal.SIGTERM, asked_to_stop)  # Ray has put its own there, which ends the process on the spot
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def check_resources(*, cpus: float, gpus: float) -> None:
+    """UserError when the whole cluster has not what the run asks for: its actors would wait for ever."""
+    has = ray.cluster_resources()
+    for name, wanted, cure in (
+        ("CPU", cpus, "lower harvest.replicas"),
+        ("GPU", gpus, "lower harvest.gpus or replicas"),
+    ):
+        if has.get(name, 0) < wanted:
+            raise UserError(f"the run needs {wanted:g} {name}s and the cluster has {has.get(name, 0):g}; {cure}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def reason_of(death: RayActorError) -> str:
+    """Why an actor is gone, as far as Ray knows, in one line: out of memory, its node lost, killed."""
+    told = [line.strip() for line in str(death).splitlines() if line.strip()]
+    return next((line for line in told if "cause" in line.lower() or "reason" in line.lower()), " ".join(told[:2]))[
+        :300
+    ]
 
 
 def answer(ref: ray.ObjectRef) -> Any:
@@ -52,4 +80,11 @@ def answer(ref: ray.ObjectRef) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
+        raise
+    except RayActorError as death:
+        if death.actor_init_failed:  # trying again would end the same way
+            mistake = re.search(r"UserError[^:]*: (.+)", str(death))
+            if mistake:
+                raise UserError(mistake.group(1)) from None
+            raise RuntimeError(f"an actor could not start: {str(death).strip()}") from death
         raise

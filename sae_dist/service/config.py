@@ -1,5 +1,6 @@
 """The whole of a run: the parts' own configurations side by side."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,15 +39,15 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        """`out`, or the default that the model, the hook point and the dictionary name."""
+        """`out`, or the default that model, hook point and dictionary name; absolute, for other processes."""
         if self.out is not None:
-            return Path(self.out)
+            return Path(self.out).absolute()
         name = f"{self.model.name}-{self.hook}-{self.sae.kind}{self.sae.n_latents}-k{self.sae.k}-seed{self.seed}"
-        return Path("runs") / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+        return Path("runs").absolute() / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
 
     @property
     def store_uri(self) -> str:
-        return self.store if self.store is not None else str(self.folder / "store")
+        return absolute_uri(self.store) if self.store is not None else str(self.folder / "store")
 
     def train_job(self) -> "TrainJob":
         """The training part of the run."""
@@ -72,6 +73,10 @@ class HarvestJob:
     def hooks(self) -> tuple[str, ...]:
         return (self.hook,) if isinstance(self.hook, str) else self.hook
 
+    def located(self) -> "HarvestJob":
+        """The same with absolute places: other processes have other working directories."""
+        return dataclasses.replace(self, out=str(Path(self.out).absolute()), store=absolute_uri(self.store))
+
 
 @frozen
 class TrainJob:
@@ -86,8 +91,18 @@ class TrainJob:
     train: TrainConfig
     wandb: WandbConfig
 
+    def located(self) -> "TrainJob":
+        """The same with absolute places: other processes have other working directories."""
+        return dataclasses.replace(self, out=str(Path(self.out).absolute()), store=absolute_uri(self.store))
 
-# Keys that may differ between two starts of one run: they change where and how fast it works, never what comes out.
+
+def absolute_uri(place: str) -> str:
+    """A folder as an absolute path; anything with a scheme as it is."""
+    return place if "://" in place else str(Path(place).absolute())
+
+
+# Keys that may differ between two starts of one run: they say where and how fast it works, not what it works out.
+# (Another thread count may round a model's bf16 products otherwise, as another machine may.) A store counts by content.
 FREE_KEYS = (
     "out", "store", "cluster", "wandb", "evaluate", "pages", "harvest.replicas", "harvest.threads", "harvest.gpus",
     "train.log_every", "train.keep_checkpoints", "train.checkpoint_every",
@@ -106,6 +121,6 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE_KEYS)}
 
 
-def config_hash(config: object) -> str:
-    """Equal for two runs that must end in the same dictionary."""
-    return digest(identity(to_dict(config)))[:16]
+def config_hash(config: object, store: str) -> str:
+    """Equal for two runs that must end in the same dictionary; `store` is the digest of the store's description."""
+    return digest([identity(to_dict(config)), store])[:16]

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_dist import storage
-from sae_dist.config import Stopped, UserError, to_dict
-from sae_dist.service.cluster import cluster
+from sae_dist.config import to_dict
+from sae_dist.service.cluster import check_resources, cluster
 from sae_dist.service.config import HarvestJob
 from sae_dist.service.display import Display
 from sae_dist.service.harvesting import Harvesting
@@ -17,9 +17,10 @@ from sae_dist.shards import reader
 
 def harvest_store(job: HarvestJob) -> dict[str, Any]:
     """Harvests the units that the store lacks; how many units and rows it has then."""
+    job = job.located()
     folder = RunFolder(Path(job.out), job)
     values = to_dict(job)
-    try:
+    with folder.outcome():
         with Display(job.out) as display:
             folder.status("preparing")
             prepared = prepare(
@@ -32,7 +33,8 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
             committed = store.committed()
             todo = [unit for unit in range(store.meta.n_units) if unit not in committed]
             replica = ReplicaConfig(values["model"], values["harvest"], job.hooks, job.store, prepared.split)
-            with cluster(job.cluster, cpus=job.harvest.replicas + 1):
+            with cluster(job.cluster, cpus=job.harvest.replicas):
+                check_resources(cpus=job.harvest.replicas, gpus=job.harvest.replicas * job.harvest.gpus)
                 harvesting = Harvesting(replica, job.harvest, todo=todo, n_units=store.meta.n_units)
                 while not harvesting.done:
                     harvesting.poll(1.0)
@@ -44,11 +46,3 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
         facts = {"units": len(commits), "rows": sum(commit.rows for commit in commits.values())}
         folder.status("done", harvest=facts)
         return facts
-    except (Stopped, KeyboardInterrupt):
-        folder.status("stopped", note="the same command goes on from here")
-        raise
-    except UserError as error:
-        folder.status("refused", note=str(error))
-        raise
-    finally:
-        folder.close()

@@ -1,7 +1,6 @@
 """Replicas at work: units are handed out in order, and a unit whose replica died is handed out again."""
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -12,9 +11,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.service.cluster import answer
+from sae_dist.service.cluster import answer, reason_of
 from sae_dist.service.display import duration
 from sae_dist.service.replica import Replica, ReplicaConfig, UnitReport
+from sae_dist.service.trainer import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ class Harvesting:
         self._working: dict[ray.ObjectRef, tuple[ActorHandle, int]] = {}
         self._replicas: list[ActorHandle] = []
         self._reports: list[UnitReport] = []
-        self._deaths, self._deaths_in_a_row, self._first_unit_at = 0, 0, time.monotonic()
+        self._loading_s = 0.0
+        self._deaths, self._deaths_in_a_row, self._began = 0, 0, time.monotonic()
         for _ in range(min(config.replicas, len(todo))):
             self._start()
 
@@ -51,6 +52,8 @@ class Harvesting:
                 self._bury(replica, unit, death)
                 continue
             self._deaths_in_a_row = 0
+            if not self._reports:  # the rest went by before a model was loaded
+                self._loading_s = time.monotonic() - self._began - report.forward_s - report.write_s
             self._reports.append(report)
             self._hand_out(replica)
 
@@ -58,7 +61,7 @@ class Harvesting:
         """How far the harvest is, for people."""
         left = len(self._pending) + len(self._working)
         positions = sum(report.positions for report in self._reports)
-        seconds = time.monotonic() - self._first_unit_at
+        seconds = time.monotonic() - self._began - self._loading_s
         facts: dict[str, Any] = {"units": self._n_units - left, "of": self._n_units}
         if positions:
             facts |= {
@@ -84,6 +87,7 @@ class Harvesting:
     def replace(self, replica: ActorHandle) -> None:
         """Puts a new replica in the place of one that died outside a unit."""
         self._replicas.remove(replica)
+        ray.kill(replica)  # it may only be out of reach
         self._start()
 
     def close(self) -> None:
@@ -92,7 +96,7 @@ class Harvesting:
         self._replicas.clear()
 
     def _start(self) -> None:
-        threads = self._config.threads or max((os.cpu_count() or 1) // self._config.replicas, 1)
+        threads = self._config.threads or max(usable_cores() // self._config.replicas, 1)
         actor = ray.remote(num_cpus=1, num_gpus=self._config.gpus, max_concurrency=2)(Replica)
         replica = actor.remote(self._replica_config, threads)
         self._replicas.append(replica)
@@ -102,11 +106,14 @@ class Harvesting:
         if self._pending:
             unit = self._pending.popleft()
             self._working[replica.harvest.remote(unit)] = (replica, unit)
+        elif len(self._replicas) > 1:  # one stays for the evaluation; the others would hold their memory for nothing
+            self._replicas.remove(replica)
+            ray.kill(replica)
 
     def _bury(self, replica: ActorHandle, unit: int, death: RayActorError) -> None:
         self._deaths, self._deaths_in_a_row = self._deaths + 1, self._deaths_in_a_row + 1
         if self._deaths_in_a_row >= MAX_DEATHS:
             raise RuntimeError(f"{MAX_DEATHS} replicas died in a row, the last one at unit {unit}") from death
-        logger.warning("a replica died at unit %d; the unit goes to a new one", unit)
+        logger.warning("a replica died at unit %d; the unit goes to a new one (%s)", unit, reason_of(death))
         self._pending.appendleft(unit)
         self.replace(replica)

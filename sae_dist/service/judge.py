@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sae_dist.config import UserError
 from sae_dist.config import load as load_config
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.evaluate import evaluate_loss, evaluate_reconstruction
-from sae_dist.harvest.rows import eligible
+from sae_dist.harvest.rows import eligible, keep
 from sae_dist.interpret.collect import PagesConfig
 from sae_dist.interpret.site import feature_pages
 from sae_dist.interpret.vocabulary import decoder
@@ -27,6 +28,7 @@ from sae_dist.monitor import write_json
 from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.service.config import RunConfig
 from sae_dist.service.prepare import Prepared, prepare
+from sae_dist.service.run_folder import claim
 from sae_dist.shards import reader
 from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.text.stream import TokenStream
@@ -44,11 +46,16 @@ def evaluate(
     """All figures: reconstruction on the store's held-out units, cross-entropies on held-out sequences."""
     dictionary = dictionary_file.load(config.folder / "dictionary")
     mean = torch.as_tensor(store.statistics(config.hook, store.meta.train_units).mean, dtype=torch.float32)
-    split_token = separator(language_model.tokenizer)
+    split_token, policy = separator(language_model.tokenizer), config.harvest.rows
+
+    def positions(tokens: Tensor, x: Tensor) -> Tensor:
+        """Where a harvest would make rows."""
+        return keep({config.hook: x}, eligible(tokens, policy, split_token), policy).mask
+
     wanted = min(config.evaluate.ce_sequences, stream.n_sequences) * (stream.context - 1)
     return evaluate_reconstruction(dictionary, store, config.hook, config.evaluate) | evaluate_loss(
         dictionary, language_model, config.hook, stream=stream, mean=mean, config=config.evaluate,
-        positions=lambda tokens: eligible(tokens, config.harvest.rows, split_token),
+        positions=positions,
         progress=lambda tokens: progress(ce_tokens=tokens, of=wanted),
     )  # fmt: skip
 
@@ -74,52 +81,55 @@ def pages(
 
     return feature_pages(
         config.folder, rows, encode=dictionary.encode, W_dec=dictionary.parameters.W_dec,
-        W_U=unembedding(language_model.model), stream=stream, decode=decoder(tokenizer),
+        W_U=unembedding(language_model.model).cpu(), stream=stream, decode=decoder(tokenizer),
         special=tokenizer.all_special_ids, summary=summary, config=config.pages,
     )  # fmt: skip
 
 
 def evaluate_again(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
     """Judges a finished run's dictionary anew; its summary, with the new figures written into summary.json."""
-    summary = _summary(out)
-    config = _run_config(out)
-    if config is None:
-        store = reader.open(storage.open(summary["store"]))
-        dictionary = dictionary_file.load(out / "dictionary")
-        summary["eval"] |= evaluate_reconstruction(dictionary, store, summary["hook"], evaluate_config)
-    else:
-        config = dataclasses.replace(config, evaluate=evaluate_config)
-        prepared, store = _prepared(config)
-        summary["eval"] = evaluate(config, load_model(config.model), store=store, stream=prepared.split.heldout)
-    write_json(out / "summary.json", summary)
-    return summary
+    with _claimed(out) as (summary, config):
+        if config is None:
+            store = reader.open(storage.open(summary["store"]))
+            if not store.meta.heldout_units:
+                raise UserError(
+                    f"store={summary['store']} has no held-out units to judge on; import it with heldout_fraction"
+                )
+            dictionary = dictionary_file.load(out / "dictionary")
+            summary["eval"] |= evaluate_reconstruction(dictionary, store, summary["hook"], evaluate_config)
+        else:
+            config = dataclasses.replace(config, evaluate=evaluate_config)
+            prepared, store = _prepared(config)
+            summary["eval"] = evaluate(config, load_model(config.model), store=store, stream=prepared.split.heldout)
+        write_json(out / "summary.json", summary)
+        return summary
 
 
 def pages_again(out: Path, pages_config: PagesConfig) -> Path:
     """Writes a finished run's feature pages anew; the path of their index."""
-    summary, config = _summary(out), _run_config(out)
-    if config is None:
-        raise UserError(f"out={out} is a run of `sae-dist train`: it has no text and no model to make pages of")
-    config = dataclasses.replace(config, pages=pages_config)
-    prepared, store = _prepared(config)
-    return pages(config, load_model(config.model), store=store, stream=prepared.split.train, summary=summary)
+    with _claimed(out) as (summary, config):
+        if config is None:
+            raise UserError(f"out={out} is a run of `sae-dist train`: it has no text and no model to make pages of")
+        config = dataclasses.replace(config, pages=pages_config)
+        prepared, store = _prepared(config)
+        return pages(config, load_model(config.model), store=store, stream=prepared.split.train, summary=summary)
 
 
-def _summary(out: Path) -> dict[str, Any]:
+@contextmanager
+def _claimed(out: Path) -> Iterator[tuple[dict[str, Any], RunConfig | None]]:
+    """A finished run's summary and config (None for a run of `sae-dist train`), held against other processes."""
     if not (out / "summary.json").is_file():
         raise UserError(f"out={out} has no summary.json: the run has not finished; repeat its command first")
-    return json.loads((out / "summary.json").read_text())
-
-
-def _run_config(out: Path) -> RunConfig | None:
-    """The config of a run of `sae-dist run`; None for one of `sae-dist train`."""
-    values = yaml.safe_load((out / "config.yaml").read_text())
-    return load_config(RunConfig, values) if "model" in values else None
+    with claim(out):
+        values = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+        config = load_config(RunConfig, values | {"out": str(out)}) if "model" in values else None
+        yield json.loads((out / "summary.json").read_text(encoding="utf-8")), config
 
 
 def _prepared(config: RunConfig) -> tuple[Prepared, Store]:
+    store = reader.open(storage.open(config.store_uri))  # never made anew: a run that was moved takes its store along
     prepared = prepare(
         model=config.model, hook_points=[config.hook], text=config.text, harvest=config.harvest,
         folder=config.folder / "text", store_uri=config.store_uri, progress=lambda _: None,
     )  # fmt: skip
-    return prepared, reader.open(storage.open(config.store_uri))
+    return prepared, store

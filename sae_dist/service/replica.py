@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sae_dist import storage
+from sae_dist.config import UserError
 from sae_dist.config import load as load_config
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.harvest import harvest
@@ -48,7 +49,7 @@ class UnitReport(NamedTuple):
 
 
 class Replica:
-    """The actor's class; `harvesting.start_replica` makes it one."""
+    """The actor's class; `harvesting` makes it one, with max_concurrency=2."""
 
     def __init__(self, config: ReplicaConfig, threads: int) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -56,6 +57,11 @@ class Replica:
         self._config, self._harvest = config, load_config(HarvestConfig, config.harvest)
         self._language_model = load_model(load_config(ModelConfig, config.model))
         self._store = reader.open(storage.open(config.store_uri))
+        if self._language_model.fingerprint != self._store.meta.model_fingerprint:
+            raise UserError(
+                f"model.name={self._language_model.name} is here in {self._language_model.dtype} or with other weights "
+                "than where the store was made; set model.dtype and model.revision, so that all machines load the same"
+            )
         self._progress: dict[str, Any] = {}
 
     def progress(self) -> dict[str, Any]:

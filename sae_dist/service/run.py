@@ -7,6 +7,7 @@ run is what lies on disk; this process holds nothing that another start of the s
 import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,16 +15,16 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from sae_dist import storage
-from sae_dist.config import Stopped, UserError, digest, to_dict
+from sae_dist.config import digest, to_dict
 from sae_dist.monitor import write_json
-from sae_dist.service.cluster import answer, cluster
+from sae_dist.service.cluster import answer, check_resources, cluster, reason_of
 from sae_dist.service.config import RunConfig, config_hash
 from sae_dist.service.display import Display, progress
 from sae_dist.service.harvesting import Harvesting
 from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.run_folder import RunFolder
-from sae_dist.service.summary import summarize
+from sae_dist.service.summary import read_finished, summarize, weights_digest
 from sae_dist.service.trainer import Trainer, TrainReport
 from sae_dist.shards import reader
 
@@ -36,7 +37,9 @@ MAX_DEATHS = 5  # of trainers without a new checkpoint in between
 def run(config: RunConfig) -> dict[str, Any]:
     """Does what is still to do of the run and returns its summary (summary.json)."""
     folder = RunFolder(config.folder, config)
-    try:
+    with folder.outcome():
+        if (finished := _finished(config, folder.path)) is not None:
+            return finished
         with Display(str(folder.path)) as display:
             folder.status("preparing")
             prepared = prepare(
@@ -45,28 +48,35 @@ def run(config: RunConfig) -> dict[str, Any]:
                 progress=lambda facts: display.update("text", facts),
             )  # fmt: skip
             display.update("text", prepared.facts, now=True)
-            with cluster(config.cluster, cpus=config.harvest.replicas + 2):
-                summary = _Run(config, prepared, folder, display).go()
+            hashed = config_hash(config, prepared.meta.digest)
+            with cluster(config.cluster, cpus=config.harvest.replicas + 1):
+                check_resources(cpus=config.harvest.replicas + 1, gpus=config.harvest.replicas * config.harvest.gpus)
+                summary = _Run(config, prepared, folder, display, hashed).go() | {"judged": _judgements(config)}
+        summary["wall_seconds"] = folder.wall_seconds
+        write_json(folder.path / "summary.json", summary)
         folder.status("done", step=summary["steps"], tokens=summary["tokens_trained"])
         return summary
-    except (Stopped, KeyboardInterrupt):
-        folder.status("stopped", note="the same command goes on from here")
-        raise
-    except UserError as error:
-        folder.status("refused", note=str(error))
-        raise
-    except Exception as error:
-        folder.status("failed", note=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        folder.close()
+
+
+def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
+    """The summary, if the run has ended with these very settings on the store that is there."""
+    if not (out / "summary.json").is_file():
+        return None
+    store = reader.open(storage.open(config.store_uri))
+    found = read_finished(out, config_hash(config, store.meta.digest))
+    return found if found is not None and found.get("judged") == _judgements(config) else None
+
+
+def _judgements(config: RunConfig) -> str:
+    """What may differ between two runs of one dictionary: how it is judged and shown."""
+    return digest([to_dict(config)[part] for part in ("evaluate", "pages")])
 
 
 class _Run:
     """The phases that need processes. One object a start; nothing in it outlives it."""
 
-    def __init__(self, config: RunConfig, prepared: Prepared, folder: RunFolder, display: Display) -> None:
-        self._config, self._values = config, to_dict(config)
+    def __init__(self, config: RunConfig, prepared: Prepared, folder: RunFolder, display: Display, hashed: str) -> None:
+        self._config, self._values, self._hashed = config, to_dict(config), hashed
         self._folder, self._out, self._display = folder, folder.path, display
         self._store = reader.open(storage.open(config.store_uri))
         self._replica_config = ReplicaConfig(
@@ -80,24 +90,24 @@ class _Run:
         harvesting = Harvesting(self._replica_config, self._config.harvest, todo=todo, n_units=self._store.meta.n_units)
         try:
             report = self._stream(harvesting)
+            weights = weights_digest(self._out / "dictionary")
             figures = self._judge(
-                "evaluate", [report.order_hash, self._values["evaluate"]], harvesting,
+                "evaluate", [weights, self._values["evaluate"]], harvesting,
                 lambda replica: replica.evaluate.remote(self._values),
             )  # fmt: skip
             summary = summarize(
                 self._config.train_job(), hook=self._config.hook, store=self._store, trained=report,
-                hashed=config_hash(self._config), figures=figures,
+                hashed=self._hashed, figures=figures,
             )  # fmt: skip
             if self._config.pages is not None:
-                summary["pages"] = self._judge(
-                    "pages", [summary["eval"], self._values["pages"]], harvesting,
-                    lambda replica: replica.pages.remote(self._values, summary),
-                )["index"]  # fmt: skip
+                self._judge(
+                    "pages", [weights, figures, self._values["pages"]], harvesting,
+                    lambda replica: replica.pages.remote(self._values, summary), leaves="pages/index.html",
+                )  # fmt: skip
+                summary["pages"] = str(self._out / "pages" / "index.html")
+            return summary
         finally:
             harvesting.close()
-        summary["wall_seconds"] = self._folder.wall_seconds
-        write_json(self._out / "summary.json", summary)
-        return summary
 
     def _stream(self, harvesting: Harvesting) -> TrainReport:
         """Harvest and training side by side: they meet at the committed units of the store."""
@@ -116,12 +126,16 @@ class _Run:
                     deaths, saved = (1 if newest != saved else deaths + 1), newest
                     if deaths >= MAX_DEATHS:
                         raise RuntimeError(f"the trainer died {deaths} times without a new checkpoint") from death
-                    logger.warning("the trainer died; a new one goes on from %s", saved or "the start")
+                    logger.warning(
+                        "the trainer died; a new one goes on from %s (%s)", saved or "the start", reason_of(death)
+                    )
+                    ray.kill(trainer)  # it may only be out of reach
                     trainer, training = self._start_trainer()
-        except (Stopped, KeyboardInterrupt):
+        except BaseException:  # whatever ends the run: what was trained is saved first
             logger.info("stopping: the trainer saves its state")
             trainer.stop.remote()
-            ray.wait([training], timeout=GRACE_S)
+            if not ray.wait([training], timeout=GRACE_S)[0]:
+                logger.warning("the trainer did not answer within %.0f s; its last checkpoint counts", GRACE_S)
             raise
         self._show(harvesting, now=True)
         ray.kill(trainer)
@@ -130,7 +144,7 @@ class _Run:
     def _start_trainer(self) -> tuple[ActorHandle, ray.ObjectRef]:
         job = to_dict(self._config.train_job())
         actor = ray.remote(num_cpus=1, max_concurrency=2)(Trainer)
-        trainer = actor.remote(job, {"config_hash": config_hash(self._config)})
+        trainer = actor.remote(job, {"config_hash": self._hashed})
         return trainer, trainer.train.remote()
 
     def _newest_checkpoint(self) -> str | None:
@@ -138,24 +152,30 @@ class _Run:
 
     def _show(self, harvesting: Harvesting, *, now: bool = False) -> None:
         harvest, training = harvesting.facts(), progress(self._out, self._config.train)
-        self._display.update("harvest", harvest, now=now)
+        self._display.update("harvest", harvest)
         self._display.update("train", training, now=now)
         self._folder.status("running", harvest=harvest, train=training)
 
     def _judge(
-        self, phase: str, given: list[Any], harvesting: Harvesting, ask: Callable[[ActorHandle], ray.ObjectRef]
+        self,
+        phase: str,
+        given: list[Any],
+        harvesting: Harvesting,
+        ask: Callable[[ActorHandle], ray.ObjectRef],
+        *,
+        leaves: str | None = None,
     ) -> dict[str, Any]:
         """The result of a phase: as found in the run's folder when it was made from the same, else made now."""
         path, made_from = self._out / f"{phase}.json", digest(given)
-        if path.is_file():
+        if path.is_file() and (leaves is None or Path(self._out / leaves).exists()):
             found = json.loads(path.read_text())
             if found["made_from"] == made_from:
                 return found["result"]
         replica = harvesting.any_replica()
         try:
             result = self._wait(phase, replica, ask(replica))
-        except RayActorError:
-            logger.warning("the replica died in %s; a new one tries once more", phase)
+        except RayActorError as death:
+            logger.warning("the replica died in %s; a new one tries once more (%s)", phase, reason_of(death))
             harvesting.replace(replica)
             replica = harvesting.any_replica()
             result = self._wait(phase, replica, ask(replica))
@@ -165,7 +185,7 @@ class _Run:
 
     def _wait(self, phase: str, replica: ActorHandle, asked: ray.ObjectRef) -> dict[str, Any]:
         """The answer, showing meanwhile how far it is."""
-        said = {}
+        said: dict[str, Any] = {}
         while not ray.wait([asked], timeout=0.5)[0]:
             ready, _ = ray.wait([saying := replica.progress.remote()], timeout=0.5)
             said = answer(saying) if ready else said

@@ -1,6 +1,10 @@
 """summary.json: the final figures of a run. A figure that was not measured is null, never a guess."""
 
+import json
+from pathlib import Path
 from typing import Any, Protocol
+
+import xxhash
 
 from sae_dist.service.config import TrainJob
 from sae_dist.shards.reader import Store
@@ -17,6 +21,18 @@ class Finished(Protocol):
     def order_hash(self) -> str: ...
     @property
     def seconds(self) -> float: ...
+
+
+def read_finished(out: Path, hashed: str) -> dict[str, Any] | None:
+    """The summary that a finished run of the same configuration left in `out`, None when there is none."""
+    path = out / "summary.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if found.get("config_hash") == hashed else None
+
+
+def weights_digest(dictionary: Path) -> str:
+    """What judgements of a dictionary hang on: the hash of its weights."""
+    return xxhash.xxh3_128_hexdigest((dictionary / "dictionary.safetensors").read_bytes())
 
 
 def summarize(

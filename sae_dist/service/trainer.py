@@ -1,8 +1,11 @@
 """Training as a job: the loop with its logs and its folder, in this process or in an actor."""
 
+import fcntl
+import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +20,16 @@ from sae_dist.shards import reader
 from sae_dist.shards.reader import Store
 from sae_dist.train.loop import Trained, train
 
+logger = logging.getLogger(__name__)
+
 
 class TrainReport(NamedTuple):
-    """A finished training in plain values, or one that stopped on request."""
+    """A finished training in plain values."""
 
-    finished: bool
-    steps: int = 0
-    tokens: int = 0
-    order_hash: str = ""
-    seconds: float = 0.0
-    note: str = ""
+    steps: int
+    tokens: int
+    order_hash: str
+    seconds: float
 
 
 def chosen_hook(store: Store, hook: str | None) -> str:
@@ -39,28 +42,59 @@ def chosen_hook(store: Store, hook: str | None) -> str:
     return hook
 
 
+def check_heldout(store: Store) -> None:
+    """Refuses a store whose held-out units are not there, before hours of training rather than after."""
+    missing = [u for u in range(store.meta.train_units, store.meta.n_units) if store.commit(u) is None]
+    if missing:
+        raise UserError(
+            f"store={store.storage.uri} lacks {len(missing)} of its {store.meta.heldout_units} held-out units (unit "
+            f"{missing[0]} first); repeat the command that harvests it"
+        )
+
+
 def run_training(
     job: TrainJob, *, live: bool, provenance: Mapping[str, Any], stop: Callable[[], bool], watch: Log | None = None
 ) -> Trained:
     """Trains to the end, or to the first step after `stop`; figures go to metrics.jsonl, W&B and `watch`."""
-    torch.set_num_threads(job.train.threads or os.cpu_count() or 1)
+    torch.set_num_threads(job.train.threads or usable_cores())
     out, store = Path(job.out), reader.open(storage.open(job.store))
+    out.mkdir(parents=True, exist_ok=True)
     lines = JsonLines(out / "metrics.jsonl")
     logs: list[Log] = [lines, *([watch] if watch else [])]
+    meta = store.meta
+    origin = {"model": meta.model, "model_fingerprint": meta.model_fingerprint, "tokenizer": meta.tokenizer}
+    origin |= {"store": job.store, "text_fingerprint": meta.text_fingerprint}
     mirror = None
     if job.wandb.mode != "disabled":
         mirror = WandbMirror(job.wandb, out=out, name=out.name, run_config=to_dict(job))
         logs.append(mirror)
     try:
-        return train(
-            store, hook=chosen_hook(store, job.hook), sae=job.sae, config=job.train, order=job.order, seed=job.seed,
-            out=out, log=tee(*logs), live=live, stop=stop,
-            provenance={"model": store.meta.model, "store": job.store, **provenance},
-        )  # fmt: skip
+        with _one_trainer(out):
+            return train(
+                store, hook=chosen_hook(store, job.hook), sae=job.sae, config=job.train, order=job.order, seed=job.seed,
+                out=out, log=tee(*logs), live=live, stop=stop, provenance={**origin, **provenance},
+            )  # fmt: skip
     finally:
         lines.close()
         if mirror is not None:
             mirror.close()
+
+
+@contextmanager
+def _one_trainer(out: Path) -> Iterator[None]:
+    """Waits until no other process trains into `out`: a killed driver's trainer may outlive it by a moment."""
+    with (out / ".training").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("another process still trains into %s; waiting until it has ended", out)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: in a Slurm slot or a container not all that the machine has."""
+    return len(os.sched_getaffinity(0))
 
 
 class Trainer:
@@ -70,13 +104,13 @@ class Trainer:
         self._job, self._provenance = load_config(TrainJob, values), provenance
         self._stop = threading.Event()
 
-    def train(self) -> TrainReport:
-        """Trains on a store that may still be growing."""
+    def train(self) -> TrainReport | None:
+        """Trains on a store that may still be growing; None when it was asked to stop before the end."""
         try:
             done = run_training(self._job, live=True, provenance=self._provenance, stop=self._stop.is_set)
-        except Stopped as stopped:
-            return TrainReport(False, note=str(stopped))
-        return TrainReport(True, done.steps, done.tokens, done.order_hash, done.seconds)
+        except Stopped:
+            return None
+        return TrainReport(done.steps, done.tokens, done.order_hash, done.seconds)
 
     def stop(self) -> None:
         """Asks `train` to save and return after its present step."""

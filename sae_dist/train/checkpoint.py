@@ -28,7 +28,7 @@ class Checkpoint(NamedTuple):
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """Writes `folder`/step_N in a temporary folder, makes it durable, and renames it into place."""
-    final = folder / f"step_{checkpoint.step:08d}"
+    final = folder / _name(checkpoint.step)
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -59,12 +59,20 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what killed saves left."""
-    for path in sorted(folder.glob("step_*"), reverse=True)[keep:]:
+def prune(folder: Path, keep: int, *, newest: int) -> None:
+    """Removes all but the last `keep` checkpoints up to step `newest`, and what killed saves left.
+
+    What is past `newest` did not verify when the run went on from before it: it would hide what is written since.
+    """
+    kept = [path for path in sorted(folder.glob("step_*")) if path.name <= _name(newest)][-keep:]
+    for path in set(folder.glob("step_*")) - set(kept):
         shutil.rmtree(path)
     for path in folder.glob(".step_*"):
         shutil.rmtree(path)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def _read(path: Path) -> Checkpoint:

@@ -83,7 +83,7 @@ def test_a_name_or_a_path_will_do_for_model_and_text(tmp_path):
 
 def test_what_may_differ_between_two_starts_is_not_part_of_the_hash():
     def hashed(*overrides):
-        return config_hash(load(RunConfig, compose("run", list(overrides))))
+        return config_hash(load(RunConfig, compose("run", list(overrides))), "a store")
 
     assert hashed() == hashed("out=x", "wandb.mode=disabled", "harvest.replicas=4", "train.log_every=1")
     assert (

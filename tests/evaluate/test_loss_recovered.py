@@ -13,9 +13,12 @@ EVERYWHERE = torch.ones_like(TOKENS, dtype=torch.bool)
 
 
 def found(reconstruct, positions=EVERYWHERE, mean=None):
-    batches = [(TOKENS[:4], positions[:4]), (TOKENS[4:], positions[4:])]
+    parts = {4: positions[:4], 2: positions[4:]}  # by the size of the batch
     mean = torch.full((32,), 0.5) if mean is None else mean
-    return loss_recovered(MODEL, "resid_post.1", batches=batches, reconstruct=reconstruct, mean=mean)
+    return loss_recovered(
+        MODEL, "resid_post.1", batches=[TOKENS[:4], TOKENS[4:]], positions=lambda tokens, x: parts[len(tokens)],
+        reconstruct=reconstruct, mean=mean,
+    )  # fmt: skip
 
 
 def test_a_perfect_reconstruction_recovers_everything():
@@ -46,3 +49,24 @@ def test_positions_left_alone_are_left_alone():
     first_only = EVERYWHERE.clone()
     first_only[:, 1:] = False
     assert found(torch.zeros_like, positions=first_only).ce_zero_ablated != result.ce_clean
+
+
+def test_where_to_intervene_is_decided_on_the_activations_themselves():
+    seen = []
+
+    def positions(tokens, x):
+        seen.append(x)
+        return torch.zeros_like(tokens, dtype=torch.bool)
+
+    loss_recovered(
+        MODEL,
+        "resid_post.1",
+        batches=[TOKENS],
+        positions=positions,
+        reconstruct=lambda rows: rows,
+        mean=torch.zeros(32),
+    )
+    with torch.no_grad():
+        hidden = MODEL.model.model(TOKENS, output_hidden_states=True).hidden_states[2]
+    assert len(seen) == 3  # spliced, zero, mean
+    assert all(torch.allclose(x, hidden, atol=1e-6) for x in seen)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from sae_dist.cli.main import main
 
@@ -84,12 +86,56 @@ def test_a_run_leaves_what_the_design_says(uninterrupted):
 
 
 def test_a_finished_run_is_not_done_again(uninterrupted, capsys):
-    before = files(uninterrupted / "dictionary")
-    stamps = {path: path.stat().st_mtime_ns for path in (uninterrupted / "store").rglob("*.arrow")}
+    def stamps() -> dict[Path, int]:
+        left = [
+            path for path in uninterrupted.rglob("*") if path.is_file() and path.name not in ("status.json", ".lock")
+        ]
+        return {path: path.stat().st_mtime_ns for path in left if path.name != "config.yaml"}
+
+    before = stamps()
     assert main(command(uninterrupted)[3:]) == 0
     assert "loss recovered" in capsys.readouterr().out
-    assert files(uninterrupted / "dictionary") == before
-    assert {path: path.stat().st_mtime_ns for path in (uninterrupted / "store").rglob("*.arrow")} == stamps
+    assert stamps() == before
+
+
+def test_a_run_that_was_copied_is_judged_by_what_is_in_the_copy(uninterrupted, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(uninterrupted, copy)
+    shutil.rmtree(copy / "pages")
+    summary = json.loads((copy / "summary.json").read_text())
+    assert main(["evaluate", str(copy), "evaluate.ce_sequences=8"]) == 0
+    again = json.loads((copy / "summary.json").read_text())
+    assert again["eval"]["fvu"] == pytest.approx(summary["eval"]["fvu"], rel=1e-6)
+    assert again["eval"]["ce_tokens"] == 8 * 127
+    weights = load_file(copy / "dictionary" / "dictionary.safetensors")
+    weights["W_dec"] *= 0.5
+    save_file(weights, copy / "dictionary" / "dictionary.safetensors")
+    assert main(["evaluate", str(copy)]) == 0
+    assert json.loads((copy / "summary.json").read_text())["eval"]["fvu"] > 1.5 * summary["eval"]["fvu"]
+    assert json.loads((uninterrupted / "summary.json").read_text()) == summary
+    assert main(["pages", str(copy), "pages.max_latents=16"]) == 0
+    assert (copy / "pages" / "index.html").is_file()
+
+
+def test_one_harvest_feeds_several_trainings_and_they_do_not_mix(tmp_path, capsys):
+    harvest = ["harvest", "model=tiny-llama", "hook=[resid_post.1,mlp_out.2]", "harvest.tokens=8000",
+               "harvest.heldout_tokens=2000", "harvest.unit_sequences=8"]  # fmt: skip
+    for name, more in (("a", []), ("b", ["harvest.seed=1"])):
+        assert main([*harvest, *more, f"store={tmp_path / name}", f"out={tmp_path}/harvest-{name}"]) == 0
+    train = ["train", "hook=mlp_out.2", "sae.n_latents=64", "sae.k=4", "train.steps=20", "train.batch=64",
+             "train.init_rows=256", f"out={tmp_path}/run", "wandb.mode=disabled"]  # fmt: skip
+    assert main([*train, f"store={tmp_path}/a"]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["hook"] == "mlp_out.2"
+    capsys.readouterr()
+    assert main([*train, f"store={tmp_path}/b"]) == 2
+    assert "choose another out=" in capsys.readouterr().err
+    assert main([*train, f"store={tmp_path}/a", "hook=resid_pre.0", f"out={tmp_path}/other"]) == 2
+    assert "choose one of resid_post.1, mlp_out.2" in capsys.readouterr().err
+
+
+def test_more_than_the_cluster_has_is_refused(tmp_path, capsys):
+    assert main([*command(tmp_path / "run")[3:], "harvest.gpus=1"]) == 2
+    assert "needs 1 GPUs and the cluster has 0" in capsys.readouterr().err
 
 
 def test_a_different_run_in_the_same_folder_is_refused(uninterrupted, capsys):
@@ -103,7 +149,7 @@ def test_the_same_run_twice_at_once_is_refused(tmp_path, capsys):
     assert main(command(tmp_path / "run")[3:]) == 2
     assert f"is in use by process {first.pid}" in capsys.readouterr().err
     os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    first.communicate()
 
 
 @pytest.mark.parametrize(
@@ -114,6 +160,7 @@ def test_kill_9_of_the_driver_and_the_same_command_end_in_the_same_dictionary(un
     victim = start(out)
     wait_until(lambda: moment(out), victim)
     family = psutil.Process(victim.pid).children(recursive=True)
+    family = [process for process in family if "Agent" not in process.name()]  # Ray's agents go some minutes later
     victim.kill()
     victim.communicate()
     _, alive = psutil.wait_procs(family, timeout=60)

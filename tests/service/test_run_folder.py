@@ -21,7 +21,9 @@ def test_a_folder_is_held_by_one_and_free_again_after(tmp_path):
     assert is_claimed(tmp_path / "run")
     with pytest.raises(UserError, match="is in use by process"):
         RunFolder(tmp_path / "run", job())
-    folder.close()
+    folder.status("done")
+    with folder.outcome():
+        pass
     assert not is_claimed(tmp_path / "run")
     RunFolder(tmp_path / "run", job()).close()
 
@@ -29,7 +31,7 @@ def test_a_folder_is_held_by_one_and_free_again_after(tmp_path):
 def test_the_lock_goes_with_the_process_that_held_it(tmp_path):
     code = (
         "import os, sys; from pathlib import Path; from sae_dist.service import run_folder\n"
-        "held = run_folder._claim(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
+        "held = run_folder.claim(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
     assert not is_claimed(tmp_path)

@@ -56,7 +56,7 @@ def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path):
     (killed / "state.safetensors").write_bytes(b"half")
     assert checkpoint.latest(tmp_path) is None
     checkpoint.save(tmp_path, state(1))
-    checkpoint.prune(tmp_path, 1)
+    checkpoint.prune(tmp_path, 1, newest=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001"]
 
 
@@ -70,5 +70,16 @@ def test_saving_a_step_again_replaces_it_whole(tmp_path):
 def test_pruning_keeps_the_newest(tmp_path):
     for step in (1, 20, 3):
         checkpoint.save(tmp_path, state(step))
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 2, newest=20)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000020"]
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_ones(tmp_path):
+    damaged = checkpoint.save(tmp_path, state(100))
+    (damaged / "state.safetensors").write_bytes(b"")
+    for step in (10, 20):
+        checkpoint.save(tmp_path, state(step))
+        checkpoint.prune(tmp_path, 1, newest=step)
+    read = checkpoint.latest(tmp_path)
+    assert read is not None
+    assert read.step == 20

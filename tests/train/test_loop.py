@@ -9,6 +9,7 @@ import torch
 from sae_dist import storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.sae.config import TopK
+from sae_dist.shards import reader
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
@@ -142,3 +143,21 @@ def test_a_dictionary_that_cannot_work_is_refused_before_anything_is_written(sto
     with pytest.raises(UserError, match="sae.k=30 exceeds d_model=24"):
         train(store, tmp_path / "run", sae=TopK(n_latents=96, k=30))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_stays_infinite_stops_the_run_and_names_the_rate(store, tmp_path):
+    config = TrainConfig(**{**vars(CONFIG), "lr": 1e38})
+    with pytest.raises(UserError, match=r"not finite 10 steps in a row, up to step \d+; lower train.lr=1e\+38"):
+        train(store, tmp_path, config=config)
+
+
+def test_a_store_that_lost_a_commit_is_not_trained_on(store, tmp_path):
+    other = empty_store(tmp_path / "store")
+    for unit in range(UNITS):
+        harvest(other, unit)
+    seen = iter(range(1, 1000))
+    with pytest.raises(Stopped):
+        train(other, tmp_path / "run", stop=lambda: next(seen) == 5)
+    (tmp_path / "store" / "commit" / "00000003.json").unlink()
+    with pytest.raises(UserError, match="3"):
+        train(reader.open(storage.open(str(tmp_path / "store"))), tmp_path / "run")

@@ -1,0 +1,69 @@
+"""What a training is made of between two steps: all of it is in a checkpoint, nothing else is anywhere."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from sae_kernels.topk_step import TopKStep
+from torch import Tensor
+
+from sae_dist.sae.config import SAEConfig, resolved_k_aux
+from sae_dist.sae.initialize import Parameters, initialize
+from sae_dist.sae.scale import input_scale
+from sae_dist.train.checkpoint import Checkpoint
+
+
+class Source(NamedTuple):
+    """Where the rows come from; a checkpoint goes on with these rows only."""
+
+    store: str  # digest of store.json
+    hook: str
+    manifest: int | None  # version that the order is pinned to; None while the store grows
+
+
+class TrainState(NamedTuple):
+    """The state after `step` steps."""
+
+    step: int
+    sae: TopKStep
+    scale: float  # x is multiplied by it before anything else
+    variance: float  # mean over rows of ||x - mean||^2, scaled: the loss's constant denominator
+    order_hash: int  # of the rows seen
+    source: Source
+    skipped: int  # steps whose loss was not finite, in which nothing was learned
+    seconds: float  # of training so far, over all attempts
+
+
+def begin(x: Float[Tensor, "rows d_model"], sae: SAEConfig, *, seed: int, source: Source) -> TrainState:
+    """The state before step 0, from a sample of raw rows: input scale, variance, initial parameters."""
+    scale = input_scale(float(x.double().square().sum(-1).mean()), x.shape[1])
+    x = x * scale
+    variance = float((x - x.mean(0)).double().square().sum(-1).mean())
+    parameters = initialize(x, n_latents=sae.n_latents, k=sae.k, seed=seed)
+    return TrainState(0, _step(parameters, sae), scale, variance, 0, source, 0, 0.0)
+
+
+def to_checkpoint(state: TrainState) -> Checkpoint:
+    facts = {name: value for name, value in state._asdict().items() if name not in ("step", "sae")}
+    return Checkpoint(state.step, state.sae.state_dict(), facts)
+
+
+def from_checkpoint(saved: Checkpoint, sae: SAEConfig) -> TrainState:
+    """The state as it was saved, bit for bit."""
+    parameters = Parameters(*(saved.tensors[name] for name in Parameters._fields))
+    step = _step(parameters, sae)
+    step.load_state_dict_(saved.tensors)
+    facts = saved.facts | {"source": Source(*saved.facts["source"])}
+    return TrainState(saved.step, step, **facts)
+
+
+def parameters(state: TrainState) -> Parameters:
+    """The weights, on scaled input; they change with the next step."""
+    return Parameters(state.sae.W_enc, state.sae.W_dec, state.sae.b_enc, state.sae.b_dec)
+
+
+def _step(parameters: Parameters, sae: SAEConfig) -> TopKStep:
+    W_enc, W_dec, b_enc, b_dec = parameters
+    return TopKStep(
+        W_enc, W_dec, b_enc=b_enc, b_dec=b_dec, k=sae.k, k_aux=resolved_k_aux(sae, W_dec.shape[1]),
+        aux_coefficient=sae.aux_coefficient, dead_after_tokens=sae.dead_after_tokens,
+    )  # fmt: skip
