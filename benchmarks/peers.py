@@ -74,7 +74,8 @@ def run(name: str, mode: str, arguments: argparse.Namespace, activations: Path) 
     python = Path(sys.executable) if name == "ours" else environment(name, arguments.cache / "peers")
     sizes = [str(s) for s in (arguments.latents, arguments.k, arguments.batch, arguments.steps)]
     worker = str(Path(__file__).with_name("peer_step.py"))
-    command = [*shlex.split(arguments.prefix), str(python), worker, name, mode, str(activations), *sizes]
+    # -P: not this folder on the path, where transformers would take kernels.py for the module of that name
+    command = [*shlex.split(arguments.prefix), str(python), "-P", worker, name, mode, str(activations), *sizes]
     own = ENVIRONMENT if mode == "fast" else {"OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own)
     if done.returncode != 0:

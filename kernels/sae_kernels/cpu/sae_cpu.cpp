@@ -2,6 +2,8 @@
 //
 // Needs AVX-512 with BF16; `build.py` asks the processor first.
 
+#include <algorithm>
+
 #include "aux.h"
 #include "latents.h"
 #include "parallel.h"
@@ -34,9 +36,9 @@ void sae_select(const uint32_t* x, const uint32_t* w, const float* b_enc, long b
                 int* candidate_indices, float* values, int* indices, long sorted, long threads) {
     const Best best{k, room, least, count, candidate_values, candidate_indices};
     const long n_panels = blocks(batch, PANEL);
-    parallel(blocks(n_panels, TASK_PANELS), threads, [&](long task) {
-        const long first = task * TASK_PANELS;
-        const long last = first + TASK_PANELS < n_panels ? first + TASK_PANELS : n_panels;
+    const long size = std::clamp(n_panels / (4 * threads), 1L, TASK_PANELS);
+    parallel(blocks(n_panels, size), threads, [&](long task) {
+        const long first = task * size, last = std::min(first + size, n_panels);
         for (long panel = first; panel < last; panel++) pack(x, panels, batch, pairs, panel);
         for (long r = first * PANEL; r < last * PANEL; r++) least[r] = r < batch ? 0 : INFINITY, count[r] = 0;
         select_panels(w, panels, pairs, b_enc, n_latents, first, last, best);
