@@ -120,7 +120,7 @@ def _updates(d_model: int) -> Iterator[Configuration]:
         "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 rounded_ptr:*bf16 gradient_ptr:*fp32 norm_ptr:*fp32 bias_ptr:*fp32 "
         "bias_m_ptr:*fp32 bias_v_ptr:*fp32 bias_gradient_ptr:*fp32 slots_ptr:*i32 extra_ptr:*fp32 "
         "extra_bias_ptr:*fp32 rows_ptr:*{} weights_ptr:*fp32 pairs_ptr:*i32 "
-        "offsets_ptr:*i32 done_ptr:*i32 schedule_ptr:*fp32 step:i32 beta1:fp32 beta2:fp32 eps:fp32 k:i32 split:i32 "
+        "offsets_ptr:*i32 done_ptr:*i32 schedule_ptr:*fp32 step:i32 beta2:fp32 eps:fp32 k:i32 split:i32 "
         "shift:!i32 d_model:!i32 row_stride:!i32"
     )
     for name, rows, dense, encoder, lazy in (
@@ -137,7 +137,7 @@ def _updates(d_model: int) -> Iterator[Configuration]:
         )  # fmt: skip
     yield _configuration(
         f"catch-up-{depth}", triton_latents._catch_up_kernel,
-        "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 offsets_ptr:*i32 done_ptr:*i32 schedule_ptr:*fp32 step:i32 beta1:fp32 "
+        "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 offsets_ptr:*i32 done_ptr:*i32 schedule_ptr:*fp32 step:i32 "
         "beta2:fp32 eps:fp32 d_model:!i32",
         warps=warps, ALL=False, DEPTH=depth,
     )  # fmt: skip

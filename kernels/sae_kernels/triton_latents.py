@@ -39,11 +39,11 @@ class Pairs(NamedTuple):
 
 
 @triton.jit
-def _adam(p, g, m, v, schedule_ptr, step, beta1, beta2, eps):
-    """One Adam step with the scalars of `step`: lr, 1 / (1 - beta1^step), 1 / (1 - beta2^step)."""
-    m = m + (1 - beta1) * (g - m)
-    v = v * beta2 + (1 - beta2) * g * g
-    at = schedule_ptr + step * 3
+def _adam(p, g, m, v, schedule_ptr, step, beta2, eps):
+    """One Adam step with the scalars of `step`, a `schedule_row`."""
+    at = schedule_ptr + step * 5
+    m = m + tl.load(at + 3) * (g - m)
+    v = v * beta2 + tl.load(at + 4) * g * g
     denominator = tl.sqrt(v * tl.load(at + 2)) + eps
     return p - tl.load(at) * (m * tl.load(at + 1) / denominator), m, v
 
@@ -55,10 +55,10 @@ def _unit(p):
 
 
 @triton.jit
-def _replay(p, m, v, schedule_ptr, done, step, beta1, beta2, eps, UNIT: tl.constexpr):
+def _replay(p, m, v, schedule_ptr, done, step, beta2, eps, UNIT: tl.constexpr):
     """Steps done + 1 to step - 1 with a zero gradient."""
     for missed in range(done + 1, step):
-        p, m, v = _adam(p, tl.zeros_like(p), m, v, schedule_ptr, missed, beta1, beta2, eps)
+        p, m, v = _adam(p, tl.zeros_like(p), m, v, schedule_ptr, missed, beta2, eps)
         if UNIT:
             p = _unit(p)
     return p, m, v
@@ -68,7 +68,7 @@ def _replay(p, m, v, schedule_ptr, done, step, beta1, beta2, eps, UNIT: tl.const
 def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bias_ptr, bias_m_ptr, bias_v_ptr,
                    bias_gradient_ptr, slots_ptr, extra_ptr, extra_bias_ptr, rows_ptr, weights_ptr, pairs_ptr,
                    offsets_ptr, done_ptr, schedule_ptr,
-                   step, beta1, beta2, eps, k, split, shift, d_model, row_stride,
+                   step, beta2, eps, k, split, shift, d_model, row_stride,
                    DENSE: tl.constexpr, UNIT: tl.constexpr, ROUND: tl.constexpr, BIAS: tl.constexpr,
                    LAZY: tl.constexpr, EXTRA: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     """One latent: its gradient from its pairs (or DENSE, from memory), then Adam; UNIT projects and normalises."""
@@ -96,11 +96,11 @@ def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bia
     v = tl.load(v_ptr + address, mask=inside, other=0.0)
     tl.store(norm_ptr + latent, tl.sum(g * g, 0))
     if LAZY:
-        p, m, v = _replay(p, m, v, schedule_ptr, tl.load(done_ptr + latent), step, beta1, beta2, eps, UNIT)
+        p, m, v = _replay(p, m, v, schedule_ptr, tl.load(done_ptr + latent), step, beta2, eps, UNIT)
         tl.store(done_ptr + latent, step)
     if UNIT:
         g = g - tl.sum(g * p, 0) * p
-    p, m, v = _adam(p, g, m, v, schedule_ptr, step, beta1, beta2, eps)
+    p, m, v = _adam(p, g, m, v, schedule_ptr, step, beta2, eps)
     if UNIT:
         p = _unit(p)
     tl.store(p_ptr + address, p, mask=inside)
@@ -117,14 +117,14 @@ def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bia
                 g_bias += tl.load(extra_bias_ptr + slot, mask=slot >= 0, other=0.0)
             tl.store(bias_gradient_ptr + latent, g_bias)
         b, b_m, b_v = tl.load(bias_ptr + latent), tl.load(bias_m_ptr + latent), tl.load(bias_v_ptr + latent)
-        b, b_m, b_v = _adam(b, g_bias, b_m, b_v, schedule_ptr, step, beta1, beta2, eps)
+        b, b_m, b_v = _adam(b, g_bias, b_m, b_v, schedule_ptr, step, beta2, eps)
         tl.store(bias_ptr + latent, b)
         tl.store(bias_m_ptr + latent, b_m)
         tl.store(bias_v_ptr + latent, b_v)
 
 
 @triton.jit
-def _catch_up_kernel(p_ptr, m_ptr, v_ptr, offsets_ptr, done_ptr, schedule_ptr, step, beta1, beta2, eps, d_model,
+def _catch_up_kernel(p_ptr, m_ptr, v_ptr, offsets_ptr, done_ptr, schedule_ptr, step, beta2, eps, d_model,
                      ALL: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     """One decoder row: the steps before `step` that it has missed, if a token is about to read it."""
     latent = tl.program_id(0).to(tl.int64)
@@ -139,7 +139,7 @@ def _catch_up_kernel(p_ptr, m_ptr, v_ptr, offsets_ptr, done_ptr, schedule_ptr, s
     p = tl.load(p_ptr + address, mask=inside, other=0.0)
     m = tl.load(m_ptr + address, mask=inside, other=0.0)
     v = tl.load(v_ptr + address, mask=inside, other=0.0)
-    p, m, v = _replay(p, m, v, schedule_ptr, done, step, beta1, beta2, eps, True)
+    p, m, v = _replay(p, m, v, schedule_ptr, done, step, beta2, eps, True)
     tl.store(p_ptr + address, p, mask=inside)
     tl.store(m_ptr + address, m, mask=inside)
     tl.store(v_ptr + address, v, mask=inside)
@@ -156,9 +156,10 @@ def pairs_for(d_model: int) -> int:
     return max(2, min(8, 8192 // power_of_two(d_model)))
 
 
-def schedule_row(*, step: int, lr: float, betas: tuple[float, float]) -> tuple[float, float, float]:
-    """The scalars of one step, computed in double precision: lr and Adam's two bias corrections."""
-    return lr, 1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step)
+def schedule_row(*, step: int, lr: float, betas: tuple[float, float]) -> tuple[float, ...]:
+    """lr, 1 / (1 - beta1^step), 1 / (1 - beta2^step), 1 - beta1, 1 - beta2; 1 - 0.999 in fp32 would be off by 1e-5."""
+    beta1, beta2 = betas
+    return lr, 1 / (1 - beta1**step), 1 / (1 - beta2**step), 1 - beta1, 1 - beta2
 
 
 def update_latents_(
@@ -169,7 +170,7 @@ def update_latents_(
 ) -> None:  # fmt: skip
     """Adam on every row of a parameter [n_latents, d_model], in place, from its pairs or from a dense gradient.
 
-    `schedule` [steps, 3] holds `schedule_row` of every step so far. `norms` [n_latents] gets each row's ||g||^2.
+    `schedule` [steps, 5] holds `schedule_row` of every step so far. `norms` [n_latents] gets each row's ||g||^2.
     `unit` removes the gradient along each row and keeps rows at norm 1; `rounded` gets the bf16 copy. With `bias`, its
     gradient (the sum of the weights) is written to `bias_gradient` (dense: read from it) and applied. With `done`
     [n_latents], rows without a pair wait, and rows with one first make up for the steps that they missed.
@@ -185,7 +186,7 @@ def update_latents_(
         *(bias or (none, none, none)), none if bias_gradient is None else bias_gradient,
         *(extra or (none, none, none)),
         *((none, none, none, none) if pairs is None else (pairs.rows, pairs.weights, *pairs.by_latent)),
-        none if done is None else done, schedule, step, betas[0], betas[1], eps,
+        none if done is None else done, schedule, step, betas[1], eps,
         1 if pairs is None else pairs.weights.shape[1], 0 if pairs is None else pairs.split,
         0 if pairs is None else pairs.shift, d_model, 0 if pairs is None else pairs.rows.stride(0),
         DENSE=dense is not None, UNIT=unit, ROUND=rounded is not None, BIAS=bias is not None, LAZY=done is not None,
@@ -201,6 +202,6 @@ def catch_up_(
     """Bring the unit rows that the pairs read (None: all rows) to the state before `step`."""
     n_latents, d_model = parameter.value.shape
     _catch_up_kernel[(n_latents,)](
-        *parameter, done if by_latent is None else by_latent.offsets, done, schedule, step, betas[0], betas[1], eps,
+        *parameter, done if by_latent is None else by_latent.offsets, done, schedule, step, betas[1], eps,
         d_model, ALL=by_latent is None, DEPTH=power_of_two(d_model), num_warps=warps_for(d_model),
     )  # fmt: skip
