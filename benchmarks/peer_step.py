@@ -30,8 +30,8 @@ def ours(n_latents: int, k: int, first: Tensor, _steps: int, fast: bool) -> tupl
 
     W_dec = torch.nn.functional.normalize(torch.randn(n_latents, D_MODEL), dim=1)
     sae = TopKStep(
-        W_dec.t() / 3**0.5, W_dec, b_enc=torch.zeros(n_latents), b_dec=first.mean(0), k=k, k_aux=256, aux_coefficient=1 / 32,
-        dead_after_tokens=10_000_000, backend="auto" if fast else "torch",
+        W_dec.t() / 3**0.5, W_dec, b_enc=torch.zeros(n_latents), b_dec=first.mean(0), k=k, k_aux=256,
+        aux_coefficient=1 / 32, dead_after_tokens=10_000_000, backend="auto" if fast else "torch",
     )  # fmt: skip
     # the best of 5e-4, 1e-3, 2e-3 and 4e-3 for ten steps; sparsify's own choice, for signs of gradients, is 5e-3
     lr, variance = 4e-3 / (n_latents / 2**14) ** 0.5, first.var(0).sum()

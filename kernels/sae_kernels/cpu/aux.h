@@ -2,8 +2,8 @@
 //
 // With a the [batch, n_dead] matrix of selected values: e_hat = a W, r = e - e_hat, d_z = (r W^T) where a > 0,
 // dW_dec = a^T r, dW_enc = d_z^T x. Of the four, each runs at the speed of the encoder's product, and reads operands
-// from L2; gathering k_aux rows for every row of the batch runs at the speed of L3 (measured: 5 times slower at 328
-// dead, equal near 16 k_aux). Rows come in blocks, so that a is never whole.
+// from L2; gathering k_aux rows for every row of the batch runs at the speed of L3 (measured: 4 times slower at 328
+// dead, equal near 9 k_aux). Rows come in blocks, so that a is never whole.
 #pragma once
 
 #include "select.h"

@@ -11,7 +11,7 @@ from sae_kernels.reference import Gradients, Selected, StepStatistics
 _PANEL = 64  # rows of the product's register tile
 _CHUNK = 64  # latents of one partial sum
 _LANES = 16
-_DENSE = 16  # AuxK takes dense products up to this many times k_aux dead latents (aux.h)
+_DENSE = 8  # AuxK takes dense products up to this many times k_aux dead latents (aux.h)
 
 
 class _Adam(ctypes.Structure):
