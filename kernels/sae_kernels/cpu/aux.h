@@ -29,9 +29,12 @@ inline uint16_t to_bf16(float v) { return (uint16_t)_mm_extract_epi16((__m128i)_
 inline void interleave(const uint16_t* even, const uint16_t* odd, long d, long stride, long at, uint32_t* out) {
     for (long i = 0; i < d; i += LANES) {
         const __mmask16 in = lanes(d - i);
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in, even + i));
-        const __m512i high = odd ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in, odd + i)) : _mm512_setzero_si512();
-        _mm512_storeu_si512(out + (i / PANEL * stride + at) * PANEL + i % PANEL, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        __m512i pairs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in, even + i));
+        if (odd) {
+            const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in, odd + i));
+            pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(high, 16));
+        }
+        _mm512_storeu_si512(out + (i / PANEL * stride + at) * PANEL + i % PANEL, pairs);
     }
 }
 
@@ -59,7 +62,8 @@ inline void aux_dense(const Aux& a, long threads) {
     const long n_panels = blocks(a.d, PANEL), dead_pairs = blocks(a.n_dead, 2), dim_pairs = a.padded / 2;
     using Words = std::vector<uint32_t>;
     std::vector<uint16_t> dead_rows(a.n_dead * a.padded);
-    Words dead_panels(n_panels * dead_pairs * PANEL), x_panels(n_panels * BLOCK_PAIRS * PANEL), r_panels(x_panels.size());
+    Words dead_panels(n_panels * dead_pairs * PANEL);
+    Words x_panels(n_panels * BLOCK_PAIRS * PANEL), r_panels(x_panels.size());
     Words active(BLOCK * dead_pairs), by_dead(a.n_dead * BLOCK_PAIRS), d_z(by_dead.size());
     parallel(blocks(dead_pairs, CHUNK), threads, [&](long task) {
         for (long p = task * CHUNK; p < dead_pairs && p < (task + 1) * CHUNK; p++) {
@@ -120,9 +124,11 @@ inline void aux_dense(const Aux& a, long threads) {
                       lanes_are_rows.data(), dim_pairs, [&](int m, int v, __m512 product) {
                           const long at = (j + m) * BLOCK + panel * PANEL + v * LANES;
                           const __m256i chosen = _mm256_loadu_si256((const __m256i*)(transposed + at));
+                          const __mmask16 active = _mm256_test_epi16_mask(chosen, chosen);
                           const __m512 d = _mm512_mul_ps(product, _mm512_set1_ps(a.scale));
-                          _mm256_storeu_si256((__m256i*)((uint16_t*)d_z.data() + at),
-                                              _mm256_maskz_mov_epi16(_mm256_test_epi16_mask(chosen, chosen), (__m256i)_mm512_cvtneps_pbh(d)));
+                          uint16_t* place = (uint16_t*)d_z.data() + at;
+                          _mm256_storeu_si256((__m256i*)place,
+                                              _mm256_maskz_mov_epi16(active, (__m256i)_mm512_cvtneps_pbh(d)));
                       });
         });
         parallel(blocks(a.n_dead, TILE), threads, [&](long task) {  // 6 latents: their gradients from these rows
@@ -138,7 +144,8 @@ inline void aux_dense(const Aux& a, long threads) {
                     };
                 };
                 const long at = c * BLOCK_PAIRS * PANEL;
-                dense(count, by_dead.data() + j * BLOCK_PAIRS, r_panels.data() + at, BLOCK_PAIRS, add(a.d_dec, a.scale));
+                dense(count, by_dead.data() + j * BLOCK_PAIRS, r_panels.data() + at, BLOCK_PAIRS,
+                      add(a.d_dec, a.scale));
                 dense(count, d_z.data() + j * BLOCK_PAIRS, x_panels.data() + at, BLOCK_PAIRS, add(a.d_enc, 1));
             }
             for (long m = j; m < j + count; m++) {

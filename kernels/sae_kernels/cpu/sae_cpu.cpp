@@ -100,8 +100,8 @@ void sae_latents(const long* offsets, const Pair* pairs, const float* errors, co
             for (long i = offsets[j]; i < offsets[j + 1]; i++) bias += pairs[i].encoder;
             biases[j - first] = bias;
         }
-        weighted_sum(through_b_dec + chunk * d, d, last - first, [&](long j) { return p.rounded + (first + j) * padded; },
-                     [&](long j) { return biases[j]; });
+        auto encoder_row = [&](long j) { return p.rounded + (first + j) * padded; };
+        weighted_sum(through_b_dec + chunk * d, d, last - first, encoder_row, [&](long j) { return biases[j]; });
         for (long j = first; j < last; j++) {
             const Pair* own = pairs + offsets[j];
             const long n = offsets[j + 1] - offsets[j], s = slot(j);
@@ -152,11 +152,12 @@ void sae_adam(float* p, const float* g, float* first, float* second, long n, con
 void sae_sum_rows(const float* a, long n, long d, float* out, long threads) {
     const long parts = blocks(n, CHUNK);
     std::vector<float> partial(parts * d);
+    auto one = [](long) { return 1.0f; };
     parallel(parts, threads, [&](long part) {
         const long first = part * CHUNK, size = n - first < CHUNK ? n - first : CHUNK;
-        weighted_sum(partial.data() + part * d, d, size, [&](long i) { return a + (first + i) * d; }, [](long) { return 1.0f; });
+        weighted_sum(partial.data() + part * d, d, size, [&](long i) { return a + (first + i) * d; }, one);
     });
-    weighted_sum(out, d, parts, [&](long i) { return partial.data() + i * d; }, [](long) { return 1.0f; });
+    weighted_sum(out, d, parts, [&](long i) { return partial.data() + i * d; }, one);
 }
 
 }  // extern "C"
