@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,12 +18,15 @@ import ray  # noqa: E402
 from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
 
 from sae_dist.config import Stopped, UserError  # noqa: E402
+from sae_dist.service.stopping import StopRequest, listening  # noqa: E402
 
 
 @contextmanager
-def cluster(address: str, *, cpus: int) -> Iterator[None]:
-    """Ray for as long as the context lasts: `local` starts one on this machine's loopback with `cpus` places."""
-    asked_to_stop = signal.getsignal(signal.SIGTERM)
+def cluster(address: str, *, cpus: int) -> Iterator[StopRequest]:
+    """Ray for as long as the context lasts: `local` starts one on this machine's loopback with `cpus` places.
+
+    Meanwhile requests to stop do not interrupt: look for them in what the context gives.
+    """
     quiet = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": False}
     try:
         if address == "local":
@@ -42,9 +44,9 @@ def cluster(address: str, *, cpus: int) -> Iterator[None]:
         raise UserError(
             f"cluster={address} cannot be joined ({first_line(error)}); check the address, or use cluster=local"
         ) from None
-    signal.signal(signal.SIGTERM, asked_to_stop)  # Ray has put its own there, which ends the process on the spot
     try:
-        yield
+        with listening() as request:  # only now: Ray has put its own handlers there
+            yield request
     finally:
         ray.shutdown()
 

@@ -33,10 +33,11 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
             committed = store.committed()
             todo = [unit for unit in range(store.meta.n_units) if unit not in committed]
             replica = ReplicaConfig(values["model"], values["harvest"], job.hooks, job.store, prepared.split)
-            with cluster(job.cluster, cpus=job.harvest.replicas):
+            with cluster(job.cluster, cpus=job.harvest.replicas) as request:
                 check_resources(cpus=job.harvest.replicas, gpus=job.harvest.replicas * job.harvest.gpus)
                 harvesting = Harvesting(replica, job.harvest, todo=todo, n_units=store.meta.n_units)
                 while not harvesting.done:
+                    request.check()
                     harvesting.poll(1.0)
                     facts = harvesting.facts()
                     display.update("harvest", facts, now=harvesting.done)

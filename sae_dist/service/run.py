@@ -24,6 +24,7 @@ from sae_dist.service.harvesting import Harvesting
 from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.run_folder import RunFolder
+from sae_dist.service.stopping import StopRequest
 from sae_dist.service.summary import read_finished, summarize, weights_digest
 from sae_dist.service.trainer import Trainer, TrainReport
 from sae_dist.shards import reader
@@ -49,9 +50,10 @@ def run(config: RunConfig) -> dict[str, Any]:
             )  # fmt: skip
             display.update("text", prepared.facts, now=True)
             hashed = config_hash(config, prepared.meta.digest)
-            with cluster(config.cluster, cpus=config.harvest.replicas + 1):
+            with cluster(config.cluster, cpus=config.harvest.replicas + 1) as request:
                 check_resources(cpus=config.harvest.replicas + 1, gpus=config.harvest.replicas * config.harvest.gpus)
-                summary = _Run(config, prepared, folder, display, hashed).go() | {"judged": _judgements(config)}
+                job = _Run(config, prepared, folder=folder, display=display, hashed=hashed, request=request)
+                summary = job.go() | {"judged": _judgements(config)}
         summary["wall_seconds"] = folder.wall_seconds
         write_json(folder.path / "summary.json", summary)
         folder.status("done", step=summary["steps"], tokens=summary["tokens_trained"])
@@ -75,8 +77,17 @@ def _judgements(config: RunConfig) -> str:
 class _Run:
     """The phases that need processes. One object a start; nothing in it outlives it."""
 
-    def __init__(self, config: RunConfig, prepared: Prepared, folder: RunFolder, display: Display, hashed: str) -> None:
-        self._config, self._values, self._hashed = config, to_dict(config), hashed
+    def __init__(
+        self,
+        config: RunConfig,
+        prepared: Prepared,
+        *,
+        folder: RunFolder,
+        display: Display,
+        hashed: str,
+        request: StopRequest,
+    ) -> None:
+        self._config, self._values, self._hashed, self._request = config, to_dict(config), hashed, request
         self._folder, self._out, self._display = folder, folder.path, display
         self._store = reader.open(storage.open(config.store_uri))
         self._replica_config = ReplicaConfig(
@@ -115,6 +126,7 @@ class _Run:
         deaths, saved, report = 0, self._newest_checkpoint(), None
         try:
             while report is None or not harvesting.done:
+                self._request.check()
                 harvesting.poll(0.5)
                 self._show(harvesting)
                 if report is not None or not ray.wait([training], timeout=0.5 if harvesting.done else 0)[0]:
@@ -187,6 +199,7 @@ class _Run:
         """The answer, showing meanwhile how far it is."""
         said: dict[str, Any] = {}
         while not ray.wait([asked], timeout=0.5)[0]:
+            self._request.check()
             ready, _ = ray.wait([saying := replica.progress.remote()], timeout=0.5)
             said = answer(saying) if ready else said
             self._display.update(phase, said)

@@ -153,7 +153,11 @@ def test_the_same_run_twice_at_once_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "moment", [lambda out: units(out) >= 6, has_checkpoint], ids=["while harvesting", "after a checkpoint"]
+    "moment",
+    [
+        pytest.param(lambda out: units(out) >= 6, id="while harvesting", marks=pytest.mark.slow),
+        pytest.param(has_checkpoint, id="after a checkpoint"),
+    ],
 )
 def test_kill_9_of_the_driver_and_the_same_command_end_in_the_same_dictionary(uninterrupted, tmp_path, moment):
     out = tmp_path / "killed"
