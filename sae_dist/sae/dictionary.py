@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sae_kernels
 import torch
 from jaxtyping import Float
-from sae_kernels import plain
 from sae_kernels.reference import Selected
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -39,11 +39,12 @@ class Dictionary:
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Selected:
         """The active latents of every row, largest first."""
         W_enc, _, b_enc, b_dec = self.parameters
-        return plain.topk_encode(x.float(), W_enc, b_enc, b_dec, k=self.k)
+        return sae_kernels.topk_encode(x.float(), W_enc, b_enc, b_dec, k=self.k)
 
     def decode(self, selected: Selected) -> Float[Tensor, "batch d_model"]:
         """x_hat from the active latents."""
-        return plain.sparse_decode(selected.values, selected.indices, self.parameters.W_dec, self.parameters.b_dec)
+        _, W_dec, _, b_dec = self.parameters
+        return sae_kernels.sparse_decode(selected.values, selected.indices, W_dec, b_dec)
 
 
 def save(dictionary: Dictionary, folder: Path) -> None:
