@@ -104,6 +104,7 @@ class Loader:
         self._windows = Windows(store, hook, self.order, seed, threads=threads, stop=self._stop)
         self._seconds = dict.fromkeys(("starved_s", "blocked_s", "uncommitted_s"), 0.0)
         self._batches_made = self._bytes_made = 0
+        self._mover = ThreadPoolExecutor(1, thread_name_prefix="mover")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._producing = self._ahead.submit(self._produce)
 
@@ -165,6 +166,7 @@ class Loader:
         self._stop.set()
         self._windows.close()
         self._ahead.shutdown(wait=True)
+        self._mover.shutdown(wait=True)
 
     def __enter__(self) -> Self:
         return self
@@ -313,19 +315,22 @@ class Loader:
         scale = torch.empty(n if scaled else 0)
         unit, row = np.empty(n, np.int64), np.empty(n, np.int64)
         doc, pos, token = np.empty(n, np.uint64), np.empty(n, np.uint32), np.empty(n, np.uint32)
-        at = 0
+        at, moves = 0, []
         for window, rows, pieces in parts:
             to = slice(at, at + len(rows))
             doc[to], pos[to], token[to] = window.doc[rows], window.pos[rows], window.token[rows]
             for piece in pieces:
                 to = slice(at, at + len(piece.rows))
                 stored, index = window.slices[piece.unit, piece.slice], torch.from_numpy(piece.rows)
-                torch.index_select(stored.bits.view(moved), 0, index, out=target[to])
+                moves.append((stored.bits.view(moved), index, target[to]))
                 if stored.scale is not None:
                     torch.index_select(stored.scale, 0, index, out=scale[to])
                 unit[to] = piece.unit
                 row[to] = piece.slice * meta.slice_rows + piece.rows
                 at = to.stop
+        half = self._mover.submit(_move, moves[: len(moves) // 2])  # torch copies so few rows at a time in one thread
+        _move(moves[len(moves) // 2 :])
+        half.result()
         x = quantize.decode(target, scale if scaled else None, meta.dtype)
         self._hash = (self._hash + order.fold(step, unit, row)) & MASK
         self._batches_made += 1
@@ -339,3 +344,9 @@ class Loader:
             if len(spare) == n:
                 return spare
         return torch.empty(n, width, dtype=self._dtype)
+
+
+def _move(moves: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Rows `index` of each source into its target."""
+    for source, index, target in moves:
+        torch.index_select(source, 0, index, out=target)
