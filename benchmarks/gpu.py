@@ -35,6 +35,7 @@ from sae_kernels.triton_sparse_decode import decode, gather_dot  # noqa: E402
 from sae_kernels.triton_sparse_gradient import row_gradient, row_gradient_atomic_, segments  # noqa: E402
 from sae_kernels.triton_tiles import Tile, tile_for  # noqa: E402
 from sae_kernels.triton_topk_encode import capacity_for, encode_select, encode_stretch_, stretches  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
 
 LIMITS = {"H100": (989, 3350), "H200": (989, 4800), "A100": (312, 2039), "B200": (2250, 8000), "MI300X": (1307, 5300)}
 CASES = [  # batch, d_model, n_latents, k: ordered so that the ones that matter most come first
@@ -82,9 +83,9 @@ class Run:
             function()
             peak = torch.cuda.max_memory_allocated() - before if self.device.type == "cuda" else None
             ms = self.milliseconds(function)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, OutOfResources) as error:  # memory, or a tile that this processor cannot hold
             torch.cuda.empty_cache()
-            figure |= {"ms": None, "reason": "out of memory"}
+            figure |= {"ms": None, "reason": f"{type(error).__name__}: {str(error)[:200]}"}
             return None
         figure |= {"ms": ms, "peak_bytes": peak, "tflops": flop / ms / 1e9, "gbps": moved / ms / 1e6}
         return ms
