@@ -257,7 +257,7 @@ def main() -> None:
             "width": WIDTH,
             "write": write_all(folder, base, units),
             "read": read_all(folder, units, arguments.repeats),
-            "read_disk": read_disk(folder, units, arguments.repeats),
+            "read_disk": read_disk(folder, units, 5),
             "memory": memory_over(folder, int(arguments.read_gigabytes * 1e9)),
         }  # fmt: skip
         if not arguments.no_peer:
