@@ -1,4 +1,4 @@
-"""What every test shares: threads that do not spin, property tests that are the same each time and on a busy machine."""
+"""What every test shares: threads that do not spin, property tests that are the same each time, however busy it is."""
 
 import os
 

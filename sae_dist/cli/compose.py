@@ -101,7 +101,9 @@ def help_text(command: str, about: str) -> str:
     """What the command does, and its keys as conf/ has them: defaults, comments, alternatives of every group."""
     lines = (CONF_DIR / f"{command}.yaml").read_text(encoding="utf-8").splitlines()
     own = lines[lines.index("") if "defaults:" in lines else 1 :]  # what follows the defaults list, or the title
-    defaults = OmegaConf.load(CONF_DIR / f"{command}.yaml").get("defaults", [])
+    config = OmegaConf.load(CONF_DIR / f"{command}.yaml")
+    assert isinstance(config, DictConfig)
+    defaults = config.get("defaults", [])
     groups = {str(k): v for entry in defaults if isinstance(entry, DictConfig) for k, v in entry.items()}
     parts = [f"usage: sae-dist {command} [key=value ...] [--cfg | --help]", about.strip()]
     if groups:

@@ -20,7 +20,7 @@ from sae_dist.interpret.keyed import mix, token_hash, unsigned
 SAMPLE_BINS = histogram.N_BINS // 2  # samples are kept by these; intervals are whole numbers of them
 UNLABELLED = "unlabelled"
 
-Rows = Iterable[tuple[Tensor, Tensor, Tensor]]  # x [rows, d_model], doc [rows], pos [rows]
+Rows = Iterable[tuple[Tensor, Tensor | np.ndarray, Tensor | np.ndarray]]  # x [rows, d_model], doc [rows], pos [rows]
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # x [rows, d_model] -> values, indices [rows, k]
 
 

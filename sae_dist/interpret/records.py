@@ -1,7 +1,7 @@
 """Latents as the JSON values that the pages read."""
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ class Stream(Protocol):
 
     def category(self, doc: int) -> str | None: ...
     def locate(self, doc: int, pos: int) -> tuple[int, int]: ...
-    def window(self, doc: int, pos: int, before: int, after: int) -> tuple[Sequence[int], int]: ...
+    def window(self, doc: int, pos: int, before: int, after: int) -> tuple[Iterable[int], int]: ...
 
 
 class Text(NamedTuple):

@@ -4,10 +4,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,21 @@ logger = logging.getLogger(__name__)
 _SAMPLE = 4096  # weights of each tensor that the fingerprint reads
 
 
+class Tokenizer(Protocol):
+    """What the house uses of a tokenizer; transformers' own type says too little to be checked."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+    @property
+    def eos_token_id(self) -> int | None: ...
+    @property
+    def all_special_ids(self) -> list[int]: ...
+    def get_vocab(self) -> dict[str, int]: ...
+    def decode(self, token_ids: list[int]) -> str: ...
+    def convert_ids_to_tokens(self, ids: int) -> str: ...
+    def __call__(self, text: list[str], **options: bool) -> Mapping[str, list[list[int]]]: ...
+
+
 class LanguageModel(NamedTuple):
     """A model in evaluation mode, without gradients, and what a store must record about it.
 
@@ -32,7 +47,7 @@ class LanguageModel(NamedTuple):
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     name: str
     revision: str | None
     dtype: Literal["float32", "bfloat16"]
@@ -56,7 +71,7 @@ def load(config: ModelConfig) -> LanguageModel:
         "%s: %.4g M parameters, %s on %s, %.1f s",
         config.name, n_parameters / 1e6, dtype, device, time.monotonic() - began,
     )  # fmt: skip
-    return LanguageModel(model, tokenizer, config.name, revision, dtype, fingerprint(model))
+    return LanguageModel(model, cast(Tokenizer, tokenizer), config.name, revision, dtype, fingerprint(model))
 
 
 def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:

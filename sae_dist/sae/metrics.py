@@ -18,7 +18,14 @@ class ReconstructionSums(NamedTuple):
     fired: Int[Tensor, " n_latents"]  # rows on which a latent is active
 
     def __add__(self, other: "ReconstructionSums") -> "ReconstructionSums":  # type: ignore[override]
-        return ReconstructionSums(*(a + b for a, b in zip(self, other, strict=True)))
+        return ReconstructionSums(
+            rows=self.rows + other.rows,
+            x=self.x + other.x,
+            squared_norm=self.squared_norm + other.squared_norm,
+            squared_error=self.squared_error + other.squared_error,
+            cosine=self.cosine + other.cosine,
+            fired=self.fired + other.fired,
+        )
 
 
 class Reconstruction(NamedTuple):

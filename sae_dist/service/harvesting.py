@@ -97,7 +97,7 @@ class Harvesting:
 
     def _start(self) -> None:
         threads = self._config.threads or max(usable_cores() // self._config.replicas, 1)
-        actor = ray.remote(num_cpus=1, num_gpus=self._config.gpus, max_concurrency=2)(Replica)
+        actor: Any = ray.remote(Replica).options(num_cpus=1, num_gpus=self._config.gpus, max_concurrency=2)
         replica = actor.remote(self._replica_config, threads)
         self._replicas.append(replica)
         self._hand_out(replica)

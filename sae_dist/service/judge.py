@@ -70,6 +70,7 @@ def pages(
     progress: Callable[..., None] = lambda **_: None,
 ) -> Path:
     """The static site of a run, from the rows that its dictionary was trained on."""
+    assert config.pages is not None
     dictionary = dictionary_file.load(config.folder / "dictionary")
     tokenizer = language_model.tokenizer
 

@@ -155,7 +155,7 @@ class _Run:
 
     def _start_trainer(self) -> tuple[ActorHandle, ray.ObjectRef]:
         job = to_dict(self._config.train_job())
-        actor = ray.remote(num_cpus=1, max_concurrency=2)(Trainer)
+        actor: Any = ray.remote(Trainer).options(num_cpus=1, max_concurrency=2)
         trainer = actor.remote(job, {"config_hash": self._hashed})
         return trainer, trainer.train.remote()
 

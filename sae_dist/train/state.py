@@ -52,8 +52,8 @@ def from_checkpoint(saved: Checkpoint, sae: SAEConfig) -> TrainState:
     parameters = Parameters(*(saved.tensors[name] for name in Parameters._fields))
     step = _step(parameters, sae)
     step.load_state_dict_(saved.tensors)
-    facts = saved.facts | {"source": Source(*saved.facts["source"])}
-    return TrainState(saved.step, step, **facts)
+    facts = dict(saved.facts)
+    return TrainState(saved.step, step, source=Source(*facts.pop("source")), **facts)
 
 
 def parameters(state: TrainState) -> Parameters:
