@@ -4,8 +4,9 @@
 
 Each peer is installed from PyPI into its own environment under the cache folder. A round runs every contender once, in
 an order that alternates from round to round; a contender's time is the median of its steps after the third in all
-rounds. Memory is the peak of the whole process. FVU is on held-out rows after the same tokens, each trainer with the
-initialisation and learning rate it chooses itself.
+rounds, and its processor time stands beside it, which other programs on the machine disturb less. Memory is the peak of
+the whole process. FVU is on held-out rows after the same tokens, each trainer with the initialisation and learning rate
+it chooses itself.
 """
 
 import argparse
@@ -105,14 +106,20 @@ def main() -> None:
         for name, mode in contenders if round_ % 2 == 0 else reversed(contenders):
             runs[f"{name}/{mode}"].append(run(name, mode, arguments, activations))
             sys.stderr.write(f"{name}/{mode}: {_summary(runs[f'{name}/{mode}'], arguments.batch)}\n")
+            write(runs, arguments)
+
+
+def write(runs: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
+    """What there is so far: a round takes minutes."""
     result = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "load": os.getloadavg()[0],
         "versions": {name: peer.requirements for name, peer in PEERS.items()} | {"torch": _torch_version()},
         "sizes": {name: getattr(arguments, name) for name in ("latents", "k", "batch", "steps", "rounds")},
-        "contenders": {name: _summary(own, arguments.batch) | {"runs": own} for name, own in runs.items()},
+        "contenders": {name: _summary(own, arguments.batch) | {"runs": own} for name, own in runs.items() if own},
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1))
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _summary(runs: list[dict], batch: int) -> dict:
@@ -120,8 +127,10 @@ def _summary(runs: list[dict], batch: int) -> dict:
     if not good:
         return {"error": runs[-1]["error"]}
     seconds = statistics.median(s for r in good for s in r["seconds"][3:])
+    processor = statistics.median(s for r in good for s in r["processor_seconds"][3:])
     return {
         "seconds_per_step": round(seconds, 4),
+        "processor_seconds_per_step": round(processor, 4),
         "tokens_per_second": round(batch / seconds),
         "peak_gb": round(max(r["peak_bytes"] for r in good) / 1e9, 3),
         "fvu": round(good[-1]["fvu"], 4),
