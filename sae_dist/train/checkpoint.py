@@ -59,8 +59,8 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def prune(folder: Path, keep: int, *, newest: int) -> None:
-    """Removes all but the last `keep` checkpoints up to step `newest`, and what killed saves left.
+def prune(folder: Path, keep: int, *, newest: int) -> list[dict[str, Any]]:
+    """Removes all but the last `keep` checkpoints up to step `newest`, and what killed saves left; facts of the kept.
 
     What is past `newest` did not verify when the run went on from before it: it would hide what is written since.
     """
@@ -69,6 +69,7 @@ def prune(folder: Path, keep: int, *, newest: int) -> None:
         shutil.rmtree(path)
     for path in folder.glob(".step_*"):
         shutil.rmtree(path)
+    return [json.loads((path / _MANIFEST).read_text())["facts"] for path in kept]
 
 
 def _name(step: int) -> str:

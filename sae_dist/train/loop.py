@@ -22,6 +22,7 @@ from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
 from sae_dist.train import checkpoint
 from sae_dist.train.config import TrainConfig
+from sae_dist.train.consumer import Consumer, consumer_name
 from sae_dist.train.schedule import base_lr, lr_factor
 from sae_dist.train.state import Source, TrainState, begin, from_checkpoint, parameters, to_checkpoint
 
@@ -74,7 +75,9 @@ def train(
 
     def save(state: TrainState) -> None:
         checkpoint.save(out / "checkpoints", to_checkpoint(state))
-        checkpoint.prune(out / "checkpoints", config.keep_checkpoints, newest=state.step)
+        kept = checkpoint.prune(out / "checkpoints", config.keep_checkpoints, newest=state.step)
+        if len(kept) == config.keep_checkpoints:  # else a damaged one would lead back to the start
+            consumer.save(kept[0]["units_done"])
 
     saved = checkpoint.latest(out / "checkpoints")
     if saved is None:
@@ -90,6 +93,7 @@ def train(
             )
         logger.info("going on from step %d of %d", state.step, n_steps)
 
+    consumer = Consumer(store.storage if live else None, consumer_name(out), taken=state.units_done, saved=0)
     if state.step < n_steps:
         begun, started, skipped = state, time.monotonic(), 0
         window = _Window(0.0, 0.0, 0)
@@ -106,14 +110,15 @@ def train(
                 if finite:
                     window = window.add(squared_error, float(figures.active), x.shape[0])
                 state = state._replace(
-                    step=state.step + 1, order_hash=batch.order_hash, skipped=state.skipped + (not finite),
-                    seconds=begun.seconds + time.monotonic() - started,
+                    step=state.step + 1, order_hash=batch.order_hash, units_done=batch.units_done,
+                    skipped=state.skipped + (not finite), seconds=begun.seconds + time.monotonic() - started,
                 )  # fmt: skip
                 if skipped == MAX_SKIPPED:
                     raise UserError(
                         f"the loss was not finite {skipped} steps in a row, up to step {state.step}; lower train.lr="
                         f"{lr:g}, and run again: it goes on from the last checkpoint"
                     )
+                consumer.take(state.units_done)
                 done = state.step == n_steps
                 if done or state.step % config.log_every == 0:
                     rates = _rates(state, begun, config.batch, batches.waits().starved_s)
@@ -145,6 +150,7 @@ def train(
     }
     finished = Dictionary(parameters=fold_scale(parameters(state), state.scale), k=sae.k, info=info)
     dictionary_file.save(finished, out / "dictionary")
+    consumer.sign_off()
     return Trained(finished, n_steps, n_steps * config.batch, order_hash, state.seconds)
 
 

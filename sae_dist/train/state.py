@@ -28,6 +28,7 @@ class TrainState(NamedTuple):
     scale: float  # x is multiplied by it before anything else
     variance: float  # mean over rows of ||x - mean||^2, scaled: the loss's constant denominator
     order_hash: int  # of the rows seen
+    units_done: int  # of the first pass: what no later step reads in it
     source: Source
     skipped: int  # steps whose loss was not finite, in which nothing was learned
     seconds: float  # of training so far, over all attempts
@@ -39,7 +40,7 @@ def begin(x: Float[Tensor, "rows d_model"], sae: SAEConfig, *, seed: int, source
     x = x * scale
     variance = float((x - x.mean(0)).double().square().sum(-1).mean())
     parameters = initialize(x, n_latents=sae.n_latents, k=sae.k, seed=seed)
-    return TrainState(0, _step(parameters, sae), scale, variance, 0, source, 0, 0.0)
+    return TrainState(0, _step(parameters, sae), scale, variance, 0, 0, source, 0, 0.0)
 
 
 def to_checkpoint(state: TrainState) -> Checkpoint:

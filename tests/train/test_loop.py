@@ -9,13 +9,14 @@ import torch
 from sae_dist import storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.sae.config import TopK
-from sae_dist.shards import reader
+from sae_dist.shards import credits, reader
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
 from sae_dist.shards.writer import create, write_unit
 from sae_dist.train import loop
 from sae_dist.train.config import TrainConfig
+from sae_dist.train.consumer import consumer_name
 
 N_TRUE, D_MODEL, ROWS, UNITS = 48, 24, 600, 8
 CONFIG = TrainConfig(steps=60, batch=64, init_rows=256, checkpoint_every=20, log_every=10, threads=1)
@@ -125,6 +126,22 @@ def test_live_on_a_growing_store_is_stored(whole, tmp_path):
     train(growing, tmp_path / "run", live=True)
     producer.join()
     assert weights(tmp_path / "run") == weights(whole)
+
+
+def test_live_training_tells_its_store_how_far_it_is_and_leaves_it_in_the_end(store, tmp_path):
+    growing = empty_store(tmp_path / "store")
+    for unit in range(UNITS):
+        harvest(growing, unit)
+    seen = iter(range(1, 1000))
+    with pytest.raises(
+        Stopped
+    ):  # 45 steps of 64 rows: past the first two of three rounds of 1,200, a checkpoint in each
+        train(growing, tmp_path / "run", live=True, stop=lambda: next(seen) == 45)
+    (position,) = credits.positions(growing.storage)
+    assert (position.consumer, position.saved) == (consumer_name(tmp_path / "run"), 4)
+    assert position.taken >= position.saved
+    train(growing, tmp_path / "run", live=True)
+    assert credits.positions(growing.storage) == []
 
 
 def test_the_seed_changes_the_order_and_the_dictionary(store, whole, tmp_path):

@@ -1,0 +1,53 @@
+"""What the store knows of a training: how far it is, and what it may still need."""
+
+from pathlib import Path
+
+import pytest
+
+from sae_dist import storage
+from sae_dist.shards.credits import Position, positions
+from sae_dist.train import consumer
+from sae_dist.train.consumer import Consumer, consumer_name
+
+
+@pytest.fixture
+def place(tmp_path):
+    return storage.open(str(tmp_path))
+
+
+def test_it_is_known_from_its_start_until_it_signs_off(place):
+    training = Consumer(place, "a", taken=0, saved=0)
+    assert positions(place) == [Position("a", 0, 0)]
+    training.sign_off()
+    assert positions(place) == []
+
+
+def test_a_checkpoint_is_told_at_once_and_steps_now_and_then(place, monkeypatch):
+    monkeypatch.setattr(consumer, "REPORT_EVERY_S", 3600.0)
+    training = Consumer(place, "a", taken=0, saved=0)
+    training.take(3)
+    assert positions(place) == [Position("a", 0, 0)]
+    training.save(2)
+    assert positions(place) == [Position("a", 3, 2)]
+    monkeypatch.setattr(consumer, "REPORT_EVERY_S", 0.0)
+    training.take(4)
+    assert positions(place) == [Position("a", 4, 2)]
+
+
+def test_it_never_goes_back(place):
+    training = Consumer(place, "a", taken=5, saved=4)
+    training.take(4)
+    training.save(3)
+    assert positions(place) == [Position("a", 5, 4)]
+
+
+def test_a_store_that_cannot_be_written_costs_a_warning(place, tmp_path, caplog):
+    (tmp_path / "consumers").write_text("in the way")
+    Consumer(place, "a", taken=0, saved=0).save(0)
+    assert "does not take the report of consumer a" in caplog.text
+
+
+def test_the_name_is_readable_the_same_every_time_and_no_other_runs():
+    assert consumer_name(Path("/runs/my run")) == consumer_name(Path("/runs/my run"))
+    assert consumer_name(Path("/runs/my run")).startswith("my-run-")
+    assert consumer_name(Path("/runs/a")) != consumer_name(Path("/other/a"))
