@@ -1,10 +1,14 @@
 """Parameters before step 0, from a seed and a sample of the (scaled) activations."""
 
+import hashlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+BLOCK = 1024  # latents whose first decoder rows come from one generator
 
 
 class Parameters(NamedTuple):
@@ -35,20 +39,56 @@ def geometric_median(
     return y.to(x.dtype)
 
 
-def initialize(x: Float[Tensor, "rows d_model"], *, n_latents: int, k: int, seed: int) -> Parameters:
+def decoder_rows(latents: range, *, d_model: int, seed: int) -> Float[Tensor, "latents d_model"]:
+    """Random unit rows of W_dec for some of a dictionary's latents: each block of 1,024 has a generator of its own.
+
+    A row is a function of (seed, latent, d_model), so whoever holds a part of a dictionary makes just that part.
+    """
+    parts = [torch.empty(0, d_model)]
+    for block in range(latents.start // BLOCK, -(-latents.stop // BLOCK)):
+        key = hashlib.blake2b(f"W_dec {seed} {block}".encode(), digest_size=8).digest()
+        generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(key, "little", signed=True))
+        rows = torch.randn(BLOCK, d_model, generator=generator)
+        first = block * BLOCK
+        parts.append(rows[max(latents.start - first, 0) : latents.stop - first])
+    W_dec = torch.cat(parts)
+    return W_dec.div_(W_dec.norm(dim=-1, keepdim=True))
+
+
+def initialize(
+    x: Float[Tensor, "rows d_model"],
+    *,
+    n_latents: int,
+    k: int,
+    seed: int,
+    latents: range | None = None,
+    kth: Callable[[Float[Tensor, "sample candidates"]], Float[Tensor, " sample"]] | None = None,
+    total: Callable[[Tensor], Tensor] = lambda part: part,
+) -> Parameters:
     """Tied initialisation: random unit decoder rows, W_enc = c W_dec^T, b_enc = 0, b_dec = geometric median of x.
 
     c makes ||x_hat - b_dec|| match ||x - b_dec|| on the sample in the mean (Gao et al. 2024, App. A.1): a dictionary
     that starts at the right size loses fewer latents in the first steps. b_dec from data before step 0 matters more
     than all else: activations far from the origin leave most latents of a zero-centred encoder silent for ever.
+
+    `latents` asks for that part of the dictionary alone, with the values it has in the whole. Of a part, `kth` turns
+    each sample row's best values into the k-th best over all parts, and `total` adds a tensor over all parts.
     """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    W_dec = torch.randn(n_latents, x.shape[1], generator=generator)
-    W_dec /= W_dec.norm(dim=-1, keepdim=True)
+    latents = range(n_latents) if latents is None else latents
+    W_dec = decoder_rows(latents, d_model=x.shape[1], seed=seed)
     b_dec = geometric_median(x)
     centred = x - b_dec
-    sample = centred[:: max(len(centred) // 512, 1)]  # the ratio of two mean norms: 512 rows give it to a few per cent
-    values, indices = (sample @ W_dec.T).relu().topk(k, dim=-1)
-    rebuilt = torch.einsum("bk,bkd->bd", values, W_dec[indices])
+    sample = centred[:: max(len(centred) // 512, 1)].double()  # the ratio of two mean norms: 512 rows give it to a few
+    best = sample.new_empty(len(sample), 0)  # per cent. In fp64, so that c in fp32 does not show how latents are parted
+    for tile in W_dec.split(BLOCK):
+        values = (sample @ tile.double().T).relu()
+        best = torch.cat([best, values], 1)
+        best = best.topk(min(k, best.shape[1])).values
+    least = best[:, -1] if kth is None else kth(best)
+    rebuilt = torch.zeros_like(sample)
+    for tile in W_dec.split(BLOCK):
+        values = (sample @ tile.double().T).relu()
+        rebuilt += torch.where(values >= least[:, None], values, 0.0) @ tile.double()
+    rebuilt = total(rebuilt)
     c = float(sample.norm(dim=-1).mean() / rebuilt.norm(dim=-1).mean().clamp_min(1e-12))
-    return Parameters((W_dec * c).clone().T, W_dec, torch.zeros(n_latents), b_dec)
+    return Parameters((W_dec * c).clone().T, W_dec, torch.zeros(len(latents)), b_dec)

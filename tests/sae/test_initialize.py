@@ -1,8 +1,9 @@
 """Parameters before step 0."""
 
+import pytest
 import torch
 
-from sae_dist.sae.initialize import geometric_median, initialize
+from sae_dist.sae.initialize import BLOCK, decoder_rows, geometric_median, initialize
 
 
 def test_the_geometric_median_of_a_line_is_its_median():
@@ -49,3 +50,40 @@ def test_the_seed_decides_and_nothing_else():
     again, other = initialize(x, n_latents=16, k=2, seed=5), initialize(x, n_latents=16, k=2, seed=6)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first.W_dec, other.W_dec)
+
+
+@pytest.mark.parametrize("bounds", [(0, 3), (5, BLOCK + 9), (BLOCK - 1, BLOCK), (BLOCK, 2 * BLOCK), (7, 3 * BLOCK - 1)])
+def test_a_part_of_the_decoder_is_that_part_of_the_whole(bounds):
+    whole = decoder_rows(range(3 * BLOCK), d_model=5, seed=1)
+    assert torch.equal(decoder_rows(range(*bounds), d_model=5, seed=1), whole[slice(*bounds)])
+
+
+def test_no_two_blocks_and_no_two_seeds_share_rows():
+    rows = torch.cat([decoder_rows(range(2 * BLOCK), d_model=4, seed=seed) for seed in (0, 1, -1)])
+    assert len(rows.unique(dim=0)) == 6 * BLOCK
+
+
+def test_parts_made_apart_are_the_whole_dictionary():
+    x = 2 + torch.randn(300, 12, generator=torch.Generator().manual_seed(4))
+    whole = initialize(x, n_latents=50, k=4, seed=3)
+    parts = (range(0, 20), range(20, 48), range(48, 50))  # the last is smaller than k
+    seen: dict[str, list[torch.Tensor]] = {"best": [], "rebuilt": []}
+
+    def note(what: str, tensor: torch.Tensor) -> torch.Tensor:
+        seen[what].append(tensor)
+        return torch.full_like(tensor[:, 0], torch.inf) if what == "best" else tensor
+
+    for part in parts:
+        initialize(x, n_latents=50, k=4, seed=3, latents=part, kth=lambda best: note("best", best))
+    least = torch.cat(seen["best"], 1).topk(4).values[:, -1]
+    for part in parts:
+        initialize(x, n_latents=50, k=4, seed=3, latents=part, kth=lambda _: least, total=lambda a: note("rebuilt", a))
+    rebuilt = torch.stack(seen["rebuilt"]).sum(0)
+    for part in parts:
+        W_enc, W_dec, b_enc, b_dec = initialize(
+            x, n_latents=50, k=4, seed=3, latents=part, kth=lambda _: least, total=lambda _: rebuilt
+        )
+        assert torch.equal(W_enc, whole.W_enc[:, part.start : part.stop])
+        assert torch.equal(W_dec, whole.W_dec[part.start : part.stop])
+        assert torch.equal(b_dec, whole.b_dec)
+        assert b_enc.shape == (len(part),)
