@@ -19,7 +19,7 @@ FLOORS = (  # lowest first; packages on one floor do not know each other
 )
 ONLY_IN = {  # a heavy dependency has one home
     "triton": "kernels/sae_kernels/",
-    "torch.distributed": "parallel.py",
+    "torch.distributed": "parallel",  # parallel.py, or a package parallel/
     "ray": "sae_dist/service/",
     "wandb": "sae_dist/monitor.py",
     "hydra": "sae_dist/cli/",
@@ -53,6 +53,11 @@ def imports(source: str) -> set[str]:
     return names
 
 
+def _is_home(relative: Path, place: str) -> bool:
+    """Whether a file lies at a dependency's home: a path's beginning, or any file or folder named `parallel`."""
+    return place in relative.with_suffix("").parts if "/" not in place and "." not in place else place in str(relative)
+
+
 def violations(relative: Path, source: str) -> list[str]:
     """What the file at `relative` imports and may not."""
     home = house(".".join(relative.with_suffix("").parts[relative.parts[0] == "kernels" :]))
@@ -65,7 +70,7 @@ def violations(relative: Path, source: str) -> list[str]:
         found += [
             f"{relative} imports {name}; only {place} may"
             for dependency, place in ONLY_IN.items()
-            if (name == dependency or name.startswith(f"{dependency}.")) and place not in str(relative)
+            if (name == dependency or name.startswith(f"{dependency}.")) and not _is_home(relative, place)
         ]
     return found
 

@@ -15,7 +15,7 @@ from sae_dist.monitor import WandbConfig
 from sae_dist.sae.config import SAEConfig
 from sae_dist.shards.order import OrderConfig
 from sae_dist.text.corpus import TextConfig
-from sae_dist.train.config import TrainConfig
+from sae_dist.train.config import MeshConfig, TrainConfig
 
 
 @frozen
@@ -33,6 +33,7 @@ class RunConfig:
     sae: SAEConfig
     order: OrderConfig
     train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
     evaluate: EvaluateConfig
     wandb: WandbConfig
     pages: PagesConfig | None = None  # pages=null: no feature pages
@@ -53,7 +54,7 @@ class RunConfig:
         """The training part of the run."""
         return TrainJob(
             out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae, order=self.order,
-            train=self.train, wandb=self.wandb,
+            train=self.train, mesh=self.mesh, wandb=self.wandb,
         )  # fmt: skip
 
 
@@ -89,6 +90,7 @@ class TrainJob:
     sae: SAEConfig
     order: OrderConfig
     train: TrainConfig
+    mesh: MeshConfig = MeshConfig()
     wandb: WandbConfig
 
     def located(self) -> "TrainJob":
@@ -104,8 +106,8 @@ def absolute_uri(place: str) -> str:
 # Keys that may differ between two starts of one run: they say where and how fast it works, not what it works out.
 # (Another thread count may round a model's bf16 products otherwise, as another machine may.) A store counts by content.
 FREE_KEYS = (
-    "out", "store", "cluster", "wandb", "evaluate", "pages", "harvest.replicas", "harvest.threads", "harvest.gpus",
-    "train.log_every", "train.keep_checkpoints", "train.checkpoint_every",
+    "out", "store", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas", "harvest.threads",
+    "harvest.gpus", "train.log_every", "train.keep_checkpoints", "train.checkpoint_every",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How long and how fast to train."""
+"""How long and how fast to train, and by how many processes."""
 
 from typing import Annotated
 
@@ -40,3 +40,12 @@ class TrainConfig:
             return self.steps
         assert self.tokens is not None
         return max(self.tokens // self.batch, 1)
+
+
+@frozen
+class MeshConfig:
+    """The processes that train one dictionary: data x feature ranks."""
+
+    data: Annotated[int, Field(ge=1)] = 1  # ranks that share a batch's rows; each holds a copy of its feature part
+    feature: Annotated[int, Field(ge=1)] = 1  # ranks that share the latents, their weights and their moments
+    collective_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # a rank silent for longer is given up

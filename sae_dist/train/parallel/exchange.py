@@ -1,0 +1,88 @@
+"""The collectives that training uses: each is exact, the same on every rank, and the same bits every time.
+
+Sums are made in rank order from what was gathered, never inside a reduction whose order depends on the library, the
+buffer or the number of ranks beside it. Tensors travel as bytes: any dtype, no rounding. Every exchange has a name
+under which `mesh.moved` counts calls, bytes received and seconds.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from sae_dist.train.parallel.mesh import Axis, Mesh, Moved
+
+_all_gather_bytes = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+
+
+def all_gather(mesh: Mesh, axis: Axis, tensor: Tensor, *, name: str) -> Tensor:
+    """[size, *shape]: the tensors of all ranks of the axis, which have one shape."""
+    if axis.group is None:
+        return tensor[None]
+    started = time.perf_counter()
+    mine = tensor.contiguous().view(-1).view(torch.uint8)
+    out = mine.new_empty(axis.size * mine.numel())
+    _all_gather_bytes(out, mine, group=axis.group)
+    _count(mesh, name, (axis.size - 1) * mine.numel(), started)
+    return out.view(tensor.dtype).view(axis.size, *tensor.shape)
+
+
+def gather_rows(
+    mesh: Mesh, axis: Axis, rows: Shaped[Tensor, "mine ..."], sizes: Sequence[int], *, name: str
+) -> Shaped[Tensor, "all ..."]:
+    """The rows of all ranks of the axis, end to end in rank order; rank r has sizes[r], which everybody knows."""
+    assert len(rows) == sizes[axis.rank], f"{len(rows)} rows, not {sizes[axis.rank]}"
+    if axis.group is None:
+        return rows
+    longest = max(sizes)
+    if len(rows) < longest:
+        padded = rows.new_empty(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        rows = padded
+    gathered = all_gather(mesh, axis, rows, name=name)
+    if min(sizes) == longest:
+        return gathered.flatten(0, 1)
+    return torch.cat([gathered[rank, :size] for rank, size in enumerate(sizes)])
+
+
+def sum_rows(
+    mesh: Mesh, axis: Axis, addends: Float[Tensor, "rows width"], sizes: Sequence[int], *, name: str
+) -> Float[Tensor, "mine width"]:
+    """Of the sum over the axis of everybody's `addends`, the rows of this rank: rank r gets the r-th sizes[r] of them.
+
+    A reduce-scatter as an all-to-all and a sum in rank order: the same traffic, but a row's bits do not depend on
+    where in the buffer it lies.
+    """
+    if axis.group is None:
+        return addends
+    started = time.perf_counter()
+    mine, width = sizes[axis.rank], addends.shape[1]
+    out = addends.new_empty(axis.size * mine, width)
+    dist.all_to_all_single(
+        out, addends.contiguous(), output_split_sizes=[mine] * axis.size, input_split_sizes=list(sizes),
+        group=axis.group,
+    )  # fmt: skip
+    _count(mesh, name, (axis.size - 1) * mine * width * addends.element_size(), started)
+    return _in_order(out.view(axis.size, mine, width))
+
+
+def total(mesh: Mesh, axis: Axis, addend: Tensor, *, name: str) -> Tensor:
+    """The sum over the axis of small tensors, added in rank order."""
+    return _in_order(all_gather(mesh, axis, addend, name=name))
+
+
+def _in_order(addends: Shaped[Tensor, "size ..."]) -> Shaped[Tensor, "..."]:
+    out = addends[0]
+    for addend in addends[1:]:
+        out = out + addend
+    return out
+
+
+def _count(mesh: Mesh, name: str, received: int, started: float) -> None:
+    moved = mesh.moved.setdefault(name, Moved())
+    moved.calls += 1
+    moved.bytes += received
+    moved.seconds += time.perf_counter() - started

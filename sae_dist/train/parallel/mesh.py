@@ -1,0 +1,158 @@
+"""Who trains what: ranks on a data axis and a feature axis; a rank is data.rank * feature.size + feature.rank.
+
+The feature axis splits the latents: a rank holds its rows of W_enc, W_dec and b_enc, and their moments. The data axis
+splits the rows that are encoded; what one rank holds is copied on it, bit for bit, at every step. b_dec is everywhere.
+"""
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.device_mesh import DeviceMesh
+
+from sae_dist.config import UserError
+from sae_dist.train.config import MeshConfig
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's place on an axis; `group` is None where the axis has one rank."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass
+class Moved:
+    """What one kind of exchange has cost this rank so far."""
+
+    calls: int = 0
+    bytes: int = 0  # received from other ranks
+    seconds: float = 0.0  # waiting for others included
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """The axes, and `world`: both as one axis. `control` carries small facts on the CPU, whatever the device."""
+
+    data: Axis
+    feature: Axis
+    world: Axis
+    control: Axis
+    device: torch.device
+    timeout_s: float  # no collective lasts longer
+    torch_mesh: DeviceMesh | None  # the same for torch's own tools, dims "data" and "feature"
+    moved: dict[str, Moved] = field(default_factory=dict, compare=False)  # by name of the exchange
+
+    @staticmethod
+    def single(device: str | torch.device = "cpu") -> "Mesh":
+        """One process, no process group."""
+        alone = Axis(0, 1)
+        return Mesh(
+            data=alone, feature=alone, world=alone, control=alone, device=torch.device(device), timeout_s=float("inf"),
+            torch_mesh=None,
+        )  # fmt: skip
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks for all: it logs and writes what there is only one of."""
+        return self.world.rank == 0
+
+    def latents(self, n_latents: int) -> range:
+        """The latents that this rank holds; raises UserError when a rank would have none."""
+        if len(part(n_latents, Axis(self.feature.size - 1, self.feature.size))) == 0:
+            raise UserError(
+                f"mesh.feature={self.feature.size} ranks for sae.n_latents={n_latents}: parts of "
+                f"{-(-n_latents // self.feature.size)} leave the last rank without a latent; use fewer ranks"
+            )
+        return part(n_latents, self.feature)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world.group is not None:
+            dist.destroy_process_group()
+
+
+def part(n: int, axis: Axis) -> range:
+    """Of n things in a row, those of this rank: chunks of ceil(n / size), as torch's Shard cuts; the last are less."""
+    size = -(-n // axis.size)
+    return range(min(axis.rank * size, n), min((axis.rank + 1) * size, n))
+
+
+def parts(n: int, size: int) -> list[range]:
+    """`part` of every rank."""
+    return [part(n, Axis(rank, size)) for rank in range(size)]
+
+
+def connect(
+    config: MeshConfig, *, rank: int, world: int, device: str | torch.device, store: Store | None = None
+) -> Mesh:
+    """The mesh of `world` processes that all call this; they meet at `store`, or as torchrun's variables say.
+
+    gloo on CPUs; nccl on GPUs, beside gloo for facts on the CPU. Raises UserError when the axes do not fit the world.
+    """
+    device = torch.device(device)
+    if world != config.data * config.feature:
+        raise UserError(
+            f"mesh.data={config.data} x mesh.feature={config.feature} = {config.data * config.feature} ranks, but "
+            f"{world} processes were started; make them equal"
+        )
+    if world == 1:
+        return Mesh.single(device)
+    timeout = timedelta(seconds=config.collective_timeout_s)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=_torchrun_store(world, timeout) if store is None else store,
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+    )
+    return from_process_group(config, device)
+
+
+def from_process_group(config: MeshConfig, device: str | torch.device) -> Mesh:
+    """The mesh over the default process group, which somebody has started (Ray Train, a simulation)."""
+    timeout = timedelta(seconds=config.collective_timeout_s)
+    rank, ranks = dist.get_rank(), torch.arange(config.data * config.feature).view(config.data, config.feature)
+
+    def axis(groups: list[list[int]]) -> Axis:
+        own = Axis(0, 1)
+        for members in groups:  # every rank takes part in making every group, in one order
+            group = dist.new_group(members, timeout=timeout)
+            if rank in members:
+                own = Axis(members.index(rank), len(members), group)  # type: ignore[arg-type]
+        return own
+
+    data, feature = axis(ranks.T.tolist()), axis(ranks.tolist())
+    world = Axis(rank, config.data * config.feature, dist.group.WORLD)
+    assert data.group is not None and feature.group is not None
+    return Mesh(
+        data=data if data.size > 1 else Axis(0, 1),
+        feature=feature if feature.size > 1 else Axis(0, 1),
+        world=world,
+        control=world,
+        device=torch.device(device),
+        timeout_s=config.collective_timeout_s,
+        torch_mesh=DeviceMesh.from_group(
+            [data.group, feature.group], torch.device(device).type, mesh=ranks, mesh_dim_names=("data", "feature")
+        ),
+    )
+
+
+def _torchrun_store(world: int, timeout: timedelta) -> Store:
+    """The store at MASTER_ADDR, with names of its own for every restart.
+
+    torchrun keeps one store over restarts, and restarted gloo ranks would read the addresses of dead ones from it.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if address in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens where the machine's name points
+    serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0"
+    store = TCPStore(address, port, world, is_master=serves, timeout=timeout)
+    return PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
