@@ -55,7 +55,7 @@ class RunConfig:
         return TrainJob(
             out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae, order=self.order,
             train=self.train, mesh=self.mesh, wandb=self.wandb,
-        )  # fmt: skip
+        ).located()  # fmt: skip
 
 
 @frozen
@@ -95,7 +95,11 @@ class TrainJob:
 
     def located(self) -> "TrainJob":
         """The same with absolute places: other processes have other working directories."""
-        return dataclasses.replace(self, out=str(Path(self.out).absolute()), store=absolute_uri(self.store))
+        checkpoints = None if self.train.checkpoints is None else absolute_uri(self.train.checkpoints)
+        return dataclasses.replace(
+            self, out=str(Path(self.out).absolute()), store=absolute_uri(self.store),
+            train=dataclasses.replace(self.train, checkpoints=checkpoints),
+        )  # fmt: skip
 
 
 def absolute_uri(place: str) -> str:
@@ -107,7 +111,8 @@ def absolute_uri(place: str) -> str:
 # (Another thread count may round a model's bf16 products otherwise, as another machine may.) A store counts by content.
 FREE_KEYS = (
     "out", "store", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas", "harvest.threads",
-    "harvest.gpus", "train.log_every", "train.keep_checkpoints", "train.checkpoint_every",
+    "harvest.gpus", "train.log_every", "train.checkpoints", "train.keep_checkpoints", "train.keep_every",
+    "train.checkpoint_every",
 )  # fmt: skip
 
 

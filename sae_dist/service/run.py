@@ -28,6 +28,7 @@ from sae_dist.service.stopping import StopRequest
 from sae_dist.service.summary import read_finished, summarize, weights_digest
 from sae_dist.service.trainer import Trainer, TrainReport
 from sae_dist.shards import reader
+from sae_dist.train import checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,10 @@ class _Run:
         return trainer, trainer.train.remote()
 
     def _newest_checkpoint(self) -> str | None:
-        return max((path.name for path in (self._out / "checkpoints").glob("step_*")), default=None)
+        complete = checkpoint.folders(
+            storage.open(self._config.train_job().train.checkpoints or self._out / "checkpoints")
+        )
+        return complete[0] if complete else None
 
     def _show(self, harvesting: Harvesting, *, now: bool = False) -> None:
         harvest, training = harvesting.facts(), progress(self._out, self._config.train)

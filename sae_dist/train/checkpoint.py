@@ -1,102 +1,284 @@
-"""Checkpoints: a folder a step, complete or absent, hashed; one that does not verify is never loaded."""
+"""Checkpoints: a folder each, complete or not there, hashed; one that does not verify is never loaded.
 
-import json
+    <checkpoints>/step_00000500-3fa9c1/rank00000-00000.safetensors   blocks of rows, 64 MiB a file at most
+    <checkpoints>/step_00000500-3fa9c1/checkpoint.json               written last; without it there is no checkpoint
+
+Every attempt to save has a folder of its own, so nothing that counts is ever overwritten, and no storage has to rename.
+Tensors lie as blocks of consecutive rows (latents first), each in one file; who wrote which does not matter, so any
+number of processes reads what any other number wrote. checkpoint.json carries the hash of every file and of itself.
+"""
+
 import logging
-import os
+import math
+import re
+import secrets
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import xxhash
-from safetensors.torch import load_file, save_file
+import safetensors.torch
+import torch
 from torch import Tensor
+
+from sae_dist import faults
+from sae_dist.shards.format import CorruptData, read_record, seal, xxh3_128
+from sae_dist.storage import Storage, StorageError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-_TENSORS, _MANIFEST = "state.safetensors", "checkpoint.json"
+FORMAT = 2
+FILE_BYTES = 64 << 20  # of a file, and so of what is read for one row; a single longer row makes a longer file
+MANIFEST = "checkpoint.json"
+DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what reading a damaged checkpoint can raise
+
+
+class Rows(NamedTuple):
+    """This process's rows of a tensor that several processes hold together, each some consecutive rows."""
+
+    local: Tensor  # rows first
+    start: int  # of the first of them in the whole
+    total: int  # rows of the whole
+
+
+Tensors = Mapping[str, Tensor | Rows]
 
 
 class Checkpoint(NamedTuple):
-    """Everything that a run needs to go on as if it had never stopped."""
+    """Everything that a run needs to go on as if it had never stopped; of the tensors, what this process holds."""
 
     step: int  # steps done
-    tensors: dict[str, Tensor]
-    facts: dict[str, Any]  # JSON values: input scale, order hash, counters
+    tensors: Tensors
+    facts: dict[str, Any]  # JSON values, the same in every process: input scale, order hash, counters
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes `folder`/step_N in a temporary folder, makes it durable, and renames it into place."""
-    final = folder / _name(checkpoint.step)
-    temporary = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()}, temporary / _TENSORS)
-    _sync(temporary / _TENSORS)
-    manifest = {
+class Block(NamedTuple):
+    """Consecutive rows of one tensor, in one file."""
+
+    name: str
+    start: int
+    rows: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}@{self.start}"
+
+
+class File(NamedTuple):
+    """A file of a checkpoint: safetensors, one entry a block."""
+
+    name: str
+    bytes: int
+    xxh3_128: str
+    blocks: tuple[Block, ...]
+
+
+class Layout(NamedTuple):
+    """A tensor as a whole."""
+
+    dtype: str  # float32, int64, ...
+    shape: tuple[int, ...]
+
+
+class Manifest(NamedTuple):
+    """What checkpoint.json says."""
+
+    folder: str
+    step: int
+    facts: dict[str, Any]
+    tensors: dict[str, Layout]
+    files: tuple[File, ...]
+
+
+def new_folder(step: int) -> str:
+    """A folder that no other attempt has."""
+    return f"{_prefix(step)}-{secrets.token_hex(3)}"
+
+
+def layout(tensor: Tensor | Rows) -> Layout:
+    """The whole that a process's part belongs to."""
+    local, total = (tensor.local, tensor.total) if isinstance(tensor, Rows) else (tensor, None)
+    shape = tuple(local.shape) if total is None else (total, *local.shape[1:])
+    return Layout(str(local.dtype).removeprefix("torch."), shape)
+
+
+def blocks(tensors: Tensors) -> dict[Block, Tensor]:
+    """This process's part of every tensor, cut into blocks that fit a file; a scalar is one row of nothing else."""
+    found: dict[Block, Tensor] = {}
+    for name, tensor in tensors.items():
+        local, first = (tensor.local, tensor.start) if isinstance(tensor, Rows) else (tensor, 0)
+        if local.ndim == 0:
+            found[Block(name, 0, 1)] = local
+            continue
+        row_bytes = max(local[:1].numel() * local.element_size(), 1)
+        step = max(FILE_BYTES // row_bytes, 1)
+        for at in range(0, len(local), step):
+            part = local[at : at + step]
+            found[Block(name, first + at, len(part))] = part
+    return found
+
+
+def write_files(storage: Storage, folder: str, rank: int, parts: Mapping[Block, Tensor]) -> Iterator[File]:
+    """Writes the blocks, several to a file where they are small; each file as it is there."""
+    for number, group in enumerate(_packed(parts)):
+        name = f"rank{rank:05d}-{number:05d}.safetensors"
+        faults.point("checkpoint.before_file", rank=rank, number=number)
+        content = safetensors.torch.save({block.key: parts[block].detach().contiguous().cpu() for block in group})
+        storage.write(f"{folder}/{name}", content)
+        yield File(name, len(content), xxh3_128(content), tuple(group))
+
+
+def commit(storage: Storage, manifest: Manifest) -> None:
+    """Makes the checkpoint count: from here on it is what a run goes on from."""
+    held = {name: sum(b.rows for f in manifest.files for b in f.blocks if b.name == name) for name in manifest.tensors}
+    missing = [name for name, whole in manifest.tensors.items() if held[name] != (whole.shape or (1,))[0]]
+    assert not missing, f"{missing} would not be whole in {manifest.folder}"
+    record = {
         "format": FORMAT,
-        "step": checkpoint.step,
-        "facts": checkpoint.facts,
-        "files": {_TENSORS: {"bytes": (temporary / _TENSORS).stat().st_size, "xxh3_128": _hash(temporary / _TENSORS)}},
+        "step": manifest.step,
+        "facts": manifest.facts,
+        "tensors": {name: tensor._asdict() for name, tensor in manifest.tensors.items()},
+        "files": [file._asdict() for file in manifest.files],
     }
-    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    _sync(temporary / _MANIFEST)
-    if final.exists():  # left by an attempt that went on from before it, or one that does not verify
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _sync(folder)
-    return final
+    faults.point("checkpoint.before_commit", step=manifest.step)
+    if not storage.create(f"{manifest.folder}/{MANIFEST}", seal(record)):
+        raise StorageError(
+            f"{storage.uri}/{manifest.folder} was committed by another process; is the run started twice?"
+        )
+    faults.point("checkpoint.after_commit", step=manifest.step)
 
 
-def latest(folder: Path) -> Checkpoint | None:
+def save(storage: Storage, checkpoint: Checkpoint) -> str:
+    """Writes the checkpoint of a single process, whole; its folder."""
+    folder = new_folder(checkpoint.step)
+    files = tuple(write_files(storage, folder, 0, blocks(checkpoint.tensors)))
+    tensors = {name: layout(tensor) for name, tensor in checkpoint.tensors.items()}
+    commit(storage, Manifest(folder, checkpoint.step, checkpoint.facts, tensors, files))
+    return folder
+
+
+def folders(storage: Storage) -> list[str]:
+    """The folders of complete checkpoints, newest first."""
+    keys = (entry.key for entry in storage.list("step_"))
+    found = [key.removesuffix(f"/{MANIFEST}") for key in keys if re.fullmatch(rf"step_\d+-\w+/{MANIFEST}", key)]
+    return sorted(found, key=lambda folder: (step_of(folder), folder), reverse=True)
+
+
+def step_of(folder: str) -> int:
+    return int(folder.removeprefix("step_").partition("-")[0])
+
+
+def read_manifest(storage: Storage, folder: str) -> Manifest:
+    """checkpoint.json of a folder; ValueError or OSError when it is not what was written."""
+    what = f"{storage.uri}/{folder}/{MANIFEST}"
+    record = read_record(storage, f"{folder}/{MANIFEST}", what)
+    if record["format"] != FORMAT:
+        raise ValueError(f"{what} has format {record['format']}, this program reads {FORMAT}")
+    files = tuple(File(**(f | {"blocks": tuple(Block(*block) for block in f["blocks"])})) for f in record["files"])
+    tensors = {name: Layout(whole["dtype"], tuple(whole["shape"])) for name, whole in record["tensors"].items()}
+    return Manifest(folder, record["step"], record["facts"], tensors, files)
+
+
+def read_file(storage: Storage, folder: str, file: File) -> dict[Block, Tensor]:
+    """The blocks of a file that is what was written; read up to three times, for bits also flip on the way."""
+    for _ in range(3):
+        content = storage.read(f"{folder}/{file.name}")
+        if len(content) == file.bytes and xxh3_128(content) == file.xxh3_128:
+            found = safetensors.torch.load(bytes(content))
+            return {block: found[block.key] for block in file.blocks}
+    raise CorruptData(f"{storage.uri}/{folder}/{file.name} is not what was written")
+
+
+def read(storage: Storage, folder: str, mine: Callable[[str, Layout], range | None] = lambda *_: None) -> Checkpoint:
+    """What one process holds of a checkpoint: of every tensor the rows that `mine` says, all where it says None.
+
+    ValueError, OSError or KeyError when the folder is not what was written.
+    """
+    manifest = read_manifest(storage, folder)
+    parts = {name: empty(whole, mine(name, whole)) for name, whole in manifest.tensors.items()}
+    for file in manifest.files:
+        if any(overlap(block, parts[block.name]) for block in file.blocks):
+            for block, content in read_file(storage, folder, file).items():
+                copy_(parts[block.name], block, content)
+    return Checkpoint(manifest.step, parts, manifest.facts)
+
+
+def empty(whole: Layout, rows: range | None) -> Tensor | Rows:
+    """Room for all rows of a tensor, or for some."""
+    dtype = getattr(torch, whole.dtype)
+    if rows is None:
+        return torch.empty(whole.shape, dtype=dtype)
+    return Rows(torch.empty(len(rows), *whole.shape[1:], dtype=dtype), rows.start, whole.shape[0])
+
+
+def overlap(block: Block, part: Tensor | Rows) -> range:
+    """The rows of the whole that are in the block and in the part."""
+    start, rows = (part.start, len(part.local)) if isinstance(part, Rows) else (0, max(math.prod(part.shape[:1]), 1))
+    return range(max(block.start, start), min(block.start + block.rows, start + rows))
+
+
+def copy_(part: Tensor | Rows, block: Block, content: Tensor) -> None:
+    """Puts into the part what the block has of it."""
+    common = overlap(block, part)
+    if not common:
+        return
+    local, start = (part.local, part.start) if isinstance(part, Rows) else (part, 0)
+    if local.ndim == 0:
+        local.copy_(content)
+        return
+    local[common.start - start : common.stop - start] = content[common.start - block.start : common.stop - block.start]
+
+
+def latest(storage: Storage, load: Callable[[Storage, str], Checkpoint] = read) -> Checkpoint | None:
     """The newest checkpoint that verifies, None when there is none; says so when a newer one does not."""
-    for path in sorted(folder.glob("step_*"), reverse=True):
+    for folder in folders(storage):
         try:
-            return _read(path)
-        except (OSError, ValueError, KeyError) as damage:
-            logger.warning("checkpoint %s does not verify (%s); trying the one before", path, damage)
+            return load(storage, folder)
+        except DAMAGE as damage:
+            logger.warning("checkpoint %s/%s does not verify (%s); trying the one before", storage.uri, folder, damage)
     return None
 
 
-def prune(folder: Path, keep: int, *, newest: int) -> list[dict[str, Any]]:
-    """Removes all but the last `keep` checkpoints up to step `newest`, and what killed saves left; facts of the kept.
+def prune(storage: Storage, *, newest: int, keep: int, every: int = 0) -> list[Manifest]:
+    """Removes all but the last `keep` checkpoints up to step `newest` and those whose step `every` divides.
 
-    What is past `newest` did not verify when the run went on from before it: it would hide what is written since.
+    What is past `newest` did not verify when the run went on from before it: it would hide what is written since. What
+    has no manifest was left by a killed attempt. Returns the manifests of the last `keep`, oldest first.
     """
-    kept = [path for path in sorted(folder.glob("step_*")) if path.name <= _name(newest)][-keep:]
-    for path in set(folder.glob("step_*")) - set(kept):
-        shutil.rmtree(path)
-    for path in folder.glob(".step_*"):
-        shutil.rmtree(path)
-    return [json.loads((path / _MANIFEST).read_text())["facts"] for path in kept]
+    complete = folders(storage)
+    last = [folder for folder in complete if step_of(folder) <= newest][:keep]
+    kept = {f for f in complete if every and step_of(f) % every == 0 and step_of(f) <= newest} | set(last)
+    killed = [leftover for leftover in storage.leftovers() if leftover.key.startswith("step_")]
+    for leftover in killed:
+        storage.discard(leftover)
+    there = {entry.key.partition("/")[0] for entry in [*storage.list("step_"), *killed]}
+    for folder in there - kept:
+        remove(storage, folder)
+    return [read_manifest(storage, folder) for folder in reversed(last)]
 
 
-def _name(step: int) -> str:
+def remove(storage: Storage, folder: str) -> None:
+    """Deletes a checkpoint, the manifest first: what is left of it in between is not one."""
+    storage.delete(f"{folder}/{MANIFEST}")
+    for entry in list(storage.list(f"{folder}/")):
+        storage.delete(entry.key)
+    path = storage.local_path(folder)
+    if path is not None:
+        shutil.rmtree(path, ignore_errors=True)  # with what a killed write left in it
+
+
+def _packed(parts: Mapping[Block, Tensor]) -> Iterator[list[Block]]:
+    """Blocks in their order, as many to a group as fit a file."""
+    group: list[Block] = []
+    size = 0
+    for block, tensor in parts.items():
+        if group and size + tensor.nbytes > FILE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(block)
+        size += tensor.nbytes
+    if group:
+        yield group
+
+
+def _prefix(step: int) -> str:
     return f"step_{step:08d}"
-
-
-def _read(path: Path) -> Checkpoint:
-    manifest: Mapping[str, Any] = json.loads((path / _MANIFEST).read_text())
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"format {manifest['format']}, this program reads {FORMAT}")
-    for name, expected in manifest["files"].items():
-        if (path / name).stat().st_size != expected["bytes"] or _hash(path / name) != expected["xxh3_128"]:
-            raise ValueError(f"{name} has changed since it was written")
-    return Checkpoint(manifest["step"], load_file(path / _TENSORS), manifest["facts"])
-
-
-def _hash(path: Path) -> str:
-    state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            state.update(block)
-    return state.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,7 +21,9 @@ class TrainConfig:
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the steps, at the end; it falls to 0
     init_rows: Annotated[int, Field(ge=2)] = 16_384  # rows that b_dec, W_enc and the input scale are estimated from
     checkpoint_every: Annotated[int, Field(ge=1)] = 500  # steps
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    checkpoints: str | None = None  # folder or URI (s3://bucket/prefix); null: <out>/checkpoints
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the last so many
+    keep_every: Annotated[int, Field(ge=0)] = 0  # keep those of every so many steps for good; 0: none
     log_every: Annotated[int, Field(ge=1)] = 20  # steps
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads; 0: all cores
 

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_dist import faults, storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.monitor import Log
 from sae_dist.sae import dictionary as dictionary_file
@@ -21,8 +23,10 @@ from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
 from sae_dist.train import checkpoint
+from sae_dist.train.checkpoint import Manifest
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.consumer import Consumer, consumer_name
+from sae_dist.train.saver import Retention, Saver
 from sae_dist.train.schedule import base_lr, lr_factor
 from sae_dist.train.state import Source, TrainState, begin, from_checkpoint, parameters, to_checkpoint
 
@@ -73,13 +77,12 @@ def train(
             live=live, manifest=pinned, stop=stop,
         )  # fmt: skip
 
-    def save(state: TrainState) -> None:
-        checkpoint.save(out / "checkpoints", to_checkpoint(state))
-        kept = checkpoint.prune(out / "checkpoints", config.keep_checkpoints, newest=state.step)
+    def tell(kept: list[Manifest]) -> None:
         if len(kept) == config.keep_checkpoints:  # else a damaged one would lead back to the start
-            consumer.save(kept[0]["units_done"])
+            consumer.save(kept[0].facts["units_done"])
 
-    saved = checkpoint.latest(out / "checkpoints")
+    checkpoints = storage.open(config.checkpoints or out / "checkpoints")
+    saved = checkpoint.latest(checkpoints)
     if saved is None:
         manifest = None if live else store.snapshot().version
         source = Source(store.meta.digest, hook, manifest)
@@ -97,7 +100,11 @@ def train(
     if state.step < n_steps:
         begun, started, skipped = state, time.monotonic(), 0
         window = _Window(0.0, 0.0, 0)
-        with loader(state.step, state.order_hash, state.source.manifest) as batches:
+        retention = Retention(config.keep_checkpoints, config.keep_every)
+        with (
+            closing(Saver(checkpoints, retention)) as saver,
+            loader(state.step, state.order_hash, state.source.manifest) as batches,
+        ):
             for batch in batches:
                 factor = lr_factor(
                     state.step, n_steps=n_steps, warmup_fraction=config.warmup_fraction,
@@ -122,14 +129,15 @@ def train(
                 done = state.step == n_steps
                 if done or state.step % config.log_every == 0:
                     rates = _rates(state, begun, config.batch, batches.waits().starved_s)
-                    log(state.step, {"epoch": batch.epoch, "lr": lr * factor} | window.figures(state) | rates)
+                    figures = window.figures(state) | rates | saver.figures()
+                    log(state.step, {"epoch": batch.epoch, "lr": lr * factor} | figures)
                     window = _Window(0.0, 0.0, 0)
-                if done or state.step % config.checkpoint_every == 0:
-                    save(state)
                 if done or stop():
                     break
-        if state.step < n_steps:  # asked to stop, perhaps while no rows came
-            save(state)
+                faults.point("train.step", step=state.step)
+                tell(saver.save(to_checkpoint(state)) if state.step % config.checkpoint_every == 0 else saver.poll())
+            tell(saver.finish(to_checkpoint(state)))  # done, or asked to stop, perhaps while no rows came
+        if state.step < n_steps:
             raise Stopped(f"step {state.step} of {n_steps} is saved")
 
     order_hash = f"{state.order_hash:016x}"

@@ -1,5 +1,6 @@
 """What a training is made of between two steps: all of it is in a checkpoint, nothing else is anywhere."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -44,17 +45,24 @@ def begin(x: Float[Tensor, "rows d_model"], sae: SAEConfig, *, seed: int, source
 
 
 def to_checkpoint(state: TrainState) -> Checkpoint:
+    """The state as it is; the tensors share memory with it. Rows are latents, in W_enc too."""
     facts = {name: value for name, value in state._asdict().items() if name not in ("step", "sae")}
-    return Checkpoint(state.step, state.sae.state_dict(), facts)
+    return Checkpoint(state.step, _transposed(state.sae.state_dict()), facts)
 
 
 def from_checkpoint(saved: Checkpoint, sae: SAEConfig) -> TrainState:
     """The state as it was saved, bit for bit."""
-    parameters = Parameters(*(saved.tensors[name] for name in Parameters._fields))
+    tensors = _transposed({name: part for name, part in saved.tensors.items() if isinstance(part, Tensor)})
+    parameters = Parameters(*(tensors[name] for name in Parameters._fields))
     step = _step(parameters, sae)
-    step.load_state_dict_(saved.tensors)
+    step.load_state_dict_(tensors)
     facts = dict(saved.facts)
     return TrainState(saved.step, step, source=Source(*facts.pop("source")), **facts)
+
+
+def _transposed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """W_enc and its moments lie in memory as [n_latents, d_model], and so they do in a checkpoint."""
+    return {name: tensor.t() if name.endswith("W_enc") else tensor for name, tensor in tensors.items()}
 
 
 def parameters(state: TrainState) -> Parameters:

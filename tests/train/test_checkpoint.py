@@ -1,36 +1,112 @@
-"""Checkpoints are complete or absent, and a damaged one is never loaded."""
+"""Checkpoints are complete or absent, a damaged one is never loaded, and any cut of one is read by any other."""
 
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
+import s3fs
 import torch
 
+from sae_dist import storage
+from sae_dist.storage import Storage
 from sae_dist.train import checkpoint
-from sae_dist.train.checkpoint import Checkpoint
+from sae_dist.train.checkpoint import Checkpoint, Manifest, Rows
+from tests.shards import seaweedfs
+from tests.shards.s3_double import S3Double
 
 
-def state(step: int) -> Checkpoint:
+def state(step: int, rows: int = 7) -> Checkpoint:
     generator = torch.Generator().manual_seed(step)
-    return Checkpoint(step, {"W": torch.randn(7, 5, generator=generator)}, {"scale": 0.5, "order_hash": 2**64 - step})
+    tensors = {
+        "W": torch.randn(rows, 5, generator=generator),
+        "b": torch.randn(rows, generator=generator),
+        "silent": torch.randint(100, (rows,), generator=generator),
+        "steps": torch.tensor(step),
+    }
+    return Checkpoint(step, tensors, {"scale": 0.1, "order_hash": 2**64 - step})
 
 
-def test_a_checkpoint_reads_back_as_written(tmp_path):
-    checkpoint.save(tmp_path, state(3))
-    read = checkpoint.latest(tmp_path)
+def same(read: Checkpoint | None, written: Checkpoint) -> bool:
     assert read is not None
-    assert (read.step, read.facts) == (3, state(3).facts)
-    assert torch.equal(read.tensors["W"], state(3).tensors["W"])
+    assert (read.step, read.facts, read.tensors.keys()) == (written.step, written.facts, written.tensors.keys())
+    return all(torch.equal(read.tensors[name], tensor) for name, tensor in written.tensors.items())
+
+
+@pytest.fixture
+def place(tmp_path) -> Storage:
+    return storage.open(tmp_path)
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 48)  # two rows of W
+
+
+def test_a_checkpoint_reads_back_as_written(place):
+    checkpoint.save(place, state(3))
+    assert same(checkpoint.latest(place), state(3))
+
+
+def test_tensors_larger_than_a_file_are_cut_and_put_together(place, small_files):
+    folder = checkpoint.save(place, state(3))
+    manifest = checkpoint.read_manifest(place, folder)
+    assert [sum(block.rows for block in file.blocks if block.name == "W") for file in manifest.files][:4] == [
+        2,
+        2,
+        2,
+        1,
+    ]
+    assert same(checkpoint.latest(place), state(3))
 
 
 def test_an_empty_folder_has_none(tmp_path):
-    assert checkpoint.latest(tmp_path / "nothing") is None
+    assert checkpoint.latest(storage.open(tmp_path / "nothing")) is None
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "no manifest", "half a manifest", "no tensors"])
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, damage, caplog):
-    checkpoint.save(tmp_path, state(1))
-    newest = checkpoint.save(tmp_path, state(2))
-    tensors, manifest = newest / "state.safetensors", newest / "checkpoint.json"
+@pytest.mark.parametrize("writers", [1, 2, 3])
+@pytest.mark.parametrize("readers", [1, 2, 4])
+def test_what_any_number_of_processes_wrote_any_other_number_reads(place, small_files, writers, readers):
+    whole = state(8, rows=13)
+
+    def shard(rank: int, world: int) -> dict[str, torch.Tensor | Rows]:
+        each = -(-13 // world)
+        cut = {n: Rows(t[rank * each : (rank + 1) * each], rank * each, 13) for n, t in whole.tensors.items() if t.ndim}
+        return cut | {"steps": whole.tensors["steps"]}
+
+    folder, files = checkpoint.new_folder(8), []
+    for rank in range(writers):
+        mine = shard(rank, writers) if rank == 0 else {n: t for n, t in shard(rank, writers).items() if n != "steps"}
+        files += checkpoint.write_files(place, folder, rank, checkpoint.blocks(mine))
+    layouts = {name: checkpoint.layout(tensor) for name, tensor in shard(0, writers).items()}
+    checkpoint.commit(place, Manifest(folder, 8, whole.facts, layouts, tuple(files)))
+    each = -(-13 // readers)
+    for rank in range(readers):
+        rows = range(rank * each, min((rank + 1) * each, 13))
+        read = checkpoint.read(place, folder, lambda name, _, rows=rows: None if name == "steps" else rows)
+        for name, part in shard(rank, readers).items():
+            got = read.tensors[name]
+            if isinstance(part, Rows):
+                assert isinstance(got, Rows)
+                assert torch.equal(got.local, part.local) and got[1:] == part[1:]
+            else:
+                assert torch.equal(got, part)
+
+
+def test_what_would_not_be_whole_is_never_committed(place):
+    half = {"W": Rows(torch.zeros(3, 2), 0, 6)}
+    with pytest.raises(AssertionError, match="would not be whole"):
+        checkpoint.save(place, Checkpoint(1, half, {}))
+    assert checkpoint.latest(place) is None
+
+
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "no tensors", "no manifest", "half a manifest", "a fact was changed", "swapped files"]
+)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(place, tmp_path, damage, caplog, small_files):
+    older, newest = tmp_path / checkpoint.save(place, state(1)), tmp_path / checkpoint.save(place, state(2))
+    tensors, manifest = newest / "rank00000-00002.safetensors", newest / "checkpoint.json"
     content = bytearray(tensors.read_bytes())
     match damage:
         case "flip":
@@ -38,48 +114,99 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, damag
             tensors.write_bytes(content)
         case "cut":
             tensors.write_bytes(content[:-4])
+        case "no tensors":
+            tensors.unlink()
         case "no manifest":
             manifest.unlink()
         case "half a manifest":
             manifest.write_text(manifest.read_text()[:40])
-        case "no tensors":
-            tensors.unlink()
-    read = checkpoint.latest(tmp_path)
-    assert read is not None
-    assert read.step == 1
-    assert "step_00000002 does not verify" in caplog.text
+        case "a fact was changed":
+            manifest.write_text(manifest.read_text().replace('"scale":0.1', '"scale":0.2'))
+        case "swapped files":
+            tensors.write_bytes((older / tensors.name).read_bytes())
+    assert same(checkpoint.latest(place), state(1))
+    assert ("does not verify" in caplog.text) == (damage != "no manifest")
 
 
-def test_a_save_that_was_killed_leaves_nothing_that_counts(tmp_path):
-    killed = tmp_path / ".step_00000009.123"
-    killed.mkdir(parents=True)
-    (killed / "state.safetensors").write_bytes(b"half")
-    assert checkpoint.latest(tmp_path) is None
-    checkpoint.save(tmp_path, state(1))
-    checkpoint.prune(tmp_path, 1, newest=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001"]
+@pytest.mark.parametrize("byte", range(0, 400, 37))
+def test_no_flipped_byte_anywhere_is_loaded(place, tmp_path, byte):
+    checkpoint.save(place, state(1))
+    folder = tmp_path / checkpoint.save(place, state(2))
+    for path in folder.iterdir():
+        content = bytearray(path.read_bytes())
+        content[byte % len(content)] ^= 0x10
+        path.write_bytes(content)
+        assert same(checkpoint.latest(place), state(1))
+        content[byte % len(content)] ^= 0x10
+        path.write_bytes(content)
+    assert same(checkpoint.latest(place), state(2))
 
 
-def test_saving_a_step_again_replaces_it_whole(tmp_path):
-    checkpoint.save(tmp_path, state(5))
-    changed = state(5)._replace(facts={"scale": 0.25})
-    folder = checkpoint.save(tmp_path, changed)
-    assert json.loads((folder / "checkpoint.json").read_text())["facts"] == {"scale": 0.25}
+POINTS = ["checkpoint.before_file", "storage.before_sync", "storage.before_rename", "checkpoint.before_commit"]
 
 
-def test_pruning_keeps_the_newest(tmp_path):
-    for step in (1, 20, 3):
-        checkpoint.save(tmp_path, state(step))
-    checkpoint.prune(tmp_path, 2, newest=20)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000020"]
+@pytest.mark.parametrize(("point", "nth"), [(point, nth) for point in POINTS[:3] for nth in (1, 3)] + [(POINTS[3], 1)])
+def test_a_save_that_was_killed_leaves_nothing_that_counts(place, tmp_path, small_files, point, nth):
+    checkpoint.save(place, state(1))
+    child = os.fork()
+    if child == 0:
+        os.environ["SAE_DIST_FAULTS"] = json.dumps([{"point": point, "action": "kill", "nth": nth}])
+        checkpoint.save(place, state(2))
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert same(checkpoint.latest(place), state(1))
+    checkpoint.save(place, state(3))
+    checkpoint.prune(place, newest=3, keep=2)
+    assert sorted(path.name[:13] for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
 
 
-def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_ones(tmp_path):
-    damaged = checkpoint.save(tmp_path, state(100))
-    (damaged / "state.safetensors").write_bytes(b"")
+def test_a_step_that_is_saved_again_has_a_folder_of_its_own(place):
+    first, second = checkpoint.save(place, state(5)), checkpoint.save(place, state(5))
+    assert first != second
+    checkpoint.prune(place, newest=5, keep=1)
+    assert len(checkpoint.folders(place)) == 1
+
+
+def test_pruning_keeps_the_newest_and_the_milestones_and_tells_the_newest(place):
+    for step in (1, 20, 3, 10, 15):
+        checkpoint.save(place, state(step))
+    told = checkpoint.prune(place, newest=20, keep=2, every=10)
+    assert [manifest.step for manifest in told] == [15, 20]
+    assert [checkpoint.step_of(folder) for folder in checkpoint.folders(place)] == [20, 15, 10]
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_ones(place, tmp_path):
+    damaged: Path = tmp_path / checkpoint.save(place, state(100))
+    (damaged / "rank00000-00000.safetensors").write_bytes(b"")
     for step in (10, 20):
-        checkpoint.save(tmp_path, state(step))
-        checkpoint.prune(tmp_path, 1, newest=step)
-    read = checkpoint.latest(tmp_path)
-    assert read is not None
-    assert read.step == 20
+        checkpoint.save(place, state(step))
+        checkpoint.prune(place, newest=step, keep=1)
+    assert same(checkpoint.latest(place), state(20))
+
+
+def in_s3(endpoint: str, monkeypatch) -> None:
+    for name, value in {**seaweedfs.KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
+        monkeypatch.setenv(name, value)
+    place = storage.open("s3://bucket/run/checkpoints")
+    for step in (1, 2, 3):
+        checkpoint.save(place, state(step))
+        checkpoint.prune(place, newest=step, keep=2)
+    assert same(checkpoint.latest(place), state(3))
+    place.write(f"{checkpoint.folders(place)[0]}/rank00000-00001.safetensors", b"torn")
+    assert same(checkpoint.latest(place), state(2))
+    assert [checkpoint.step_of(folder) for folder in checkpoint.folders(place)] == [3, 2]
+
+
+def test_s3_holds_them_through_errors_on_the_way(small_files, monkeypatch):
+    with S3Double() as server:
+        for action in ("500", "reset", "lost"):
+            server.fail(action, share=0.05)
+        in_s3(server.endpoint, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_real_s3_server_holds_them(small_files, monkeypatch, tmp_path):
+    with seaweedfs.server(tmp_path / "server") as endpoint:
+        keys = {"key": seaweedfs.KEYS["AWS_ACCESS_KEY_ID"], "secret": seaweedfs.KEYS["AWS_SECRET_ACCESS_KEY"]}
+        s3fs.S3FileSystem(endpoint_url=endpoint, **keys).call_s3("create_bucket", Bucket="bucket")
+        in_s3(endpoint, monkeypatch)

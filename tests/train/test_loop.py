@@ -105,7 +105,7 @@ def test_stopped_and_repeated_is_as_if_never_stopped(store, whole, tmp_path, at)
 
 def test_a_damaged_checkpoint_costs_time_and_nothing_else(store, whole, tmp_path):
     train(store, tmp_path)
-    newest = max((tmp_path / "checkpoints").glob("step_*")) / "state.safetensors"
+    newest = max((tmp_path / "checkpoints").glob("step_*")) / "rank00000-00000.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"\xff")
     (tmp_path / "dictionary" / "dictionary.safetensors").unlink()
     _, lines = train(store, tmp_path)
@@ -126,6 +126,30 @@ def test_live_on_a_growing_store_is_stored(whole, tmp_path):
     train(growing, tmp_path / "run", live=True)
     producer.join()
     assert weights(tmp_path / "run") == weights(whole)
+
+
+def test_checkpoints_go_where_they_are_told_and_say_what_they_cost(store, whole, tmp_path):
+    config = TrainConfig(**{**vars(CONFIG), "checkpoints": str(tmp_path / "elsewhere"), "keep_every": 40})
+    _, lines = train(store, tmp_path / "run", config=config)
+    kept = [path.name[:13] for path in sorted((tmp_path / "elsewhere").iterdir())]
+    assert kept == ["step_00000040", "step_00000060"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert lines[-1][1]["checkpoint_seconds"] > 0
+    assert weights(tmp_path / "run") == weights(whole)
+
+
+def test_a_save_that_fails_is_an_alert_and_the_last_one_must_not(store, whole, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv(
+        "SAE_DIST_FAULTS", '[{"point": "checkpoint.before_commit", "where": {"step": 20}, "action": "raise"}]'
+    )
+    train(store, tmp_path / "a")
+    assert "ALERT: the checkpoint of step 20 was not saved" in caplog.text
+    assert weights(tmp_path / "a") == weights(whole)
+    monkeypatch.setenv(
+        "SAE_DIST_FAULTS", '[{"point": "checkpoint.before_commit", "where": {"step": 60}, "action": "raise"}]'
+    )
+    with pytest.raises(OSError, match="checkpoint.before_commit"):
+        train(store, tmp_path / "b")
 
 
 def test_live_training_tells_its_store_how_far_it_is_and_leaves_it_in_the_end(store, tmp_path):
