@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_kernels import plain
 from sae_kernels.cpu.build import library
 from sae_kernels.cpu.kernels import CpuStep
-from sae_kernels.reference import Gradients, Selected, StepStatistics, adam_, remove_parallel, unit_norm
+from sae_kernels.plain_step import PlainStep
+from sae_kernels.reference import Gradients, Selected, StepStatistics
+from sae_kernels.row_state import Hyper
+from sae_kernels.stages import Stages
 
 if TYPE_CHECKING:
     from sae_kernels.triton_step import TritonStep
@@ -69,24 +71,32 @@ class TopKStep:
             raise ValueError(
                 "backend=cpu needs CPU tensors, product_dtype=bfloat16, AVX-512 BF16 and a compiler; use auto"
             )
-        self._kernels: CpuStep | TritonStep | None = None
+        own = (list(self._parameters()), self._first, self._second)
+        self._kernels: PlainStep | CpuStep | TritonStep
         if backend == "triton" or (backend == "auto" and W_dec.is_cuda and product_dtype == torch.bfloat16):
             from sae_kernels import triton_step  # imports Triton, which only a GPU needs
 
-            self._kernels = triton_step.TritonStep(list(self._parameters()), self._first, self._second)
+            self._kernels = triton_step.TritonStep(*own)
         elif backend != "torch" and on_cpu and library():
-            self._kernels = CpuStep(list(self._parameters()), self._first, self._second)
+            self._kernels = CpuStep(*own)
+        else:
+            self._kernels = PlainStep(*own, product_dtype=product_dtype)
 
     @property
     def backend_used(self) -> Backend:
         """What `auto` came to."""
         match self._kernels:
-            case None:
+            case PlainStep():
                 return "torch"
             case CpuStep():
                 return "cpu"
             case _:
                 return "triton"
+
+    @property
+    def stages(self) -> Stages:
+        """The step's parts one by one, on the same tensors: for a trainer that exchanges something between them."""
+        return self._kernels
 
     @property
     def W_enc(self) -> Float[Tensor, "d_model n_latents"]:
@@ -101,12 +111,9 @@ class TopKStep:
         self, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float | Float[Tensor, ""]
     ) -> StepStatistics:
         """One optimiser step on `topk_loss`; when the squared error is not finite, nothing but the counters changes."""
-        if self._kernels:
-            statistics, gradients = self._forward(self._kernels, x, variance), None
-        else:
-            gradients, statistics = self.gradients(x, variance=variance)
+        statistics = self.forward(x, variance=variance)
         if bool(torch.isfinite(statistics.squared_error)):
-            self._update_(gradients, lr=lr)
+            self.update_(None, lr=lr)
         self.count_(statistics.fired, tokens=x.shape[0])
         return statistics
 
@@ -114,41 +121,27 @@ class TopKStep:
         self, x: Float[Tensor, "batch d_model"], *, variance: float | Float[Tensor, ""]
     ) -> tuple[Gradients, StepStatistics]:
         """Gradients of `topk_loss` at the present parameters, dense, for a trainer that reduces them over ranks."""
-        if self._kernels:
-            statistics = self._forward(self._kernels, x, variance)
-            return self._kernels.gradients(), statistics
-        return plain.topk_gradients(
-            x.float(), self.W_enc, self.W_dec, self.b_enc, self.b_dec, k=self.k, variance=float(variance),
-            dead=self.dead, k_aux=self.k_aux, aux_coefficient=self.aux_coefficient, product_dtype=self.product_dtype,
-        )  # fmt: skip
+        statistics = self.forward(x, variance=variance)
+        return self._kernels.gradients(), statistics
 
-    def update_(self, gradients: Gradients, *, lr: float) -> None:
-        """Adam on the four parameters; decoder rows lose the gradient along themselves and keep norm 1."""
-        self._update_(gradients, lr=lr)
-
-    def _forward(self, kernels: "CpuStep | TritonStep", x: Tensor, variance: float | Tensor) -> StepStatistics:
-        return kernels.forward(
+    def forward(self, x: Float[Tensor, "batch d_model"], *, variance: float | Float[Tensor, ""]) -> StepStatistics:
+        """The first half of `step`: everything up to what `update_(None)` needs, which is kept until then."""
+        return self._kernels.forward(
             x, k=self.k, variance=float(variance), dead=self.dead, k_aux=self.k_aux,
             aux_coefficient=self.aux_coefficient,
         )  # fmt: skip
 
-    def _update_(self, gradients: Gradients | None, *, lr: float) -> None:
+    def update_(self, gradients: Gradients | None, *, lr: float) -> None:
+        """Adam on the four parameters; decoder rows lose the gradient along themselves and keep norm 1.
+
+        Without gradients those of the last `forward` are used, and never stored.
+        """
+        self._kernels.update_(gradients, **self.hyper_(lr)._asdict())
+
+    def hyper_(self, lr: float) -> Hyper:
+        """Begin the next update: its number, and Adam's other numbers."""
         self.steps += 1
-        if self._kernels:
-            self._kernels.update_(gradients, step=self.steps, lr=lr, betas=self.betas, eps=self.eps)
-            return
-        assert gradients is not None
-        by_parameter = (
-            gradients.W_enc.t(),
-            remove_parallel(gradients.W_dec, self.W_dec),
-            gradients.b_enc,
-            gradients.b_dec,
-        )
-        for parameter, gradient, first, second in zip(
-            self._parameters(), by_parameter, self._first, self._second, strict=True
-        ):
-            adam_(parameter, gradient, first, second, step=self.steps, lr=lr, betas=self.betas, eps=self.eps)
-        self.W_dec.copy_(unit_norm(self.W_dec))
+        return Hyper(self.steps, lr, self.betas, self.eps)
 
     def count_(self, fired: Bool[Tensor, " n_latents"], *, tokens: int) -> None:
         """Count `tokens` of silence for every latent that did not fire; ranks count the union and the sum."""
@@ -156,11 +149,7 @@ class TopKStep:
 
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Selected:
         """`reference.topk_encode` at the present parameters."""
-        if self._kernels:
-            return self._kernels.encode(x, k=self.k)
-        return plain.topk_encode(
-            x.float(), self.W_enc, self.b_enc, self.b_dec, k=self.k, product_dtype=self.product_dtype
-        )
+        return self._kernels.encode(x, k=self.k)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, as plain tensors that share memory with this object."""
@@ -185,8 +174,7 @@ class TopKStep:
                 raise ValueError(f"{name} is {list(tensors[name].shape)} and must be {list(tensor.shape)}")
             tensor.copy_(tensors[name])
         self.steps = int(tensors["steps"])
-        if self._kernels:
-            self._kernels.refresh_()
+        self._kernels.refresh_()
 
     def _parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self._rows_enc, self.W_dec, self.b_enc, self.b_dec

@@ -1,9 +1,13 @@
 """A TopK step on a GPU: what `topk_step.TopKStep` calls when its tensors are there."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sae_kernels.reference import Gradients, Selected, StepStatistics
+from sae_kernels.row_state import Hyper
+from sae_kernels.stages import Part, RowGradients
 from sae_kernels.triton_aux import DENSE, Compacted, dense_aux
 from sae_kernels.triton_latents import Moments, Pairs, schedule_row, update_latents_
 from sae_kernels.triton_sparse_decode import decode, gather_dot
@@ -58,7 +62,6 @@ class TritonStep:
             if len(places) <= DENSE * k_aux:
                 self._aux = dense_aux(rows, error, self.W_dec.value, places, aux, scale=aux_scale)
                 statistics = statistics._replace(aux_squared_error=self._aux.squared_error)
-                self._through_decoder -= self._aux.bias @ self.rounded[places].float()
             else:
                 aux = Selected(aux.values, places[aux.indices])
                 aux_error = decode(*aux, self.W_dec.value, None, residual_of=error)
@@ -67,57 +70,119 @@ class TritonStep:
                 errors = torch.cat([error, aux_error])
                 indices, values = torch.cat([indices, aux.indices], 1), torch.cat([values, aux.values], 1)
                 weights, d_z = torch.cat([weights, -aux_scale * aux.values], 1), torch.cat([d_z, aux_d_z], 1)
-        by_latent = segments(values, indices, n_latents=n_latents)
-        self._indices = indices
-        self._encoder = Pairs(rows, d_z, by_latent, split=k, shift=0)
-        self._decoder = Pairs(errors, weights, by_latent, split=k, shift=len(x))
+        self._hold_(rows, errors, Selected(values, indices), weights=weights, d_z=d_z, split=k)
         return statistics
+
+    def _hold_(
+        self, rows: Tensor, errors: Tensor, selected: Selected, *, weights: Tensor, d_z: Tensor, split: int
+    ) -> None:
+        by_latent = segments(*selected, n_latents=len(self.rounded))
+        self._indices = selected.indices
+        self._encoder = Pairs(rows, d_z, by_latent, split=split, shift=0)
+        self._decoder = Pairs(errors, weights, by_latent, split=split, shift=len(rows))
 
     def gradients(self) -> Gradients:
         """The dense gradients of the last `forward`."""
+        enc, dec, b_enc, through = self.row_gradients()
+        return Gradients(enc.t(), dec, b_enc, self._through_decoder - through)
+
+    def update_(
+        self, gradients: Gradients | None, *, step: int, lr: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        """The update from dense gradients, or from the last `forward` without ever storing them."""
+        hyper = Hyper(step, lr, betas, eps)
+        if gradients is None:
+            self.update_b_dec_(self._through_decoder - self.update_latents_(None, hyper), hyper)
+            return
+        enc, dec, b_enc, d_b_dec = gradients
+        self.update_latents_(RowGradients(enc.t(), dec, b_enc, torch.zeros_like(d_b_dec)), hyper)
+        self.update_b_dec_(d_b_dec, hyper)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return self._rows(x.float())
+
+    def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None) -> Selected:
+        if latents is not None:
+            chosen = self._select_dead(rows, latents, k=k)
+            return Selected(chosen.values, latents[chosen.indices])
+        values, indices, _ = encode_select(rows, self.rounded, self.b_enc.value, k=k)
+        return Selected(values, indices)
+
+    def partial(self, selected: Selected) -> Tensor:
+        return decode(*selected, self.W_dec.value, None)
+
+    def d_z(self, errors: Tensor, selected: Selected, *, scale: float) -> Tensor:
+        return scale * gather_dot(errors, self.W_dec.value, selected.indices) * (selected.values > 0)
+
+    def hold_(self, rows: Tensor, parts: Sequence[Part]) -> None:
+        def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+            return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+        self._aux = None
+        self._hold_(
+            rows,
+            joined([part.errors for part in parts], 0),
+            Selected(
+                joined([part.selected.values for part in parts], 1),
+                joined([part.selected.indices for part in parts], 1),
+            ),
+            weights=joined([part.scale * part.selected.values for part in parts], 1),
+            d_z=joined([part.d_z for part in parts], 1),
+            split=parts[0].d_z.shape[1],
+        )
+
+    def row_gradients(self) -> RowGradients:
+        n_latents = len(self.rounded)
+        encoder, decoder = self._encoder, self._decoder
         d_enc, d_b_enc = row_gradient(
-            self._encoder.rows, self._encoder.weights, self._encoder.by_latent, n_latents=len(self.rounded),
-            with_sum=True,
-        )  # fmt: skip
+            encoder.rows, encoder.weights, encoder.by_latent, n_latents=n_latents, with_sum=True
+        )
         d_dec, _ = row_gradient(
-            self._decoder.rows, self._decoder.weights, self._decoder.by_latent, n_latents=len(self.rounded),
-            split=self._decoder.split, shift=self._decoder.shift,
+            decoder.rows, decoder.weights, decoder.by_latent, n_latents=n_latents, split=decoder.split,
+            shift=decoder.shift,
         )  # fmt: skip
         assert d_b_enc is not None
         if self._aux:
             dead = self._aux.slots.ge(0).nonzero().squeeze(1)
             for total, part in ((d_enc, self._aux.enc), (d_dec, self._aux.dec), (d_b_enc, self._aux.bias)):
                 total.index_add_(0, dead, part)
-        return Gradients(d_enc.t(), d_dec, d_b_enc, self._d_b_dec())
+        return RowGradients(d_enc, d_dec, d_b_enc, self._through_b_dec())
 
-    def update_(
-        self, gradients: Gradients | None, *, step: int, lr: float, betas: tuple[float, float], eps: float
-    ) -> None:
-        """The update from dense gradients, or from the last `forward` without ever storing them."""
+    def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Tensor:
         if gradients is None:
-            encoder, decoder, d_b_dec, aux = self._encoder, self._decoder, self._d_b_dec(), self._aux
+            encoder, decoder, through, aux = self._encoder, self._decoder, self._through_b_dec(), self._aux
         else:
-            encoder, decoder, d_b_dec = gradients.W_enc.t().contiguous(), gradients.W_dec.contiguous(), gradients.b_dec
+            encoder, decoder, through = gradients.enc.contiguous(), gradients.dec.contiguous(), gradients.through_b_dec
             self._d_b_enc.copy_(gradients.b_enc)
             aux = None
-        schedule = torch.tensor([schedule_row(step=step, lr=lr, betas=betas)], device=self.rounded.device)
+        schedule = self._schedule(hyper)
         update_latents_(
-            self.W_enc, encoder, schedule=schedule, step=0, betas=betas, eps=eps, norms=self.norms[0], unit=False,
-            rounded=self.rounded, bias=self.b_enc, bias_gradient=self._d_b_enc,
+            self.W_enc, encoder, schedule=schedule, step=0, betas=hyper.betas, eps=hyper.eps, norms=self.norms[0],
+            unit=False, rounded=self.rounded, bias=self.b_enc, bias_gradient=self._d_b_enc,
             extra=aux and (aux.slots, aux.enc, aux.bias),
         )  # fmt: skip
         update_latents_(
-            self.W_dec, decoder, schedule=schedule, step=0, betas=betas, eps=eps, norms=self.norms[1], unit=True,
-            extra=aux and (aux.slots, aux.dec, aux.bias),
+            self.W_dec, decoder, schedule=schedule, step=0, betas=hyper.betas, eps=hyper.eps, norms=self.norms[1],
+            unit=True, extra=aux and (aux.slots, aux.dec, aux.bias),
         )  # fmt: skip
+        return through
+
+    def update_b_dec_(self, gradient: Tensor, hyper: Hyper) -> None:
         update_latents_(
-            Moments(*(tensor[None] for tensor in self.b_dec)), d_b_dec[None], schedule=schedule, step=0, betas=betas,
-            eps=eps, norms=torch.empty(1, device=d_b_dec.device), unit=False,
+            Moments(*(tensor[None] for tensor in self.b_dec)), gradient[None], schedule=self._schedule(hyper), step=0,
+            betas=hyper.betas, eps=hyper.eps, norms=torch.empty(1, device=gradient.device), unit=False,
         )  # fmt: skip
 
-    def _d_b_dec(self) -> Tensor:
-        """sum g - W_enc d_b_enc: b_dec acts through the decoder and, subtracted from x, through the encoder."""
-        return self._through_decoder - decode(self._encoder.weights, self._indices, self.rounded, None).sum(0)
+    def _schedule(self, hyper: Hyper) -> Tensor:
+        return torch.tensor([schedule_row(step=hyper.step, lr=hyper.lr, betas=hyper.betas)], device=self.rounded.device)
+
+    def _through_b_dec(self) -> Tensor:
+        """W_enc d_b_enc of what is held: b_dec, subtracted from x, acts through the encoder."""
+        through = decode(self._encoder.weights, self._indices, self.rounded, None).sum(0)
+        if self._aux:
+            places = self._aux.slots.ge(0).nonzero().squeeze(1)
+            through += self._aux.bias @ self.rounded[places].float()
+        return through
 
     def _rows(self, x: Tensor) -> Tensor:
         return (x - self.b_dec.value).bfloat16()

@@ -1,12 +1,15 @@
 """The C++ entry points as functions of tensors, and the buffers that a step reuses."""
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sae_kernels.cpu.build import library
 from sae_kernels.reference import Gradients, Selected, StepStatistics
+from sae_kernels.row_state import Hyper
+from sae_kernels.stages import Part, RowGradients
 
 _PANEL = 64  # rows of the product's register tile
 _CHUNK = 64  # latents of one partial sum
@@ -73,6 +76,11 @@ def _argument(a: Tensor | int | float | ctypes.Structure | ctypes.Array | None) 
     return a
 
 
+def _adam(hyper: Hyper) -> _Adam:
+    beta1, beta2 = hyper.betas
+    return _Adam(hyper.lr, beta1, beta2, hyper.eps, 1 / (1 - beta1**hyper.step), 1 / (1 - beta2**hyper.step))
+
+
 class CpuStep:
     """The kernels bound to one dictionary's tensors, with the buffers of a step: made once, grown when a batch grows.
 
@@ -94,9 +102,75 @@ class CpuStep:
         self._round(self.parameters[0], self._none, self.rounded)
 
     def encode(self, x: Tensor, *, k: int) -> Selected:
-        self._rows(x)
-        values, indices = self._select("alive", self.rounded, self.parameters[2], batch=len(x), k=k, sorted_=True)
-        return Selected(values.clone(), indices.long())
+        return self.select(self.rows(x), k=k)
+
+    def rows(self, x: Tensor) -> Tensor:
+        out = torch.empty(len(x), self.padded, dtype=torch.bfloat16)
+        self._round(x.float().contiguous(), self.parameters[3], out)
+        return out
+
+    def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None) -> Selected:
+        rounded, b_enc = self.rounded, self.parameters[2]
+        if latents is not None:
+            rounded, b_enc = rounded[latents], b_enc[latents]
+        values, indices = self._select("stage", rounded, b_enc, rows=rows, k=k, sorted_=True)
+        indices = torch.where(values > 0, indices, 0).long()
+        return Selected(values.clone(), indices if latents is None else latents[indices])
+
+    def partial(self, selected: Selected) -> Tensor:
+        values, indices = selected.values.contiguous(), selected.indices.int().contiguous()
+        out = torch.empty(len(values), self.d_model)
+        sizes = (*values.shape, self.d_model)
+        _call("sae_partial", values, indices, self.parameters[1], *sizes, out, torch.get_num_threads())
+        return out
+
+    def d_z(self, errors: Tensor, selected: Selected, *, scale: float) -> Tensor:
+        values, indices = selected.values.contiguous(), selected.indices.int().contiguous()
+        out, sizes = torch.empty_like(values), (*values.shape, self.d_model)
+        _call(
+            "sae_dots", errors.contiguous(), values, indices, self.parameters[1], *sizes, scale, out,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def hold_(self, rows: Tensor, parts: Sequence[Part]) -> None:
+        batch, self._dense = len(rows), None
+        self._buffers["rounded_rows"] = rows
+        self._buffers["errors"] = torch.cat([part.errors for part in parts]) if len(parts) > 1 else parts[0].errors
+        kept = [
+            (part.selected.values.contiguous(), part.selected.indices.int().contiguous(), part.d_z.contiguous())
+            for part in parts
+        ]
+        described = (_Chosen * len(parts))(
+            *(
+                _Chosen(*(t.data_ptr() for t in tensors), tensors[0].shape[1], kind * batch, part.scale)
+                for kind, (tensors, part) in enumerate(zip(kept, parts, strict=True))
+            )
+        )
+        self._pairs(described, batch, sum(part.d_z.shape[1] for part in parts))
+
+    def row_gradients(self) -> RowGradients:
+        d_enc, d_dec = torch.empty(2, self.n_latents, self.d_model)
+        d_bias = torch.empty(self.n_latents)
+        self._latents(None, d_enc, d_dec, d_bias)
+        return RowGradients(d_enc, d_dec, d_bias, self._sum_rows(self._buffers["through_b_dec"]))
+
+    def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Tensor:
+        if gradients is None:
+            self._latents(_adam(hyper), None, None, None)
+            return self._sum_rows(self._buffers["through_b_dec"])
+        d_enc, d_dec, d_b_enc = (g.contiguous() for g in gradients[:3])
+        _call(
+            "sae_update", d_enc, d_dec, d_b_enc, self._described(), self.n_latents, self.d_model, self.padded,
+            _adam(hyper), torch.get_num_threads(),
+        )  # fmt: skip
+        return gradients.through_b_dec
+
+    def update_b_dec_(self, gradient: Tensor, hyper: Hyper) -> None:
+        _call(
+            "sae_adam", self.parameters[3], gradient.contiguous(), self.first[3], self.second[3], self.d_model,
+            _adam(hyper),
+        )  # fmt: skip
 
     def forward(
         self, x: Tensor, *, k: int, variance: float, dead: Tensor, k_aux: int, aux_coefficient: float
@@ -107,30 +181,35 @@ class CpuStep:
         n_dead, k_dead = len(places), min(k_aux, len(places))
         few = n_dead <= _DENSE * k_aux
         rows = self._rows(x)
-        chosen = self._select("alive", self.rounded, self.parameters[2], batch=batch, k=k)
+        chosen = self._select("alive", self.rounded, self.parameters[2], rows=self._buffers["rounded_rows"], k=k)
         errors = self._buffer("errors", (batch if few else 2 * batch, self.d_model))
         squares = self._buffer("squares", (2, batch)).zero_()
-        described = (_Chosen * 2)(
+        described = (_Chosen * (1 if few else 2))(
             self._reconstruct("alive", rows, self.parameters[3], chosen, -scale, errors, squares, 0)
         )
         self._dense = None
         if n_dead:
-            dead_chosen = self._select("dead", self.rounded[places], self.parameters[2][places], batch=batch, k=k_dead)
+            dead_chosen = self._select(
+                "dead", self.rounded[places], self.parameters[2][places], rows=self._buffers["rounded_rows"], k=k_dead
+            )
             aux_scale = -scale * aux_coefficient * min(n_dead / k_aux, 1.0)
             if few:
                 self._aux(places, dead_chosen, aux_scale, errors, squares[1])
             else:
                 dead_chosen.indices.copy_(places[dead_chosen.indices])
                 described[1] = self._reconstruct("dead", errors, None, dead_chosen, aux_scale, errors, squares, 1)
-        offsets = self._buffer("offsets", (self.n_latents + 1,), torch.int64)
-        pairs = self._buffer("pairs", (batch * (k if few else k + k_dead), 4), torch.int32)
-        kinds = 1 if few else 2
-        _call("sae_pairs", described, kinds, batch, self.n_latents, offsets, pairs, torch.get_num_threads())
+        self._pairs(described, batch, k if few else k + k_dead)
         fired = torch.empty(self.n_latents, dtype=torch.bool)
         active = _call("sae_fired", *chosen, batch * k, fired, self.n_latents)
         sums = squares.double().sum(1).float()
         self._through_decoder = (-scale, errors[:batch])
         return StepStatistics(sums[0], sums[1], torch.tensor(active), fired)
+
+    def _pairs(self, described: ctypes.Array[_Chosen], batch: int, k: int) -> None:
+        offsets = self._buffer("offsets", (self.n_latents + 1,), torch.int64)
+        pairs = self._buffer("pairs", (batch * k, 4), torch.int32)
+        threads = torch.get_num_threads()
+        _call("sae_pairs", described, len(described), batch, self.n_latents, offsets, pairs, threads)
 
     def _reconstruct(
         self, name: str, target: Tensor, b_dec: Tensor | None, chosen: Selected, scale: float, errors: Tensor,
@@ -162,27 +241,21 @@ class CpuStep:
 
     def gradients(self) -> Gradients:
         """The dense gradients of the last `forward`."""
-        d_enc, d_dec = torch.empty(2, self.n_latents, self.d_model)
-        d_bias = torch.empty(self.n_latents)
-        self._latents(None, d_enc, d_dec, d_bias)
-        return Gradients(d_enc.t(), d_dec, d_bias, self._d_b_dec())
+        enc, dec, b_enc, through = self.row_gradients()
+        return Gradients(enc.t(), dec, b_enc, self._through_decoder_sum() - through)
 
     def update_(
         self, gradients: Gradients | None, *, step: int, lr: float, betas: tuple[float, float], eps: float
     ) -> None:
         """The update from dense gradients, or from the last `forward` without ever storing them."""
-        adam = _Adam(lr, *betas, eps, 1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step))
+        hyper = Hyper(step, lr, betas, eps)
         if gradients is None:
-            self._latents(adam, None, None, None)
-            d_b_dec = self._d_b_dec()
-        else:
-            d_enc, d_dec = gradients.W_enc.t().contiguous(), gradients.W_dec.contiguous()
-            d_b_dec = gradients.b_dec.contiguous()
-            _call(
-                "sae_update", d_enc, d_dec, gradients.b_enc.contiguous(), self._described(), self.n_latents,
-                self.d_model, self.padded, adam, torch.get_num_threads(),
-            )  # fmt: skip
-        _call("sae_adam", self.parameters[3], d_b_dec, self.first[3], self.second[3], self.d_model, adam)
+            through = self.update_latents_(None, hyper)
+            self.update_b_dec_(self._through_decoder_sum() - through, hyper)
+            return
+        enc, dec, b_enc, d_b_dec = gradients
+        self.update_latents_(RowGradients(enc.t(), dec, b_enc, torch.zeros_like(d_b_dec)), hyper)
+        self.update_b_dec_(d_b_dec, hyper)
 
     def _latents(self, adam: _Adam | None, d_enc: Tensor | None, d_dec: Tensor | None, d_bias: Tensor | None) -> None:
         buffers = self._buffers
@@ -194,9 +267,9 @@ class CpuStep:
             through_b_dec, torch.get_num_threads(),
         )  # fmt: skip
 
-    def _d_b_dec(self) -> Tensor:
+    def _through_decoder_sum(self) -> Tensor:
         scale, errors = self._through_decoder
-        return scale * self._sum_rows(errors) - self._sum_rows(self._buffers["through_b_dec"])
+        return scale * self._sum_rows(errors)
 
     def _sum_rows(self, a: Tensor) -> Tensor:
         out = torch.empty(self.d_model)
@@ -213,15 +286,16 @@ class CpuStep:
         _call("sae_round", a, minus, out, len(a), self.d_model, self.padded, torch.get_num_threads())
 
     def _select(
-        self, name: str, rounded: Tensor, b_enc: Tensor, *, batch: int, k: int, sorted_: bool = False
+        self, name: str, rounded: Tensor, b_enc: Tensor, *, rows: Tensor, k: int, sorted_: bool = False
     ) -> Selected:
-        """The k best latents of every row of the rounded batch, among those given, into the buffers of that name."""
+        """The k best latents of every rounded row, among those given, into the buffers of that name."""
+        batch = len(rows)
         padded_batch = -(-batch // _PANEL) * _PANEL
         room = -(-(k + max(k, 64)) // _LANES) * _LANES
         values = self._buffer(f"values.{name}", (batch, k))
         indices = self._buffer(f"indices.{name}", (batch, k), torch.int32)
         _call(
-            "sae_select", self._buffers["rounded_rows"], rounded, b_enc, batch, len(b_enc), self.padded // 2,
+            "sae_select", rows, rounded, b_enc, batch, len(b_enc), self.padded // 2,
             self._buffer("panels", (padded_batch, self.padded // 2), torch.int32), k, room,
             self._buffer("least", (padded_batch,)), self._buffer("count", (padded_batch,), torch.int32),
             self._buffer(f"candidates.{name}", (batch, room)),

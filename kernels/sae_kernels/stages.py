@@ -1,0 +1,76 @@
+"""A step in stages: what a trainer over many processes runs between its exchanges, whichever code computes it.
+
+One step is: `rows`, `select`, `partial` (summed over the parts of the dictionary it is the reconstruction), `d_z`, then
+`hold_` of what the backward pass needs, then `update_latents_` and `update_b_dec_`, or `row_gradients` in between.
+Everything but the last two works row by row: a row's result does not depend on the rows beside it, up to what a
+library's product makes of its shape (the compiled kernels' does not depend on it at all).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from sae_kernels.reference import Selected
+from sae_kernels.row_state import Hyper
+
+
+class Part(NamedTuple):
+    """One use of latents in the loss, the reconstruction or AuxK; their gradients are sums over (row, latent) pairs."""
+
+    errors: Float[Tensor, "batch d_model"]  # what is left of the target
+    selected: Selected  # indices of latents that are here; empty places have the value 0 and any valid index
+    d_z: Float[Tensor, "batch k"]  # d loss / d z: scale * errors . W_dec[j], 0 at empty places
+    scale: float  # d loss / d x_hat = scale * errors
+
+
+class RowGradients(NamedTuple):
+    """Dense gradients of the latents' rows, and their part of b_dec's."""
+
+    enc: Float[Tensor, "n_latents d_model"]
+    dec: Float[Tensor, "n_latents d_model"]
+    b_enc: Float[Tensor, " n_latents"]
+    through_b_dec: Float[
+        Tensor, " d_model"
+    ]  # sum_j d_b_enc[j] W_enc[:, j]: b_dec's gradient through the encoder, negated
+
+
+class Stages(Protocol):
+    """The kernels bound to the tensors of a dictionary, or of a part of one."""
+
+    def rows(self, x: Float[Tensor, "batch d_model"]) -> Shaped[Tensor, "batch width"]:
+        """x - b_dec as the product reads it; `width` is d_model or a little more."""
+        ...
+
+    def select(
+        self, rows: Shaped[Tensor, "batch width"], *, k: int, latents: Int[Tensor, " some"] | None = None
+    ) -> Selected:
+        """The k best latents here, or among some: int64 indices of latents, values descending, ties by the lower."""
+        ...
+
+    def partial(self, selected: Selected) -> Float[Tensor, "batch d_model"]:
+        """sum_j values_j W_dec[j], without b_dec."""
+        ...
+
+    def d_z(
+        self, errors: Float[Tensor, "batch d_model"], selected: Selected, *, scale: float
+    ) -> Float[Tensor, "batch k"]:
+        """scale * errors . W_dec[j], 0 at empty places."""
+        ...
+
+    def hold_(self, rows: Shaped[Tensor, "batch width"], parts: Sequence[Part]) -> None:
+        """Keep what the gradients are made of, sorted by latent, until the update."""
+        ...
+
+    def row_gradients(self) -> RowGradients:
+        """The gradients that `hold_` left to be computed, stored dense."""
+        ...
+
+    def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Float[Tensor, " d_model"]:
+        """Adam on the rows, from dense gradients or from what is held; returns `through_b_dec`."""
+        ...
+
+    def update_b_dec_(self, gradient: Float[Tensor, " d_model"], hyper: Hyper) -> None:
+        """Adam on b_dec."""
+        ...
