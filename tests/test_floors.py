@@ -13,7 +13,7 @@ FLOORS = (  # lowest first; packages on one floor do not know each other
     {"storage", "monitor"},
     {"text", "model", "shards", "sae"},
     {"harvest", "train", "evaluate", "interpret"},
-    {"service"},
+    {"service", "plan"},
     {"cli"},
     {"__main__"},
 )

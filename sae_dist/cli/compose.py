@@ -59,6 +59,8 @@ def _leaves(values: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]
 def _expand(override: str) -> list[str]:
     """`model=` and `text=` also take a name or a path: model=gpt2 means model=hf model.name=gpt2."""
     key, equals, value = override.partition("=")
+    if value.isdigit() and (CONF_DIR / key).is_dir():  # a group's alternative is a name, even where it looks like 16
+        return [f"{key}='{value}'"]
     if not equals or key not in ("model", "text") or value in options(key) or not value:
         return [override]
     quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -23,6 +23,7 @@ COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "evaluate": "FVU, L0, dead share, density, loss recovered; on held-out tokens",
     "pages": "feature pages: a static site that opens from disk",
     "status": "what a run is doing, from its files alone",
+    "plan": "memory, traffic, tokens/s, storage and price of a run before it is started",
     "store": "ls, stats, verify, gc, import, copy of activation stores",
 }
 BAD_INPUT, STOPPED = 2, 75

@@ -1,0 +1,63 @@
+"""Rates of a machine from measured steps: seconds = sum over kinds of work of amount / rate, no rate below zero."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from sae_dist.plan.machine import Rates
+from sae_dist.plan.seconds import amounts
+from sae_dist.plan.workload import Workload
+
+KINDS = ("product", "select", "gather", "stream", "step")
+
+
+class Measured(NamedTuple):
+    """One step, timed."""
+
+    work: Workload
+    seconds: float
+
+
+def rates(measured: Sequence[Measured], backend: str) -> Rates:
+    """The rates whose predictions have the least squared relative error over the measured steps.
+
+    A kind of work that the fit finds to cost nothing beside the others gets the largest rate that is still a number.
+    """
+    rows = np.array([[amounts(m.work, backend)[kind] for kind in KINDS] for m in measured])
+    seconds = np.array([m.seconds for m in measured])
+    costs = nonnegative(rows / seconds[:, None], np.ones(len(seconds)))
+    product, select, gather, stream, step = (float(cost) for cost in costs)
+    never = 1e18
+    return Rates(
+        product=1 / product if product else never,
+        select=1 / select if select else None,
+        gather=1 / gather if gather else never,
+        stream=1 / stream if stream else never,
+        step_s=step,
+    )
+
+
+def nonnegative(
+    a: Float64[np.ndarray, "equations unknowns"], b: Float64[np.ndarray, " equations"]
+) -> Float64[np.ndarray, " unknowns"]:
+    """argmin ||a x - b|| over x >= 0: the best of the least squares over every set of unknowns held at zero.
+
+    There are five unknowns and so 31 sets; the best feasible one is the minimum (its complement's bounds are active).
+    """
+    scale = np.abs(a).max(0)
+    scale[scale == 0] = 1
+    n = a.shape[1]
+    best, least = np.zeros(n), float(b @ b)
+    for chosen in range(1, 1 << n):
+        places = [i for i in range(n) if chosen >> i & 1]
+        solution = np.linalg.lstsq(a[:, places] / scale[places], b, rcond=None)[0]
+        if (solution < 0).any():
+            continue
+        x = np.zeros(n)
+        x[places] = solution / scale[places]
+        error = float(((a @ x - b) ** 2).sum())
+        if error < least * (1 - 1e-12):
+            best, least = x, error
+    return best

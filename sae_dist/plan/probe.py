@@ -1,0 +1,119 @@
+"""This machine as a description: real steps of a few shapes, a real exchange; kept in the user's cache folder."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from sae_kernels.cpu.build import cpu_flags
+from sae_kernels.topk_step import TopKStep
+
+from sae_dist.config import digest, load, to_dict
+from sae_dist.plan import parallel
+from sae_dist.plan.fit import Measured, rates
+from sae_dist.plan.machine import Link, Machine
+from sae_dist.plan.workload import Workload
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # of what is measured; another one is measured again
+SHAPES = (  # n_latents, d_model, k, batch: every kind of work dominates in one of them
+    (8_192, 512, 32, 1_024),
+    (16_384, 128, 8, 1_024),
+    (2_048, 512, 64, 2_048),
+    (32_768, 256, 8, 128),
+    (16_384, 768, 16, 256),
+    (4_096, 128, 64, 2_048),
+    (256, 64, 4, 64),
+)
+REPEAT = 5
+_RANK = "import psutil, torch, sae_dist.train.loop as _; print(psutil.Process().memory_info().rss)"
+
+
+def here(*, again: bool = False) -> Machine:
+    """The description of this machine, measured once: half a minute; `again` measures whatever is kept."""
+    kept = _file()
+    if kept.exists() and not again:
+        return load(Machine, json.loads(kept.read_text()))
+    logger.info("measuring this machine, about half a minute; keep it idle (%s)", kept)
+    machine = measure()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    temporary = kept.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(to_dict(machine), indent=1) + "\n")
+    temporary.replace(kept)
+    return machine
+
+
+def measure() -> Machine:
+    """Steps, an exchange and a process of this machine, as they are now: other programs slow them down."""
+    measured = list(_steps())
+    backend = _step(*SHAPES[-1][:3]).backend_used
+    assert backend in ("cpu", "torch"), "a machine with a GPU is described in conf/machine"
+    exchanged = parallel.exchanged()
+    link = Link(
+        # of all ranks together: they share the cores that copy
+        bytes_per_s=parallel.RANKS * exchanged.large_bytes / max(exchanged.large_s - exchanged.small_s, 1e-9),
+        latency_s=exchanged.small_s,
+    )
+    memory = float(psutil.virtual_memory().total)
+    notes = {
+        "gemm_fp32": _gemm(torch.float32), "gemm_bf16": _gemm(torch.bfloat16), "copy": _copy(),
+    }  # fmt: skip
+    runtime = float(subprocess.run([sys.executable, "-c", _RANK], capture_output=True, text=True, check=True).stdout)
+    return Machine(
+        name="here", backend=backend, devices=1, memory=memory, host_memory=memory, runtime=runtime,
+        rates=rates(measured, backend), link=link, network=link, read=1e9,
+        harvest=0.5 * max(notes["gemm_fp32"], notes["gemm_bf16"]), notes=notes,
+        source=f"measured on {platform.node()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    )  # fmt: skip
+
+
+def _steps() -> Iterator[Measured]:
+    for n_latents, d_model, k, batch in SHAPES:
+        step = _step(n_latents, d_model, k)
+        run = partial(step.step, torch.randn(batch, d_model), lr=1e-4, variance=float(d_model))
+        times = [_timed(run) for _ in range(REPEAT)]
+        work = Workload(n_latents=n_latents, d_model=d_model, k=k, k_aux=0, batch=batch)
+        yield Measured(work, sorted(times[1:])[(REPEAT - 1) // 2])
+
+
+def _gemm(dtype: torch.dtype) -> float:
+    """FLOP/s of a plain product."""
+    a, b, size = torch.randn(1024, 1024).to(dtype), torch.randn(1024, 1024).to(dtype), 2 * 1024**3
+    return size / min(_timed(lambda: a @ b) for _ in range(REPEAT))
+
+
+def _copy() -> float:
+    """Bytes/s read and written by a copy larger than any cache."""
+    source = torch.ones(1 << 27, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(_timed(lambda: target.copy_(source)) for _ in range(REPEAT))
+
+
+def _timed(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _step(n_latents: int, d_model: int, k: int) -> TopKStep:
+    W_dec = torch.nn.functional.normalize(torch.randn(n_latents, d_model), dim=1)
+    return TopKStep(
+        W_dec.t(), W_dec, b_enc=torch.zeros(n_latents), b_dec=torch.zeros(d_model), k=k, k_aux=0, aux_coefficient=0.0,
+        dead_after_tokens=1 << 40,
+    )  # fmt: skip
+
+
+def _file() -> Path:
+    """One file a machine, number of threads and version of what is measured."""
+    known = [VERSION, torch.__version__, torch.get_num_threads(), platform.node(), sorted(cpu_flags())]
+    own = os.environ.get("SAE_DIST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sae_dist"
+    return Path(own).expanduser() / "machines" / f"{digest(known)[:16]}.json"

@@ -1,0 +1,87 @@
+"""Seconds of a step: how much of each kind of work there is, over the rate at which the machine does it."""
+
+from typing import Literal, NamedTuple
+
+from sae_dist.plan.machine import Link, Machine
+from sae_dist.plan.traffic import exchanges
+from sae_dist.plan.workload import Workload
+
+Kind = Literal["product", "select", "gather", "stream", "step"]
+NAMES: dict[Kind, tuple[str, str]] = {  # what a person reads, and the unit
+    "product": ("the encoder's product", "FLOP"),
+    "select": ("the search for the top k", "values"),
+    "gather": ("gathers: decode, d_z, gradients", "B"),
+    "stream": ("the optimiser's traffic", "B"),
+    "step": ("launches and the host", ""),
+}
+ENCODER, DECODER = 26, 24  # bytes a weight that the fused updates move (kernels/README.md)
+DENSE = 100  # bytes a weight with plain torch: gradients are stored, and some ten passes run over each matrix
+
+
+class Phase(NamedTuple):
+    """One kind of work of one rank in one step."""
+
+    name: str
+    amount: float
+    unit: str
+    seconds: float
+
+
+def phases(work: Workload, machine: Machine) -> list[Phase]:
+    """What follows one another on a rank; reading goes on beside it (`reading_s`)."""
+    share, rates = shared_by(work, machine), machine.rates
+    per_unit: dict[Kind, float] = {
+        "product": share / rates.product,
+        "select": share / rates.select if rates.select else 0.0,
+        "gather": share / rates.gather,
+        "stream": share / rates.stream,
+        "step": rates.step_s,
+    }
+    own = amounts(work, machine.backend)
+    found = [Phase(*NAMES[kind][:1], own[kind], NAMES[kind][1], own[kind] * cost) for kind, cost in per_unit.items()]
+    link = joined_by(work, machine)
+    return found + [
+        Phase(f"exchange: {e.name}", e.bytes, "B", e.calls * link.latency_s + share * e.bytes / link.bytes_per_s)
+        for e in exchanges(work)
+    ]
+
+
+def amounts(work: Workload, backend: str) -> dict[Kind, float]:
+    """How much of each kind of work the largest rank has in a step.
+
+    product: 2 rows d_model latents, one dense product, which is what exact selection costs. gather: decode reads k rows
+    of W_dec, d_z again, both gradients k rows of errors and of x; a feature rank does so for its own latents, k / F of
+    a row's in the mean. stream: the optimiser's passes over this rank's weights.
+    """
+    weights, d = float(work.latents * work.d_model), work.d_model
+    pairs = work.batch * work.k / work.feature
+    decoded = work.rows * work.k / work.feature
+    plain = backend == "torch"
+    return {
+        "product": 2.0 * work.rows * d * work.latents,
+        "select": float(work.rows * work.latents),
+        "gather": decoded * 4 * d + pairs * (4 * d + 4 * d + (4 if plain else 2) * d),
+        "stream": weights * (2 * DENSE if plain else ENCODER + DECODER),
+        "step": 1.0,
+    }
+
+
+def shared_by(work: Workload, machine: Machine) -> float:
+    """Ranks that share one device: an accelerator has one rank, the cores of a machine all that run on it."""
+    return 1.0 if machine.backend == "triton" else float(work.ranks)
+
+
+def joined_by(work: Workload, machine: Machine) -> Link:
+    """The link that the slowest exchange goes over: the network as soon as the mesh is larger than a machine."""
+    fits = machine.backend != "triton" or work.ranks <= machine.devices
+    return machine.link if fits else machine.network
+
+
+def reading_s(work: Workload, machine: Machine) -> float:
+    """Seconds that a machine needs to read its share of a batch from the object storage."""
+    return work.batch * work.d_model * work.stored_bytes / n_machines(work, machine) / machine.read
+
+
+def n_machines(work: Workload, machine: Machine) -> int:
+    """Machines that the mesh takes."""
+    return -(-work.ranks // machine.devices) if machine.backend == "triton" else 1

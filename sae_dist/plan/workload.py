@@ -1,0 +1,81 @@
+"""What is to be trained, as the few numbers that memory, traffic and time depend on."""
+
+from typing import NamedTuple
+
+from sae_dist.config import UserError
+from sae_dist.sae.config import SAEConfig, check_width, resolved_k_aux
+from sae_dist.shards.order import OrderConfig
+from sae_dist.train.config import TrainConfig
+
+
+class Workload(NamedTuple):
+    """One dictionary on one mesh. Sizes are of the whole run; the properties are of its largest rank."""
+
+    n_latents: int
+    d_model: int
+    k: int
+    k_aux: int
+    batch: int  # rows of an optimiser step, over all ranks
+    data: int = 1  # ranks that share the rows
+    feature: int = 1  # ranks that share the latents
+    dead: int = 0  # latents that AuxK trains, an assumption
+    steps: int = 1
+    init_rows: int = 0  # sample of rows from which a run begins
+    prefetch: int = 4  # batches read ahead
+    lanes: int = 8  # readers, and slices that each has open: memory of the loader
+    window: int = 4
+    slice_rows: int = 8192
+    stored_bytes: int = 2  # an element of a stored row
+    store_rows: int = 0  # rows of the store, 0 where unknown
+
+    @property
+    def ranks(self) -> int:
+        return self.data * self.feature
+
+    @property
+    def latents(self) -> int:
+        """Latents of the largest rank, as `parallel.mesh.part` cuts."""
+        return -(-self.n_latents // self.feature)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that one rank encodes: those of its place on the data axis."""
+        return -(-self.batch // self.data)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole dictionary: W_enc, W_dec, b_enc, b_dec."""
+        return 2 * self.n_latents * self.d_model + self.n_latents + self.d_model
+
+    def on(self, *, data: int, feature: int) -> "Workload":
+        """The same on another mesh."""
+        return self._replace(data=data, feature=feature)
+
+
+def check(work: Workload) -> None:
+    """Refuses a mesh that some rank would have no part in; the cure is in the message."""
+    if (work.feature - 1) * work.latents >= work.n_latents:
+        raise UserError(
+            f"mesh.feature={work.feature} ranks for sae.n_latents={work.n_latents}: parts of {work.latents} leave the "
+            f"last rank without a latent; use mesh.feature={-(-work.n_latents // work.latents)}"
+        )
+    if work.data > work.batch:
+        raise UserError(f"mesh.data={work.data} ranks for train.batch={work.batch} rows; use mesh.data<={work.batch}")
+    if work.data > work.lanes:
+        raise UserError(
+            f"mesh.data={work.data} readers with order.lanes={work.lanes}; set order.lanes={work.data} or more"
+        )
+
+
+def workload(
+    sae: SAEConfig, train: TrainConfig, order: OrderConfig, *, d_model: int, data: int, feature: int,
+    dead_fraction: float, store_rows: int, stored_bytes: int, slice_rows: int,
+) -> Workload:  # fmt: skip
+    """The numbers of a run's configuration; UserError where the dictionary cannot work on this width."""
+    check_width(sae, d_model)
+    return Workload(
+        n_latents=sae.n_latents, d_model=d_model, k=sae.k, k_aux=resolved_k_aux(sae, d_model), batch=train.batch,
+        data=data, feature=feature, dead=round(dead_fraction * sae.n_latents), steps=train.n_steps,
+        init_rows=train.init_rows, lanes=order.lanes, window=order.window, slice_rows=slice_rows,
+        stored_bytes=stored_bytes, store_rows=store_rows,
+    )  # fmt: skip
