@@ -99,9 +99,12 @@ def _ls(store: Store) -> None:
     print(f"{found.uri}  {found.digest[:12]}")
     print(f"  model {found.model}, hook points {hooks}, {found.dtype}")
     units = f"{len(found.units)} of {found.n_units} units ({found.heldout_units} held out)"
-    print(f"  {units}, {found.rows:,} rows, {_size(found.bytes)}")
+    dropped = sum(unit.dropped for unit in found.units)
+    left_out = f" ({dropped:,} more were not finite and left out)" if dropped else ""
+    print(f"  {units}, {found.rows:,} rows{left_out}, {_size(found.bytes)}")
     for hook, error in found.relative_error.items():
-        print(f"  {hook}: storing cost a relative squared error of {quantity(error)}")
+        if error:
+            print(f"  {hook}: storing cost a relative squared error of {error:.2g}")
     for consumer in found.consumers:
         print(f"  read by {consumer.consumer}: {consumer.taken} units, {consumer.saved} past its checkpoint")
 

@@ -4,6 +4,7 @@ Every row keeps where it came from: `doc` is its number in the source, `pos` and
 """
 
 import logging
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,6 +27,7 @@ from sae_dist.storage import Storage
 
 logger = logging.getLogger(__name__)
 STORED: dict[torch.dtype, DType] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+UNREADABLE = (OSError, EOFError, RuntimeError, pickle.UnpicklingError, pa.ArrowInvalid, safetensors.SafetensorError)
 SUFFIXES = {".npy", ".safetensors", ".parquet", ".pt", ".pth"}
 
 
@@ -57,7 +59,7 @@ class Matrix(NamedTuple):
 def import_store(storage: Storage, settings: ImportConfig) -> Store:
     """Writes a store of all rows at `settings.path`; running it again continues where it stopped."""
     files = _files(Path(settings.path))
-    matrices = [_open(path, settings.key) for path in files]
+    matrices = [_checked(path, settings.key) for path in files]
     first = matrices[0]
     for path, matrix in zip(files, matrices, strict=True):
         if (matrix.width, matrix.dtype) != (first.width, first.dtype):
@@ -101,7 +103,10 @@ def _meta(settings: ImportConfig, files: list[Path], rows: int, first: Matrix) -
 
 
 def _files(path: Path) -> list[Path]:
-    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES) if path.is_dir() else [path]
+    try:
+        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES) if path.is_dir() else [path]
+    except PermissionError:
+        raise UserError(f"path={path} may not be read by this user; change its permissions or copy it") from None
     if not files or not path.exists():
         raise UserError(
             f"path={path} holds nothing to import; give a file or a folder of {', '.join(sorted(SUFFIXES))}"
@@ -116,6 +121,22 @@ def _fingerprint(path: Path) -> list[Any]:
         head = file.read(edge)
         file.seek(max(size - edge, 0))
         return [path.name, size, format.xxh3_128(head), format.xxh3_128(file.read(edge))]
+
+
+def _checked(path: Path, key: str) -> Matrix:
+    """The matrix in a file; whatever a library finds wrong with the file becomes one line."""
+    try:
+        matrix = _open(path, key)
+    except PermissionError:
+        raise UserError(f"path={path} may not be read by this user; change its permissions or copy it") from None
+    except UNREADABLE as error:
+        problem = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"path={path} cannot be read as {path.suffix} ({problem}); write it again or name another"
+        ) from None
+    if not matrix.dtype.is_floating_point:
+        raise UserError(f"path={path} holds {matrix.dtype}; activations are float16, bfloat16, float32 or float64")
+    return matrix
 
 
 def _open(path: Path, key: str) -> Matrix:
@@ -134,7 +155,7 @@ def _open(path: Path, key: str) -> Matrix:
 
 def _of_npy(path: Path) -> Matrix:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # never unpickles, never unzips
     except ValueError as error:
         raise UserError(f"path={path} is not an array of numbers ({error}); save it with numpy.save") from None
     if array.dtype.kind != "f":
@@ -159,7 +180,9 @@ def _of_safetensors(path: Path, key: str) -> Matrix:
 
 def _of_torch(path: Path, key: str) -> Matrix:
     content = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-    if not isinstance(content, Tensor):
+    if not isinstance(content, Tensor | dict):
+        raise UserError(f"path={path} holds a {type(content).__name__}; save a tensor, or tensors by name")
+    if isinstance(content, dict):
         names = [name for name, value in content.items() if isinstance(value, Tensor) and value.ndim >= 2]
         content = content[_chosen(path, key, names)]
     if not content.is_floating_point():

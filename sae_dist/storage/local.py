@@ -1,5 +1,6 @@
 """A folder as storage, on a local or a shared file system."""
 
+import contextlib
 import errno
 import os
 import uuid
@@ -9,6 +10,7 @@ from pathlib import Path
 from sae_dist import faults
 from sae_dist.storage.object import Bytes, Entry, StorageError, checked_key
 
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 TEMPORARY = ".partial-"  # files that a killed writer left; never listed
 
 
@@ -48,22 +50,27 @@ class LocalStorage:
             if replace:
                 os.replace(temporary, path)
             else:
-                os.link(temporary, path)  # fails if the name is taken, and shows the whole content or nothing
+                try:
+                    os.link(temporary, path)  # fails if the name is taken, and shows the whole content or nothing
+                except FileExistsError:
+                    return False
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-        except FileExistsError:
-            return False
         except OSError as error:
+            if error.errno in REFUSED:
+                raise StorageError(
+                    f"store={self.uri}: {error.strerror} at {error.filename}; choose a folder that this user may write"
+                ) from error
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise StorageError(
                     f"{path}: {error.strerror} writing {len(data)} bytes; free space or move the store"
                 ) from error
             raise
         finally:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
         return True
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
@@ -95,7 +102,7 @@ class LocalStorage:
         return iter(sorted(found))
 
     def delete(self, key: str) -> None:
-        (self.root / checked_key(key)).unlink(missing_ok=True)
+        _remove(self.root / checked_key(key))
 
     def exists(self, key: str) -> bool:
         return (self.root / checked_key(key)).is_file()
@@ -104,4 +111,10 @@ class LocalStorage:
         return (self.root / checked_key(key)).stat().st_size
 
     def discard(self, leftover: Entry) -> None:
-        (self.root / leftover.key).unlink(missing_ok=True)
+        _remove(self.root / leftover.key)
+
+
+def _remove(path: Path) -> None:
+    """Unlinks what is there; below a file that stands where a folder should be, nothing is."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        path.unlink()

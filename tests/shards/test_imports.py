@@ -117,6 +117,22 @@ def test_what_cannot_be_imported_is_named(tmp_path, name, content, message):
         import_store(storage.open(tmp_path / "store"), ImportConfig(path=str(tmp_path / name)))
 
 
+@pytest.mark.parametrize("name", ["x.npy", "x.safetensors", "x.parquet", "x.pt"])
+@pytest.mark.parametrize("content", [b"", b"no", b"\x80\x04cos\nsystem\n.", b"PK\x03\x04" + bytes(300)])
+def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"path={tmp_path / name} (cannot be read as|is not an array)"):
+        import_store(storage.open(tmp_path / "store"), ImportConfig(path=str(tmp_path / name)))
+
+
+def test_files_of_other_things_than_activations_are_named(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    safetensors.torch.save_file({"a": torch.arange(60).view(-1, 3)}, tmp_path / "ints.safetensors")
+    for name, message in (("list.pt", "holds a list"), ("ints.safetensors", "holds torch.int64")):
+        with pytest.raises(UserError, match=message):
+            import_store(storage.open(tmp_path / "store"), ImportConfig(path=str(tmp_path / name)))
+
+
 def test_a_choice_between_tensors_is_asked_for(tmp_path):
     safetensors.torch.save_file({"a": matrix(), "b": matrix()}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="choose one of a, b"):

@@ -80,6 +80,13 @@ def test_keys_that_are_not_plain_paths_are_refused(place, key):
         place.write(key, b"")
 
 
+def test_a_file_where_a_folder_should_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match="choose a folder that this user may write"):
+        storage.probe(storage.open(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_place_that_is_none_is_named():
     with pytest.raises(UserError, match="unknown scheme ftp"):
         storage.open("ftp://host/x")
