@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,6 +24,7 @@ from pydantic import Field
 
 from sae_dist import faults
 from sae_dist.config import UserError, frozen
+from sae_dist.storage import aws
 from sae_dist.storage.object import Bytes, Entry, StorageError, checked_key
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,9 @@ class S3Storage:
         }
         if endpoint:
             settings["s3"] = {"addressing_style": "path"}  # a bucket is rarely a host name on servers of one's own
-        self._fs = s3fs.S3FileSystem(config_kwargs=settings, endpoint_url=endpoint, skip_instance_cache=True)
+        self._fs = s3fs.S3FileSystem(
+            session=aws.session(), config_kwargs=settings, endpoint_url=endpoint, skip_instance_cache=True
+        )
 
     def local_path(self, key: str) -> Path | None:
         checked_key(key)
@@ -127,7 +130,7 @@ class S3Storage:
         try:
             answer = await client.get_object(**self._at(key), Range=f"bytes={start}-{start + len(into) - 1}")
         except botocore.exceptions.ClientError as error:
-            if _code(error) in ("InvalidRange", "416"):
+            if aws.code(error) in ("InvalidRange", "416"):
                 return 0, start
             raise
         at = 0
@@ -171,7 +174,7 @@ class S3Storage:
             try:
                 await client.complete_multipart_upload(**self._at(key), **upload, MultipartUpload={"Parts": parts})
             except botocore.exceptions.ClientError as error:
-                if _code(error) != "NoSuchUpload":
+                if aws.code(error) != "NoSuchUpload":
                     raise
                 head = await client.head_object(**self._at(key))  # completed before, and the answer was lost
                 if head["ContentLength"] != len(view):
@@ -186,7 +189,7 @@ class S3Storage:
             try:
                 await client.put_object(**self._at(key), Body=body, IfNoneMatch="*")
             except botocore.exceptions.ClientError as error:
-                if _code(error) not in ("PreconditionFailed", "412"):
+                if aws.code(error) not in ("PreconditionFailed", "412"):
                     raise
                 # Ours if only the answer was lost. Nobody can tell us whether one was: the HTTP client resends a PUT
                 # by itself when a kept connection turns out to be closed.
@@ -284,11 +287,11 @@ class S3Storage:
                 self._count(requests=1)
                 return await send(await self._fs.set_session())
             except botocore.exceptions.ClientError as error:
-                if _code(error) in EXPIRED and not refreshed:
-                    refreshed = True
+                if aws.code(error) in EXPIRED and not refreshed:
+                    refreshed, self._fs.session = True, aws.session()  # a session keeps its credentials
                     await self._fs.set_session(refresh=True)
                     continue
-                if not (_status(error) >= 500 or _status(error) == 429 or _code(error) in TRANSIENT):
+                if not (aws.status(error) >= 500 or aws.status(error) == 429 or aws.code(error) in TRANSIENT):
                     raise self._refusal(what, error) from None
                 problem: Exception = error
             except botocore.exceptions.NoCredentialsError:
@@ -302,16 +305,16 @@ class S3Storage:
             deadline = now + self.config.retry_s if deadline is None else deadline
             if now > deadline:
                 raise StorageError(
-                    f"store={self.uri}: {what} failed for {self.config.retry_s:.0f} s, last with {_describe(problem)}; "
-                    "is the endpoint up and reachable? run again to resume"
+                    f"store={self.uri}: {what} failed for {self.config.retry_s:.0f} s, last with "
+                    f"{aws.describe(problem)}; is the endpoint up and reachable? run again to resume"
                 )
             self._count(retries=1)
-            logger.info("%s %s failed (%s), trying again", self.uri, what, _describe(problem))
+            logger.info("%s %s failed (%s), trying again", self.uri, what, aws.describe(problem))
             await asyncio.sleep(random.uniform(0, pause))  # full jitter: clients that failed together part ways
             pause = min(2 * pause, self.config.longest_pause_s)
 
     def _refusal(self, what: str, error: botocore.exceptions.ClientError) -> Exception:
-        code, status = _code(error), _status(error)
+        code, status = aws.code(error), aws.status(error)
         start = f"store={self.uri}: {what}"
         match code:
             case "NoSuchBucket":
@@ -330,22 +333,4 @@ class S3Storage:
             return StorageError(
                 f"{start}: access denied ({code}); this identity lacks the right, or the bucket is not ours"
             )
-        return StorageError(f"{start}: refused with {_describe(error)}")
-
-
-def _response(error: botocore.exceptions.ClientError) -> Mapping[str, Any]:
-    return error.response
-
-
-def _code(error: botocore.exceptions.ClientError) -> str:
-    return str(_response(error).get("Error", {}).get("Code", ""))
-
-
-def _status(error: botocore.exceptions.ClientError) -> int:
-    return int(_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, botocore.exceptions.ClientError):
-        return f"{_status(error)} {_code(error)}"
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+        return StorageError(f"{start}: refused with {aws.describe(error)}")

@@ -12,9 +12,12 @@ from sae_dist.shards import copy, gc, reader, writer
 from sae_dist.shards.cache import CacheConfig, FolderCache
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
+from sae_dist.storage.aws import models
 from sae_dist.storage.s3 import S3Config, S3Storage
 from tests.shards import predictable
 
+for part in ("service-2", "endpoint-rule-set-1"):
+    models().load_service_model("s3", part)  # parsed once by the fork server, not by each child
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.shards.children"])
 ORDER = OrderConfig(lanes=4, window=2, round_units=2)
