@@ -19,6 +19,7 @@ from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.sae.config import SAEConfig, check_width
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.scale import fold_scale
+from sae_dist.shards import shuffle
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
@@ -130,7 +131,8 @@ def train(
                 if done or state.step % config.log_every == 0:
                     rates = _rates(state, begun, config.batch, batches.waits().starved_s)
                     figures = window.figures(state) | rates | saver.figures()
-                    log(state.step, {"epoch": batch.epoch, "lr": lr * factor} | figures)
+                    mixed = {"shuffle_inflation": shuffle.inflation(batch.doc)}  # at its best 1 + batch m / rows
+                    log(state.step, {"epoch": batch.epoch, "lr": lr * factor} | mixed | figures)
                     window = _Window(0.0, 0.0, 0)
                 if done or stop():
                     break

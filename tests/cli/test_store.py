@@ -31,6 +31,8 @@ def test_train_on_activations_made_elsewhere(store, capsys):
     assert summary["eval"]["loss_recovered"] is None
     assert summary["eval"]["tokens"] == 1000  # the last of four units
     assert summary["tokens_trained"] == 300 * 256
+    metrics = (store.parents[1] / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(metrics[-1])["shuffle_inflation"] == 1  # every imported row is a document of its own
     assert main(["evaluate", "runs/mine"]) == 0
     assert main(["status", "runs/mine"]) == 0
     assert "done" in capsys.readouterr().out
