@@ -23,6 +23,7 @@ from sae_dist.shards.windows import Closed, Window, Windows
 
 GATHER = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # rows are moved as integers: any dtype, no rounding
 POLL_S = 0.05
+MOVERS = 2  # threads that copy rows; torch copies so few rows at a time in one
 
 
 class Batch(NamedTuple):
@@ -104,7 +105,7 @@ class Loader:
         self._windows = Windows(store, hook, self.order, seed, threads=threads, stop=self._stop)
         self._seconds = dict.fromkeys(("starved_s", "blocked_s", "uncommitted_s"), 0.0)
         self._batches_made = self._bytes_made = 0
-        self._mover = ThreadPoolExecutor(1, thread_name_prefix="mover")
+        self._movers = ThreadPoolExecutor(MOVERS, thread_name_prefix="mover")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._producing = self._ahead.submit(self._produce)
 
@@ -166,7 +167,7 @@ class Loader:
         self._stop.set()
         self._windows.close()
         self._ahead.shutdown(wait=True)
-        self._mover.shutdown(wait=True)
+        self._movers.shutdown(wait=True)
 
     def __enter__(self) -> Self:
         return self
@@ -316,23 +317,26 @@ class Loader:
         unit, row = np.empty(n, np.int64), np.empty(n, np.int64)
         doc, pos, token = np.empty(n, np.uint64), np.empty(n, np.uint32), np.empty(n, np.uint32)
         at, moves = 0, []
-        for window, rows, pieces in parts:
-            to = slice(at, at + len(rows))
-            doc[to], pos[to], token[to] = window.doc[rows], window.pos[rows], window.token[rows]
+        for window, _, pieces in parts:
             for piece in pieces:
-                to = slice(at, at + len(piece.rows))
-                stored, index = window.slices[piece.unit, piece.slice], torch.from_numpy(piece.rows)
+                to, index = slice(at, at + len(piece.rows)), torch.from_numpy(piece.rows)
+                stored = window.slices[piece.unit, piece.slice]
                 moves.append((stored.bits.view(moved), index, target[to]))
                 if stored.scale is not None:
                     torch.index_select(stored.scale, 0, index, out=scale[to])
-                unit[to] = piece.unit
-                row[to] = piece.slice * meta.slice_rows + piece.rows
+                unit[to], row[to] = piece.unit, piece.slice * meta.slice_rows + piece.rows
                 at = to.stop
-        half = self._mover.submit(_move, moves[: len(moves) // 2])  # torch copies so few rows at a time in one thread
-        _move(moves[len(moves) // 2 :])
-        half.result()
-        x = quantize.decode(target, scale if scaled else None, meta.dtype)
+        shares = [moves[i * len(moves) // MOVERS : (i + 1) * len(moves) // MOVERS] for i in range(MOVERS)]
+        moving = [self._movers.submit(_move, share) for share in shares]
+        at = 0
+        for window, rows, _ in parts:  # while the rows are on their way
+            to = slice(at, at + len(rows))
+            doc[to], pos[to], token[to] = window.doc[rows], window.pos[rows], window.token[rows]
+            at = to.stop
         self._hash = (self._hash + order.fold(step, unit, row)) & MASK
+        for share in moving:
+            share.result()
+        x = quantize.decode(target, scale if scaled else None, meta.dtype)
         self._batches_made += 1
         self._bytes_made += target.nbytes
         return Batch(x, unit, row, doc, pos, token, step, epoch, self._hash, units_done)

@@ -1,6 +1,7 @@
 """Bytes of a local file as an array that is the file itself."""
 
 import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,13 @@ def map_bytes(path: Path, start: int, length: int) -> UInt8[np.ndarray, " bytes"
     if length == 0:
         return np.empty(0, np.uint8)
     page = start - start % mmap.ALLOCATIONGRANULARITY
-    with path.open("rb") as file:
-        if path.stat().st_size < start + length:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        if os.fstat(file).st_size < start + length:
             return np.empty(0, np.uint8)
-        mapped = mmap.mmap(file.fileno(), start + length - page, access=mmap.ACCESS_COPY, offset=page)
-    mapped.madvise(mmap.MADV_WILLNEED)
+        # Not madvise, which asks for the same but keeps the interpreter's lock while the disk is at work.
+        os.posix_fadvise(file, page, start + length - page, os.POSIX_FADV_WILLNEED)
+        mapped = mmap.mmap(file, start + length - page, access=mmap.ACCESS_COPY, offset=page)
+    finally:
+        os.close(file)
     return np.frombuffer(mapped, np.uint8)[start - page :]

@@ -1,5 +1,6 @@
 """An open store: its commits and its slices, each verified against its checksum before anybody sees a row."""
 
+import functools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from sae_dist.shards.statistics import Statistics
 from sae_dist.storage import Storage
 
 PARALLEL_COMMITS = 16  # small objects, so latency counts
+_F4 = np.dtype("<f4")
+_IDS = (("doc", np.dtype("<u8")), ("pos", np.dtype("<u4")), ("token", np.dtype("<u4")))
 
 
 class Slice(NamedTuple):
@@ -200,20 +203,17 @@ def _parse(data: UInt8[np.ndarray, " bytes"], schema: pa.Schema, dtype: format.D
     batch = pa.ipc.read_record_batch(message, schema)
     base = data.__array_interface__["data"][0]
 
-    def column(array: pa.Array, numpy_dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    def column(array: pa.Array, numpy_dtype: np.dtype, count: int) -> np.ndarray:
         start = array.buffers()[-1].address - base  # by address: a view through Arrow would be read-only
-        count = int(np.prod(shape)) * numpy_dtype.itemsize
-        return data[start : start + count].view(numpy_dtype).reshape(shape)
+        return data[start : start + count * numpy_dtype.itemsize].view(numpy_dtype)
 
     element, rows = format.ELEMENTS[dtype], batch.num_rows
-    raw = column(batch["act"].values, _numpy(element.stored), (rows, width))
-    scale = torch.from_numpy(column(batch["scale"], np.dtype("<f4"), (rows,))) if element.scaled else None
-    doc, pos, token = (
-        column(batch[name], np.dtype(kind), (rows,))
-        for name, kind in (("doc", "<u8"), ("pos", "<u4"), ("token", "<u4"))
-    )
+    raw = column(batch["act"].values, _numpy(element.stored), rows * width).reshape(rows, width)
+    scale = torch.from_numpy(column(batch["scale"], _F4, rows)) if element.scaled else None
+    doc, pos, token = (column(batch[name], kind, rows) for name, kind in _IDS)
     return Slice(torch.from_numpy(raw), scale, doc, pos, token, dtype)
 
 
+@functools.cache
 def _numpy(dtype: torch.dtype) -> np.dtype:
     return torch.empty(0, dtype=dtype).numpy().dtype
