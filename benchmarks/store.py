@@ -1,12 +1,14 @@
 """How fast the activation store writes, verifies and reads, beside raw files and other formats, on the same bytes.
 
     python benchmarks/store.py --gigabytes 2 --read-gigabytes 10
+    python benchmarks/store.py --folder /data/bench --parts write read      and later --parts disk memory peer
 
 `read` is out of the page cache: it measures code and memory. `read_disk` evicts the files first. MosaicML Streaming
 is installed into an environment of its own, which is deleted afterwards.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -35,6 +37,7 @@ from sae_dist.shards.loader import Loader
 
 WIDTH, UNIT_ROWS, SLICE_ROWS, BATCH, HOOK = 4096, 16_384, 1024, 4096, "resid_post.0"  # slices of 8 MiB
 UNIT_BYTES = WIDTH * UNIT_ROWS * 2
+PARTS = ("write", "read", "disk", "memory", "peer")
 PEER = "mosaicml-streaming==0.13.0"
 
 
@@ -236,44 +239,62 @@ def mosaic(folder: Path, units: int, repeats: int) -> dict[str, object]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def goals(result: dict) -> dict[str, float]:
+    """The figures that are asked for, out of the parts that have been measured."""
+    found = {}
+    if "read_disk" in result:
+        raw, ours = (figures["gb_per_s"] for figures in result["read_disk"].values())
+        found["share of raw verified read, files on disk (at least 0.8)"] = round(ours / raw, 3)
+    if "read" in result:
+        raw, ours = (result["read"][key] for key in ("file + xxh3-128", "sae_dist, shuffled batches, verified"))
+        found["share of raw verified read, files in the page cache"] = round(ours["gb_per_s"] / raw["gb_per_s"], 3)
+        found["cpu_s_per_gb read (at most 1.2)"] = ours["cpu_s_per_gb"]
+    if "memory" in result:
+        found["rss_growth_mb over the read (flat)"] = result["memory"]["rss_growth_mb"]
+    return found
+
+
+def measure(part: str, folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """One part of the benchmark; `write` makes the files that all others read."""
+    units = max(int(arguments.gigabytes * 1e9 / UNIT_BYTES), 2)
+    match part:
+        case "write":
+            generator = torch.Generator().manual_seed(0)
+            rows = torch.randn(UNIT_ROWS, WIDTH, generator=generator).bfloat16()
+            return {"bytes": units * UNIT_BYTES, "write": write_all(folder, rows.view(torch.uint16).numpy(), units)}
+        case "read":
+            return {"read": read_all(folder, units, arguments.repeats)}
+        case "disk":
+            return {"read_disk": read_disk(folder, units, 5)}
+        case "memory":
+            return {"memory": memory_over(folder, int(arguments.read_gigabytes * 1e9))}
+        case _:
+            return {"mosaicml_streaming": mosaic(folder, units, arguments.repeats)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--read-gigabytes", type=float, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "store.json")
-    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--folder", type=Path, help="keep the files here, to measure other parts on them later")
     arguments = parser.parse_args()
-    units = max(int(arguments.gigabytes * 1e9 / UNIT_BYTES), 2)
-    base = (
-        torch.randn(UNIT_ROWS, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16().view(torch.uint16).numpy()
-    )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        result = {
-            "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
-                        "pyarrow": pa.__version__, "load_before": os.getloadavg()[0]},
-            "bytes": units * UNIT_BYTES,
-            "width": WIDTH,
-            "write": write_all(folder, base, units),
-            "read": read_all(folder, units, arguments.repeats),
-            "read_disk": read_disk(folder, units, 5),
-            "memory": memory_over(folder, int(arguments.read_gigabytes * 1e9)),
-        }  # fmt: skip
-        if not arguments.no_peer:
-            result["mosaicml_streaming"] = mosaic(folder, units, arguments.repeats)
-    read = result["read"]
-    ours, raw = read["sae_dist, shuffled batches, verified"], read["file + xxh3-128"]
-    disk = [figures["gb_per_s"] for figures in result["read_disk"].values()]
-    result["goals"] = {
-        "share of raw verified read, files on disk (at least 0.8)": round(disk[1] / disk[0], 3),
-        "share of raw verified read, files in the page cache": round(ours["gb_per_s"] / raw["gb_per_s"], 3),
-        "cpu_s_per_gb read (at most 1.2)": ours["cpu_s_per_gb"],
-        "rss_growth_mb over the read (flat)": result["memory"]["rss_growth_mb"],
-    }
-    result["machine"]["load_after"] = os.getloadavg()[0]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    fresh = "write" in arguments.parts or not arguments.out.exists()
+    result = {} if fresh else json.loads(arguments.out.read_text())
+    with contextlib.ExitStack() as stack:
+        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in arguments.parts:
+            before = os.getloadavg()[0]
+            result |= measure(part, folder, arguments)
+            load = result.get("load", {}) | {part: [round(before, 2), round(os.getloadavg()[0], 2)]}
+            machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
+                       "pyarrow": pa.__version__}  # fmt: skip
+            result |= {"machine": machine, "load": load, "width": WIDTH, "goals": goals(result)}
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     sys.stderr.write(json.dumps(result["goals"], indent=1) + "\n")
 
 
