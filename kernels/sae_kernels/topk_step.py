@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_kernels.cpu.build import library
-from sae_kernels.cpu.kernels import CpuStep
+from sae_kernels.cpu.kernels import CpuStep, Screen, Screened
 from sae_kernels.plain_step import PlainStep
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.row_state import Hyper
@@ -29,7 +29,8 @@ class TopKStep:
 
     W_enc is kept as the transpose of a contiguous [n_latents, d_model] tensor. The tensors given are copied. W_dec must
     have unit rows. A latent is dead once it has been silent for `dead_after_tokens` tokens; `k_aux=0` turns AuxK off.
-    `k` may be assigned between steps.
+    `k` may be assigned between steps. `screen="int16"` halves the CPU kernels' product, for the same selection
+    (screen.h); `auto` does so where it is faster.
 
     Pre-activations are sums in fp32 over operands rounded to `product_dtype`. On a CPU with the kernels their order is
     that of `reference.ordered_pre_activations`, and everything is the same bitwise for any number of threads.
@@ -50,6 +51,7 @@ class TopKStep:
         eps: float = 6.25e-10,
         product_dtype: torch.dtype = torch.bfloat16,
         backend: Backend = "auto",
+        screen: Screen = "auto",
     ) -> None:
         n_latents, d_model = W_dec.shape
         if not 0 < k <= n_latents:
@@ -69,7 +71,7 @@ class TopKStep:
         on_cpu = W_dec.device.type == "cpu" and product_dtype == torch.bfloat16
         if backend == "cpu" and not (on_cpu and library()):
             raise ValueError(
-                "backend=cpu needs CPU tensors, product_dtype=bfloat16, AVX-512 BF16 and a compiler; use auto"
+                "backend=cpu needs CPU tensors, product_dtype=bfloat16, AVX2 with FMA and a compiler; use auto"
             )
         own = (list(self._parameters()), self._first, self._second)
         self._kernels: PlainStep | CpuStep | TritonStep
@@ -78,7 +80,7 @@ class TopKStep:
 
             self._kernels = triton_step.TritonStep(*own)
         elif backend != "torch" and on_cpu and library():
-            self._kernels = CpuStep(*own)
+            self._kernels = CpuStep(*own, screen=screen)
         else:
             self._kernels = PlainStep(*own, product_dtype=product_dtype)
 
@@ -97,6 +99,11 @@ class TopKStep:
     def stages(self) -> Stages:
         """The step's parts one by one, on the same tensors: for a trainer that exchanges something between them."""
         return self._kernels
+
+    @property
+    def screened(self) -> Screened | None:
+        """How many rows the int16 screen could not certify, where the CPU kernels may use it."""
+        return self._kernels.screened if isinstance(self._kernels, CpuStep) else None
 
     @property
     def W_enc(self) -> Float[Tensor, "d_model n_latents"]:

@@ -23,33 +23,34 @@ struct Aux {
     float *squares, *d_dec, *d_enc, *d_bias;  // [batch], [n_dead, d], [n_dead, d], [n_dead]
 };
 
-inline uint16_t to_bf16(float v) { return (uint16_t)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(v)), 0); }
+inline uint16_t to_bf16(float v) {
+    uint16_t out;
+    store_bf16(&out, lanes(1), splat(v));
+    return out;
+}
 
-// Two rows of bf16 numbers as pairs, by panels of 64 dimensions: out [panels][stride][64] at place `at`.
+// Two rows of bf16 numbers as pairs, by panels of dimensions: out [panels][stride][PANEL] at place `at`.
 inline void interleave(const uint16_t* even, const uint16_t* odd, long d, long stride, long at, uint32_t* out) {
     for (long i = 0; i < d; i += LANES) {
-        const __mmask16 in = lanes(d - i);
-        __m512i pairs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in, even + i));
-        if (odd) {
-            const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(in, odd + i));
-            pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(high, 16));
-        }
-        _mm512_storeu_si512(out + (i / PANEL * stride + at) * PANEL + i % PANEL, pairs);
+        const Lanes in = lanes(d - i);
+        I pairs = load_words(even + i, in);
+        if (odd) pairs = either(pairs, high_words(load_words(odd + i, in)));
+        store((int*)out + (i / PANEL * stride + at) * PANEL + i % PANEL, pairs);
     }
 }
 
 template <int ROWS, class Use>
 __attribute__((noinline)) void dense_tile(const uint32_t* w, const uint32_t* x, long pairs, const Use& use) {
     static const float zeros[TILE] = {};
-    __m512 z[ROWS][4];
+    V z[ROWS][VECTORS];
     tile<ROWS>(w, x, pairs, zeros, z);
 #pragma GCC unroll 6
     for (int m = 0; m < ROWS; m++)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) use(m, v, z[m][v]);
+        for (int v = 0; v < VECTORS; v++) use(m, v, z[m][v]);
 }
 
-// use(m, v, sums of w [rows, pairs] row m with lanes 16 v ... of the panel x [pairs, 64]) for every m < rows <= 6.
+// use(m, v, sums of w [rows, pairs] row m with vector v of the panel x [pairs, PANEL]) for every m < rows <= 6.
 template <int ROWS = TILE, class Use>
 inline void dense(long rows, const uint32_t* w, const uint32_t* x, long pairs, const Use& use) {
     if constexpr (ROWS > 0) {
@@ -78,7 +79,7 @@ inline void aux_dense(const Aux& a, long threads) {
     memset(a.d_enc, 0, a.n_dead * a.d * sizeof(float));
     memset(a.d_bias, 0, a.n_dead * sizeof(float));
     for (long start = 0; start < a.batch; start += BLOCK) {
-        parallel(BLOCK / PANEL, threads, [&](long panel) {  // 64 rows: a, e_hat, r, d_z
+        parallel(BLOCK / PANEL, threads, [&](long panel) {  // some rows: a, e_hat, r, d_z
             const long first = start + panel * PANEL;
             const long count = a.batch - first < 0 ? 0 : a.batch - first < PANEL ? a.batch - first : PANEL;
             uint32_t* own = active.data() + panel * PANEL * dead_pairs;
@@ -96,12 +97,12 @@ inline void aux_dense(const Aux& a, long threads) {
             for (long c = 0; c < n_panels; c++)
                 for (long r = 0; r < count; r += TILE)
                     dense(count - r < TILE ? count - r : TILE, own + r * dead_pairs,
-                          dead_panels.data() + c * dead_pairs * PANEL, dead_pairs, [&](int m, int v, __m512 e_hat) {
+                          dead_panels.data() + c * dead_pairs * PANEL, dead_pairs, [&](int m, int v, V e_hat) {
                               const long i = c * PANEL + v * LANES;
                               if (i >= a.d) return;
-                              const __mmask16 in = lanes(a.d - i);
-                              const __m512 e = load(a.error + (first + r + m) * a.d + i, in);
-                              _mm512_mask_storeu_ps(r_rows.data() + (r + m) * a.d + i, in, _mm512_sub_ps(e, e_hat));
+                              const Lanes in = lanes(a.d - i);
+                              const V e = load(a.error + (first + r + m) * a.d + i, in);
+                              store(r_rows.data() + (r + m) * a.d + i, in, sub(e, e_hat));
                           });
             std::vector<uint16_t> r_rounded(PANEL * a.padded, 0);
             for (long r = 0; r < count; r++) {
@@ -118,41 +119,39 @@ inline void aux_dense(const Aux& a, long threads) {
                 interleave(rounded, rounded + a.padded, a.d, BLOCK_PAIRS, at, r_panels.data());
             }
             Words lanes_are_rows(dim_pairs * PANEL);
-            pack((const uint32_t*)r_rounded.data(), lanes_are_rows.data(), PANEL, dim_pairs, 0);
+            pack([&](long r) { return (const uint32_t*)r_rounded.data() + r * dim_pairs; }, lanes_are_rows.data(),
+                 dim_pairs);
             for (long j = 0; j < a.n_dead; j += TILE)
                 dense(a.n_dead - j < TILE ? a.n_dead - j : TILE, (const uint32_t*)dead_rows.data() + j * dim_pairs,
-                      lanes_are_rows.data(), dim_pairs, [&](int m, int v, __m512 product) {
+                      lanes_are_rows.data(), dim_pairs, [&](int m, int v, V product) {
                           const long at = (j + m) * BLOCK + panel * PANEL + v * LANES;
-                          const __m256i chosen = _mm256_loadu_si256((const __m256i*)(transposed + at));
-                          const __mmask16 active = _mm256_test_epi16_mask(chosen, chosen);
-                          const __m512 d = _mm512_mul_ps(product, _mm512_set1_ps(a.scale));
-                          uint16_t* place = (uint16_t*)d_z.data() + at;
-                          _mm256_storeu_si256((__m256i*)place,
-                                              _mm256_maskz_mov_epi16(active, (__m256i)_mm512_cvtneps_pbh(d)));
+                          const V value = load(transposed + at, lanes(LANES));
+                          const V d = where_not_zero(value, mul(product, splat(a.scale)));
+                          store_bf16((uint16_t*)d_z.data() + at, lanes(LANES), d);
                       });
         });
         parallel(blocks(a.n_dead, TILE), threads, [&](long task) {  // 6 latents: their gradients from these rows
             const long j = task * TILE, count = a.n_dead - j < TILE ? a.n_dead - j : TILE;
             for (long c = 0; c < n_panels; c++) {
-                auto add = [&](float* out, float scale) {
-                    return [=, &a](int m, int v, __m512 sum) {
+                auto into = [&](float* out, float scale) {
+                    return [=, &a](int m, int v, V own) {
                         const long i = c * PANEL + v * LANES;
                         if (i >= a.d) return;
-                        const __mmask16 in = lanes(a.d - i);
+                        const Lanes in = lanes(a.d - i);
                         float* place = out + (j + m) * a.d + i;
-                        _mm512_mask_storeu_ps(place, in, _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), load(place, in)));
+                        store(place, in, fma(own, splat(scale), load(place, in)));
                     };
                 };
                 const long at = c * BLOCK_PAIRS * PANEL;
                 dense(count, by_dead.data() + j * BLOCK_PAIRS, r_panels.data() + at, BLOCK_PAIRS,
-                      add(a.d_dec, a.scale));
-                dense(count, d_z.data() + j * BLOCK_PAIRS, x_panels.data() + at, BLOCK_PAIRS, add(a.d_enc, 1));
+                      into(a.d_dec, a.scale));
+                dense(count, d_z.data() + j * BLOCK_PAIRS, x_panels.data() + at, BLOCK_PAIRS, into(a.d_enc, 1));
             }
             for (long m = j; m < j + count; m++) {
-                __m512 sum = _mm512_setzero_ps();
+                V total = zero();
                 for (long r = 0; r < BLOCK; r += LANES)
-                    sum = _mm512_add_ps(sum, load((const uint16_t*)d_z.data() + m * BLOCK + r, 0xffff));
-                a.d_bias[m] += _mm512_reduce_add_ps(sum);
+                    total = add(total, load((const uint16_t*)d_z.data() + m * BLOCK + r, lanes(LANES)));
+                a.d_bias[m] += sum(total);
             }
         });
     }

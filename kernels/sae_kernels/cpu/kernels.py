@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.row_state import Hyper
 from sae_kernels.stages import Part, RowGradients
 
-_PANEL = 64  # rows of the product's register tile
+Screen = Literal["auto", "none", "int16"]
+
+_PANEL = 64  # rows of the product's register tile, at most
 _CHUNK = 64  # latents of one partial sum
 _LANES = 16
+_SCREEN_FROM = 64  # times k latents: the screen's candidates cost more than their share of the product
 _DENSE = 8  # AuxK takes dense products up to this many times k_aux dead latents (aux.h)
 
 
@@ -81,13 +85,28 @@ def _adam(hyper: Hyper) -> _Adam:
     return _Adam(hyper.lr, beta1, beta2, hyper.eps, 1 / (1 - beta1**hyper.step), 1 / (1 - beta2**hyper.step))
 
 
+class Screened(NamedTuple):
+    """What the int16 screen of screen.h did so far."""
+
+    rows: int  # that were to be screened, a row once for every selection
+    uncertified: int  # of those, rows that had to take the exact product
+    candidates: int  # of the certified rows: latents whose exact pre-activation was computed
+
+
+def screen_pays() -> bool:
+    """Whether int16 products are faster than bf16's on this processor: without AVX-512 BF16."""
+    return library() is not None and _call("sae_lanes") == 8
+
+
 class CpuStep:
     """The kernels bound to one dictionary's tensors, with the buffers of a step: made once, grown when a batch grows.
 
     `parameters` are W_enc as [n_latents, d_model], W_dec, b_enc and b_dec; `first` and `second` Adam's moments of them.
     """
 
-    def __init__(self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor]) -> None:
+    def __init__(
+        self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor], *, screen: Screen = "auto"
+    ) -> None:
         self.parameters, self.first, self.second = parameters, first, second
         self.n_latents, self.d_model = parameters[1].shape
         self.padded = self.d_model + self.d_model % 2
@@ -95,7 +114,13 @@ class CpuStep:
         self._buffers: dict[str, Tensor] = {}
         self._none = torch.zeros(self.d_model)
         self._dense: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._screen_from = 0 if screen == "int16" else _SCREEN_FROM if screen == "auto" and screen_pays() else None
+        self._rows_screened, self._counts = 0, torch.zeros(2, dtype=torch.int64)
         self.refresh_()
+
+    @property
+    def screened(self) -> Screened:
+        return Screened(self._rows_screened, *self._counts.tolist())
 
     def refresh_(self) -> None:
         """Round W_enc again, after somebody else wrote it."""
@@ -292,6 +317,8 @@ class CpuStep:
         batch = len(rows)
         padded_batch = -(-batch // _PANEL) * _PANEL
         room = -(-(k + max(k, 64)) // _LANES) * _LANES
+        screens = self._screen_from is not None and len(b_enc) >= self._screen_from * k
+        self._rows_screened += batch if screens else 0
         values = self._buffer(f"values.{name}", (batch, k))
         indices = self._buffer(f"indices.{name}", (batch, k), torch.int32)
         _call(
@@ -300,7 +327,7 @@ class CpuStep:
             self._buffer("least", (padded_batch,)), self._buffer("count", (padded_batch,), torch.int32),
             self._buffer(f"candidates.{name}", (batch, room)),
             self._buffer(f"candidate_indices.{name}", (batch, room), torch.int32),
-            values, indices, int(sorted_), torch.get_num_threads(),
+            values, indices, int(sorted_), int(screens), self._counts, torch.get_num_threads(),
         )  # fmt: skip
         return Selected(values, indices)
 

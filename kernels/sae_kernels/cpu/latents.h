@@ -62,42 +62,41 @@ inline void pairs_by_latent(const Chosen* chosen, int kinds, long batch, long n_
 struct Adam {
     float lr, beta1, beta2, eps, unbias1, unbias2;  // unbias = 1 / (1 - beta^step)
 
-    __m512 operator()(__m512 p, __m512 g, float* first, float* second, __mmask16 mask) const {
-        const __m512 m0 = load(first, mask), v0 = load(second, mask);
-        const __m512 m = _mm512_fmadd_ps(_mm512_set1_ps(1 - beta1), _mm512_sub_ps(g, m0), m0);
-        const __m512 v = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(1 - beta2), g), g,
-                                         _mm512_mul_ps(_mm512_set1_ps(beta2), v0));
-        _mm512_mask_storeu_ps(first, mask, m);
-        _mm512_mask_storeu_ps(second, mask, v);
-        const __m512 root = _mm512_sqrt_ps(_mm512_mul_ps(v, _mm512_set1_ps(unbias2)));
-        const __m512 step = _mm512_div_ps(_mm512_mul_ps(m, _mm512_set1_ps(unbias1)),
-                                          _mm512_add_ps(root, _mm512_set1_ps(eps)));
-        return _mm512_fnmadd_ps(_mm512_set1_ps(lr), step, p);
+    V operator()(V p, V g, float* first, float* second, Lanes mask) const {
+        const V m0 = load(first, mask), v0 = load(second, mask);
+        const V m = fma(splat(1 - beta1), sub(g, m0), m0);
+        const V v = fma(mul(splat(1 - beta2), g), g, mul(splat(beta2), v0));
+        store(first, mask, m);
+        store(second, mask, v);
+        const V root = sqrt(mul(v, splat(unbias2)));
+        const V step = div(mul(m, splat(unbias1)), add(root, splat(eps)));
+        return fnma(splat(lr), step, p);
     }
 
     void row(float* p, const float* g, float* first, float* second, long d) const {
         for (long i = 0; i < d; i += LANES) {
-            const __mmask16 m = lanes(d - i);
-            _mm512_mask_storeu_ps(p + i, m, (*this)(load(p + i, m), load(g + i, m), first + i, second + i, m));
+            const Lanes m = lanes(d - i);
+            store(p + i, m, (*this)(load(p + i, m), load(g + i, m), first + i, second + i, m));
         }
     }
 };
 
 // A decoder row: the gradient without its part along the row, Adam, norm 1.
 inline void decoder_row(float* w, const float* g, float* first, float* second, long d, const Adam& adam, bool any) {
-    const __m512 along = _mm512_set1_ps(any ? dot(g, w, d) : 0);
-    __m512 squares = _mm512_setzero_ps();
+    const V along = splat(any ? dot(g, w, d) : 0);
+    V squares = zero();
     for (long i = 0; i < d; i += LANES) {
-        const __mmask16 m = lanes(d - i);
-        const __m512 old = load(w + i, m), across = _mm512_fnmadd_ps(along, old, load(g + i, m));
-        const __m512 p = adam(old, across, first + i, second + i, m);
-        _mm512_mask_storeu_ps(w + i, m, p);
-        squares = _mm512_mask3_fmadd_ps(p, p, squares, m);
+        const Lanes m = lanes(d - i);
+        const V old = load(w + i, m), across = fnma(along, old, load(g + i, m));
+        const V p = adam(old, across, first + i, second + i, m);
+        store(w + i, m, p);
+        const V own = masked(p, m);  // with eps = 0, the lanes beyond d are NaN
+        squares = fma(own, own, squares);
     }
-    const __m512 norm = _mm512_set1_ps(std::fmax(std::sqrt(_mm512_reduce_add_ps(squares)), 1e-12f));
+    const V norm = splat(std::fmax(std::sqrt(sum(squares)), 1e-12f));
     for (long i = 0; i < d; i += LANES) {
-        const __mmask16 m = lanes(d - i);
-        _mm512_mask_storeu_ps(w + i, m, _mm512_div_ps(load(w + i, m), norm));
+        const Lanes m = lanes(d - i);
+        store(w + i, m, div(load(w + i, m), norm));
     }
 }
 

@@ -1,6 +1,6 @@
 // The entry points that Python calls through ctypes: plain pointers, no torch, so nothing to rebuild for another torch.
 //
-// Needs AVX-512 with BF16; `build.py` asks the processor first.
+// Needs AVX-512 with BF16, or AVX2 with FMA; `build.py` asks the processor first.
 
 #include <algorithm>
 
@@ -8,6 +8,7 @@
 #include "latents.h"
 #include "parallel.h"
 #include "rows.h"
+#include "screen.h"
 #include "select.h"
 #include "vectors.h"
 
@@ -15,10 +16,23 @@ using namespace sae;
 
 extern "C" {
 
-// vdpbf16ps on 16 (sum, pair, pair): lets the caller compare this processor's order of additions with the documented.
+// 16 with AVX-512, 8 with AVX2.
+long sae_lanes() { return LANES; }
+
+// sum [16] + both products of 16 pairs: lets the caller compare this processor's order of additions with the documented.
 void sae_pair_product(const float* sum, const uint32_t* a, const uint32_t* b, float* out) {
-    _mm512_storeu_ps(out, _mm512_dpbf16_ps(_mm512_loadu_ps(sum), (__m512bh)_mm512_loadu_si512(a),
-                                           (__m512bh)_mm512_loadu_si512(b)));
+    FlushSubnormals flush;
+    alignas(64) uint32_t panel[PANEL] = {};
+    alignas(64) float sums[PANEL] = {};
+    memcpy(panel, b, 16 * sizeof(uint32_t));
+    for (int i = 0; i < 16; i++) {
+        memset(sums, 0, sizeof(sums)), sums[i] = sum[i];
+        V z[1][VECTORS];
+        for (int v = 0; v < VECTORS; v++) z[0][v] = load(sums + v * LANES);
+        add_pairs<1>(z, a + i, 1, panel);
+        for (int v = 0; v < VECTORS; v++) store(sums + v * LANES, z[0][v]);
+        out[i] = sums[i];
+    }
 }
 
 // out [n, padded] = bf16(a [n, d] - minus [d]), zero beyond d.
@@ -30,21 +44,26 @@ void sae_round(const float* a, const float* minus, uint16_t* out, long n, long d
 }
 
 // The k best of relu(z) per row -> values, indices [batch, k]. x [batch, pairs], w [n_latents, pairs]: bf16 pairs.
-// Scratch: panels, least and count [rows rounded up to 64], candidates [batch, room].
+// Scratch: panels, least and count [rows of whole panels], candidates [batch, room]. With `screened`, through int16, and
+// counts [2] grow by the rows that were not certified and the candidates of the others.
 void sae_select(const uint32_t* x, const uint32_t* w, const float* b_enc, long batch, long n_latents, long pairs,
                 uint32_t* panels, long k, long room, float* least, int* count, float* candidate_values,
-                int* candidate_indices, float* values, int* indices, long sorted, long threads) {
-    const Best best{k, room, least, count, candidate_values, candidate_indices};
+                int* candidate_indices, float* values, int* indices, long sorted, long screened, long* counts,
+                long threads) {
+    const Selection selection{x, w, b_enc, batch, n_latents, pairs, panels,
+                              {k, room, least, count, candidate_values, candidate_indices}, values, indices, sorted != 0};
     const long n_panels = blocks(batch, PANEL);
     const long size = std::clamp(n_panels / (4 * threads), 1L, TASK_PANELS);
-    parallel(blocks(n_panels, size), threads, [&](long task) {
-        const long first = task * size, last = std::min(first + size, n_panels);
-        for (long panel = first; panel < last; panel++) pack(x, panels, batch, pairs, panel);
-        for (long r = first * PANEL; r < last * PANEL; r++) least[r] = r < batch ? 0 : INFINITY, count[r] = 0;
-        select_panels(w, panels, pairs, b_enc, n_latents, first, last, best);
-        for (long r = first * PANEL; r < last * PANEL && r < batch; r++)
-            finish(best, r, sorted, values + r * k, indices + r * k);
-    });
+    auto by_panels = [&](auto&& select) {
+        parallel(blocks(n_panels, size), threads, [&](long task) {
+            select(task * size, std::min((task + 1) * size, n_panels));
+        });
+    };
+    if (!screened) return by_panels([&](long first, long last) { select_exactly(selection, first, last); });
+    const Encoder encoder((const uint16_t*)w, b_enc, n_latents, 2 * pairs, threads);
+    std::atomic<long> found[2] = {};
+    by_panels([&](long first, long last) { select_screened(selection, encoder, first, last, found); });
+    counts[0] += found[0], counts[1] += found[1];
 }
 
 // error [batch, d] = target - decode(values, indices) (- b_dec), squares [batch], d_z [batch, k] = scale error . W_dec.
@@ -56,6 +75,24 @@ void sae_rows(const float* target, const float* b_dec, const float* values, cons
             squares[r] = row_error(target + r * d, b_dec, values + r * k, indices + r * k, k, W_dec, e, d);
             row_d_z(e, values + r * k, indices + r * k, k, W_dec, scale, d_z + r * k, d);
         }
+    });
+}
+
+// out [batch, d] = sum_i values_i W_dec[indices_i]: what these latents say, without b_dec.
+void sae_partial(const float* values, const int* indices, const float* W_dec, long batch, long k, long d, float* out,
+                 long threads) {
+    parallel(blocks(batch, 16), threads, [&](long task) {
+        for (long r = task * 16; r < batch && r < (task + 1) * 16; r++)
+            row_partial(values + r * k, indices + r * k, k, W_dec, out + r * d, d);
+    });
+}
+
+// d_z [batch, k] = scale error . W_dec[indices], 0 where the value is.
+void sae_dots(const float* error, const float* values, const int* indices, const float* W_dec, long batch, long k,
+              long d, float scale, float* d_z, long threads) {
+    parallel(blocks(batch, 16), threads, [&](long task) {
+        for (long r = task * 16; r < batch && r < (task + 1) * 16; r++)
+            row_d_z(error + r * d, values + r * k, indices + r * k, k, W_dec, scale, d_z + r * k, d);
     });
 }
 

@@ -1,11 +1,12 @@
 // Encoder product, bias, ReLU and exact top k in one pass; no [batch, n_latents] array.
 //
 // z[r, j] = b_enc[j] + sum over pairs p of the rounded operands' products, in the order that vdpbf16ps adds them: the
-// order of `reference.ordered_pre_activations`. Register tile: 6 latents (broadcast) by 64 rows (4 vectors), the whole
-// d_model without leaving the registers. The tile is then compared with each row's k-th best so far: almost always
-// nothing passes, and the tile is forgotten.
+// order of `reference.ordered_pre_activations`. Register tile: 6 latents (broadcast) by a panel of rows (4 vectors, with
+// AVX2 2), the whole d_model without leaving the registers. The tile is then compared with each row's k-th best so far:
+// almost always nothing passes, and the tile is forgotten.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "parallel.h"
@@ -14,9 +15,9 @@
 
 namespace sae {
 
-constexpr long PANEL = 64;         // rows of a register tile
-constexpr long TILE = 6;           // latents of a register tile
-constexpr long TASK_PANELS = 8;    // at most: 512 rows of x stay in L2 while the encoder streams by
+constexpr long PANEL = VECTORS * LANES;  // rows of a register tile
+constexpr long TILE = 6;                 // latents of a register tile
+constexpr long TASK_PANELS = 512 / PANEL;  // at most: 512 rows of x stay in L2 while the encoder streams by
 constexpr long GROUP_BYTES = 96 << 10;  // of encoder, shared by a task's panels (192 and 4 panels: 6 % slower)
 
 inline int bits(float v) {
@@ -35,8 +36,10 @@ struct Best {
     long k, room;                // room for candidates of one row, a multiple of LANES
     float* least; int* count;    // [rows]; a value must exceed least[row] to matter
     float* values; int* indices; // [rows, room], ascending indices
+    const float* slack = nullptr;  // [rows], of a screen: whatever is within slack of the k-th best stays, too
 
     // Keeps between k and `most` candidates, all of the k best among them. Equal values: those of lower index stay.
+    // With slack: keeps all within it of some value that k candidates reach, however many they are.
     void cut(long row, long most) const {
         float* v = values + row * room;
         int* ix = indices + row * room;
@@ -45,8 +48,7 @@ struct Best {
         auto above = [&](int limit) {  // candidates >= limit, as bits: those of positive floats order like integers
             long c = 0;
             for (long i = 0; i < n; i += LANES)
-                c += __builtin_popcount(_mm512_mask_cmp_epi32_mask(
-                    lanes(n - i), _mm512_loadu_si512(v + i), _mm512_set1_epi32(limit), _MM_CMPINT_NLT));
+                c += __builtin_popcount(bits_of(lanes(n - i)) & at_least(load((const int*)v + i), splat(limit)));
             return c;
         };
         int low = bits(least[row]), high = 0x7f800001;  // above(low) >= k > above(high)
@@ -59,28 +61,30 @@ struct Best {
             if (c <= most) break;
         }
         long ties = kept <= most ? n : k - above(low + 1);  // of the values equal to low, the first ones stay
+        if (slack) low = bits(std::fmax(from_bits(low) - slack[row], least[row])), ties = n;
         long out = 0;
         for (long i = 0; i < n; i += LANES) {
-            const __mmask16 in = lanes(n - i);
-            const __m512i keys = _mm512_maskz_loadu_epi32(in, v + i), id = _mm512_maskz_loadu_epi32(in, ix + i);
-            __mmask16 keep = _mm512_mask_cmp_epi32_mask(in, keys, _mm512_set1_epi32(low), _MM_CMPINT_NLT);
-            __mmask16 equal = _mm512_mask_cmp_epi32_mask(keep, keys, _mm512_set1_epi32(low), _MM_CMPINT_EQ);
-            while (__builtin_popcount(equal) > ties) {
-                const __mmask16 top = (__mmask16)(1u << (31 - __builtin_clz(equal)));
-                keep &= ~top, equal &= ~top;
+            const I keys = load((const int*)v + i), id = load(ix + i);
+            Bits keep = bits_of(lanes(n - i)) & at_least(keys, splat(low));
+            Bits same = keep & equal(keys, splat(low));
+            while (__builtin_popcount(same) > ties) {
+                const Bits top = 1u << (31 - __builtin_clz(same));
+                keep &= ~top, same &= ~top;
             }
-            ties -= __builtin_popcount(equal);
-            _mm512_mask_compressstoreu_epi32(v + out, keep, keys);
-            _mm512_mask_compressstoreu_epi32(ix + out, keep, id);
+            ties -= __builtin_popcount(same);
+            store((int*)v + out, compress(keep, keys));  // whole vectors: what follows was read already
+            store(ix + out, compress(keep, id));
             out += __builtin_popcount(keep);
         }
         count[row] = (int)out;
         least[row] = from_bits(low);
     }
 
+    // A row whose slack leaves too many candidates takes none any more: least is infinite.
     void add(long row, float value, int index) const {
         if (count[row] == room) {
             cut(row, k + (room - k) / 4);
+            if (count[row] > k + (room - k) / 4 * 3) least[row] = INFINITY;
             if (!(value > least[row])) return;
         }
         const long at = row * room + count[row]++;
@@ -88,35 +92,27 @@ struct Best {
     }
 };
 
-// x_rounded [batch, pairs] as panels [batch / 64][pairs][64]; rows beyond the batch are zero.
-inline void pack(const uint32_t* x, uint32_t* panels, long batch, long pairs, long panel) {
-    uint32_t* out = panels + panel * pairs * PANEL;
-    const long rows = batch - panel * PANEL;
-    for (long p = 0; p < pairs; p++)
-        for (long r = 0; r < PANEL; r++) out[p * PANEL + r] = r < rows ? x[(panel * PANEL + r) * pairs + p] : 0;
+// Rows of pairs, row(r) [pairs] or null for zeros, as one panel [pairs][PANEL].
+template <class Row>
+inline void pack(const Row& row, uint32_t* panel, long pairs) {
+    for (long r = 0; r < PANEL; r++) {
+        const uint32_t* x = row(r);
+        for (long p = 0; p < pairs; p++) panel[p * PANEL + r] = x ? x[p] : 0;
+    }
 }
 
 template <int LATENTS>
-inline void tile(const uint32_t* w, const uint32_t* x, long pairs, const float* b_enc, __m512 z[LATENTS][4]) {
+inline __attribute__((always_inline)) void tile(const uint32_t* w, const uint32_t* x, long pairs, const float* b_enc,
+                                                V (&z)[LATENTS][VECTORS]) {
 #pragma GCC unroll 6
     for (int m = 0; m < LATENTS; m++)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) z[m][v] = _mm512_setzero_ps();
-    for (long p = 0; p < pairs; p++) {
-        __m512bh rows[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) rows[v] = (__m512bh)_mm512_loadu_si512(x + p * PANEL + v * LANES);
-#pragma GCC unroll 6
-        for (int m = 0; m < LATENTS; m++) {
-            const __m512bh latent = (__m512bh)_mm512_set1_epi32((int)w[m * pairs + p]);
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++) z[m][v] = _mm512_dpbf16_ps(z[m][v], latent, rows[v]);
-        }
-    }
+        for (int v = 0; v < VECTORS; v++) z[m][v] = zero();
+    for (long p = 0; p < pairs; p++) add_pairs<LATENTS>(z, w + p, pairs, x + p * PANEL);
 #pragma GCC unroll 6
     for (int m = 0; m < LATENTS; m++)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) z[m][v] = _mm512_add_ps(z[m][v], _mm512_set1_ps(b_enc[m]));
+        for (int v = 0; v < VECTORS; v++) z[m][v] = add(z[m][v], splat(b_enc[m]));
 }
 
 // What passed its row's `least` in the tiles since the last `drain`: appending does not branch on single candidates, as
@@ -125,13 +121,11 @@ struct Log {
     static constexpr long SIZE = 4096, TILE_MOST = TILE * PANEL;
     long n = 0;
     alignas(64) float values[SIZE + LANES];
-    alignas(64) int keys[SIZE + LANES];  // latent of the group * 64 + row of the panel
+    alignas(64) int keys[SIZE + LANES];  // latent of the group * PANEL + row of the panel
 
-    void append(__m512 z, __mmask16 pass, int key) {
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        _mm512_storeu_ps(values + n, _mm512_maskz_compress_ps(pass, z));
-        const __m512i own = _mm512_add_epi32(lane, _mm512_set1_epi32(key));
-        _mm512_storeu_si512(keys + n, _mm512_maskz_compress_epi32(pass, own));
+    void append(V z, Bits pass, int key) {
+        store(values + n, compress(pass, z));
+        store(keys + n, compress(pass, add(iota(), splat(key))));
         n += __builtin_popcount(pass);
     }
 
@@ -144,20 +138,33 @@ struct Log {
     }
 };
 
-template <int LATENTS>
-__attribute__((noinline)) void product(const uint32_t* w, const uint32_t* x, long pairs, const float* b_enc,
-                                       const float* least, int key, Log& log) {
-    __m512 z[LATENTS][4];
-    tile<LATENTS>(w, x, pairs, b_enc, z);
+// z of latents j ... and the rows of a panel.
+struct Exact {
+    const uint32_t *w, *panels;  // [n_latents, pairs], [panels][pairs][PANEL]
+    long pairs;
+    const float* b_enc;
+
+    void begin(long, long) {}  // a group of latents
+
+    template <int LATENTS>
+    __attribute__((always_inline)) void operator()(long j, long panel, V (&z)[LATENTS][VECTORS]) const {
+        tile<LATENTS>(w + j * pairs, panels + panel * pairs * PANEL, pairs, b_enc + j, z);
+    }
+};
+
+template <int LATENTS, class Product>
+__attribute__((noinline)) void product(const Product& z_of, long j, long panel, const float* least, int key,
+                                       Log& log) {
+    V z[LATENTS][VECTORS];
+    z_of.template operator()<LATENTS>(j, panel, z);
 #pragma GCC unroll 6
     for (int m = 0; m < LATENTS; m++) {
-        __mmask16 pass[4];
+        Bits pass[VECTORS], any = 0;
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; v++)
-            pass[v] = _mm512_cmp_ps_mask(z[m][v], _mm512_loadu_ps(least + v * LANES), _CMP_GT_OQ);
-        if (__builtin_expect(pass[0] | pass[1] | pass[2] | pass[3], 0))
+        for (int v = 0; v < VECTORS; v++) any |= pass[v] = greater(z[m][v], load(least + v * LANES));
+        if (__builtin_expect(any, 0))
 #pragma GCC unroll 4
-            for (int v = 0; v < 4; v++) log.append(z[m][v], pass[v], key + m * PANEL + v * LANES);
+            for (int v = 0; v < VECTORS; v++) log.append(z[m][v], pass[v], key + m * PANEL + v * LANES);
     }
 }
 
@@ -169,23 +176,27 @@ inline void tail(long latents, Rest&&... rest) {
     }
 }
 
+// Latents of a group, a whole number of tiles.
+inline long group_size(long pairs) {
+    const long group = GROUP_BYTES / (pairs * 4) / TILE * TILE;
+    return group < TILE ? TILE : group;
+}
+
 // All latents against the rows of panels [first, last).
-inline void select_panels(const uint32_t* w, const uint32_t* panels, long pairs, const float* b_enc, long n_latents,
-                          long first, long last, const Best& best) {
+template <class Product>
+inline void select_panels(Product& z_of, long n_latents, long group, long first, long last, const Best& best) {
     Log log;
-    long group = GROUP_BYTES / (pairs * 4) / TILE * TILE;
-    if (group < TILE) group = TILE;
     for (long start = 0; start < n_latents; start += group) {
         const long end = start + group < n_latents ? start + group : n_latents;
+        z_of.begin(start, end);
         for (long panel = first; panel < last; panel++) {
-            const uint32_t* x = panels + panel * pairs * PANEL;
             const float* least = best.least + panel * PANEL;
             long j = start;
             for (; j + TILE <= end; j += TILE) {
-                product<TILE>(w + j * pairs, x, pairs, b_enc + j, least, (int)((j - start) * PANEL), log);
+                product<TILE>(z_of, j, panel, least, (int)((j - start) * PANEL), log);
                 if (log.n > Log::SIZE - Log::TILE_MOST) log.drain(best, panel * PANEL, start);
             }
-            tail<TILE - 1>(end - j, w + j * pairs, x, pairs, b_enc + j, least, (int)((j - start) * PANEL), log);
+            tail<TILE - 1>(end - j, z_of, j, panel, least, (int)((j - start) * PANEL), log);
             log.drain(best, panel * PANEL, start);
         }
     }
@@ -202,12 +213,12 @@ inline void finish(const Best& best, long row, bool sorted, float* values, int* 
         long place = i;
         if (sorted) {
             place = 0;
-            const __m512 own = _mm512_set1_ps(v[i]);
+            const V own = splat(v[i]);
             for (long j = 0; j < n; j += LANES) {
-                const __m512 other = _mm512_loadu_ps(v + j);
-                const __mmask16 in = lanes(n - j), before = j > i ? 0 : lanes(i - j);
-                place += __builtin_popcount(_mm512_mask_cmp_ps_mask(in, other, own, _CMP_GT_OQ));
-                place += __builtin_popcount(_mm512_mask_cmp_ps_mask(in & before, other, own, _CMP_EQ_OQ));
+                const V other = load(v + j);
+                const Bits in = bits_of(lanes(n - j)), before = j > i ? 0 : bits_of(lanes(i - j));
+                place += __builtin_popcount(in & greater(other, own));
+                place += __builtin_popcount(in & before & equal(other, own));
             }
         }
         values[place] = v[i], indices[place] = ix[i];

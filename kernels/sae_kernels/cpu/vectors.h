@@ -1,44 +1,40 @@
-// Rows of d_model numbers: weighted sums of gathered rows, dot products. fp32 arithmetic; rows are fp32 or bf16.
+// The processor's vectors under one set of names, and sums over rows of d_model numbers: fp32 arithmetic, fp32 or bf16
+// rows.
 #pragma once
-
-#include <immintrin.h>
 
 #include <cstdint>
 
+#ifdef __AVX512BF16__
+#include "vectors_avx512.h"
+#else
+#include "vectors_avx2.h"
+#endif
+
 namespace sae {
 
-constexpr long LANES = 16;
-
-inline __mmask16 lanes(long left) { return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1); }
-
-inline __m512 load(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
-inline __m512 load(const uint16_t* p, __mmask16 m) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
-}
-
-template <int VECTORS, class Row, class Weight>
-inline void weighted_sum_part(float* out, __mmask16 mask, long count, const Row& row, const Weight& weight) {
-    __m512 sum[VECTORS];
+template <int N, class Row, class Weight>
+inline void weighted_sum_part(float* out, Lanes mask, long count, const Row& row, const Weight& weight) {
+    V sums[N];
 #pragma GCC unroll 12
-    for (int v = 0; v < VECTORS; v++) sum[v] = _mm512_setzero_ps();
+    for (int v = 0; v < N; v++) sums[v] = zero();
     for (long i = 0; i < count; i++) {
         const auto* source = row(i);
-        const __m512 w = _mm512_set1_ps(weight(i));
+        const V w = splat(weight(i));
 #pragma GCC unroll 12
-        for (int v = 0; v < VECTORS; v++) sum[v] = _mm512_fmadd_ps(w, load(source + v * LANES, mask), sum[v]);
+        for (int v = 0; v < N; v++) sums[v] = fma(w, load(source + v * LANES, mask), sums[v]);
     }
 #pragma GCC unroll 12
-    for (int v = 0; v < VECTORS; v++) _mm512_mask_storeu_ps(out + v * LANES, mask, sum[v]);
+    for (int v = 0; v < N; v++) store(out + v * LANES, mask, sums[v]);
 }
 
-// out[0:d] = sum_i weight(i) * row(i)[0:d]; the sums live in registers, at most 192 dimensions at a time.
+// out[0:d] = sum_i weight(i) * row(i)[0:d]; the sums live in registers, at most 12 vectors of dimensions at a time.
 template <class Row, class Weight>
 inline void weighted_sum(float* out, long d, long count, const Row& row, const Weight& weight) {
     long start = 0;
     auto from = [&](long i) { return row(i) + start; };
-    auto parts = [&]<int VECTORS>() {
-        for (; d - start >= VECTORS * LANES; start += VECTORS * LANES)
-            weighted_sum_part<VECTORS>(out + start, 0xffff, count, from, weight);
+    auto parts = [&]<int N>() {
+        for (; d - start >= N * LANES; start += N * LANES)
+            weighted_sum_part<N>(out + start, lanes(LANES), count, from, weight);
     };
     parts.template operator()<12>();
     parts.template operator()<8>();
@@ -49,26 +45,26 @@ inline void weighted_sum(float* out, long d, long count, const Row& row, const W
 
 inline void add_row(float* to, const float* a, long d) {
     for (long i = 0; i < d; i += LANES) {
-        const __mmask16 m = lanes(d - i);
-        _mm512_mask_storeu_ps(to + i, m, _mm512_add_ps(load(to + i, m), load(a + i, m)));
+        const Lanes m = lanes(d - i);
+        store(to + i, m, add(load(to + i, m), load(a + i, m)));
     }
 }
 
 template <class T>
 inline float dot(const float* a, const T* b, long d) {
-    __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
+    V s0 = zero(), s1 = s0, s2 = s0, s3 = s0;
     long i = 0;
     for (; i + 4 * LANES <= d; i += 4 * LANES) {
-        s0 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), load(b + i, 0xffff), s0);
-        s1 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + LANES), load(b + i + LANES, 0xffff), s1);
-        s2 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 2 * LANES), load(b + i + 2 * LANES, 0xffff), s2);
-        s3 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 3 * LANES), load(b + i + 3 * LANES, 0xffff), s3);
+        s0 = fma(load(a + i), load(b + i, lanes(LANES)), s0);
+        s1 = fma(load(a + i + LANES), load(b + i + LANES, lanes(LANES)), s1);
+        s2 = fma(load(a + i + 2 * LANES), load(b + i + 2 * LANES, lanes(LANES)), s2);
+        s3 = fma(load(a + i + 3 * LANES), load(b + i + 3 * LANES, lanes(LANES)), s3);
     }
     for (; i < d; i += LANES) {
-        const __mmask16 m = lanes(d - i);
-        s0 = _mm512_fmadd_ps(load(a + i, m), load(b + i, m), s0);
+        const Lanes m = lanes(d - i);
+        s0 = fma(load(a + i, m), load(b + i, m), s0);
     }
-    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s0, s1), _mm512_add_ps(s2, s3)));
+    return sum(add(add(s0, s1), add(s2, s3)));
 }
 
 }  // namespace sae
