@@ -2,7 +2,8 @@
 
     SAE_DIST_FAULTS='[{"point": "writer.before_commit", "action": "kill", "where": {"unit": 3}, "nth": 1}]'
 
-`where` keeps the rule to calls with these values, `nth` to the n-th such call of the process (0: every one).
+`where` keeps the rule to calls with these values, `nth` to the n-th such call of the process (0: every one), `once`
+(the path of a file that is not there yet) to the first of all processes that comes to it.
 Actions: kill (SIGKILL), stop (SIGSTOP), raise (OSError), sleep (`seconds`).
 """
 
@@ -35,7 +36,7 @@ def _act(name: str, where: dict[str, object], script: str) -> None:
         if rule["point"] != name or any(where.get(k) != v for k, v in rule.get("where", {}).items()):
             continue
         seen[index] += 1
-        if rule.get("nth", 1) not in (0, seen[index]):
+        if rule.get("nth", 1) not in (0, seen[index]) or not _is_first(rule.get("once")):
             continue
         match rule["action"]:
             case "kill":
@@ -46,6 +47,16 @@ def _act(name: str, where: dict[str, object], script: str) -> None:
                 raise InjectedFault(f"fault at {name} {where}")
             case "sleep":
                 time.sleep(rule["seconds"])
+
+
+def _is_first(path: str | None) -> bool:
+    if path is None:
+        return True
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=8)  # the counts of passes live as long as the script that counts them

@@ -32,16 +32,21 @@ class WandbConfig:
 
 
 class JsonLines:
-    """A Log that appends one object a line and flushes it: a killed run keeps all but its last line."""
+    """A Log that appends one object a line and flushes it: a killed run keeps all but its last line.
 
-    def __init__(self, path: Path) -> None:
+    Several processes may append to one file. Lines of a `phase` other than training's have no step, only the phase.
+    """
+
+    def __init__(self, path: Path, *, phase: str = "train") -> None:
+        self._phase = phase
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
         if not _ends_a_line(path):
             self._file.write(b"\n")  # after the line that a kill cut short
 
     def __call__(self, step: int, figures: Mapping[str, Any]) -> None:
-        entry = {"step": step, "time": round(time.time(), 3), **figures}
+        place = {"step": step} if self._phase == "train" else {"phase": self._phase}
+        entry = {**place, "time": round(time.time(), 3), **figures}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
         self._file.flush()
@@ -59,7 +64,7 @@ def _ends_a_line(path: Path) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in the order of steps; a step that was done again counts as done last."""
+    """The training lines of metrics.jsonl by step; a step that was done again counts as done last."""
     by_step: dict[int, dict[str, Any]] = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -67,20 +72,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue  # the one line that a kill cut short
-            by_step[entry["step"]] = entry
+            if "step" in entry:
+                by_step[entry["step"]] = entry
     return [by_step[step] for step in sorted(by_step)]
 
 
 def newest_metrics(path: Path) -> dict[str, Any]:
-    """The last whole line of metrics.jsonl, empty when there is none; reads the end of the file only."""
+    """The last whole training line of metrics.jsonl, empty when there is none; reads the end of the file only."""
     if not path.is_file():
         return {}
     with path.open("rb") as file:
-        file.seek(max(file.seek(0, os.SEEK_END) - 16_384, 0))
+        file.seek(max(file.seek(0, os.SEEK_END) - 262_144, 0))  # other phases write there too
         lines = file.read().split(b"\n")
     for line in reversed(lines):  # the last one may still be in the writing, or cut short by a kill
         with contextlib.suppress(ValueError):
-            return json.loads(line)
+            if "step" in (entry := json.loads(line)):
+                return entry
     return {}
 
 

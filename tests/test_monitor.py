@@ -8,6 +8,18 @@ import pytest
 from sae_dist.monitor import JsonLines, WandbConfig, WandbMirror, newest_metrics, read_metrics, write_json
 
 
+def test_lines_of_other_phases_do_not_get_between_the_steps(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    train, harvest = JsonLines(path), JsonLines(path, phase="harvest")
+    train(10, {"fvu": 0.5})
+    harvest(4096, {"units": 1})
+    train.close()
+    harvest.close()
+    assert [entry["step"] for entry in read_metrics(path)] == [10]
+    assert newest_metrics(path)["fvu"] == 0.5
+    assert '{"phase": "harvest", ' in path.read_text()
+
+
 def test_lines_come_back_in_order_and_a_step_done_again_counts_as_done_last(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = JsonLines(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_dist.config import UserError
-from sae_dist.service.display import duration, quantity
+from sae_dist.service.display import duration, lines
 from sae_dist.service.run_folder import is_claimed, read_status
 
 POSITIONAL = ("out",)
@@ -30,5 +30,5 @@ def main(values: Mapping[str, Any]) -> int:
         print(f"  {status['note']}")
     for phase in ("harvest", "train"):
         if phase in status:
-            print(f"  {phase:<9} " + "  ".join(f"{key} {quantity(value)}" for key, value in status[phase].items()))
+            print("\n".join(f"  {line}" for line in lines(phase, status[phase])))
     return 0

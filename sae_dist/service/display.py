@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from sae_dist.monitor import newest_metrics
@@ -77,9 +78,9 @@ class Display:
             self._live.update(self._table())
         elif now or time.monotonic() - self._printed >= PLAIN_EVERY_S:
             self._printed = time.monotonic()
-            for name, shown in self._phases.items():
-                if shown:
-                    logger.info("%-9s %s", name, "  ".join(f"{key} {quantity(value)}" for key, value in shown.items()))
+            for name, facts in self._phases.items():
+                for line in lines(name, facts):
+                    logger.info("%s", line)
             self._phases = {name: {} for name in self._phases}
 
     def _table(self) -> Table:
@@ -91,5 +92,20 @@ class Display:
         table.add_column(style="bold")
         table.add_column()
         for name, facts in self._phases.items():
-            table.add_row(name, "   ".join(f"[dim]{key}[/dim] {quantity(value)}" for key, value in facts.items()))
+            inner = {key: value for key, value in facts.items() if isinstance(value, Mapping)}
+            table.add_row(name, _markup(facts))
+            for key, values in inner.items():
+                table.add_row(f"  {key}", _markup(values))
         return table
+
+
+def lines(name: str, facts: Mapping[str, Any]) -> list[str]:
+    """The facts of a phase as text: one line, and one more for every part that has facts of its own."""
+    flat = "  ".join(f"{key} {quantity(value)}" for key, value in facts.items() if not isinstance(value, Mapping))
+    inner = [part for key, value in facts.items() if isinstance(value, Mapping) for part in lines(f"  {key}", value)]
+    return ([f"{name:<9} {flat}"] if flat else []) + inner
+
+
+def _markup(facts: Mapping[str, Any]) -> str:
+    flat = {key: value for key, value in facts.items() if not isinstance(value, Mapping)}
+    return "   ".join(f"[dim]{key}[/dim] {escape(quantity(value))}" for key, value in flat.items())

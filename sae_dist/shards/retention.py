@@ -1,5 +1,6 @@
 """How long a store keeps the data of units that every consumer is through with: keep | ring | until_consumed."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -35,6 +36,12 @@ class UntilConsumed:
 
 
 RetentionConfig = Annotated[Keep | Ring | UntilConsumed, Field(discriminator="kind")]
+
+
+def retired(store: Store) -> set[int]:
+    """Units whose data is gone, or going."""
+    found = (re.fullmatch(r"retired/(\d+)\.json", entry.key) for entry in store.storage.list("retired/"))
+    return {int(match[1]) for match in found if match}
 
 
 def retire(store: Store, policy: Keep | Ring | UntilConsumed) -> list[int]:

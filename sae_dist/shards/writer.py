@@ -69,9 +69,11 @@ def write_unit_once(
     doc: Integer[np.ndarray | Tensor, " rows"],
     pos: Integer[np.ndarray | Tensor, " rows"],
     token: Integer[np.ndarray | Tensor, " rows"],
+    producer: str = "",
 ) -> Written:
     """Data objects of all hooks first, under a name nobody else has; then the commit, created only if absent.
 
+    `producer` begins that name, and so says in the commit who wrote it.
     Rows are stored in a permuted order keyed by (seed, unit), the same for all hooks, so that the rows of a document
     are spread over all slices of the unit.
     """
@@ -86,7 +88,7 @@ def write_unit_once(
     finite = torch.stack([measured[hook].finite & _fits(meta, x[hook]) for hook in x]).all(0)
     kept, dropped = _kept_rows(meta, unit, finite)
     order = kept[permutation.permutation(len(kept), permutation.key(meta.seed, unit))]
-    attempt = uuid.uuid4().hex
+    attempt = f"{producer}{uuid.uuid4().hex}"
     shards = {}
     faults.point("writer.before_data", unit=unit)
     for hook in meta.hooks:

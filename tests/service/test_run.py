@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from sae_dist.cli.main import main
+from sae_dist.monitor import read_metrics
 
 DEADLINE_S = 240
 
@@ -57,8 +58,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def order_hashes(out: Path) -> dict[int, str]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["order_hash"] for line in lines}
+    return {line["step"]: line["order_hash"] for line in read_metrics(out / "metrics.jsonl")}
 
 
 @pytest.fixture(scope="module")
