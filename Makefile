@@ -20,7 +20,7 @@ quickstart: venv
 	$(BIN)/sae-dist run preset=quickstart
 
 test: venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: venv
 	$(BIN)/python -m pytest
