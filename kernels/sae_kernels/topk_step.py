@@ -129,7 +129,11 @@ class TopKStep:
     ) -> tuple[Gradients, StepStatistics]:
         """Gradients of `topk_loss` at the present parameters, dense, for a trainer that reduces them over ranks."""
         statistics = self.forward(x, variance=variance)
-        return self._kernels.gradients(), statistics
+        return self.stored_gradients(), statistics
+
+    def stored_gradients(self) -> Gradients:
+        """The dense gradients of the last `forward`."""
+        return self._kernels.gradients()
 
     def forward(self, x: Float[Tensor, "batch d_model"], *, variance: float | Float[Tensor, ""]) -> StepStatistics:
         """The first half of `step`: everything up to what `update_(None)` needs, which is kept until then."""

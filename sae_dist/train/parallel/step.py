@@ -1,0 +1,220 @@
+"""A training step on a mesh: the latents, loss, gradients and counters that one rank alone would have.
+
+Every rank is given the whole batch. A data rank encodes its share of the rows, a feature rank with its part of the
+latents. Exchanges, and bytes that a rank receives for B rows of d dimensions on D x F ranks:
+
+    candidates       8 k (F - 1) B / D            who is among the k best (select.py; two rounds: about 16 k B / D)
+    reconstruction   4 d (F - 1) / F B / D        partial sums, to the rank that owns the row
+    errors           4 d (1 - 1 / (D F)) B        x - x_hat, to everybody
+    pairs            12 k (D - 1) / D B           what a data rank's rows chose in this part, with d loss / dz
+    b_dec            4 d (F - 1)                  its gradient through the encoder
+
+The data axis never reduces a gradient: 8 d n_latents / F bytes twice, where errors and pairs are 4 d B + 12 k B. All
+data ranks work out the same update from the same batch instead, in the order that one rank would: they stay equal bit
+for bit, their number does not show in the result, and dead counters need no exchange. AuxK adds its own candidates,
+sums, errors and pairs while latents are dead.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from sae_kernels.reference import Gradients, Selected, StepStatistics
+from sae_kernels.stages import Part, RowGradients, Stages
+from sae_kernels.topk_step import TopKStep
+from torch import Tensor
+
+from sae_dist.train.parallel.exchange import all_gather, gather_rows, sum_rows, total
+from sae_dist.train.parallel.mesh import Mesh, part, parts
+from sae_dist.train.parallel.select import best, pays_two_rounds
+
+
+class _Errors(NamedTuple):
+    """What a part of the loss leaves of its target, for the rows that this data rank encodes, and what it chose."""
+
+    errors: Float[Tensor, "mine d_model"]
+    selected: Selected
+
+
+class MeshStep:
+    """`TopKStep` over a mesh; `shard` is this rank's part of the dictionary, `latents` which part.
+
+    `k`, `k_aux` and `n_latents` are the whole dictionary's. `micro_batch`: rows encoded at once. `clip_norm`: the most
+    that the gradient of all parameters may measure. The methods that train are called by all ranks at the same time.
+    """
+
+    def __init__(
+        self,
+        shard: TopKStep,
+        mesh: Mesh,
+        *,
+        n_latents: int,
+        k: int,
+        k_aux: int,
+        micro_batch: int | None = None,
+        clip_norm: float | None = None,
+        two_rounds: bool | None = None,
+    ) -> None:
+        self.shard, self.mesh, self.n_latents, self.k, self.k_aux = shard, mesh, n_latents, k, k_aux
+        self.latents = mesh.latents(n_latents)
+        assert len(self.latents) == shard.n_latents, f"{shard.n_latents} latents, not {len(self.latents)}"
+        self.micro_batch, self.clip_norm, self._two_rounds = micro_batch, clip_norm, two_rounds
+        self._fused = mesh.world.size == 1 and micro_batch is None
+        self._dead: list[int] | None = None  # dead latents of each feature rank; None: not counted yet
+        self._through_decoder = torch.empty(0)
+
+    def step(self, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float) -> StepStatistics:
+        """One optimiser step on the whole batch; when the squared error is not finite, only counters change."""
+        statistics = self.forward(x, variance=variance)
+        if bool(torch.isfinite(statistics.squared_error)):
+            self.update_(lr=lr)
+        self.count_(statistics.fired, tokens=len(x))
+        return statistics
+
+    def forward(self, x: Float[Tensor, "batch d_model"], *, variance: float) -> StepStatistics:
+        """Everything up to what `update_` needs. The statistics are the whole mesh's; `fired` is about this part."""
+        if self._fused:
+            return self.shard.forward(x, variance=variance)
+        x, stages, scale = x.float(), self.shard.stages, -2 / (len(x) * variance)
+        rows = stages.rows(x)
+        main = self._reconstruct(stages, rows, x, None, k=self.k)
+        uses = [self._everybodys(stages, main, batch=len(x), scale=scale)]
+        aux_squared_error = x.new_zeros(())
+        n_dead = sum(self._dead_by_rank())
+        if self.k_aux and n_dead:
+            aux = self._reconstruct(stages, rows, x, main.errors, k=min(self.k_aux, n_dead))
+            aux_scale = scale * self.shard.aux_coefficient * min(n_dead / self.k_aux, 1.0)
+            uses.append(self._everybodys(stages, aux, batch=len(x), scale=aux_scale))
+            aux_squared_error = uses[1].errors.square().sum()
+        stages.hold_(rows, uses)
+        self._through_decoder = scale * uses[0].errors.sum(0)
+        fired, active = self._fired(uses[0].selected, tokens=len(x))
+        return StepStatistics(uses[0].errors.square().sum(), aux_squared_error, active, fired)
+
+    def update_(self, *, lr: float) -> None:
+        """The update that the last `forward` leads to."""
+        if self._fused:
+            gradients = None
+            if self.clip_norm is not None:
+                enc, dec, b_enc, b_dec = self.shard.stored_gradients()
+                factor = self._clip(enc, dec, b_enc, b_dec)
+                gradients = Gradients(enc * factor, dec * factor, b_enc * factor, b_dec * factor)
+            self.shard.update_(gradients, lr=lr)
+            return
+        stages, hyper, factor = self.shard.stages, self.shard.hyper_(lr), 1.0
+        if self.clip_norm is None:
+            d_b_dec = self._d_b_dec(stages.update_latents_(None, hyper))
+        else:
+            gradients = stages.row_gradients()
+            d_b_dec = self._d_b_dec(gradients.through_b_dec)
+            factor = self._clip(*gradients[:3], d_b_dec)
+            stages.update_latents_(RowGradients(*(g * factor for g in gradients)), hyper)
+        stages.update_b_dec_(d_b_dec * factor, hyper)
+
+    def count_(self, fired: Bool[Tensor, " n_latents"], *, tokens: int) -> None:
+        """Count the batch's tokens as silence for every latent here that did not fire."""
+        self.shard.count_(fired, tokens=tokens)
+
+    def dead_fraction(self) -> float:
+        """The share of the whole dictionary's latents that are dead."""
+        return sum(self._dead_by_rank()) / self.n_latents
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Of everything that the next step depends on, this rank's part, as tensors that share memory with this object.
+
+        Split by latents: all but b_dec and its moments and the number of steps, which are the same on all ranks.
+        """
+        return self.shard.state_dict()
+
+    def load_state_dict_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over this rank's part of what `state_dict` gave, on this or any other mesh."""
+        self.shard.load_state_dict_(tensors)
+        self._dead = None
+
+    def _reconstruct(self, stages: Stages, rows: Tensor, x: Tensor, residual: Tensor | None, *, k: int) -> _Errors:
+        """What the k best latents leave of x, or the k best dead ones of the residual, for this data rank's rows."""
+        mine, feature = part(len(x), self.mesh.data), self.mesh.feature
+        latents, available = None, [len(r) for r in parts(self.n_latents, feature.size)]
+        if residual is not None:
+            latents, available = self.shard.dead.nonzero().squeeze(1), self._dead_by_rank()
+        name = "candidates" if residual is None else "aux_candidates"
+        two_rounds = self._two_rounds
+        if two_rounds is None:
+            two_rounds = pays_two_rounds(k, feature.size, x.shape[1])
+        errors, chosen = [], []
+        for chunk in self._chunks(mine):
+            own = self._best_here(stages, rows[chunk.start : chunk.stop], latents, k=min(k, available[feature.rank]))
+            selected = best(
+                self.mesh, own, latents=self.latents, k=k, width=min(k, max(available)), two_rounds=two_rounds,
+                name=name,
+            )  # fmt: skip
+            shares = parts(len(chunk), feature.size)
+            sizes, share = [len(r) for r in shares], shares[feature.rank]
+            summed = sum_rows(self.mesh, feature, stages.partial(selected), sizes, name="reconstruction")
+            if residual is None:
+                target = x[chunk.start + share.start : chunk.start + share.stop]
+                left = target - (summed + self.shard.b_dec)
+            else:
+                at = chunk.start - mine.start
+                left = residual[at + share.start : at + share.stop] - summed
+            errors.append(gather_rows(self.mesh, feature, left, sizes, name="errors"))
+            chosen.append(selected)
+        return _Errors(
+            torch.cat(errors), Selected(torch.cat([s.values for s in chosen]), torch.cat([s.indices for s in chosen]))
+        )
+
+    def _best_here(self, stages: Stages, rows: Tensor, latents: Tensor | None, *, k: int) -> Selected:
+        if k == 0:  # none of the dead is here
+            nothing = rows.new_empty(len(rows), 0, dtype=torch.float32)
+            return Selected(nothing, nothing.long())
+        return stages.select(rows, k=k, latents=latents)
+
+    def _everybodys(self, stages: Stages, mine: _Errors, *, batch: int, scale: float) -> Part:
+        """The errors of the whole batch and what its rows chose in this part, in the rows' order."""
+        sizes = [len(r) for r in parts(batch, self.mesh.data.size)]
+        values, indices = mine.selected
+        d_z = stages.d_z(mine.errors, mine.selected, scale=scale)
+        errors = gather_rows(self.mesh, self.mesh.data, mine.errors, sizes, name="errors")
+        values, indices, d_z = (
+            gather_rows(self.mesh, self.mesh.data, tensor, sizes, name="pairs")
+            for tensor in (values, indices.int(), d_z)
+        )
+        return Part(errors, Selected(values, indices.long()), d_z, scale)
+
+    def _fired(self, selected: Selected, *, tokens: int) -> tuple[Tensor, Tensor]:
+        """Which latents here are active on some row, and how many values of the whole dictionary are not zero.
+
+        The same exchange says how many latents of each part are dead once these tokens are counted.
+        """
+        values, indices = selected
+        n_here, silence = len(self.latents), self.shard.tokens_since_fired
+        fired = torch.zeros(n_here + 1, dtype=torch.bool, device=values.device)
+        fired = fired.index_fill_(0, torch.where(values > 0, indices, n_here).flatten(), True)[:-1]
+        dead = (~fired & (silence + tokens >= self.shard.dead_after_tokens)).sum()
+        counts = all_gather(
+            self.mesh, self.mesh.feature, torch.stack([(values > 0).sum(), dead]), name="counts"
+        ).tolist()
+        self._dead = [dead for _, dead in counts]
+        return fired, torch.tensor(sum(active for active, _ in counts), device=values.device)
+
+    def _dead_by_rank(self) -> list[int]:
+        if self._dead is None or self._fused:
+            self._dead = all_gather(self.mesh, self.mesh.feature, self.shard.dead.sum(), name="counts").tolist()
+        return self._dead
+
+    def _d_b_dec(self, through: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+        return self._through_decoder - total(self.mesh, self.mesh.feature, through, name="b_dec")
+
+    def _clip(self, enc: Tensor, dec: Tensor, b_enc: Tensor, b_dec: Tensor) -> float:
+        """What the gradient is multiplied by so that its norm over the whole mesh is at most `clip_norm`."""
+        assert self.clip_norm is not None
+        here = torch.stack([g.double().square().sum() for g in (enc, dec, b_enc)]).sum()
+        square = total(self.mesh, self.mesh.feature, here, name="norm") + b_dec.double().square().sum()
+        return min(self.clip_norm / max(float(square) ** 0.5, 1e-30), 1.0)
+
+    def _chunks(self, rows: range) -> Iterator[range]:
+        """The rows `micro_batch` at a time: every rank of a feature axis makes the same chunks."""
+        size = self.micro_batch or max(len(rows), 1)
+        for start in range(rows.start, max(rows.stop, rows.start + 1), size):
+            yield range(start, min(start + size, rows.stop))

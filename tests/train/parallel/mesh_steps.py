@@ -1,0 +1,119 @@
+"""Steps of a dictionary on one rank or on a mesh, with all that the tests compare; also what a rank's process runs.
+
+python mesh_steps.py RANK DATA FEATURE FOLDER CASE ...: trains every case and leaves FOLDER/CASE.RANK.pt.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from sae_kernels.reference import unit_norm
+from sae_kernels.topk_step import TopKStep
+
+from sae_dist.train.config import MeshConfig
+from sae_dist.train.parallel.mesh import Mesh, connect
+from sae_dist.train.parallel.step import MeshStep
+
+
+@dataclass(frozen=True)
+class Case:
+    """One dictionary on data of its own."""
+
+    n_latents: int = 97  # divides over none of 2, 3, 4 ranks
+    d_model: int = 16
+    k: int = 4
+    k_aux: int = 8
+    dead_after_tokens: int = 700
+    batch: int = 46
+    steps: int = 30
+    lr: float = 1e-3
+    data: str = "sparse"
+    micro_batch: int | None = None
+    clip_norm: float | None = None
+    two_rounds: bool | None = None
+    product_dtype: torch.dtype = torch.float32
+
+
+CASES = {
+    "long": Case(steps=200),
+    "short": Case(steps=12, dead_after_tokens=100),
+    "owned": Case(steps=12, data="owned"),
+    "wide": Case(n_latents=30, k=20, steps=12, k_aux=0),
+    "ties": Case(n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1),
+    "micro": Case(steps=12, dead_after_tokens=100, micro_batch=7),
+    "clipped": Case(steps=12, dead_after_tokens=100, clip_norm=0.05),
+    "kernels": Case(steps=12, dead_after_tokens=100, micro_batch=7, product_dtype=torch.bfloat16),
+    "two_rounds": Case(steps=12, dead_after_tokens=100, two_rounds=True),
+    "two_rounds_owned": Case(steps=12, data="owned", two_rounds=True),
+    "two_rounds_ties": Case(n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1, two_rounds=True),
+}
+
+
+def parameters(case: Case) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    W_dec = unit_norm(torch.randn(case.n_latents, case.d_model, generator=generator))
+    b_enc = 0.05 * torch.randn(case.n_latents, generator=generator)
+    W_enc = W_dec + 0.1 * torch.randn(case.n_latents, case.d_model, generator=generator)
+    if case.data == "owned":
+        b_enc[: case.k + 1] += 20  # the first part has all the best
+    if case.data == "integers":  # every sum is exact: equal latents tie whoever computes them
+        W_enc = torch.randint(-2, 3, (case.n_latents // 4, case.d_model), generator=generator).float().repeat(4, 1)
+        b_enc = torch.ones(case.n_latents)
+    return {"W_enc": W_enc.t(), "W_dec": W_dec, "b_enc": b_enc, "b_dec": torch.zeros(case.d_model)}
+
+
+def batch_of(case: Case, step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 + step)
+    if case.data == "integers":
+        return torch.randint(-2, 3, (case.batch, case.d_model), generator=generator).float()
+    directions = torch.randn(40, case.d_model, generator=torch.Generator().manual_seed(7))
+    strength = torch.rand(case.batch, 40, generator=generator) * (torch.rand(case.batch, 40, generator=generator) < 0.1)
+    return 0.5 + strength @ directions + 0.05 * torch.randn(case.batch, case.d_model, generator=generator)
+
+
+def train(case: Case, mesh: Mesh) -> dict[str, object]:
+    """All steps on this rank: its part of the state, and of every step the selected (use, row, latent) and figures."""
+    latents, whole = mesh.latents(case.n_latents), parameters(case)
+    shard = TopKStep(
+        whole["W_enc"][:, latents.start : latents.stop], whole["W_dec"][latents.start : latents.stop],
+        b_enc=whole["b_enc"][latents.start : latents.stop], b_dec=whole["b_dec"], k=min(case.k, len(latents)),
+        k_aux=case.k_aux, aux_coefficient=1 / 32, dead_after_tokens=case.dead_after_tokens,
+        product_dtype=case.product_dtype,
+    )  # fmt: skip
+    step = MeshStep(
+        shard, mesh, n_latents=case.n_latents, k=case.k, k_aux=case.k_aux, micro_batch=case.micro_batch,
+        clip_norm=case.clip_norm, two_rounds=case.two_rounds,
+    )  # fmt: skip
+    if case.data == "integers":
+        shard.tokens_since_fired[::2] = 10
+    chosen, figures, held = [], [], shard.stages.hold_
+
+    def hold(rows, parts):
+        for use, part in enumerate(parts):
+            row, place = (part.selected.values > 0).nonzero(as_tuple=True)
+            latent = part.selected.indices[row, place] + latents.start
+            chosen.append(torch.stack([torch.full_like(row, len(figures)), torch.full_like(row, use), row, latent], 1))
+        held(rows, parts)
+
+    shard.stages.hold_ = hold  # type: ignore[method-assign]
+    for number in range(case.steps):
+        s = step.step(batch_of(case, number), lr=case.lr, variance=3.0)
+        figures.append([float(s.squared_error), float(s.aux_squared_error), int(s.active), step.dead_fraction()])
+    state = {name: tensor.clone() for name, tensor in step.state_dict().items()}
+    return {"state": state, "chosen": torch.cat(chosen), "figures": torch.tensor(figures, dtype=torch.float64)}
+
+
+def main(rank: str, data: str, feature: str, folder: str, *cases: str) -> None:
+    torch.set_num_threads(1)
+    config, world = MeshConfig(data=int(data), feature=int(feature), collective_timeout_s=120), int(data) * int(feature)
+    store = dist.FileStore(f"{folder}/rendezvous", world)
+    mesh = connect(config, rank=int(rank), world=world, device="cpu", store=store)
+    for name in cases:
+        torch.save(train(CASES[name], mesh), Path(folder) / f"{name}.{rank}.pt")
+    mesh.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
