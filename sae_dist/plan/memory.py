@@ -1,15 +1,18 @@
 """Bytes that the largest rank holds, part by part, at the fullest moment of a step.
 
-A step's phases do not overlap: what a phase needs for itself counts once, as the largest of them.
+A step's phases do not overlap: of what each needs for itself only the largest counts. The tensors are those of
+`train.parallel.step` and of the kernels behind it; `parallel.simulate` counts them in the program itself.
 """
 
 from typing import NamedTuple
 
 from sae_dist.plan.machine import Machine
 from sae_dist.plan.workload import Workload
+from sae_dist.train.parallel.select import pays_two_rounds
 
 TILE = 4096  # latents that plain torch multiplies at a time (sae_kernels.plain)
-MIB = 1 << 20
+KEYS = 24  # bytes a pre-activation of a tile while its keys are made: z, relu(z), and two int64
+CHUNK = 64  # latents of one partial sum of b_dec's gradient (sae_kernels.cpu)
 
 
 class Part(NamedTuple):
@@ -22,18 +25,19 @@ class Part(NamedTuple):
 
 def memory(work: Workload, machine: Machine) -> list[Part]:
     """What one rank holds; the sum is the most that it ever needs."""
-    weights = work.latents * work.d_model
+    matrices = 2 * work.latents * work.d_model + work.latents + work.d_model
     accelerator = machine.backend == "triton"
+    batch, phase = step_bytes(work, machine)
     return [
         Part("program and libraries", machine.runtime),
-        Part("parameters, fp32", 4 * (2 * weights + work.latents + work.d_model)),
-        Part("Adam's moments, fp32", 8 * (2 * weights + work.latents + work.d_model)),
-        *([] if machine.backend == "torch" else [Part("W_enc, bf16 copy for the product", 2 * weights)]),
-        Part("silence counters and masks", (8 + 1) * work.latents),
-        Part("batch: rows, errors, pairs", batch_bytes(work, machine)),
-        Part("largest phase of a step", phase_bytes(work, machine)),
-        Part("loader: windows and batches ahead", loader_bytes(work), host=accelerator),
-        Part("checkpoint: copy while it is written", state_bytes(work), host=accelerator),
+        Part("parameters, fp32", 4 * matrices),
+        Part("Adam's moments, fp32", 8 * matrices),
+        *([] if machine.backend == "torch" else [Part("W_enc, bf16 copy", 2 * work.latents * work.d_model)]),
+        Part("silence counters", 8 * work.latents),
+        Part("batch: rows, errors, pairs", batch),
+        Part("largest phase of a step", phase),
+        Part("loader: windows, batches ahead", loader_bytes(work), host=accelerator),
+        Part("checkpoint: copy while written", state_bytes(work), host=accelerator),
     ]
 
 
@@ -42,33 +46,42 @@ def state_bytes(work: Workload) -> float:
     return 12 * (2 * work.latents * work.d_model + work.latents + work.d_model) + 8 * work.latents
 
 
-def batch_bytes(work: Workload, machine: Machine) -> float:
-    """Tensors of the batch that live through the whole step."""
-    d, k = work.d_model, work.k
-    row = 2 * d + 4 * d + 4 * d  # as read, scaled fp32, error
-    if machine.backend != "torch":
-        row += 2 * d  # rounded for the product
-    pair = 8 + 8 + 4  # value, index, d_z
-    return work.batch * (row + pair * k)
-
-
-def phase_bytes(work: Workload, machine: Machine) -> float:
-    """The phase with the largest temporaries: selection, or the update."""
-    weights = work.latents * work.d_model
+def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
+    """What of the batch lives until the update ends, and what the largest phase needs besides."""
+    d, batch, rows, k = work.d_model, work.batch, work.rows, work.k
+    weights = work.latents * d
+    read, scaled, errors = 2 * batch * d, 4 * batch * d, 4 * batch * d
+    exchange = candidate_bytes(work) + (3 * 4 * rows * d if work.ranks > 1 else 0)
     match machine.backend:
-        case "torch":  # two dense gradients, the one without its parallel part, Adam's two corrected moments
-            return max(5 * 4 * weights, work.rows * TILE * 40)
-        case "cpu":  # candidates of select; partial sums of b_dec's gradient, one a chunk of 64 latents
-            return work.rows * 8 * (work.k + max(work.k, 64)) + weights / 16 + 16 * work.batch * work.k
-        case "triton":  # keys above the bound (16 k a row); sorted pairs
-            return work.rows * 8 * 16 * work.k + 3 * 16 * work.batch * work.k
-    raise AssertionError(machine.backend)
+        case "torch":
+            rounded, pairs = 4 * batch * d, 24 * batch * k // work.feature
+            select = scaled + rows * TILE * KEYS + 6 * TILE * d
+            update = 20 * weights  # two gradients, one without its parallel part, Adam's two corrected moments
+            held = read + rounded + errors + pairs
+            return held, max(update, select - errors, scaled + exchange - errors)
+        case "cpu":
+            room = k + max(k, 64)
+            buffers = 2 * rows * d + 8 * rows * room + 12 * batch * k + 16 * batch * k
+            rounded = 2 * batch * d + (4 * batch * d if work.ranks == 1 else 0)  # and fp32 rows in the fused step
+            return read + scaled + rounded + errors + buffers, exchange + 8 * work.latents + 4 * weights / CHUNK
+        case "triton":  # keys above the bound, 16 k a row; pairs are sorted as (latent, place)
+            return read + scaled + 2 * batch * d + errors, 8 * 16 * k * rows + 3 * 16 * batch * k + exchange
+
+
+def candidate_bytes(work: Workload) -> float:
+    """Keys of all parts, as gathered and as put in rows; in two rounds 2 k / parts values each, then k keys a row."""
+    rows, k, parts = work.rows, work.k, work.feature
+    if parts == 1:
+        return 0
+    if pays_two_rounds(k, parts, work.d_model):
+        return 2 * 4 * rows * parts * -(-2 * k // parts) + 2 * 8 * rows * k
+    return 2 * 8 * rows * k * parts
 
 
 def loader_bytes(work: Workload) -> float:
-    """Open slices of this rank's lanes, the batches that wait, and the sample that initialisation reads."""
+    """Open slices of this rank's lanes, and the batches that wait."""
     lanes = -(-work.lanes // work.data)
     slices = 2 * lanes * work.window * work.slice_rows
     if work.store_rows:
         slices = min(slices, work.store_rows)
-    return (slices + work.prefetch * work.rows) * work.d_model * work.stored_bytes
+    return (slices + work.prefetch * work.batch) * work.d_model * work.stored_bytes

@@ -17,9 +17,9 @@ from sae_kernels.cpu.build import cpu_flags
 from sae_kernels.topk_step import TopKStep
 
 from sae_dist.config import digest, load, to_dict
-from sae_dist.plan import parallel
 from sae_dist.plan.fit import Measured, rates
 from sae_dist.plan.machine import Link, Machine
+from sae_dist.plan.parallel import loopback
 from sae_dist.plan.workload import Workload
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,12 @@ SHAPES = (  # n_latents, d_model, k, batch: every kind of work dominates in one 
     (256, 64, 4, 64),
 )
 REPEAT = 5
-_RANK = "import psutil, torch, sae_dist.train.loop as _; print(psutil.Process().memory_info().rss)"
+_RANK = """
+import psutil, sae_dist.train.loop as _
+from sae_dist.plan import probe
+probe.step_of(256, 64, 4).step(probe.torch.randn(64, 64), lr=1e-4, variance=64.0)
+print(psutil.Process().memory_info().rss)
+"""
 
 
 def here(*, again: bool = False) -> Machine:
@@ -55,12 +60,12 @@ def here(*, again: bool = False) -> Machine:
 def measure() -> Machine:
     """Steps, an exchange and a process of this machine, as they are now: other programs slow them down."""
     measured = list(_steps())
-    backend = _step(*SHAPES[-1][:3]).backend_used
+    backend = step_of(*SHAPES[-1][:3]).backend_used
     assert backend in ("cpu", "torch"), "a machine with a GPU is described in conf/machine"
-    exchanged = parallel.exchanged()
+    exchanged = loopback.exchanged()
     link = Link(
         # of all ranks together: they share the cores that copy
-        bytes_per_s=parallel.RANKS * exchanged.large_bytes / max(exchanged.large_s - exchanged.small_s, 1e-9),
+        bytes_per_s=loopback.RANKS * exchanged.large_bytes / max(exchanged.large_s - exchanged.small_s, 1e-9),
         latency_s=exchanged.small_s,
     )
     memory = float(psutil.virtual_memory().total)
@@ -78,7 +83,7 @@ def measure() -> Machine:
 
 def _steps() -> Iterator[Measured]:
     for n_latents, d_model, k, batch in SHAPES:
-        step = _step(n_latents, d_model, k)
+        step = step_of(n_latents, d_model, k)
         run = partial(step.step, torch.randn(batch, d_model), lr=1e-4, variance=float(d_model))
         times = [_timed(run) for _ in range(REPEAT)]
         work = Workload(n_latents=n_latents, d_model=d_model, k=k, k_aux=0, batch=batch)
@@ -104,7 +109,7 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _step(n_latents: int, d_model: int, k: int) -> TopKStep:
+def step_of(n_latents: int, d_model: int, k: int) -> TopKStep:
     W_dec = torch.nn.functional.normalize(torch.randn(n_latents, d_model), dim=1)
     return TopKStep(
         W_dec.t(), W_dec, b_enc=torch.zeros(n_latents), b_dec=torch.zeros(d_model), k=k, k_aux=0, aux_coefficient=0.0,

@@ -39,11 +39,11 @@ def phases(work: Workload, machine: Machine) -> list[Phase]:
     }
     own = amounts(work, machine.backend)
     found = [Phase(*NAMES[kind][:1], own[kind], NAMES[kind][1], own[kind] * cost) for kind, cost in per_unit.items()]
-    link = joined_by(work, machine)
-    return found + [
-        Phase(f"exchange: {e.name}", e.bytes, "B", e.calls * link.latency_s + share * e.bytes / link.bytes_per_s)
-        for e in exchanges(work)
-    ]
+    for e in exchanges(work):
+        link = joined_by(e.axis, work, machine)
+        seconds = e.calls * link.latency_s + share * e.bytes / link.bytes_per_s
+        found.append(Phase(f"exchange: {e.name} ({e.axis})", e.bytes, "B", seconds))
+    return found
 
 
 def amounts(work: Workload, backend: str) -> dict[Kind, float]:
@@ -71,10 +71,10 @@ def shared_by(work: Workload, machine: Machine) -> float:
     return 1.0 if machine.backend == "triton" else float(work.ranks)
 
 
-def joined_by(work: Workload, machine: Machine) -> Link:
-    """The link that the slowest exchange goes over: the network as soon as the mesh is larger than a machine."""
-    fits = machine.backend != "triton" or work.ranks <= machine.devices
-    return machine.link if fits else machine.network
+def joined_by(axis: str, work: Workload, machine: Machine) -> Link:
+    """The link of an axis: feature ranks are neighbours, so a machine holds as many of them as it has devices."""
+    span = work.feature if axis == "feature" else work.ranks
+    return machine.link if machine.backend != "triton" or span <= machine.devices else machine.network
 
 
 def reading_s(work: Workload, machine: Machine) -> float:

@@ -1,39 +1,80 @@
-"""Bytes that a rank receives in one step, exchange by exchange; `parallel.exchange` counts the same at run time."""
+"""Bytes that a rank receives in one step, exchange by exchange, as `train.parallel` makes them and `Mesh.moved` counts.
 
-from typing import NamedTuple
+The figures are those of rank 0, which has the largest part of everything. What a step decides by its data, how many
+keys reach the bound of a selection in two rounds, is taken as k a row in all, evenly over the parts.
+"""
+
+from typing import Literal, NamedTuple
 
 from sae_dist.plan.workload import Workload
+from sae_dist.train.parallel.select import pays_two_rounds
+
+KEY, VALUE, INDEX, COUNT = 8, 4, 4, 8  # bytes of a (value, index) key, a value or d_z, an index, a count
 
 
 class Exchange(NamedTuple):
     """One kind of collective of a step."""
 
     name: str  # as in `Mesh.moved`
-    axis: str  # data, feature or both
-    ranks: int  # of a group
+    axis: Literal["data", "feature"]
     calls: int  # in a step
-    bytes: float  # received by the rank that receives most, in a step
+    bytes: int  # received in a step
 
 
 def exchanges(work: Workload) -> list[Exchange]:
     """The exchanges of a step on this mesh, none where an axis has one rank."""
-    data, feature, d = work.data, work.feature, work.d_model
-    found = []
-    if feature > 1:
-        part = -(-work.rows // feature)
+    found = [*_use(work, work.k, work.latents, "candidates")]
+    if work.k_aux and work.dead:
+        k = min(work.k_aux, work.dead)
+        found += _use(work, k, -(-work.dead // work.feature), "aux_candidates")
+    if work.feature > 1:
+        others = work.feature - 1
         found += [
-            Exchange("pairs", "feature", feature, 1, (feature - 1) * work.rows * min(work.k, work.latents) * 12),
-            Exchange("reconstruction", "feature", feature, 1, (feature - 1) * part * d * 4),
-        ]
-    if work.ranks > 1:
-        part = -(-work.rows // feature)
-        found += [Exchange("errors", "both", work.ranks, 1, (work.ranks - 1) * part * d * 4)]
-    if data > 1:
-        found += [
-            Exchange("rows", "data", data, 1, (data - 1) * work.rows * d * 2),
-            Exchange("chosen", "data", data, 1, (data - 1) * work.rows * work.k * 12),
+            Exchange("counts", "feature", 1, 2 * COUNT * others),
+            Exchange("b_dec", "feature", 1, 4 * work.d_model * others),
         ]
     return found
+
+
+def _use(work: Workload, k: int, available: int, name: str) -> list[Exchange]:
+    """One use of latents in the loss: who is chosen, the sum of the partial sums, what it leaves, the chosen pairs."""
+    found, rows, feature, width = [], work.rows, work.feature, min(k, available)
+    share = -(-rows // feature)  # rows whose sums this rank adds up
+    if feature > 1:
+        if pays_two_rounds(k, feature, work.d_model):
+            told = min(-(-2 * k // feature), width)
+            found += [
+                Exchange(f"{name}.bound", "feature", 2, (feature - 1) * rows * (4 * told + 4)),
+                Exchange(name, "feature", 1, (feature - 1) * KEY * reaching(work, k)),
+            ]
+        else:
+            found.append(Exchange(name, "feature", 1, (feature - 1) * rows * KEY * width))
+        found += [
+            Exchange("reconstruction", "feature", 1, (feature - 1) * share * work.d_model * 4),
+            Exchange("errors", "feature", 1, (feature - 1) * share * work.d_model * 4),
+        ]
+    if work.data > 1:
+        others = work.data - 1
+        chosen = min(k, width * feature)
+        found += [
+            Exchange("errors", "data", 1, others * rows * work.d_model * 4),
+            Exchange("pairs", "data", 3, others * rows * chosen * (VALUE + INDEX + VALUE)),
+        ]
+    return found
+
+
+def reaching(work: Workload, k: int) -> int:
+    """Keys of one part that reach the bound in the second of two rounds: k a row in all."""
+    return -(-work.rows * k // work.feature)
+
+
+def by_name(work: Workload) -> dict[str, tuple[int, int]]:
+    """(calls, bytes) of a step by name of the exchange, as `Mesh.moved` adds them up over axes."""
+    sums: dict[str, tuple[int, int]] = {}
+    for exchange in exchanges(work):
+        calls, size = sums.get(exchange.name, (0, 0))
+        sums[exchange.name] = (calls + exchange.calls, size + exchange.bytes)
+    return sums
 
 
 def dense_gradient_bytes(work: Workload) -> float:

@@ -51,7 +51,7 @@ def test_a_rank_holds_what_its_tensors_are():
     numbers = 2 * 250 * 64 + 250 + 64
     assert parts["parameters, fp32"] == 4 * numbers
     assert parts["Adam's moments, fp32"] == 8 * numbers
-    assert parts["W_enc, bf16 copy for the product"] == 2 * 250 * 64
+    assert parts["W_enc, bf16 copy"] == 2 * 250 * 64
 
 
 def test_the_product_is_two_operations_a_weight_and_row_of_which_each_rank_has_its_share():

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 SMALL, LARGE, REPEAT = 16, 1 << 24, 9
 RANKS = 2
@@ -41,7 +42,7 @@ def exchanged() -> Exchanged:
 def _rank(rank: int, port: int, answers: "torch.multiprocessing.SimpleQueue") -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, RANKS, is_master=rank == 0, timeout=timedelta(seconds=60))  # pyright: ignore[reportPrivateImportUsage]
+    store = TCPStore("127.0.0.1", port, RANKS, is_master=rank == 0, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
     best = [_seconds(size) for size in (SMALL, LARGE)]
     if rank == 0:

@@ -1,0 +1,120 @@
+"""One step of the real program on a rank of a mesh of any size, with tensors that have shapes but no numbers.
+
+torch's fake process group answers every collective at once, and tensors on the device `meta` take no memory: the code
+of `train.parallel` runs as it is, and what it would hold and exchange is counted as it goes. Where the program asks a
+number for its value, it is told what a plan assumes: every chosen latent is active, spread evenly over the parts.
+"""
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from sae_kernels.topk_step import TopKStep
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sae_dist.plan.traffic import reaching
+from sae_dist.plan.workload import Workload
+from sae_dist.train.config import MeshConfig
+from sae_dist.train.parallel.mesh import from_process_group
+from sae_dist.train.parallel.step import MeshStep
+
+
+class Simulated(NamedTuple):
+    """What rank 0 did in one step."""
+
+    moved: dict[str, tuple[int, int]]  # calls and bytes received by name of the exchange
+    state_bytes: int  # of tensors before the step
+    peak_bytes: int  # of tensors at the fullest moment of the step, the batch included
+    shapes: dict[str, tuple[int, ...]]  # of this rank's part of the state
+
+
+def simulate(work: Workload) -> Simulated:
+    """A step of rank 0 of work.data x work.feature ranks, without AuxK; plain torch, fp32 state."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=work.ranks)
+    try:
+        mesh = from_process_group(MeshConfig(data=work.data, feature=work.feature), "cpu")
+        with torch.device("meta"), _Memory() as memory:
+            step = _step(work, len(mesh.latents(work.n_latents)), mesh)
+            state, memory.peak = memory.now, memory.now
+            x = torch.empty(work.batch, work.d_model, dtype=torch.bfloat16)
+            with _Assumed(work):
+                _run(step, x)  # the first step also asks how many latents are dead
+                before = {name: (m.calls, m.bytes) for name, m in mesh.moved.items()}
+                _run(step, x)
+            shapes = {name: tuple(tensor.shape) for name, tensor in step.state_dict().items()}
+        moved = {name: (m.calls - before[name][0], m.bytes - before[name][1]) for name, m in mesh.moved.items()}
+        return Simulated(moved, state, memory.peak, shapes)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(step: MeshStep, x: Tensor) -> None:
+    """`MeshStep.step`, which asks in between whether the loss is finite: a number that is not there."""
+    statistics = step.forward(x.float(), variance=1.0)
+    step.update_(lr=1e-4)
+    step.count_(statistics.fired, tokens=len(x))
+
+
+def _step(work: Workload, n_here: int, mesh: Any) -> MeshStep:
+    shard = TopKStep(
+        torch.empty(work.d_model, n_here), torch.empty(n_here, work.d_model), b_enc=torch.empty(n_here),
+        b_dec=torch.empty(work.d_model), k=min(work.k, n_here), k_aux=0, aux_coefficient=0.0,
+        dead_after_tokens=1 << 40, backend="torch",
+    )  # fmt: skip
+    return MeshStep(shard, mesh, n_latents=work.n_latents, k=work.k, k_aux=0)
+
+
+class _Memory(TorchDispatchMode):
+    """Counts the bytes of storages that operations make, until the last tensor that sees one is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = weakref.WeakKeyDictionary[torch.UntypedStorage, int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+                self._track(tensor.untyped_storage())
+        return out
+
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        size = self._seen[storage] = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, size)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+class _Assumed(TorchFunctionMode):
+    """Answers the questions that a step asks of its numbers, and nothing else."""
+
+    def __init__(self, work: Workload) -> None:
+        super().__init__()
+        self.work, self.reaching = work, reaching(work, work.k)
+        self.pairs = -(-work.batch * work.k // work.feature)  # of this part's latents, over the whole batch
+        self.mine = -(-work.rows * work.k // work.feature)  # the same of the rows of one data rank
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        match func.__name__, args:
+            case "tolist", (tensor, *_):
+                if tensor.dim() == 2:  # (active, dead) of every part
+                    return [[self.mine, 0]] * len(tensor)
+                return [self.reaching if len(tensor) == self.work.feature else 0] * len(tensor)
+            case "nonzero", (tensor, *_):  # active places, [k, rows] of the batch or of one data rank's rows
+                found = self.pairs if self.work.batch in tensor.shape else self.mine
+                return tuple(torch.empty(found, dtype=torch.int64) for _ in range(tensor.dim()))
+            case "__getitem__", (tensor, Tensor() as mask) if mask.dtype == torch.bool:
+                return tensor.new_empty(self.reaching)
+            case "__int__", _:  # the most keys that reach the bound in a row
+                return self.work.k
+        return func(*args, **(kwargs or {}))
