@@ -29,7 +29,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from sae_dist.config import to_dict
 from sae_dist.plan import probe
 from sae_dist.plan.memory import memory
-from sae_dist.plan.plan import step_s
+from sae_dist.plan.seconds import phases
 from sae_dist.plan.traffic import by_name
 from sae_dist.plan.workload import Workload
 from sae_dist.train.config import MeshConfig
@@ -61,8 +61,8 @@ def mesh_step(work: Workload, mesh: Mesh) -> MeshStep:
     for rows in W_dec.split(4096):  # no second copy while it is made
         rows.copy_(torch.nn.functional.normalize(torch.randn(rows.shape, generator=generator), dim=1))
     shard = TopKStep(
-        W_dec.t(), W_dec, b_enc=torch.zeros(len(here)), b_dec=torch.zeros(work.d_model), k=min(work.k, len(here)),
-        k_aux=0, aux_coefficient=0.0, dead_after_tokens=1 << 40,
+        W_dec.clone().t(), W_dec, b_enc=torch.zeros(len(here)), b_dec=torch.zeros(work.d_model),
+        k=min(work.k, len(here)), k_aux=0, aux_coefficient=0.0, dead_after_tokens=1 << 40,
     )  # fmt: skip
     return MeshStep(shard, mesh, n_latents=work.n_latents, k=work.k, k_aux=0)
 
@@ -219,12 +219,14 @@ def validate(steps: int) -> dict[str, Any]:
         work = work_of(*case)
         ranks = group(work, steps=steps)
         planned = sum(p.bytes for p in memory(work, machine) if not p.name.startswith(HOST_PARTS))
+        predicted = sum(p.seconds for p in phases(work, machine) if not p.name.endswith("(world)"))  # no loader here
         measured, seconds = max(r.peak_bytes for r in ranks), statistics.median(ranks[0].seconds)
         rows.append({
             "n_latents": work.n_latents, "d_model": work.d_model, "k": work.k, "batch": work.batch, "data": work.data,
             "feature": work.feature, "peak_bytes": measured, "planned_bytes": planned,
-            "memory_error": planned / measured - 1, "step_s": seconds, "planned_s": step_s(work, machine),
-            "time_error": step_s(work, machine) / seconds - 1,
+            "phases": {phase.name: phase.seconds for phase in phases(work, machine)},
+            "memory_error": planned / measured - 1, "step_s": seconds, "planned_s": predicted,
+            "time_error": predicted / seconds - 1,
         })  # fmt: skip
         sys.stderr.write(f"{json.dumps(rows[-1])}\n")
     return {

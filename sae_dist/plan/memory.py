@@ -28,6 +28,7 @@ def memory(work: Workload, machine: Machine) -> list[Part]:
     matrices = 2 * work.latents * work.d_model + work.latents + work.d_model
     accelerator = machine.backend == "triton"
     batch, phase = step_bytes(work, machine)
+    start = 8 * work.latents * work.d_model - batch  # the initial weights, before they are let go of; there is no batch
     return [
         Part("program and libraries", machine.runtime),
         Part("parameters, fp32", 4 * matrices),
@@ -35,7 +36,9 @@ def memory(work: Workload, machine: Machine) -> list[Part]:
         *([] if machine.backend == "torch" else [Part("W_enc, bf16 copy", 2 * work.latents * work.d_model)]),
         Part("silence counters", 8 * work.latents),
         Part("batch: rows, errors, pairs", batch),
-        Part("largest phase of a step", phase),
+        Part(
+            "largest phase of a step" if phase >= start else "the start, when weights are copied in", max(phase, start)
+        ),
         Part("loader: windows, batches ahead", loader_bytes(work), host=accelerator),
         Part("checkpoint: copy while written", state_bytes(work), host=accelerator),
     ]
@@ -79,9 +82,10 @@ def candidate_bytes(work: Workload) -> float:
 
 
 def loader_bytes(work: Workload) -> float:
-    """Open slices of this rank's lanes, and the batches that wait."""
-    lanes = -(-work.lanes // work.data)
+    """Open slices of this rank's lanes, and its parts of the batches that wait."""
+    readers = min(work.ranks, work.lanes)
+    lanes = -(-work.lanes // readers)
     slices = 2 * lanes * work.window * work.slice_rows
     if work.store_rows:
         slices = min(slices, work.store_rows)
-    return (slices + work.prefetch * work.batch) * work.d_model * work.stored_bytes
+    return (slices + work.prefetch * -(-work.batch // readers)) * work.d_model * work.stored_bytes

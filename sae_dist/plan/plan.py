@@ -7,7 +7,7 @@ from sae_dist.plan.cost import Cost, Subject, cost
 from sae_dist.plan.machine import Machine
 from sae_dist.plan.memory import Part, memory
 from sae_dist.plan.seconds import Phase, n_machines, phases, reading_s, shared_by
-from sae_dist.plan.traffic import Exchange, dense_gradient_bytes, exchanges
+from sae_dist.plan.traffic import Exchange, dense_gradient_bytes, exchanges, feeding
 from sae_dist.plan.workload import Workload, check
 
 MOST_RANKS = 1 << 14  # a search ends here: no cluster is larger
@@ -61,7 +61,7 @@ def plan(
         memory=parts,
         device_bytes=device,
         host_bytes=host,
-        exchanges=exchanges(work),
+        exchanges=feeding(work) + exchanges(work),
         dense_gradient_bytes=dense_gradient_bytes(work),
         phases=phases(work, machine),
         step_s=step,

@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 from sae_dist.plan.machine import Link, Machine
-from sae_dist.plan.traffic import exchanges
+from sae_dist.plan.traffic import exchanges, feeding
 from sae_dist.plan.workload import Workload
 
 Kind = Literal["product", "select", "gather", "stream", "step"]
@@ -39,7 +39,7 @@ def phases(work: Workload, machine: Machine) -> list[Phase]:
     }
     own = amounts(work, machine.backend)
     found = [Phase(*NAMES[kind][:1], own[kind], NAMES[kind][1], own[kind] * cost) for kind, cost in per_unit.items()]
-    for e in exchanges(work):
+    for e in feeding(work) + exchanges(work):
         link = joined_by(e.axis, work, machine)
         seconds = e.calls * link.latency_s + share * e.bytes / link.bytes_per_s
         found.append(Phase(f"exchange: {e.name} ({e.axis})", e.bytes, "B", seconds))

@@ -16,7 +16,7 @@ class Exchange(NamedTuple):
     """One kind of collective of a step."""
 
     name: str  # as in `Mesh.moved`
-    axis: Literal["data", "feature"]
+    axis: Literal["data", "feature", "world"]
     calls: int  # in a step
     bytes: int  # received in a step
 
@@ -66,6 +66,22 @@ def _use(work: Workload, k: int, available: int, name: str) -> list[Exchange]:
 def reaching(work: Workload, k: int) -> int:
     """Keys of one part that reach the bound in the second of two rounds: k a row in all."""
     return -(-work.rows * k // work.feature)
+
+
+def feeding(work: Workload) -> list[Exchange]:
+    """How the batch comes to every rank: read once on the whole mesh, in as many parts as there are readers.
+
+    A rank without a lane to read is sent as much as one with: parts are padded to the longest.
+    """
+    if work.ranks == 1:
+        return []
+    part = -(-work.batch // min(work.ranks, work.lanes))
+    row = work.d_model * (2 if work.stored_bytes == 1 else work.stored_bytes) + COUNT  # and its place
+    others = work.ranks - 1
+    return [
+        Exchange("roll_call", "world", 1, 6 * COUNT * others),
+        Exchange("batch", "world", 2, others * part * row),
+    ]
 
 
 def by_name(work: Workload) -> dict[str, tuple[int, int]]:
