@@ -38,6 +38,7 @@ from sae_dist.shards.loader import Loader
 WIDTH, UNIT_ROWS, SLICE_ROWS, BATCH, HOOK = 4096, 16_384, 1024, 4096, "resid_post.0"  # slices of 8 MiB
 UNIT_BYTES = WIDTH * UNIT_ROWS * 2
 PARTS = ("write", "read", "disk", "memory", "peer")
+RAW, OURS = "file + xxh3-128", "sae_dist, shuffled batches, verified"
 PEER = "mosaicml-streaming==0.13.0"
 
 
@@ -108,16 +109,25 @@ def write_all(folder: Path, base: np.ndarray, units: int) -> dict[str, object]:
     return {key: repeated("write", {key: work}, units * UNIT_BYTES, 1)[key] for key, work in names.items()}
 
 
+def raw_ways(folder: Path, units: int) -> dict[str, Callable[[], object]]:
+    """Two ways to read and hash plain files, either of which may be the faster one: the goals take the better."""
+    room = memoryview(bytearray(UNIT_BYTES))
+
+    def read(step: int) -> None:
+        for unit in range(units):
+            whole = xxhash.xxh3_128()
+            with (folder / "raw" / f"{unit}").open("rb", buffering=0) as file:
+                for _ in range(0, UNIT_BYTES, step):
+                    assert file.readinto(room[:step]) == step
+                    whole.update(room[:step])
+            whole.digest()
+
+    return {f"{RAW}, a file at a time": lambda: read(UNIT_BYTES), f"{RAW}, 8 MiB at a time": lambda: read(8 << 20)}
+
+
 def read_all(folder: Path, units: int, repeats: int) -> dict[str, object]:
     store = reader.open(storage.open(folder / "ours"))
-    room = np.empty(UNIT_BYTES, np.uint8)
     target = torch.empty(BATCH, WIDTH, dtype=torch.int16)
-
-    def raw_verified() -> None:
-        for unit in range(units):
-            with (folder / "raw" / f"{unit}").open("rb", buffering=0) as file:
-                assert file.readinto(room) == UNIT_BYTES
-            xxhash.xxh3_128_digest(room)
 
     def copied() -> None:
         for unit in range(units):
@@ -151,8 +161,8 @@ def read_all(folder: Path, units: int, repeats: int) -> dict[str, object]:
                     target.copy_(part[start : start + BATCH].view(torch.int16))
 
     works = {
-        "file + xxh3-128": raw_verified,
-        "sae_dist, shuffled batches, verified": loader,
+        **raw_ways(folder, units),
+        OURS: loader,
         "sae_dist, slices mapped and verified": slices,
         "sae_dist, store verify": lambda: verify.verify(store),
         "cp (reads and writes)": copied,
@@ -169,22 +179,16 @@ def read_all(folder: Path, units: int, repeats: int) -> dict[str, object]:
 def read_disk(folder: Path, units: int, repeats: int) -> dict[str, object]:
     """Raw files and the loader with cold files: what the disk lets through."""
     store = reader.open(storage.open(folder / "ours"))
-    room = np.empty(UNIT_BYTES, np.uint8)
-
-    def raw_verified() -> None:
-        for unit in range(units):
-            with (folder / "raw" / f"{unit}").open("rb", buffering=0) as file:
-                assert file.readinto(room) == UNIT_BYTES
-            xxhash.xxh3_128_digest(room)
 
     def loader() -> None:
         with Loader(store, hook=HOOK, batch=BATCH, seed=0, reuse_buffers=True) as batches:
             for _ in itertools.islice(batches, units * UNIT_ROWS // BATCH):
                 pass
 
-    runs: dict[str, list[float]] = {"file + xxh3-128": [], "sae_dist, shuffled batches, verified": []}
+    works = {**raw_ways(folder, units), OURS: loader}
+    runs: dict[str, list[float]] = {key: [] for key in works}
     for _ in range(repeats):
-        for key, work in zip(runs, (raw_verified, loader), strict=True):
+        for key, work in works.items():
             for path in folder.glob("**/*"):
                 if path.is_file() and path.stat().st_size > 1 << 20:
                     with path.open("rb") as file:
@@ -242,13 +246,12 @@ def mosaic(folder: Path, units: int, repeats: int) -> dict[str, object]:
 def goals(result: dict) -> dict[str, float]:
     """The figures that are asked for, out of the parts that have been measured."""
     found = {}
-    if "read_disk" in result:
-        raw, ours = (figures["gb_per_s"] for figures in result["read_disk"].values())
-        found["share of raw verified read, files on disk (at least 0.8)"] = round(ours / raw, 3)
+    for part, place in (("read_disk", "on disk (at least 0.8)"), ("read", "in the page cache")):
+        if part in result:
+            raw = max(figures["gb_per_s"] for key, figures in result[part].items() if key.startswith(RAW))
+            found[f"share of raw verified read, files {place}"] = round(result[part][OURS]["gb_per_s"] / raw, 3)
     if "read" in result:
-        raw, ours = (result["read"][key] for key in ("file + xxh3-128", "sae_dist, shuffled batches, verified"))
-        found["share of raw verified read, files in the page cache"] = round(ours["gb_per_s"] / raw["gb_per_s"], 3)
-        found["cpu_s_per_gb read (at most 1.2)"] = ours["cpu_s_per_gb"]
+        found["cpu_s_per_gb read (at most 1.2)"] = result["read"][OURS]["cpu_s_per_gb"]
     if "memory" in result:
         found["rss_growth_mb over the read (flat)"] = result["memory"]["rss_growth_mb"]
     return found
