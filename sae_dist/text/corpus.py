@@ -1,5 +1,6 @@
 """Text by configuration: which sources there are, their documents, and a fingerprint of what they say."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, assert_never
 
@@ -17,17 +18,21 @@ from sae_dist.text.parquet import ParquetText
 TextConfig = Annotated[BuiltinText | FilesText | JsonlText | ParquetText | HuggingfaceText, Field(discriminator="kind")]
 
 
-def documents(config: TextConfig, *, seed: int | None = None) -> Iterator[Document]:
+def documents(config: TextConfig, *, seed: int | None = None, counts: Counter[str] | None = None) -> Iterator[Document]:
     """Every document that is not empty, streamed, in the source's own order, the same each time.
+
+    One outcome for bad text each, and a count of it in `counts`: an `empty` document is left out, a huge one is `cut`
+    into pieces, and of an `undecodable` one the bytes that are no UTF-8 become U+FFFD.
 
     With a `seed` the parts of a source (files, row groups, blocks of rows) come in an order that is a function of it,
     so that a beginning of a sorted corpus is a sample of it.
     """
+    counts = Counter() if counts is None else counts
     match config:
         case BuiltinText():
             found = builtin.documents(config)
         case FilesText():
-            found = files.documents(config, seed)
+            found = files.documents(config, seed, counts)
         case JsonlText():
             found = jsonl.documents(config, seed)
         case ParquetText():
@@ -37,7 +42,7 @@ def documents(config: TextConfig, *, seed: int | None = None) -> Iterator[Docume
         case _:
             assert_never(config)
     for document in found:
-        yield from clean(document)
+        yield from clean(document, counts)
 
 
 def fingerprint(config: TextConfig) -> str:

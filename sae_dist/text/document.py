@@ -3,6 +3,7 @@
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -54,16 +55,22 @@ def _cut(text: str, start: int, end: int) -> int:
     return end
 
 
-def clean(document: Document) -> Iterator[Document]:
-    """`document` as valid Unicode, in pieces of at most `MAX_CHARS`; nothing where it is empty."""
+def clean(document: Document, counts: Counter[str]) -> Iterator[Document]:
+    """`document` as valid Unicode, in pieces of at most `MAX_CHARS`; nothing where it is empty.
+
+    `counts` hears of each document that was not taken as it is: `undecodable`, `empty` or `cut`.
+    """
     text, broken = _SURROGATES.subn("\ufffd", document.text)
     if broken:
+        counts["undecodable"] += 1
         logger.warning("%s: %d undecodable characters replaced by U+FFFD", document.source, broken)
     if not text or text.isspace():
+        counts["empty"] += 1
         return
     if len(text) <= MAX_CHARS:
         yield document._replace(text=text)
         return
+    counts["cut"] += 1
     for i, piece in enumerate(pieces([text], MAX_CHARS)):
         if not piece.isspace():
             yield Document(piece, f"{document.source}[{i}]", document.category)

@@ -1,5 +1,6 @@
 """Plain text files: a file, or a folder of them."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal, assert_never
 
@@ -21,11 +22,15 @@ class FilesText:
     """What labels a document: nothing, the folder that its file is in, or the file's suffix."""
 
 
-def documents(config: FilesText, seed: int | None) -> Iterator[Document]:
+def documents(config: FilesText, seed: int | None, counts: Counter[str]) -> Iterator[Document]:
     for name, path in shuffled_parts(local.find(config.path, config.suffixes), seed):
         category = _category(config, name)
-        for i, piece in enumerate(pieces(local.read_chunks(path, name), MAX_CHARS)):
+        n_pieces = 0
+        for i, piece in enumerate(pieces(local.read_chunks(path, name, counts), MAX_CHARS)):
             yield Document(piece, f"{name}[{i}]" if i else name, category)
+            n_pieces += 1
+        counts["empty"] += n_pieces == 0
+        counts["cut"] += n_pieces > 1
 
 
 def fingerprint(config: FilesText) -> str:

@@ -8,6 +8,7 @@ import logging
 import lzma
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
@@ -61,8 +62,11 @@ def open_bytes(path: Path) -> IO[bytes]:
             return path.open("rb")
 
 
-def read_chunks(path: Path, name: str) -> Iterator[str]:
-    """The UTF-8 text of `path`, in chunks; bytes that are none become U+FFFD and are counted in one warning."""
+def read_chunks(path: Path, name: str, counts: Counter[str]) -> Iterator[str]:
+    """The UTF-8 text of `path`, in chunks; bytes that are none become U+FFFD and are counted in one warning.
+
+    A file with such bytes is one more `undecodable` document in `counts`.
+    """
     broken = 0
     with _reading(path, name) as binary:
         # surrogateescape marks exactly the undecodable bytes; "replace" could not tell them from a U+FFFD of the text
@@ -72,6 +76,7 @@ def read_chunks(path: Path, name: str) -> Iterator[str]:
             broken += n
             yield valid
     if broken:
+        counts["undecodable"] += 1
         logger.warning("%s: %d bytes are not UTF-8; each was replaced by U+FFFD", name, broken)
 
 

@@ -12,6 +12,7 @@ import logging
 import random
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -54,6 +55,12 @@ class Tokenizer(Protocol):
 class TokenSplit(NamedTuple):
     train: TokenStream
     heldout: TokenStream
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many documents were not taken as they are: the outcomes of `corpus.documents`, and `repeated`."""
+        counted = self.train.folder.parent / "counts.json"
+        return json.loads(counted.read_text()) if counted.is_file() else {}
 
 
 def separator(tokenizer: Tokenizer) -> int | None:
@@ -106,8 +113,12 @@ def tokenize(
                 shutil.rmtree(stale)
             part = folder / f".{final.name}.{uuid.uuid4().hex[:8]}.part"
             try:
-                found = _shuffled(corpus.documents(config, seed=seed), seed)
-                _build(part, found, tokenizer, sizes=sizes, heldout_fraction=heldout_fraction, progress=progress)
+                counts: Counter[str] = Counter()
+                found = _shuffled(corpus.documents(config, seed=seed, counts=counts), seed)
+                counts["repeated"] = _build(
+                    part, found, tokenizer, sizes=sizes, heldout_fraction=heldout_fraction, progress=progress
+                )
+                (part / "counts.json").write_text(json.dumps({name: n for name, n in counts.items() if n}))
                 (part / "recipe.json").write_text(json.dumps(recipe, indent=1))
                 part.rename(final)
             finally:
@@ -144,7 +155,8 @@ def _build(
     sizes: _Sizes,
     heldout_fraction: float,
     progress: Callable[[int, int], None] | None,
-) -> None:
+) -> int:
+    """Writes both streams; how many documents were there before."""
     opened_by = separator(tokenizer)
     opening = [] if opened_by is None else [opened_by]
     wanted = (sizes.train + sizes.heldout) * sizes.context
@@ -166,6 +178,7 @@ def _build(
         "text tokenised: %s tokens to train on in %s documents, %s held out in %s; %s repeated documents left out",
         *(f"{n:,}" for n in (train.done, train.n_documents, heldout.done, heldout.n_documents, tally.n_repeated)),
     )
+    return tally.n_repeated
 
 
 def _needed(

@@ -1,4 +1,5 @@
 import logging
+from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,12 +36,17 @@ def test_pieces_read_no_further_than_they_must():
 
 def test_blank_documents_vanish_and_long_ones_are_numbered(monkeypatch):
     monkeypatch.setattr(document, "MAX_CHARS", 4)
-    assert list(clean(Document(" \n\t", "a", None))) == []
-    assert list(clean(Document("", "a", None))) == []
-    assert list(clean(Document("ab cde", "a", "c"))) == [Document("ab ", "a[0]", "c"), Document("cde", "a[1]", "c")]
+    counts: Counter[str] = Counter()
+    assert list(clean(Document(" \n\t", "a", None), counts)) == []
+    assert list(clean(Document("", "a", None), counts)) == []
+    cut = clean(Document("ab cde", "a", "c"), counts)
+    assert list(cut) == [Document("ab ", "a[0]", "c"), Document("cde", "a[1]", "c")]
+    assert counts == {"empty": 2, "cut": 1}
 
 
 def test_lone_surrogates_are_replaced_and_counted_by_name(caplog):
+    counts: Counter[str] = Counter()
     with caplog.at_level(logging.WARNING):
-        assert [d.text for d in clean(Document("a\ud800b\udcff", "web.jsonl:3", None))] == ["a\ufffdb\ufffd"]
+        assert [d.text for d in clean(Document("a\ud800b\udcff", "web.jsonl:3", None), counts)] == ["a\ufffdb\ufffd"]
+    assert counts == {"undecodable": 1}
     assert "web.jsonl:3: 2 undecodable characters" in caplog.text

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sae_dist.config import CONF_DIR, UserError, load, to_dict
-from sae_dist.text import local
+from sae_dist.text import files, local
 from sae_dist.text.builtin import BuiltinText
 from sae_dist.text.corpus import Document, TextConfig, documents, fingerprint
 from sae_dist.text.files import FilesText
@@ -83,6 +84,19 @@ def test_an_enormous_file_streams_in_documents_of_a_million_characters(tmp_path)
     assert next(stream).text[:20] == "000000000\n000000001\n"
     found = [len("x" * 1_000_000), *(len(d.text) for d in stream)]
     assert found == [1_000_000] * 3
+
+
+def test_bad_files_are_counted_by_what_became_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_CHARS", 10)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "long.txt").write_text("abcd efgh\nijkl mnop")
+    (tmp_path / "torn.txt").write_bytes(b"fine \xff")
+    (tmp_path / "good.txt").write_text("good")
+    counts = Counter()
+    texts = [d.text for d in documents(FilesText(path=str(tmp_path)), counts=counts)]
+    assert texts == ["good", "abcd efgh\n", "ijkl mnop", "fine \ufffd"]
+    assert +counts == {"empty": 2, "cut": 1, "undecodable": 1}
 
 
 @pytest.mark.parametrize("kind", ["files", "jsonl", "parquet"])

@@ -339,6 +339,14 @@ def test_a_folder_that_is_no_stream_is_said(tmp_path):
         TokenStream(tmp_path)
 
 
+def test_a_split_knows_how_many_documents_were_not_taken_as_they_are(write_jsonl, build):
+    config = write_jsonl(["1 2 3 4", "", *["5 6 7"] * 20, "\ud800 8 9 10 11"])  # with the separators 5, 4 and 6 tokens
+    for _ in range(2):  # built, and found again
+        counts = build(config, context=3, n_tokens=15, heldout_fraction=0.0).counts
+        assert counts["empty"] == counts["undecodable"] == 1
+        assert counts["repeated"] > 0
+
+
 def test_a_build_says_what_it_made(write_jsonl, build, caplog):
     with caplog.at_level(logging.INFO):
         build(write_jsonl(["1 2 3", "1 2 3", "4 5 6"]), n_tokens=8, heldout_fraction=0)
