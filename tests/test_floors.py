@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (  # lowest first; packages on one floor do not know each other
     {"sae_kernels"},
     {"config"},
-    {"faults"},
+    {"faults", "memory"},
     {"storage", "monitor"},
     {"text", "model", "shards", "sae"},
     {"harvest", "train", "evaluate", "interpret"},
@@ -25,6 +25,7 @@ ONLY_IN = {  # a heavy dependency has one home
     "hydra": "sae_dist/cli/",
     "s3fs": "sae_dist/storage/",
     "transformers": "sae_dist/model/",
+    "vllm": "sae_dist/model/vllm.py",
     "datasets": "sae_dist/text/",
 }
 SOURCES = sorted((ROOT / "sae_dist").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))

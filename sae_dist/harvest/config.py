@@ -1,6 +1,6 @@
 """How much to harvest and how."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -34,15 +34,18 @@ class HarvestConfig:
     )
     context: Annotated[int, Field(ge=2)] = 128
     unit_sequences: Annotated[int, Field(ge=1)] = 64  # sequences a unit: what is leased, committed and lost at once
-    batch_sequences: Annotated[int, Field(ge=1)] = 16  # sequences a forward pass
+    batch_sequences: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"  # sequences a forward pass
+    batch_memory_gb: Annotated[float, Field(gt=0)] = 2.0  # auto: what a batch may take in the model
     dtype: DType = "bfloat16"  # of the stored rows
     slice_rows: Annotated[int, Field(ge=1)] = 8_192  # rows a slice: the atom of order, range reads and checksums
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1  # processes that hold a replica's model together
     replicas: Annotated[int, Field(ge=1)] = 1  # model replicas, each a Ray actor
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads a replica; 0: the cores divided by the replicas
     gpus: Annotated[float, Field(ge=0)] = 0.0  # GPUs a replica
     max_nonfinite_fraction: Annotated[float, Field(ge=0, le=1)] = (
         0.01  # a unit with more NaN or Inf rows stops the harvest
     )
+    max_outlier_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05  # or with more norm outliers
     rows: RowPolicy = RowPolicy()
 
     def __post_init__(self) -> None:

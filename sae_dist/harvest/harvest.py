@@ -1,6 +1,8 @@
-"""One unit of text through the model: tokens in, rows out. Who calls it and where rows go is the service's business."""
+"""One unit of text through the model: tokens in, rows out. Who calls it and where rows go is others' business."""
 
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,11 +12,21 @@ from torch import Tensor
 
 from sae_dist.config import UserError
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.harvest.rows import eligible, keep
-from sae_dist.model.hooks import capture
-from sae_dist.model.load import LanguageModel
+from sae_dist.harvest.rows import Kept, eligible, keep, select
+from sae_dist.model.engine import Engine
 from sae_dist.text.stream import Sequences
 from sae_dist.text.tokenize import separator
+
+CPU_BATCH_TOKENS = 2_048  # on a CPU a larger batch falls out of the caches
+_COPIES = 2  # batches whose activations are on their way to the host while the next one is in the model
+
+
+class States(NamedTuple):
+    """The activations of all positions of a unit, in host memory, and the seconds that they took."""
+
+    states: dict[str, Float[Tensor, "sequences context width"]]
+    forward_s: float
+    copy_s: float  # what was left of the copies when the last batch had left the model
 
 
 class Rows(NamedTuple):
@@ -29,32 +41,139 @@ class Rows(NamedTuple):
     outliers: int
 
 
-def harvest(
-    language_model: LanguageModel, hooks: Sequence[str], *, sequences: Sequences, config: HarvestConfig
-) -> Rows:
+def harvest(engine: Engine, hooks: Sequence[str], *, sequences: Sequences, config: HarvestConfig) -> Rows:
     """Runs the sequences through the model in one pass for all hook points and keeps the rows that the policy keeps.
 
-    Batches never reach across units, so a unit's rows do not depend on which replica harvested it, or when.
+    Batches never reach across units, so a unit's rows do not depend on which replica harvested it, or when; on how many
+    sequences make a batch they depend within rounding, as they do on the machine.
     """
+    states = forward(engine, hooks, sequences=sequences, batch=batch_sequences(engine, hooks, config)).states
+    return rows(engine, states, sequences=sequences, config=config)
+
+
+def batch_sequences(engine: Engine, hooks: Sequence[str], config: HarvestConfig) -> int:
+    """Sequences a forward pass: as configured, or as many as `harvest.batch_memory_gb` holds, in equal batches.
+
+    Decided by arithmetic, not by trial: the same on every start, so that a harvest that was interrupted rounds alike.
+    """
+    if config.batch_sequences != "auto":
+        return config.batch_sequences
+    tokens = int(config.batch_memory_gb * 1e9 / engine.bytes_per_token(hooks, config.context))
+    if engine.device.type == "cpu":
+        tokens = min(tokens, CPU_BATCH_TOKENS)
+    most = min(max(tokens // config.context, 1), config.unit_sequences)
+    return -(-config.unit_sequences // -(-config.unit_sequences // most))
+
+
+def forward(
+    engine: Engine,
+    hooks: Sequence[str],
+    *,
+    sequences: Sequences,
+    batch: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> States:
+    """The activations at `hooks`, `batch` sequences at a time; `progress` hears the positions done after each.
+
+    Activations leave a GPU on streams of their own, into page-locked memory, while the next batch is in the model.
+    """
+    began = time.monotonic()
     tokens = torch.as_tensor(sequences.tokens)
-    parts: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
-    for batch in tokens.split(config.batch_sequences):
-        for hook, x in capture(language_model.model, batch.to(language_model.model.device), hooks).items():
-            parts[hook].append(x.cpu())
-    states = {hook: torch.cat(xs) for hook, xs in parts.items()}
-    candidates = eligible(tokens, config.rows, separator(language_model.tokenizer))
+    landing = _Landing(len(tokens))
+    for start in range(0, len(tokens), batch):
+        part = tokens[start : start + batch]
+        captured = engine.capture(part.to(engine.device, non_blocking=True), hooks)
+        landing.take(start, captured)
+        progress(part.numel())
+    landing.wait_forward()
+    forwarded = time.monotonic()
+    states = landing.wait_copies()
+    return States(states, forwarded - began, time.monotonic() - forwarded)
+
+
+def rows(
+    engine: Engine,
+    states: dict[str, Float[Tensor, "sequences context width"]],
+    *,
+    sequences: Sequences,
+    config: HarvestConfig,
+) -> Rows:
+    """Of all positions those that the policy keeps; raises `UserError` when the model gives too many unusable ones."""
+    tokens = torch.as_tensor(sequences.tokens)
+    candidates = eligible(tokens, config.rows, separator(engine.tokenizer))
     kept = keep(states, candidates, config.rows)
-    if kept.nonfinite > config.max_nonfinite_fraction * tokens.numel():
-        raise UserError(
-            f"{kept.nonfinite} of {tokens.numel()} positions of {language_model.name} are NaN or Inf at "
-            f"{', '.join(hooks)}; load it in float32 (model.dtype=float32) or raise harvest.max_nonfinite_fraction"
-        )
+    _check(kept, int(candidates.sum()), engine=engine, hooks=list(states), config=config)
+    mask = kept.mask.numpy()
     return Rows(
-        states={hook: x[kept.mask] for hook, x in states.items()},
-        doc=sequences.doc[kept.mask.numpy()],
-        pos=sequences.pos[kept.mask.numpy()],
-        token=sequences.tokens[kept.mask.numpy()],
+        states={hook: select(x, kept.mask) for hook, x in states.items()},
+        doc=sequences.doc[mask],
+        pos=sequences.pos[mask],
+        token=sequences.tokens[mask],
         positions=tokens.numel(),
         nonfinite=kept.nonfinite,
         outliers=kept.outliers,
     )
+
+
+def _check(kept: Kept, candidates: int, *, engine: Engine, hooks: list[str], config: HarvestConfig) -> None:
+    where = f"positions of {engine.name} in {engine.dtype} at {', '.join(hooks)}"
+    if kept.nonfinite > config.max_nonfinite_fraction * candidates:
+        raise UserError(
+            f"{kept.nonfinite} of {candidates} {where} are NaN or Inf, more than "
+            f"harvest.max_nonfinite_fraction={config.max_nonfinite_fraction}; load it in float32 (model.dtype=float32) "
+            "or raise the fraction"
+        )
+    if kept.outliers > config.max_outlier_fraction * candidates:
+        raise UserError(
+            f"{kept.outliers} of {candidates} {where} are longer than harvest.rows.max_norm_ratio="
+            f"{config.rows.max_norm_ratio} times the median, more than harvest.max_outlier_fraction="
+            f"{config.max_outlier_fraction}; raise the ratio, or the fraction where the model is like that"
+        )
+    if not bool(kept.mask.any()):
+        raise UserError(
+            f"none of {kept.mask.numel()} positions becomes a row ({candidates} may by harvest.rows); the text is "
+            "nothing but separators, or harvest.rows drops too much"
+        )
+
+
+class _Landing:
+    """Where a unit's activations arrive: one tensor a hook point in host memory, filled batch by batch."""
+
+    def __init__(self, n_sequences: int) -> None:
+        self._n = n_sequences
+        self._states: dict[str, Tensor] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._copies: deque[list[torch.cuda.Event]] = deque()
+
+    def take(self, start: int, captured: dict[str, Float[Tensor, "batch context width"]]) -> None:
+        """Begins to copy the activations of the sequences from `start` on; on a CPU the copy is done on return."""
+        events = []
+        for hook, x in captured.items():
+            room = self._room(hook, x)[start : start + len(x)]
+            if not x.is_cuda:
+                room.copy_(x)
+                continue
+            stream = self._streams.setdefault(x.device, torch.cuda.Stream(x.device))
+            stream.wait_stream(torch.cuda.current_stream(x.device))
+            with torch.cuda.stream(stream):
+                room.copy_(x, non_blocking=True)
+                events.append(stream.record_event())
+            x.record_stream(stream)
+        self._copies.append(events)
+        while len(self._copies) > _COPIES:  # activations on the device stay bounded when the way out is the slower one
+            for event in self._copies.popleft():
+                event.synchronize()
+
+    def wait_forward(self) -> None:
+        for device in self._streams:
+            torch.cuda.current_stream(device).synchronize()
+
+    def wait_copies(self) -> dict[str, Tensor]:
+        for stream in self._streams.values():
+            stream.synchronize()
+        return self._states
+
+    def _room(self, hook: str, x: Tensor) -> Tensor:
+        if hook not in self._states:
+            self._states[hook] = torch.empty(self._n, *x.shape[1:], dtype=x.dtype, pin_memory=x.is_cuda)
+        return self._states[hook]

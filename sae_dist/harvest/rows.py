@@ -40,7 +40,7 @@ def keep(
     the unit's own median norm: a pure function of the unit, whoever harvests it.
     """
     mask = candidates.clone()
-    norms = {hook: x.float().norm(dim=-1) for hook, x in states.items()}  # a NaN or Inf entry makes its norm so
+    norms = {hook: _norms(x) for hook, x in states.items()}
     finite = mask.clone()
     for norm in norms.values():
         finite &= norm.isfinite()
@@ -52,3 +52,15 @@ def keep(
             kept &= norm <= policy.max_norm_ratio * norm[mask].median()
     kept &= mask
     return Kept(kept, nonfinite, int((mask & ~kept).sum()))
+
+
+def select(x: Float[Tensor, "sequences context width"], mask: Bool[Tensor, "sequences context"]) -> Tensor:
+    """The rows [rows, width] where `mask` is true, moved as integers: indexing bfloat16 takes eight times as long."""
+    flat = x.reshape(-1, x.shape[-1])
+    integers = flat.view({2: torch.int16, 4: torch.int32}[x.element_size()])
+    return integers.index_select(0, mask.flatten().nonzero()[:, 0]).view(x.dtype)
+
+
+def _norms(x: Float[Tensor, "sequences context width"]) -> Float[Tensor, "sequences context"]:
+    """In fp32, some sequences at a time; a NaN or Inf entry makes its norm so."""
+    return torch.cat([part.float().norm(dim=-1) for part in x.split(16)])

@@ -16,6 +16,10 @@ class ModelConfig:
     attention: `auto` is the architecture's default, mostly sdpa. `eager` keeps [batch, heads, context, context]; on a
         CPU it may pay for small batches of short context (SmolLM2 in bf16, against sdpa: 10 % more tokens per
         CPU-second at 4 x 128, 12 % fewer at 16 x 128, half at a context of 1,024)
+    engine: `hf` runs Hugging Face transformers; `vllm` runs vLLM, where it is installed: the residual stream only
+    device_map: `none` puts the whole model on one device; the others lay its layers over the GPUs of this machine, one
+        after the other (Hugging Face's names), for a model that does not fit one and is not tensor-parallel
+    quantization: `none`, or weights in 8 or 4 bits by bitsandbytes, where it is installed: less memory, other values
     """
 
     name: str = "smollm2"
@@ -23,4 +27,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "sdpa", "eager"] = "auto"
+    engine: Literal["hf", "vllm"] = "hf"
+    device_map: Literal["none", "auto", "balanced", "balanced_low_0", "sequential"] = "none"
+    quantization: Literal["none", "int8", "nf4"] = "none"
     trust_remote_code: Literal[False] = False

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from sae_dist.config import UserError
 from sae_dist.model.anatomy import anatomy, decoder, layers
+from sae_dist.model.parallel import ALONE, Group, gather_last_dim
 
 Activations = Float[Tensor, "batch context width"]
 Rewrite = Callable[[Activations], Activations]
@@ -54,20 +55,21 @@ def resolve(model: PreTrainedModel, hook: str) -> HookPoint:
     return HookPoint(hook, layer.get_submodule(getattr(inside, kind)), "input" if kind == "mlp_act" else "output")
 
 
-def width(model: PreTrainedModel, hook: str) -> int:
+def width(model: PreTrainedModel, hook: str, *, group: Group = ALONE) -> int:
     """The size of the hook point's last dim, read off a two-token forward pass."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    return capture(model, tokens, [hook])[hook].shape[-1]
+    return capture(model, tokens, [hook], group=group)[hook].shape[-1]
 
 
 @torch.no_grad()
 def capture(
-    model: PreTrainedModel, tokens: Int[Tensor, "batch context"], hooks: Sequence[str]
+    model: PreTrainedModel, tokens: Int[Tensor, "batch context"], hooks: Sequence[str], *, group: Group = ALONE
 ) -> dict[str, Activations]:
     """The activations at `hooks`, from one forward pass that ends as soon as it has the last of them.
 
     Later layers, the final norm and the unembedding never run. Sequences are full: there is no padding to mask.
-    A module that runs several times in a pass is read at its first run.
+    A module that runs several times in a pass is read at its first run. In a `group` every process runs the same pass
+    and gets whole activations, those that the model keeps in slices too.
     """
     points = [resolve(model, hook) for hook in dict.fromkeys(hooks)]
     captured: dict[str, Tensor] = {}
@@ -78,7 +80,7 @@ def capture(
         x = _unflatten(_tensor(point, value), tokens.shape)
         if x.shape[:2] != tokens.shape:
             raise UserError(_unfit(point, f"a tensor of shape {tuple(x.shape)} for tokens {tuple(tokens.shape)}"))
-        captured[point.name] = x.detach()
+        captured[point.name] = x.detach() if group.size == 1 else gather_last_dim(x, _whole_width(model, point, x))
         if len(captured) == len(points):
             raise _Complete
 
@@ -171,6 +173,18 @@ def _tensor(point: HookPoint, value: object) -> Tensor:
     if x.dim() not in (2, 3):
         raise UserError(_unfit(point, f"a tensor of shape {tuple(x.shape)}"))
     return x
+
+
+def _whole_width(model: PreTrainedModel, point: HookPoint, x: Activations) -> int:
+    """The width of the hook point in a whole model, of which `x` may be a slice."""
+    stated = getattr(point.module, "in_features" if point.side == "input" else "out_features", None)
+    hidden = decoder(model).config.hidden_size
+    if stated is None and x.shape[-1] != hidden:
+        raise UserError(
+            f"hook={point.name} is no projection and may be split between processes; choose the projection before or "
+            "after it, or use harvest.tensor_parallel=1"
+        )
+    return hidden if stated is None else int(stated)
 
 
 def _unflatten(x: Tensor, shape: Sequence[int]) -> Activations:

@@ -1,22 +1,35 @@
 """Load a language model by name: SmolLM2 from its package, a tiny random one, or any Hugging Face causal LM."""
 
 import hashlib
+import importlib.util
 import json
 import logging
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
+from jaxtyping import Float, Int
+from safetensors.torch import save_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from sae_dist.config import UserError
-from sae_dist.model import smollm2, tiny
+from sae_dist.model import cost, parallel, smollm2, tiny
+from sae_dist.model import hooks as hook_points
 from sae_dist.model.config import ModelConfig
+from sae_dist.model.parallel import ALONE, Group
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +56,9 @@ class LanguageModel(NamedTuple):
 
     revision: the commit that was loaded, where the model has one
     dtype: `float32` or `bfloat16`, after `auto` was decided
-    fingerprint: changes when architecture, dtype or weights do (up to 4,096 of each tensor are read)
+    fingerprint: changes when architecture, dtype or weights do (up to 4,096 of each tensor are read); however many
+        processes or devices hold the model, it is the same
+    group: the processes that hold the model together, as this one sees them
     """
 
     model: PreTrainedModel
@@ -52,26 +67,52 @@ class LanguageModel(NamedTuple):
     revision: str | None
     dtype: Literal["float32", "bfloat16"]
     fingerprint: str
+    group: Group = ALONE
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def width(self, hook: str) -> int:
+        """The size of the hook point's last dim."""
+        return hook_points.width(self.model, hook, group=self.group)
+
+    def capture(
+        self, tokens: Int[Tensor, "batch context"], hooks: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch context width"]]:
+        """The activations at `hooks`, from one forward pass that ends at the last of them."""
+        return hook_points.capture(self.model, tokens, hooks, group=self.group)
+
+    def flop_per_token(self, hooks: Sequence[str], context: int) -> float:
+        return cost.flop_per_token(self.model, hooks, context)
+
+    def bytes_per_token(self, hooks: Sequence[str], context: int) -> int:
+        return cost.bytes_per_token(self.model, hooks, context)
 
 
-def load(config: ModelConfig) -> LanguageModel:
-    """The language model that `config` names, ready for forward passes; raises `UserError` when it cannot be had."""
+def load(config: ModelConfig, group: Group = ALONE) -> LanguageModel:
+    """The language model that `config` names, ready for forward passes; raises `UserError` when it cannot be had.
+
+    In a `group` of several processes each calls this, and each reads and holds its slices only.
+    """
     began = time.monotonic()
     device = _device(config.device)
     dtype = fast_dtype(device) if config.dtype == "auto" else config.dtype
     with _no_progress_bars():
-        model, tokenizer = _load(config, getattr(torch, dtype))
+        model, tokenizer = _load(config, getattr(torch, dtype), group)
     if config.attention != "auto":
         model.set_attn_implementation(config.attention)
-    model.requires_grad_(False).eval().to(device)  # type: ignore[arg-type]
+    model.requires_grad_(False).eval()
+    if config.device_map == "none" and config.quantization == "none" and group.size == 1:
+        model.to(device)  # type: ignore[arg-type]
     model.config.name_or_path = config.name  # what messages call it; for smollm2 it was the cache folder
     revision = config.revision if config.name in tiny.TINY else getattr(model.config, "_commit_hash", None)
-    n_parameters = sum(p.numel() for p in model.parameters())
     logger.info(
-        "%s: %.4g M parameters, %s on %s, %.1f s",
-        config.name, n_parameters / 1e6, dtype, device, time.monotonic() - began,
+        "%s: %.4g M parameters, %s on %s, %.4g MB in process %d of %d, %.1f s",
+        config.name, sum(p.numel() for p in model.parameters()) / 1e6, dtype, device,
+        parallel.held_bytes(model) / 1e6, group.rank, group.size, time.monotonic() - began,
     )  # fmt: skip
-    return LanguageModel(model, cast(Tokenizer, tokenizer), config.name, revision, dtype, fingerprint(model))
+    return LanguageModel(model, cast(Tokenizer, tokenizer), config.name, revision, dtype, fingerprint(model), group)
 
 
 def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
@@ -87,10 +128,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     settings = {
         key: value
         for key, value in model.config.to_diff_dict().items()
-        if not key.startswith("_") and key not in ("transformers_version", "dtype")
+        if not key.startswith("_") and key not in ("transformers_version", "dtype", "distributed_config")
     }
     hashed = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
+        weight = parallel.whole(weight)  # one at a time: no process holds more than its slices and one tensor
         hashed.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         hashed.update(_sample(weight).cpu().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
@@ -101,12 +143,9 @@ def _sample(weight: Tensor) -> Tensor:
     return flat[:: -(-flat.numel() // _SAMPLE) or 1].contiguous()
 
 
-def _load(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(config: ModelConfig, dtype: torch.dtype, group: Group) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if config.name in tiny.TINY:
-        model = tiny.model(config.name)
-        for weight in model.parameters():  # not model.to(dtype): rotary frequencies are buffers and stay in float32
-            weight.data = weight.data.to(dtype)
-        return model, tiny.tokenizer()
+        return _load_tiny(config, dtype, group)
     if config.name == "smollm2":
         source = str(smollm2.checkpoint())
     elif Path(config.name).expanduser().is_dir():
@@ -116,10 +155,10 @@ def _load(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     else:
         source = config.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=config.revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        model = _from_pretrained(source, config, dtype, group)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=False)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures it cannot use
         revision = "" if config.revision is None else f" model.revision={config.revision}"
         raise UserError(
@@ -127,6 +166,58 @@ def _load(config: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
             "machine is offline, give a local folder with config.json, a tokenizer and safetensors weights, or smollm2"
         ) from error
     return model, tokenizer
+
+
+def _load_tiny(
+    config: ModelConfig, dtype: torch.dtype, group: Group
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model = tiny.model(config.name)
+    for weight in model.parameters():  # not model.to(dtype): rotary frequencies are buffers and stay in float32
+        weight.data = weight.data.to(dtype)
+    if group.size > 1 or config.device_map != "none" or config.quantization != "none":
+        with tempfile.TemporaryDirectory() as folder:  # these ways lead through files only
+            model.config.to_json_file(Path(folder) / "config.json")  # not save_pretrained: in a group only rank 0 saves
+            save_model(model, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
+            model = _from_pretrained(folder, config, dtype, group)
+    return model, tiny.tokenizer()
+
+
+def _from_pretrained(source: str, config: ModelConfig, dtype: torch.dtype, group: Group) -> PreTrainedModel:
+    """The model out of its files: whole, in this process's slices, spread over this machine's devices, or quantised."""
+    options: dict[str, Any] = {}
+    if group.size > 1:
+        if config.device_map != "none" or config.quantization != "none":
+            raise UserError(
+                f"harvest.tensor_parallel={group.size} does not go with model.device_map={config.device_map} and "
+                f"model.quantization={config.quantization}; leave both at none, or use harvest.tensor_parallel=1"
+            )
+        architecture = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
+        options["distributed_config"] = parallel.sharding(architecture, group.size)
+        if parallel.undivided_heads(architecture, group.size) and group.leads:
+            logger.warning(
+                "%s: its heads do not divide over harvest.tensor_parallel=%d, so that each process has attention whole "
+                "and a share of the MLP; sizes that divide them: %s",
+                config.name, group.size, parallel.dividing(architecture),
+            )  # fmt: skip
+    if config.device_map != "none":
+        options["device_map"] = config.device_map
+    if config.quantization != "none":
+        options["quantization_config"] = _quantization(config, dtype)
+        options.setdefault("device_map", {"": _device(config.device)})
+    return AutoModelForCausalLM.from_pretrained(
+        source, revision=config.revision, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+    )
+
+
+def _quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantization={config.quantization} needs the package bitsandbytes, which is not installed; "
+            "run: pip install bitsandbytes, or use model.quantization=none"
+        )
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def _device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:

@@ -108,10 +108,12 @@ def absolute_uri(place: str) -> str:
 
 
 # Keys that may differ between two starts of one run: they say where and how fast it works, not what it works out.
-# (Another thread count may round a model's bf16 products otherwise, as another machine may.) A store counts by content.
+# (Another thread count, batch size or sharding may round a model's products otherwise, as another machine may.) A store
+# counts by content.
 FREE_KEYS = (
     "out", "store", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas", "harvest.threads",
-    "harvest.gpus", "train.log_every", "train.checkpoints", "train.keep_checkpoints", "train.keep_every",
+    "harvest.gpus", "harvest.batch_sequences", "harvest.batch_memory_gb", "harvest.tensor_parallel",
+    "model.device_map", "train.log_every", "train.checkpoints", "train.keep_checkpoints", "train.keep_every",
     "train.checkpoint_every",
 )  # fmt: skip
 

@@ -11,9 +11,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from sae_dist.harvest.config import HarvestConfig
+from sae_dist.harvest.harvester import UnitReport
 from sae_dist.service.cluster import answer, reason_of
 from sae_dist.service.display import duration
-from sae_dist.service.replica import Replica, ReplicaConfig, UnitReport
+from sae_dist.service.replica import Replica, ReplicaConfig
 from sae_dist.service.trainer import usable_cores
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,8 @@ from sae_dist import storage
 from sae_dist.config import to_dict
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.units import counts
-from sae_dist.model import hooks
 from sae_dist.model.config import ModelConfig
-from sae_dist.model.load import LanguageModel
-from sae_dist.model.load import load as load_model
+from sae_dist.model.engine import Engine, open_engine
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.writer import create
 from sae_dist.text import corpus
@@ -40,35 +38,34 @@ def prepare(
 ) -> Prepared:
     """Tokenises the text under `folder` and creates the store, once; UserError for a hook point that is not there."""
     text_fingerprint = corpus.fingerprint(text)  # first: a missing file is found before a model is loaded for nothing
-    language_model = load_model(model)
-    widths = {hook: hooks.width(language_model.model, hook) for hook in hook_points}
+    engine = open_engine(model)
+    widths = {hook: engine.width(hook) for hook in hook_points}
     n_train, n_heldout = counts(harvest)
     per_unit = harvest.unit_sequences * harvest.context
     wanted = (n_train + n_heldout) * per_unit
     split = tokenize(
-        text, language_model.tokenizer, context=harvest.context, n_tokens=wanted,
+        text, engine.tokenizer, context=harvest.context, n_tokens=wanted,
         heldout_fraction=n_heldout * per_unit / wanted, seed=harvest.seed, folder=folder,
         progress=lambda done, total: progress({"tokens": done, "of": total}),
     )  # fmt: skip
-    meta = _describe(language_model, widths, text_fingerprint=text_fingerprint, harvest=harvest)
+    meta = _describe(engine, widths, text_fingerprint=text_fingerprint, harvest=harvest)
     create(storage.open(store_uri), meta)
     facts = {
         "tokens": len(split.train.tokens),
         "held out": len(split.heldout.tokens),
         "documents": len(split.train.doc_ids) + len(split.heldout.doc_ids),
         "units": meta.n_units,
+        **{f"{what} documents": n for what, n in split.counts.items()},
     }
     return Prepared(split, meta, facts)
 
 
-def _describe(
-    language_model: LanguageModel, widths: Mapping[str, int], *, text_fingerprint: str, harvest: HarvestConfig
-) -> StoreMeta:
+def _describe(engine: Engine, widths: Mapping[str, int], *, text_fingerprint: str, harvest: HarvestConfig) -> StoreMeta:
     n_train, n_heldout = counts(harvest)
     return StoreMeta(
-        model=language_model.name,
-        model_fingerprint=language_model.fingerprint,
-        tokenizer=tokenizer_fingerprint(language_model.tokenizer),
+        model=engine.name,
+        model_fingerprint=engine.fingerprint,
+        tokenizer=tokenizer_fingerprint(engine.tokenizer),
         text_fingerprint=text_fingerprint,
         context=harvest.context,
         hooks=dict(widths),
@@ -84,6 +81,5 @@ def _describe(
             "tokens": str(harvest.tokens),
             "heldout_tokens": str(harvest.heldout_tokens),
             "unit_sequences": str(harvest.unit_sequences),
-            "batch_sequences": str(harvest.batch_sequences),
         },
     )

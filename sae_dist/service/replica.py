@@ -1,8 +1,8 @@
 """A model replica: a process with the language model in memory, which harvests units and judges dictionaries."""
 
+import functools
 import logging
 import os
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,14 +12,13 @@ from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.config import load as load_config
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.harvest.harvest import harvest
-from sae_dist.harvest.units import sequences_of
+from sae_dist.harvest.harvester import Harvester, UnitReport
 from sae_dist.model.config import ModelConfig
-from sae_dist.model.load import load as load_model
+from sae_dist.model.engine import open_engine, whole_model
+from sae_dist.model.load import LanguageModel
 from sae_dist.service import judge
 from sae_dist.service.config import RunConfig
 from sae_dist.shards import reader
-from sae_dist.shards.writer import write_unit_once
 from sae_dist.text.tokenize import TokenSplit
 
 logger = logging.getLogger(__name__)
@@ -35,19 +34,6 @@ class ReplicaConfig(NamedTuple):
     split: TokenSplit
 
 
-class UnitReport(NamedTuple):
-    """What became of one unit."""
-
-    unit: int
-    positions: int  # run through the model
-    rows: int
-    outliers: int
-    nonfinite: int
-    duplicate: bool  # somebody else had committed it
-    forward_s: float
-    write_s: float
-
-
 class Replica:
     """The actor's class; `harvesting` makes it one, with max_concurrency=2."""
 
@@ -55,13 +41,15 @@ class Replica:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         torch.set_num_threads(threads)
         self._config, self._harvest = config, load_config(HarvestConfig, config.harvest)
-        self._language_model = load_model(load_config(ModelConfig, config.model))
+        self._model = load_config(ModelConfig, config.model)
+        self._engine = open_engine(self._model)
         self._store = reader.open(storage.open(config.store_uri))
-        if self._language_model.fingerprint != self._store.meta.model_fingerprint:
+        if self._engine.fingerprint != self._store.meta.model_fingerprint:
             raise UserError(
-                f"model.name={self._language_model.name} is here in {self._language_model.dtype} or with other weights "
+                f"model.name={self._engine.name} is here in {self._engine.dtype} or with other weights "
                 "than where the store was made; set model.dtype and model.revision, so that all machines load the same"
             )
+        self._harvester = Harvester(self._engine, self._store, config.hooks, split=config.split, config=self._harvest)
         self._progress: dict[str, Any] = {}
 
     def progress(self) -> dict[str, Any]:
@@ -70,18 +58,14 @@ class Replica:
 
     def harvest(self, unit: int) -> UnitReport:
         """Harvests one unit and commits it."""
-        work = sequences_of(unit, self._harvest)
-        stream = self._config.split.heldout if work.heldout else self._config.split.train
-        started = time.monotonic()
-        rows = harvest(
-            self._language_model, self._config.hooks, sequences=stream.sequences(work.sequences), config=self._harvest
-        )
-        forwarded = time.monotonic()
-        written = write_unit_once(self._store, unit, rows.states, doc=rows.doc, pos=rows.pos, token=rows.token)
-        return UnitReport(
-            unit, rows.positions, len(rows.doc), rows.outliers, rows.nonfinite, not written.won,
-            forwarded - started, time.monotonic() - forwarded,
-        )  # fmt: skip
+        report = self._harvester.harvest(unit)
+        assert report is not None
+        return report
+
+    @functools.cached_property
+    def _language_model(self) -> LanguageModel:
+        """The model as modules; the engine's own where it has one."""
+        return whole_model(self._engine, self._model)
 
     def evaluate(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The figures of a run's dictionary on held-out text."""

@@ -1,0 +1,75 @@
+"""What a forward pass costs, from the architecture alone: operations for utilisation, memory for the batch size."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sae_dist.model.anatomy import decoder, layers
+from sae_dist.model.hooks import resolve
+
+
+def layers_run(model: PreTrainedModel, hooks: Sequence[str]) -> int:
+    """How many layers run, wholly or in part, until the last of `hooks` has its activations."""
+    stack, last = layers(model), 0
+    for hook in hooks:
+        point = resolve(model, hook)
+        inside = [i for i, layer in enumerate(stack) if any(module is point.module for module in layer.modules())]
+        if not inside:  # before the first layer or after the last
+            after = point.module not in set(decoder(model).get_input_embeddings().modules())
+            last = max(last, len(stack) if after else 0)
+        elif point.side == "input" and point.module is stack[inside[0]]:
+            last = max(last, inside[0])
+        else:
+            last = max(last, inside[0] + 1)
+    return last
+
+
+def flop_per_token(model: PreTrainedModel, hooks: Sequence[str], context: int) -> float:
+    """Operations of a forward pass up to the last of `hooks`, a token: 2 for every weight of a matrix, and attention.
+
+    Causal attention looks at (context + 1) / 2 positions on average, at 4 operations for each of heads x head_dim.
+    A layer that is left half-way counts whole; of a mixture, experts that are not chosen count too.
+    """
+    n_layers, config = layers_run(model, hooks), decoder(model).config
+    weights = sum(_matrix_size(module) for layer in layers(model)[:n_layers] for module in layer.modules())
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * config.num_attention_heads * head_dim * (context + 1) / 2
+    return 2.0 * weights + n_layers * attention
+
+
+def bytes_per_token(model: PreTrainedModel, hooks: Sequence[str], context: int) -> int:
+    """About the most memory that a token of a batch takes: one layer's intermediate values and what was captured.
+
+    A layer holds at once the stream, its normalised copy (made in fp32) and the MLP's three hidden tensors, or those
+    of attention; `eager` attention also keeps heads x context scores in fp32 and in the model's dtype.
+    """
+    config, size = decoder(model).config, model.dtype.itemsize
+    d_model = config.hidden_size
+    hidden = max((_outputs(module) for module in layers(model)[0].modules()), default=d_model)
+    inside = size * (3 * d_model + 3 * max(hidden, d_model)) + 4 * 2 * d_model
+    if config._attn_implementation == "eager":
+        inside += (4 + 2 * size) * config.num_attention_heads * context
+    return inside + size * sum(_widest(model, hook) for hook in hooks)
+
+
+def _matrix_size(module: nn.Module) -> int:
+    """Weights of the module itself that multiply activations; a quantised layer says its sizes, not its storage."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+    return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2)
+
+
+def _outputs(module: nn.Module) -> int:
+    if hasattr(module, "out_features"):
+        return int(module.out_features)  # type: ignore[arg-type]
+    return max((p.shape[-1] for p in module.parameters(recurse=False) if p.dim() >= 2), default=0)
+
+
+def _widest(model: PreTrainedModel, hook: str) -> int:
+    """An upper bound of the hook point's width that needs no forward pass."""
+    if hook.startswith(("resid", "attn_out", "mlp_out")):
+        return decoder(model).config.hidden_size
+    point = resolve(model, hook)
+    own = (getattr(point.module, "in_features" if point.side == "input" else "out_features", 0), _outputs(point.module))
+    return max(*(int(n) for n in own), decoder(model).config.hidden_size)

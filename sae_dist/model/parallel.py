@@ -1,0 +1,158 @@
+"""A model that several processes hold together: how they meet, and what each of them loads.
+
+The processes of a replica form a torch.distributed world of their own (NCCL between GPUs, gloo on CPUs) and
+transformers shards the model over it by its own plan for the architecture: every matrix of attention and MLP is split,
+each process reads only its slices of the safetensors files, and two sums a layer put the stream together again.
+"""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from sae_dist.config import UserError
+
+
+class Group(NamedTuple):
+    """The processes of one replica, as one of them sees it; `ALONE` where it has no others."""
+
+    rank: int
+    size: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process keeps the activations: all of them have them, one is enough."""
+        return self.rank == 0
+
+
+ALONE = Group(0, 1)
+
+
+class Meeting(NamedTuple):
+    """Where the processes of a replica meet: the first one listens there. Hold on to it as long as the group lives."""
+
+    host: str
+    port: int
+    store: TCPStore
+
+
+def meet(host: str, size: int, *, timeout_s: float = 600.0) -> Meeting:
+    """Begins to listen on a free port of `host`, and of no other address of this machine; for rank 0."""
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        host, port, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(), use_libuv=True,
+    )  # fmt: skip
+    return Meeting(host, port, store)
+
+
+def join(
+    rank: int,
+    size: int,
+    *,
+    host: str,
+    port: int,
+    device: torch.device,
+    meeting: Meeting | None = None,
+    timeout_s: float = 600.0,
+) -> Group:
+    """Makes this process rank `rank` of a replica of `size`; returns when all of them have come.
+
+    A peer that dies makes the next sum raise RuntimeError in the others; one that hangs, after `timeout_s`.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("this process belongs to a process group already; a replica's processes are its own")
+    wait = timedelta(seconds=timeout_s)
+    store = meeting.store if meeting is not None else TCPStore(host, port, size, is_master=False, timeout=wait)
+    if ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens on the address of the host's name
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=wait
+    )
+    return Group(rank, size)
+
+
+def leave() -> None:
+    """Ends this process's part in its group, if it has one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sharding(config: PreTrainedConfig, size: int) -> DistributedConfig:
+    """The plan by which `size` processes hold a model of `config`; raises `UserError` for a family without one.
+
+    Attention is split by heads. Where the heads do not divide (SmolLM2 has 9, and 3 of keys and values), every process
+    keeps attention whole and only the MLP is split: no other state is right, and the MLP has most of the weights.
+    """
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    plan: Mapping[str, str] = skeleton.tp_plan
+    if not plan:
+        raise UserError(
+            f"harvest.tensor_parallel={size}: transformers has no tensor-parallel plan for {type(skeleton).__name__}; "
+            "use harvest.tensor_parallel=1, and model.device_map=auto where it does not fit one device"
+        )
+    if not undivided_heads(config, size):
+        return DistributedConfig(tp_size=size, tp_plan="auto")
+    whole = {name: "replicate" for name in plan if "attn" in name or "attention" in name}
+    if whole.keys() >= plan.keys():
+        raise UserError(
+            f"harvest.tensor_parallel={size} does not divide the heads of {type(skeleton).__name__}; choose one of "
+            f"{', '.join(str(n) for n in dividing(config))}"
+        )
+    return DistributedConfig(tp_size=size, tp_plan=whole)
+
+
+def undivided_heads(config: PreTrainedConfig, size: int) -> bool:
+    """Whether the heads, of queries or of keys and values, do not divide over `size` processes."""
+    return any(heads % size for heads in _heads(config))
+
+
+def dividing(config: PreTrainedConfig, most: int = 16) -> list[int]:
+    """The sizes up to `most` that divide every kind of head."""
+    return [size for size in range(1, most + 1) if not undivided_heads(config, size)]
+
+
+def _heads(config: PreTrainedConfig) -> tuple[int, int]:
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    return heads, int(getattr(text, "num_key_value_heads", None) or heads)
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The weight as one tensor, in all processes alike; every one of them must ask for the same weight."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def gather_last_dim(x: Tensor, width: int) -> Tensor:
+    """[..., width] out of every process's slice of the last dim; `x` itself where it is whole already."""
+    if x.shape[-1] == width:
+        return x
+    size = dist.get_world_size()
+    slices = [torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device) for n in _slices(width, size)]
+    dist.all_gather(slices, x.contiguous())
+    return torch.cat(slices, dim=-1)
+
+
+def _slices(width: int, size: int) -> list[int]:
+    """The sizes of DTensor's slices: as large as the first, until nothing is left."""
+    first = -(-width // size)
+    return [max(0, min(first, width - rank * first)) for rank in range(size)]
+
+
+def held_bytes(model: Any) -> int:
+    """Bytes of parameters and buffers that this process holds."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
+    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    return sum(t.numel() * t.element_size() for t in local)

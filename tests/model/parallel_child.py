@@ -1,0 +1,50 @@
+"""One process of a tensor-parallel replica: `python parallel_child.py RANK SIZE FOLDER CONFIG HOOKS`."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from sae_dist.config import UserError
+from sae_dist.model import parallel
+from sae_dist.model.config import ModelConfig
+from sae_dist.model.load import load
+
+
+def main(rank: int, size: int, folder: Path, config: dict, hooks: list[str]) -> None:
+    torch.set_num_threads(1)
+    meeting = parallel.meet("127.0.0.1", size) if rank == 0 else None
+    port_file = folder / "port"
+    if meeting is not None:
+        (folder / "port.tmp").write_text(str(meeting.port))
+        (folder / "port.tmp").rename(port_file)
+    while not port_file.exists():
+        time.sleep(0.02)
+    group = parallel.join(
+        rank, size, host="127.0.0.1", port=int(port_file.read_text()), device=torch.device("cpu"), meeting=meeting
+    )
+    try:
+        model = load(ModelConfig(**config), group)
+    except UserError as error:
+        (folder / f"{rank}.json").write_text(json.dumps({"error": str(error)}))
+        return
+    tokens = torch.randint(3, 200, (3, 17), generator=torch.Generator().manual_seed(1))
+    states = model.capture(tokens, hooks)
+    save_file({hook: x.contiguous() for hook, x in states.items()}, folder / f"{rank}.safetensors")
+    facts = {
+        "fingerprint": model.fingerprint,
+        "held": parallel.held_bytes(model.model),
+        "flop": model.flop_per_token(hooks, 17),
+        "peak": int(
+            next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1]
+        ),
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(facts))
+    parallel.leave()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4]), json.loads(sys.argv[5]))
