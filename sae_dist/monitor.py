@@ -159,14 +159,21 @@ class WandbMirror:
 
 
 def serve_wandb() -> None:
-    """The mirror's process: settings and then figures, a JSON object a line on standard input, until it ends."""
+    """The mirror's process: settings and then figures, a JSON object a line on standard input, until it ends.
+
+    What a key `alert`, or one that ends in /alert, says is sent as a W&B alert too: mail or Slack, as the user set it.
+    """
     import wandb
 
     settings = wandb.Settings(init_timeout=60, silent=True)
     run = wandb.init(**json.loads(sys.stdin.readline()), settings=settings)
     run.define_metric("*", step_metric="tokens")  # not W&B's own step: a resumed run may log one again
     for line in sys.stdin:
-        run.log(json.loads(line))
+        figures = json.loads(line)
+        run.log(figures)
+        for key in figures:
+            if key.rpartition("/")[2] == "alert":
+                run.alert(title=f"{run.name}: step {figures['step']}", text=str(figures[key]), level="WARN")
     run.finish()
 
 

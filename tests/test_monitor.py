@@ -63,8 +63,10 @@ def test_wandb_offline_keeps_a_run_in_the_runs_folder(tmp_path, caplog):
     log = mirror(tmp_path)
     for step in range(20):
         log(step, {"tokens": step * 10, "fvu": 1 / (step + 1)})
+    log(20, {"tokens": 200, "wide/alert": "the loss jumped to 7"})
     log.close(timeout_s=60)
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    (kept,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert b"run: step 20" in kept.read_bytes()  # the alert's title
     assert not caplog.records
 
 

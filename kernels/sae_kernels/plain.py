@@ -39,7 +39,7 @@ def select(
     best = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
     for start in range(0, W_enc.shape[1], TILE):
         tile = slice(start, start + TILE)
-        z = torch.addmm(b_enc[tile], rows, rounded(W_enc[:, tile], product_dtype))
+        z = torch.addmm(b_enc[tile], rows, rounded(W_enc[:, tile].float(), product_dtype))
         best = torch.cat([best, keys(z, torch.arange(start, start + z.shape[1], device=z.device))], 1)
         best = best.topk(min(k, best.shape[1]), dim=-1).values
     return unpacked(best)
@@ -67,8 +67,32 @@ def rounded(a: Tensor, dtype: torch.dtype | None) -> Tensor:
 def sparse_decode(
     values: Float[Tensor, "batch k"], indices: Tensor, W_dec: Float[Tensor, "n_latents d_model"], b_dec: Tensor
 ) -> Float[Tensor, "batch d_model"]:
-    """`reference.sparse_decode` without its [batch, k, d_model] intermediate."""
-    return torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
+    """`reference.sparse_decode` without its [batch, k, d_model] intermediate; W_dec may be bf16, sums are fp32."""
+    return weighted_rows(Selected(values, indices), W_dec) + b_dec
+
+
+def weighted_rows(selected: Selected, W_dec: Float[Tensor, "n_latents d_model"]) -> Float[Tensor, "batch d_model"]:
+    """sum_j values_j W_dec[indices_j], in fp32 whatever W_dec is stored in."""
+    values, indices = selected
+    if W_dec.dtype == torch.float32:
+        return torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
+    step = max(ELEMENTS // (W_dec.shape[1] * values.shape[1]), 1)
+    pieces = zip(values.split(step), indices.split(step), strict=True)
+    return torch.cat([torch.einsum("bk,bkd->bd", v, W_dec[i].float()) for v, i in pieces])
+
+
+def bag_sums(
+    source: Float[Tensor, "rows d_model"], index: Int[Tensor, " pairs"], weights: Float[Tensor, " pairs"],
+    offsets: Int[Tensor, " bags+1"],
+) -> Float[Tensor, "bags d_model"]:  # fmt: skip
+    """Bag b is sum of weights_p source[index_p] over p in offsets[b]:offsets[b + 1], in this order."""
+    begin, end = int(offsets[0]), int(offsets[-1])
+    if begin == end:
+        return source.new_zeros(len(offsets) - 1, source.shape[1])
+    return torch.nn.functional.embedding_bag(
+        index[begin:end], source, offsets - begin, per_sample_weights=weights[begin:end], mode="sum",
+        include_last_offset=True,
+    )  # fmt: skip
 
 
 def gather_dot(
@@ -79,5 +103,5 @@ def gather_dot(
     places, rows = (selected.values > 0).t().nonzero(as_tuple=True)
     step = max(ELEMENTS // W_dec.shape[1], 1)
     for place, row in zip(places.split(step), rows.split(step), strict=True):
-        out[row, place] = torch.einsum("pd,pd->p", e[row], W_dec[selected.indices[row, place]])
+        out[row, place] = torch.einsum("pd,pd->p", e[row], W_dec[selected.indices[row, place]].float())
     return out

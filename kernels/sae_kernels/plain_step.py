@@ -1,38 +1,50 @@
 """A TopK step in plain torch: what `topk_step.TopKStep` calls where no kernel is to be had."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sae_kernels import plain
-from sae_kernels.reference import Gradients, Selected, StepStatistics, adam_, remove_parallel, unit_norm
-from sae_kernels.row_state import Hyper
+from sae_kernels.reference import Gradients, Selected, StepStatistics, adam_
+from sae_kernels.row_state import Hyper, RowState
 from sae_kernels.stages import Part, RowGradients
 
 
-class _Pairs(NamedTuple):
-    """The active latents of a part, sorted by latent; a latent's pairs lie in the order of their places, then rows."""
+class _Held(NamedTuple):
+    """A part's pairs, sorted by latent: latent j's begin at offsets[j], in the order of their places, then rows."""
 
     errors: Tensor  # [batch, d_model]
-    latent: Tensor  # [pairs]
-    row: Tensor
+    row: Tensor  # [pairs]
     decoder: Tensor  # weight of errors[row] in dW_dec[latent]
     encoder: Tensor  # weight of rows[row] in dW_enc[:, latent]
+    offsets: Tensor  # [n_latents + 1]
 
 
 class PlainStep:
     """The operations of `plain` bound to one dictionary's tensors, with the pairs of the last forward pass.
 
-    `parameters` are W_enc as [n_latents, d_model], W_dec, b_enc and b_dec; `first` and `second` Adam's moments of them.
+    The rows of W_enc^T and W_dec are stored as `RowState` was told. A matrix's gradient is made for the latents whose
+    update is at hand: besides the state only the batch's own tensors and a block of latents are in memory.
+    `biases`, `first` and `second` are b_enc and b_dec and Adam's moments of them.
     """
 
     def __init__(
-        self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor], *, product_dtype: torch.dtype | None
+        self,
+        enc: RowState,
+        dec: RowState,
+        biases: list[Tensor],
+        first: list[Tensor],
+        second: list[Tensor],
+        *,
+        product_dtype: torch.dtype | None,
     ) -> None:
-        self.parameters, self.first, self.second, self.product_dtype = parameters, first, second, product_dtype
-        self._rows, self._held, self._through_decoder = torch.empty(0), list[_Pairs](), torch.empty(0)
+        self.enc, self.dec, self.product_dtype = enc, dec, product_dtype
+        (self.b_enc, self.b_dec), self.first, self.second = biases, first, second
+        self.n_latents = len(enc.value)  # of the whole dictionary, of which this may be a part
+        self.total: Callable[[Tensor], Tensor] = _alone  # over the parts
+        self._rows, self._held, self._through_decoder = torch.empty(0), list[_Held](), torch.empty(0)
 
     def refresh_(self) -> None:
         """Nothing is kept of the parameters."""
@@ -42,54 +54,53 @@ class PlainStep:
         return self.select(self.rows(x), k=k)
 
     def rows(self, x: Tensor) -> Tensor:
-        return plain.rounded(x.float() - self.parameters[3], self.product_dtype)
+        return plain.rounded(x.float() - self.b_dec, self.product_dtype)
 
     def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None) -> Selected:
-        W_enc, _, b_enc, _ = self.parameters
+        W_enc, b_enc = self.enc.value, self.b_enc
         if latents is None:
             return plain.select(rows, W_enc.t(), b_enc, k=k, product_dtype=self.product_dtype)
         chosen = plain.select(rows, W_enc[latents].t(), b_enc[latents], k=k, product_dtype=self.product_dtype)
         return Selected(chosen.values, latents[chosen.indices])
 
     def partial(self, selected: Selected) -> Tensor:
-        values, indices = selected
-        return torch.nn.functional.embedding_bag(indices, self.parameters[1], per_sample_weights=values, mode="sum")
+        return plain.weighted_rows(selected, self.dec.value)
 
     def d_z(self, errors: Tensor, selected: Selected, *, scale: float) -> Tensor:
-        return scale * plain.gather_dot(errors, self.parameters[1], selected)
+        return scale * plain.gather_dot(errors, self.dec.value, selected)
 
     def hold_(self, rows: Tensor, parts: Sequence[Part]) -> None:
         self._rows, self._held = rows, []
+        bounds = torch.arange(len(self.b_enc) + 1, device=rows.device)
         for part in parts:
             values, indices = part.selected
             places, row = (values > 0).t().nonzero(as_tuple=True)
             latent, order = indices[row, places].sort(stable=True)
             row, places = row[order], places[order]
-            self._held.append(_Pairs(part.errors, latent, row, part.scale * values[row, places], part.d_z[row, places]))
+            decoder, encoder = part.scale * values[row, places], part.d_z[row, places]
+            self._held.append(_Held(part.errors, row, decoder, encoder, torch.searchsorted(latent, bounds)))
 
     def row_gradients(self) -> RowGradients:
-        d_enc, d_dec = (torch.zeros_like(self.parameters[0]) for _ in range(2))
-        d_bias = torch.zeros_like(self.parameters[2])
-        step = max(plain.ELEMENTS // d_enc.shape[1], 1)
-        for errors, *pairs in self._held:
-            for latent, row, decoder, encoder in zip(*(of_pair.split(step) for of_pair in pairs), strict=True):
-                d_dec.index_add_(0, latent, decoder[:, None] * errors[row])
-                d_enc.index_add_(0, latent, encoder[:, None] * self._rows[row])
-                d_bias.index_add_(0, latent, encoder)
-        through = plain.rounded(self.parameters[0], self.product_dtype).t() @ d_bias
-        return RowGradients(d_enc, d_dec, d_bias, through)
+        every = slice(0, len(self.b_enc))
+        d_bias = self._d_bias()
+        return RowGradients(self._d_enc(every), self._d_dec(every), d_bias, self._through_b_dec(d_bias))
 
     def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Tensor:
-        gradients = self.row_gradients() if gradients is None else gradients
-        W_dec = self.parameters[1]
-        by_parameter = (gradients.enc, remove_parallel(gradients.dec, W_dec), gradients.b_enc)
-        for parameter, gradient, first, second in zip(self.parameters, by_parameter, self.first, self.second):  # noqa: B905
-            adam_(parameter, gradient, first, second, **hyper._asdict())
-        W_dec.copy_(unit_norm(W_dec))
-        return gradients.through_b_dec
+        if gradients is None:
+            d_bias = self._d_bias()
+            enc, dec, through = self._d_enc, self._d_dec, self._through_b_dec(d_bias)  # before W_enc changes
+        else:
+            enc, dec, d_bias, through = gradients
+            enc, dec = enc.__getitem__, dec.__getitem__
+        for matrix, gradient_of, unit in ((self.enc, enc, False), (self.dec, dec, True)):
+            squares = matrix.update_(gradient_of, hyper, unit=unit)
+            if squares is not None:
+                matrix.end_step_(self.total(squares), hyper, n_latents=self.n_latents)
+        adam_(self.b_enc, d_bias, self.first[0], self.second[0], **hyper._asdict())
+        return through
 
     def update_b_dec_(self, gradient: Tensor, hyper: Hyper) -> None:
-        adam_(self.parameters[3], gradient, self.first[3], self.second[3], **hyper._asdict())
+        adam_(self.b_dec, gradient, self.first[1], self.second[1], **hyper._asdict())
 
     def forward(
         self, x: Tensor, *, k: int, variance: float, dead: Tensor, k_aux: int, aux_coefficient: float
@@ -98,7 +109,7 @@ class PlainStep:
         x, scale = x.float(), -2 / (len(x) * variance)
         rows = self.rows(x)
         selected = self.select(rows, k=k)
-        errors = x - (self.partial(selected) + self.parameters[3])
+        errors = x - (self.partial(selected) + self.b_dec)
         parts = [Part(errors, selected, self.d_z(errors, selected, scale=scale), scale)]
         aux_squared_error = x.new_zeros(())
         places = dead.nonzero().squeeze(1) if k_aux else dead.new_empty(0)
@@ -131,3 +142,38 @@ class PlainStep:
         enc, dec, b_enc, d_b_dec = gradients
         self.update_latents_(RowGradients(enc.t(), dec, b_enc, torch.zeros_like(d_b_dec)), hyper)
         self.update_b_dec_(d_b_dec, hyper)
+
+    def _d_enc(self, latents: slice) -> Tensor:
+        """The gradient of some rows of W_enc^T: of every pair, d_z (x - b_dec)."""
+        return _sum(
+            plain.bag_sums(self._rows, h.row, h.encoder, h.offsets[latents.start : latents.stop + 1])
+            for h in self._held
+        )
+
+    def _d_dec(self, latents: slice) -> Tensor:
+        """The gradient of some rows of W_dec: of every pair, scale * value * error."""
+        return _sum(
+            plain.bag_sums(h.errors, h.row, h.decoder, h.offsets[latents.start : latents.stop + 1]) for h in self._held
+        )
+
+    def _d_bias(self) -> Tensor:
+        ones = self._rows.new_ones(len(self._rows), 1)
+        return _sum(plain.bag_sums(ones, h.row, h.encoder, h.offsets) for h in self._held).squeeze(1)
+
+    def _through_b_dec(self, d_bias: Tensor) -> Tensor:
+        out = torch.zeros_like(self.b_dec)
+        for start in range(0, len(d_bias), plain.TILE):
+            part = slice(start, start + plain.TILE)
+            out += d_bias[part] @ plain.rounded(self.enc.value[part].float(), self.product_dtype)
+        return out
+
+
+def _alone(addend: Tensor) -> Tensor:
+    return addend
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    first, *others = parts
+    for other in others:
+        first += other
+    return first

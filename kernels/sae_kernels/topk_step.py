@@ -4,7 +4,9 @@
 update is `remove_parallel`, `adam_`, `unit_norm`; which code computes them (`backend`) is all that differs.
 """
 
-from collections.abc import Mapping
+import functools
+import logging
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,13 +17,25 @@ from sae_kernels.cpu.build import library
 from sae_kernels.cpu.kernels import CpuStep, Screen, Screened
 from sae_kernels.plain_step import PlainStep
 from sae_kernels.reference import Gradients, Selected, StepStatistics
-from sae_kernels.row_state import Hyper
+from sae_kernels.row_state import Hyper, RowState, StateOptions
 from sae_kernels.stages import Stages
 
 if TYPE_CHECKING:
     from sae_kernels.triton_step import TritonStep
 
+logger = logging.getLogger(__name__)
+
 Backend = Literal["auto", "torch", "cpu", "triton"]
+
+
+def is_finite(statistics: StepStatistics) -> bool:
+    """Whether both terms of the loss are finite, and with them all errors, values and gradients that they are of."""
+    return bool(torch.isfinite(statistics.squared_error + statistics.aux_squared_error))
+
+
+@functools.cache
+def _say_once(what: str) -> None:
+    logger.info(what)
 
 
 class TopKStep:
@@ -34,6 +48,9 @@ class TopKStep:
 
     Pre-activations are sums in fp32 over operands rounded to `product_dtype`. On a CPU with the kernels their order is
     that of `reference.ordered_pre_activations`, and everything is the same bitwise for any number of threads.
+
+    `state` says how matrices and moments are stored; what is not all fp32 plain torch computes, on every device. A part
+    of a dictionary begins with latent `first_latent` of the whole, by which roundings go.
     """
 
     def __init__(
@@ -50,6 +67,8 @@ class TopKStep:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 6.25e-10,
         product_dtype: torch.dtype = torch.bfloat16,
+        state: StateOptions = StateOptions(),  # noqa: B008  immutable
+        first_latent: int = 0,
         backend: Backend = "auto",
         screen: Screen = "auto",
     ) -> None:
@@ -59,11 +78,13 @@ class TopKStep:
         self.n_latents, self.d_model, self.k = n_latents, d_model, k
         self.k_aux, self.aux_coefficient, self.dead_after_tokens = k_aux, aux_coefficient, dead_after_tokens
         self.betas, self.eps, self.product_dtype, self.backend = betas, eps, product_dtype, backend
-        self._rows_enc = W_enc.detach().float().t().clone(memory_format=torch.contiguous_format)
-        self.W_dec = W_dec.detach().float().clone(memory_format=torch.contiguous_format)
+        self.state = state
+        self._enc = RowState(W_enc.t(), state, stream=0, first_latent=first_latent)
+        self._dec = RowState(W_dec, state, stream=1, first_latent=first_latent)
+        self.W_dec = self._dec.value
         self.b_enc, self.b_dec = b_enc.detach().float().clone(), b_dec.detach().float().clone()
-        self._first = [torch.zeros_like(p) for p in self._parameters()]
-        self._second = [torch.zeros_like(p) for p in self._parameters()]
+        biases = [self.b_enc, self.b_dec]
+        self._first, self._second = ([torch.zeros_like(p) for p in biases] for _ in range(2))
         self.steps = 0
         self.tokens_since_fired: Int[Tensor, " n_latents"] = torch.zeros(
             n_latents, dtype=torch.int64, device=W_dec.device
@@ -73,16 +94,26 @@ class TopKStep:
             raise ValueError(
                 "backend=cpu needs CPU tensors, product_dtype=bfloat16, AVX2 with FMA and a compiler; use auto"
             )
-        own = (list(self._parameters()), self._first, self._second)
+        if not state.plain and backend not in ("auto", "torch"):
+            raise ValueError(f"backend={backend} stores fp32 only; for {state} use auto or torch")
+        own = [[self._enc.value, self._dec.value, *biases]]
+        for moment, of_biases in (("first", self._first), ("second", self._second)):
+            own.append([*(m.moments[moment] for m in (self._enc, self._dec) if moment in m.moments), *of_biases])
         self._kernels: PlainStep | CpuStep | TritonStep
-        if backend == "triton" or (backend == "auto" and W_dec.is_cuda and product_dtype == torch.bfloat16):
+        if not state.plain:
+            _say_once(f"weights and moments are stored as {state}: plain torch computes, not the compiled kernels")
+        if state.plain and (
+            backend == "triton" or (backend == "auto" and W_dec.is_cuda and product_dtype == torch.bfloat16)
+        ):
             from sae_kernels import triton_step  # imports Triton, which only a GPU needs
 
             self._kernels = triton_step.TritonStep(*own)
-        elif backend != "torch" and on_cpu and library():
+        elif state.plain and backend != "torch" and on_cpu and library():
             self._kernels = CpuStep(*own, screen=screen)
         else:
-            self._kernels = PlainStep(*own, product_dtype=product_dtype)
+            self._kernels = PlainStep(
+                self._enc, self._dec, biases, self._first, self._second, product_dtype=product_dtype
+            )
 
     @property
     def backend_used(self) -> Backend:
@@ -94,6 +125,14 @@ class TopKStep:
                 return "cpu"
             case _:
                 return "triton"
+
+    def join_(self, *, n_latents: int, total: Callable[[Tensor], Tensor]) -> None:
+        """This is a part of a dictionary of `n_latents`; `total` adds up small tensors over the parts, on all of them.
+
+        Only a second moment that is factored needs it: its column is that of the whole dictionary.
+        """
+        if isinstance(self._kernels, PlainStep):
+            self._kernels.n_latents, self._kernels.total = n_latents, total
 
     @property
     def stages(self) -> Stages:
@@ -107,7 +146,7 @@ class TopKStep:
 
     @property
     def W_enc(self) -> Float[Tensor, "d_model n_latents"]:
-        return self._rows_enc.t()
+        return self._enc.value.t()
 
     @property
     def dead(self) -> Bool[Tensor, " n_latents"]:
@@ -115,13 +154,14 @@ class TopKStep:
         return self.tokens_since_fired >= self.dead_after_tokens
 
     def step(
-        self, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float | Float[Tensor, ""]
-    ) -> StepStatistics:
-        """One optimiser step on `topk_loss`; when the squared error is not finite, nothing but the counters changes."""
+        self, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float | Float[Tensor, ""],
+        accept: Callable[[StepStatistics], bool] = is_finite,
+    ) -> StepStatistics:  # fmt: skip
+        """One optimiser step on `topk_loss`; where `accept` says no to its figures, nothing changes at all."""
         statistics = self.forward(x, variance=variance)
-        if bool(torch.isfinite(statistics.squared_error)):
+        if accept(statistics):
             self.update_(None, lr=lr)
-        self.count_(statistics.fired, tokens=x.shape[0])
+            self.count_(statistics.fired, tokens=x.shape[0])
         return statistics
 
     def gradients(
@@ -163,13 +203,17 @@ class TopKStep:
         return self._kernels.encode(x, k=self.k)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, as plain tensors that share memory with this object."""
-        names = ("W_enc", "W_dec", "b_enc", "b_dec")
-        tensors = dict(zip(names, self._parameters(), strict=True))
-        tensors |= {f"first.{name}": moment for name, moment in zip(names, self._first, strict=True)}
-        tensors |= {f"second.{name}": moment for name, moment in zip(names, self._second, strict=True)}
-        for name in ("W_enc", "first.W_enc", "second.W_enc"):
-            tensors[name] = tensors[name].t()
+        """Everything that the next step depends on, as plain tensors that share memory with this object.
+
+        Matrices named *W_enc are transposed. Otherwise the first dim is that of the latents, except in *b_dec and in
+        second_column.*, which every part of a dictionary has whole.
+        """
+        tensors = {"W_enc": self._enc.value, "W_dec": self._dec.value, "b_enc": self.b_enc, "b_dec": self.b_dec}
+        for name, matrix in (("W_enc", self._enc), ("W_dec", self._dec)):
+            tensors |= {f"{kind}.{name}": moment for kind, moment in matrix.moments.items()}
+        for kind, moments in (("first", self._first), ("second", self._second)):
+            tensors |= {f"{kind}.{name}": moment for name, moment in zip(("b_enc", "b_dec"), moments, strict=True)}
+        tensors = {name: tensor.t() if name.endswith("W_enc") else tensor for name, tensor in tensors.items()}
         return tensors | {
             "tokens_since_fired": self.tokens_since_fired,
             "steps": torch.tensor(self.steps, dtype=torch.int64),
@@ -179,13 +223,15 @@ class TopKStep:
         """Take over what `state_dict` gave, by value."""
         own = self.state_dict()
         if own.keys() != tensors.keys():
-            raise ValueError(f"the state differs in its keys: {sorted(own.keys() ^ tensors.keys())}")
+            raise ValueError(
+                f"the state differs in its keys: {sorted(own.keys() ^ tensors.keys())}; is it stored as {self.state}?"
+            )
         for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                raise ValueError(f"{name} is {list(tensors[name].shape)} and must be {list(tensor.shape)}")
+            given = tensors[name]
+            if (tensor.shape, tensor.dtype) != (given.shape, given.dtype):
+                raise ValueError(
+                    f"{name} is {given.dtype} {list(given.shape)} and must be {tensor.dtype} {list(tensor.shape)}"
+                )
             tensor.copy_(tensors[name])
         self.steps = int(tensors["steps"])
         self._kernels.refresh_()
-
-    def _parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self._rows_enc, self.W_dec, self.b_enc, self.b_dec

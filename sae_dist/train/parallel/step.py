@@ -61,6 +61,7 @@ class MeshStep:
         assert len(self.latents) == shard.n_latents, f"{shard.n_latents} latents, not {len(self.latents)}"
         self.micro_batch, self.clip_norm, self._two_rounds = micro_batch, clip_norm, two_rounds
         self._fused = mesh.world.size == 1 and micro_batch is None
+        shard.join_(n_latents=n_latents, total=lambda part: total(mesh, mesh.feature, part, name="columns"))
         self._dead: list[int] | None = None  # dead latents of each feature rank; None: not counted yet
         self._through_decoder = torch.empty(0)
 
