@@ -51,3 +51,4 @@ class MeshConfig:
     data: Annotated[int, Field(ge=1)] = 1  # ranks that share a batch's rows; each holds a copy of its feature part
     feature: Annotated[int, Field(ge=1)] = 1  # ranks that share the latents, their weights and their moments
     collective_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # a rank silent for longer is given up
+    checkpoint_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # a rank waits so long for others to have written

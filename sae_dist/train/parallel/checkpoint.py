@@ -1,0 +1,95 @@
+"""Checkpoints of a mesh: any mesh reads what any other wrote, and one rank's failure is everybody's.
+
+torch.distributed.checkpoint plans and agrees (planner.py); a single process has nothing to agree on.
+"""
+
+import logging
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from sae_dist.shards.format import CorruptData
+from sae_dist.storage import Storage, StorageError
+from sae_dist.train import checkpoint
+from sae_dist.train.checkpoint import Checkpoint
+from sae_dist.train.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from sae_dist.train.parallel.planner import Mine
+
+logger = logging.getLogger(__name__)
+
+
+def group_of(mesh: Mesh, timeout_s: float) -> dist.ProcessGroup | None:
+    """A group for checkpoints alone, so that a thread may use it while the mesh trains; every rank calls this once.
+
+    `timeout_s` is how long a rank that has written its part waits for the others.
+    """
+    if mesh.world.group is None:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))  # type: ignore[return-value]
+
+
+def save(group: dist.ProcessGroup | None, storage: Storage, state: Checkpoint) -> str:
+    """Writes what each rank holds; returns on every rank once the checkpoint counts, with its folder.
+
+    StorageError on all ranks when one could not write.
+    """
+    if group is None:
+        return checkpoint.save(storage, state)
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save as save_together
+
+    from sae_dist.train.parallel.planner import RowsSavePlanner, Writer
+
+    writer = Writer(storage, state, dist.get_rank(group))
+    try:
+        save_together(dict(state.tensors), storage_writer=writer, planner=RowsSavePlanner(), process_group=group)
+    except CheckpointException as failed:
+        raise StorageError(_reasons(failed)) from None
+    return writer.folder
+
+
+def load(group: dist.ProcessGroup | None, storage: Storage, folder: str, mine: "Mine") -> Checkpoint:
+    """What this rank holds of a checkpoint; CorruptData on all ranks when one found it damaged."""
+    if group is None:
+        return checkpoint.read(storage, folder, mine)
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load as load_together
+
+    from sae_dist.train.parallel.planner import Reader, RowsLoadPlanner
+
+    planner, reader = RowsLoadPlanner(mine), Reader(storage, folder)
+    try:
+        load_together({}, storage_reader=reader, planner=planner, process_group=group)
+    except CheckpointException as failed:
+        raise CorruptData(_reasons(failed)) from None
+    return Checkpoint(reader.manifest.step, planner.parts, reader.manifest.facts)
+
+
+def latest(group: dist.ProcessGroup | None, storage: Storage, mine: "Mine") -> Checkpoint | None:
+    """The newest checkpoint that verifies on all ranks, the same on all; None when there is none."""
+    if group is None:
+        return checkpoint.latest(storage, lambda place, folder: checkpoint.read(place, folder, mine))
+    lists: list[list[str] | None] = [checkpoint.folders(storage) if dist.get_rank(group) == 0 else None]
+    dist.broadcast_object_list(lists, group_src=0, group=group)  # one list: storages may show a new file late
+    for folder in lists[0] or []:
+        try:
+            return load(group, storage, folder, mine)
+        except CorruptData as damage:
+            if dist.get_rank(group) == 0:
+                logger.warning(
+                    "checkpoint %s/%s does not verify (%s); trying the one before", storage.uri, folder, damage
+                )
+    return None
+
+
+def _reasons(failed: "CheckpointException") -> str:
+    """What went wrong, by rank; anything but a failing or damaged storage is our fault and raised as it is."""
+    for _, (error, _) in sorted(failed.failures.items()):
+        if not isinstance(error, checkpoint.DAMAGE):
+            raise error
+    return "; ".join(f"rank {rank}: {error}" for rank, (error, _) in sorted(failed.failures.items()))

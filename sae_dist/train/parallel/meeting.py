@@ -1,0 +1,42 @@
+"""Where the processes of a mesh meet: a TCP store on an address that is said, never on all of the machine's."""
+
+import os
+import socket
+from datetime import timedelta
+from typing import NamedTuple
+
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+
+class Meeting(NamedTuple):
+    """A served store, and the part of its names that one attempt uses: what dead ranks left there is never read."""
+
+    host: str
+    port: int
+    attempt: str
+
+
+def serve(host: str) -> TCPStore:
+    """A store that listens on `host` alone (torch's own would listen on every address of the machine)."""
+    listener = socket.socket()
+    listener.bind((host, 0))
+    listener.listen(1024)
+    port = listener.getsockname()[1]
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def join(meeting: Meeting, timeout_s: float) -> Store:
+    """A connection of one's own: a call that waits does not hold up calls on another connection."""
+    store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    return PrefixStore(meeting.attempt, store)
+
+
+def of_torchrun() -> Meeting:
+    """The meeting that torchrun's variables name; a restart by torchrun is an attempt of its own."""
+    attempt = f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return Meeting(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), attempt)
+
+
+def names(served: Store, attempt: str) -> Store:
+    """What the ranks of one attempt see of a served store."""
+    return PrefixStore(attempt, served)

@@ -1,0 +1,150 @@
+"""Who is alive, and where: every rank says once a second what it does, in the store where the ranks met.
+
+A thread of its own says it, so a rank that waits for others, for rows or for the storage is heard all the same, and one
+that is not heard is dead, stopped or cut off. Whoever reads (the driver, or a rank whose peers are gone) measures
+silence by its own clock.
+"""
+
+import json
+import logging
+import os
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+
+logger = logging.getLogger(__name__)
+
+EVERY_S = 1.0
+START_S = 300.0  # until a rank is heard for the first time
+SLOW = 1.5  # times the work of the median of the others: a straggler
+WORK_S = 10.0  # over which work is compared
+
+
+class Beat(NamedTuple):
+    """What a rank said last."""
+
+    rank: int
+    host: str
+    pid: int
+    number: int  # how often it has said something
+    step: int  # steps done
+    phase: str  # connecting, reading, training, saving
+    exchange_s: float  # waiting for other ranks and talking to them, so far
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, pid {self.pid}), last at step {self.step} ({self.phase})"
+
+
+class Pulse:
+    """This rank's voice; close it. `at` costs nothing: the thread picks up what was said last."""
+
+    def __init__(self, store: Store, rank: int, exchange_s: Callable[[], float] = lambda: 0.0) -> None:
+        self._store, self._rank, self.exchange_s = store, rank, exchange_s
+        self._step, self._phase, self._number = 0, "connecting", 0
+        self._end = threading.Event()
+        self._say()
+        self._thread = threading.Thread(target=self._speak, name="pulse", daemon=True)
+        self._thread.start()
+
+    def at(self, step: int, phase: str) -> None:
+        self._step, self._phase = step, phase
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join(timeout=2 * EVERY_S)
+
+    def _speak(self) -> None:
+        while not self._end.wait(EVERY_S):
+            try:
+                self._say()
+            except RuntimeError:  # who served the store is gone; the next exchange will tell this rank what that means
+                return
+
+    def _say(self) -> None:
+        self._number += 1
+        beat = Beat(
+            self._rank, socket.gethostname(), os.getpid(), self._number, self._step, self._phase, self.exchange_s()
+        )
+        self._store.set(f"pulse/{self._rank}", json.dumps(beat))
+
+
+class Listener:
+    """What is heard of all ranks. Call `listen` now and then; the rest tells what came of it."""
+
+    def __init__(self, store: Store, world: int) -> None:
+        self._store, self._world, self._ranks = store, world, range(world)
+        self._began = time.monotonic()
+        self.beats: dict[int, Beat] = {}
+        self._heard: dict[int, float] = {}
+        self._compared: dict[int, Beat] = {}
+        self._compared_at = self._began
+
+    def listen(self) -> None:
+        """Reads what every rank said last; RuntimeError when the store is gone."""
+        now = time.monotonic()
+        for rank in self._ranks:
+            if not self._store.check([f"pulse/{rank}"]):
+                continue
+            beat = Beat(*json.loads(self._store.get(f"pulse/{rank}")))
+            if rank not in self.beats or beat.number != self.beats[rank].number:
+                self._heard[rank] = now
+            self.beats[rank] = beat
+
+    def silence_s(self, rank: int) -> float:
+        """Seconds since something new was heard of a rank."""
+        return time.monotonic() - self._heard.get(rank, self._began)
+
+    def silent(self, longer_than_s: float) -> str | None:
+        """Who has not been heard of for so long, in words; None when everybody was. Starting may take longer."""
+        limits = {rank: longer_than_s if rank in self.beats else max(longer_than_s, START_S) for rank in self._ranks}
+        missing = [rank for rank, limit in limits.items() if self.silence_s(rank) > limit]
+        if not missing:
+            return None
+        told = [f"{self.beats.get(rank, f'rank {rank}, never heard of,')} is silent" for rank in missing]
+        return "; ".join(f"{who} for {self.silence_s(rank):.0f} s" for who, rank in zip(told, missing, strict=True))
+
+    def stragglers(self) -> list[str]:
+        """Ranks that others wait for, in words, compared over the last ten seconds or more."""
+        seconds = time.monotonic() - self._compared_at
+        if seconds < WORK_S or len(self.beats) < self._world or self._world == 1:
+            return []
+        before, self._compared, self._compared_at = self._compared, dict(self.beats), time.monotonic()
+        if len(before) < self._world or any(self.beats[r].step == before[r].step for r in before):
+            return []
+        work = {r: max(seconds - (self.beats[r].exchange_s - before[r].exchange_s), 1e-3) for r in before}
+        slow = []
+        for rank, own in work.items():
+            others = statistics.median(w for r, w in work.items() if r != rank)
+            if own > SLOW * others:
+                slow.append(
+                    f"{self.beats[rank]} is slow: it works {own / seconds:.0%} of the time, the others "
+                    f"{others / seconds:.0%} and wait for it"
+                )
+        return slow
+
+    def facts(self) -> dict[str, str]:
+        """A line a rank, for status.json."""
+        return {
+            str(
+                rank
+            ): f"step {beat.step}, {beat.phase}, {beat.host}, pid {beat.pid}, heard {self.silence_s(rank):.0f} s ago"
+            for rank, beat in sorted(self.beats.items())
+        }
+
+
+def who_is_gone(store: Store, world: int, *, patience_s: float = 4 * EVERY_S) -> str:
+    """After an exchange failed: which ranks are not heard any more, in words."""
+    listener = Listener(store, world)
+    try:
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            listener.listen()
+            time.sleep(EVERY_S / 2)
+        return listener.silent(2.5 * EVERY_S) or "every rank still answers; the network between them failed"
+    except RuntimeError:
+        return "the process that served the meeting point is gone"

@@ -1,0 +1,35 @@
+"""Checkpoints of several processes: any mesh reads what any other wrote, and a failure of one is everybody's."""
+
+import json
+import multiprocessing
+
+import pytest
+
+from sae_dist import storage
+from sae_dist.train import checkpoint
+from tests.train.parallel import checkpoint_ranks as ranks
+
+PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
+PROCESSES.set_forkserver_preload(["tests.train.parallel.checkpoint_ranks"])
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_any_mesh_reads_what_any_other_wrote_and_a_failure_is_everybodys(tmp_path, world):
+    place = storage.open(tmp_path / "checkpoints")
+    checkpoint.save(place, checkpoint.Checkpoint(5, ranks.whole(5), {"scale": 0.5}))  # by one process
+    started = [PROCESSES.Process(target=ranks.main, args=(tmp_path, rank, world)) for rank in range(world)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0] * world
+    for rank in range(world):
+        told = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        failures = {name: told.pop(name) for name in list(told) if name.endswith("fails")}
+        assert failures and all(f"rank {world - 1}: fault at checkpoint.before_file" in f for f in failures.values())
+        assert told and all(told.values()), told
+    last = checkpoint.latest(place)  # by one process again
+    assert last is not None
+    assert all(last.tensors[name].equal(tensor) for name, tensor in ranks.whole(last.step).items())
+    replicas_wrote_once = checkpoint.read_manifest(place, checkpoint.folders(place)[-2])  # data x 1
+    assert {file.name[:9] for file in replicas_wrote_once.files} == {f"rank{rank:05d}" for rank in range(world)}
