@@ -33,13 +33,10 @@ WORKER = Path(__file__).with_name("harvest_worker.py")
 
 
 def tokens(cache: Path, n_sequences: int) -> Path:
-    """int32 [n_sequences, context] of the built-in text, kept as `tokens.npy` and, for SAELens, as Parquet."""
+    """The folder with the built-in text as a token stream and, for peers, as `tokens.npy`, int32 [n, context]."""
     folder = cache / f"harvest-tokens-{n_sequences}"
-    if (folder / "dataset" / "tokens.parquet").exists():
+    if (folder / "tokens.npy").exists():
         return folder
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     from sae_dist.model.config import ModelConfig
     from sae_dist.model.load import load
     from sae_dist.text.builtin import BuiltinText
@@ -49,10 +46,7 @@ def tokens(cache: Path, n_sequences: int) -> Path:
         BuiltinText(), load(ModelConfig()).tokenizer, context=CONTEXT, n_tokens=n_sequences * CONTEXT,
         heldout_fraction=0.0, seed=0, folder=folder / "text",
     )  # fmt: skip
-    rows = np.asarray(split.train.tokens).reshape(-1, CONTEXT)
-    (folder / "dataset").mkdir(parents=True, exist_ok=True)
-    np.save(folder / "tokens.npy", rows.astype(np.int32))
-    pq.write_table(pa.table({"input_ids": rows.tolist()}), folder / "dataset" / "tokens.parquet")
+    np.save(folder / "tokens.npy", np.asarray(split.train.tokens).reshape(-1, CONTEXT).astype(np.int32))
     return folder
 
 

@@ -82,32 +82,35 @@ def ours(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def sae_lens(given: dict[str, Any]) -> dict[str, Any]:
+    from datasets import Dataset
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 
-    n_tokens = given["rounds"] * 64 * _rows(given).shape[1]
+    rows = _rows(given)[: given["rounds"] * 64]
     with tempfile.TemporaryDirectory() as folder:
         runner = CacheActivationsRunner(
             CacheActivationsRunnerConfig(
-                dataset_path=str(Path(given["tokens"]) / "dataset"),
+                dataset_path="in memory",
                 model_name=given["model"],
                 model_class_name="AutoModelForCausalLM",
                 model_from_pretrained_kwargs={"dtype": torch.float32},
                 model_batch_size=16,
                 hook_name=f"model.layers.{given['layer']}",
                 d_in=576,
-                training_tokens=n_tokens,
-                context_size=_rows(given).shape[1],
+                training_tokens=rows.numel(),
+                context_size=rows.shape[1],
+                buffer_size_gb=0.019,  # a shard of 64 sequences, as ours
                 new_cached_activations_path=f"{folder}/activations",
                 shuffle=False,
                 streaming=False,
                 prepend_bos=False,
                 device="cpu",
-            )
+            ),
+            override_dataset=Dataset.from_dict({"input_ids": rows.tolist()}),
         )
         began = time.perf_counter()
         written = runner.run()
         seconds = time.perf_counter() - began
-        return {"tokens_per_second": len(written) * _rows(given).shape[1] / seconds, "writes": True}
+        return {"tokens_per_second": len(written) * rows.shape[1] / seconds, "writes": True}
 
 
 def sparsify(given: dict[str, Any]) -> dict[str, Any]:
