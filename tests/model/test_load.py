@@ -15,6 +15,7 @@ from sae_dist.config import load as checked
 from sae_dist.model import smollm2, tiny
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import fast_dtype, fingerprint, load
+from sae_dist.model.parallel import Group
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
@@ -166,3 +167,25 @@ def test_every_model_file_is_a_model_config():
         values = dict(line.split("  #")[0].split(": ") for line in lines if line)
         config = checked(ModelConfig, {k: None if v == "null" else v for k, v in values.items()})
         assert config == ModelConfig(name=name)
+
+
+def test_a_device_map_changes_neither_the_activations_nor_the_fingerprint():
+    tokens = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    whole = load(ModelConfig(name="tiny-llama", dtype="float32", device="cpu"))
+    spread = load(ModelConfig(name="tiny-llama", dtype="float32", device_map="auto"))
+    assert spread.fingerprint == whole.fingerprint
+    got, expected = (m.capture(tokens.to(m.device), ["resid_post.2"])["resid_post.2"].cpu() for m in (spread, whole))
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantisation_says_which_package_it_needs(quantization):
+    with pytest.raises(UserError, match=f"model.quantization={quantization}.*pip install bitsandbytes"):
+        load(ModelConfig(name="tiny-llama", quantization=quantization))
+
+
+@pytest.mark.parametrize("keys", [{"device_map": "auto"}, {"quantization": "int8"}])
+def test_one_way_of_holding_a_model_at_a_time(keys):
+    with pytest.raises(UserError, match="harvest.tensor_parallel=2 does not go with"):
+        load(ModelConfig(name="tiny-llama", **keys), Group(0, 2))
