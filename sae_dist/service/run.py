@@ -26,7 +26,7 @@ from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.stopping import StopRequest
 from sae_dist.service.summary import read_finished, summarize, weights_digest
-from sae_dist.service.trainer import Trainer, TrainReport
+from sae_dist.service.trainer import Trainer, TrainReport, check_mesh
 from sae_dist.shards import reader
 from sae_dist.train import checkpoint
 
@@ -38,6 +38,7 @@ MAX_DEATHS = 5  # of trainers without a new checkpoint in between
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Does what is still to do of the run and returns its summary (summary.json)."""
+    check_mesh(config.mesh)
     folder = RunFolder(config.folder, config)
     with folder.outcome():
         if (finished := _finished(config, folder.path)) is not None:

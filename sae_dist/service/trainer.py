@@ -18,6 +18,7 @@ from sae_dist.monitor import JsonLines, Log, WandbMirror, tee
 from sae_dist.service.config import TrainJob
 from sae_dist.shards import reader
 from sae_dist.shards.reader import Store
+from sae_dist.train.config import MeshConfig
 from sae_dist.train.loop import Trained, train
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,15 @@ def check_heldout(store: Store) -> None:
         raise UserError(
             f"store={store.storage.uri} lacks {len(missing)} of its {store.meta.heldout_units} held-out units (unit "
             f"{missing[0]} first); repeat the command that harvests it"
+        )
+
+
+def check_mesh(mesh: MeshConfig) -> None:
+    """Refuses a mesh of several ranks: commands train in one process (train/parallel has the code of all ranks)."""
+    if mesh.data * mesh.feature != 1:
+        raise UserError(
+            f"mesh.data={mesh.data} x mesh.feature={mesh.feature} are {mesh.data * mesh.feature} processes, and this "
+            "command starts one; leave both at 1 (`sae-dist plan` takes any mesh)"
         )
 
 

@@ -12,12 +12,13 @@ from sae_dist.service.config import TrainJob, config_hash
 from sae_dist.service.display import Display, progress
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.summary import read_finished, summarize
-from sae_dist.service.trainer import check_heldout, chosen_hook, run_training
+from sae_dist.service.trainer import check_heldout, check_mesh, chosen_hook, run_training
 from sae_dist.shards import reader
 
 
 def train_and_judge(job: TrainJob, *, stop: Callable[[], bool]) -> dict[str, Any]:
     """Trains, judges the dictionary on the store's held-out units, and returns the summary (summary.json)."""
+    check_mesh(job.mesh)
     job = job.located()
     out = Path(job.out)
     store = reader.open(storage.open(job.store))
