@@ -1,11 +1,12 @@
-"""Whether an int8 product with a certified exact re-check could replace the bf16 encoder product: it could not.
+"""How many latents a certified exact re-check must read behind an int8 or int16 product: too many, and hardly any.
 
     python -m benchmarks.int8_screen --cache ~/.cache/sae_dist/bench
 
-With q(.) the symmetric int8 rounding of a row, |x.w - q(x).q(w)| <= E = ||x - q(x)|| ||w|| + ||q(x)|| ||w - q(w)||, so
+With q(.) a row rounded to integers, |x.w - q(x).q(w)| <= E = ||x - q(x)|| ||w|| + ||q(x)|| ||w - q(w)||:
 only latents whose estimate + E reaches the k-th largest estimate - E can be among the k best: the candidates, which
 an exact re-check must read. Reports how many there are while a dictionary trains, how far the bound is from the error
-that it bounds, and how much memory the re-check reads beside the product (of which the screen would save half).
+that it bounds, and how much memory the re-check reads beside the product (of which the screen would save half). int16
+is what the kernels' screen does (kernels/sae_kernels/cpu/screen.h), its norms limited so that sums fit 32 bits.
 """
 
 import argparse
@@ -22,18 +23,20 @@ from benchmarks.kernels import dictionary
 ROWS = 256
 
 
-def rounded(a: torch.Tensor) -> torch.Tensor:
-    scale = a.abs().amax(1, keepdim=True).clamp_min(1e-20) / 127
+def rounded(a: torch.Tensor, bits: int) -> torch.Tensor:
+    scale = a.abs().amax(1, keepdim=True).clamp_min(1e-20) / (2 ** (bits - 1) - 1)
+    if bits == 16:
+        scale = torch.maximum(scale, a.norm(dim=1, keepdim=True) / 46000)
     return (a / scale).round() * scale
 
 
-def certificate(sae: TopKStep, x: torch.Tensor, scale: torch.Tensor) -> dict[str, float]:
+def certificate(sae: TopKStep, x: torch.Tensor, scale: torch.Tensor, bits: int) -> dict[str, float]:
     """Candidates per row, x scaled and W_enc scaled back by `scale` [d_model] before either is rounded."""
     rows = (x - sae.b_dec).bfloat16().float()
     W = sae.W_enc.t().bfloat16().float()
     exact = rows @ W.t() + sae.b_enc
     rows, W = rows * scale, W / scale
-    q_rows, q_W = rounded(rows), rounded(W)
+    q_rows, q_W = rounded(rows, bits), rounded(W, bits)
     estimate = q_rows @ q_W.t() + sae.b_enc
     bound = (rows - q_rows).norm(dim=1)[:, None] * W.norm(dim=1) + q_rows.norm(dim=1)[:, None] * (W - q_W).norm(dim=1)
     needed = (estimate - bound).topk(sae.k).values[:, -1:].clamp_min(0)
@@ -67,9 +70,10 @@ def main() -> None:
     results, variance = [], train[0].var(0).sum()
     for step in range(max(arguments.steps) + 1):
         if step in arguments.steps:
-            plain = certificate(sae, held_out, torch.ones_like(sae.b_dec))
-            scaled = certificate(sae, held_out, spread)
-            results.append({"steps": step, "rows_rounded_as_they_are": plain, "dimensions_balanced_first": scaled})
+            plain = certificate(sae, held_out, torch.ones_like(sae.b_dec), 8)
+            scaled = certificate(sae, held_out, spread, 8)
+            int16 = certificate(sae, held_out, torch.ones_like(sae.b_dec), 16)
+            results.append({"steps": step, "int8": plain, "int8_dimensions_balanced_first": scaled, "int16": int16})
         statistics = sae.step(train[step % len(train)], lr=1e-3, variance=variance)
     fvu = float(statistics.squared_error / 4096 / variance)
     sizes = {name: getattr(arguments, name) for name in ("latents", "k")}

@@ -1,10 +1,11 @@
-"""A whole TopK training step on this CPU against the bare bf16 encoder product, and where its time goes.
+"""A whole TopK training step on this CPU against the bare encoder product, and where its time goes.
 
     python -m benchmarks.kernels --cache ~/.cache/sae_dist/bench --latents 16384 65536 262144
 
-The bare product is torch's x [batch, d_model] @ W [d_model, n_latents] in bf16 into an existing output, the better of
-both memory layouts of W. Step and product alternate; every time is the best of its repetitions, in wall seconds and in
-processor seconds of all threads (which other programs on the machine disturb less).
+The bare product is torch's x [batch, d_model] @ W [d_model, n_latents] into an existing output, in bf16 or fp32,
+whichever this processor does faster, the better of both memory layouts of W; beyond 65,536 latents, as many products
+of 65,536 (it would not fit otherwise). Step and product alternate; every time is the best of its repetitions, in wall
+seconds and in processor seconds of all threads (which other programs on the machine disturb less).
 """
 
 import argparse
@@ -44,19 +45,37 @@ def best(times: list[Seconds]) -> Seconds:
     return Seconds(min(t.wall for t in times), min(t.processor for t in times))
 
 
-def products(x: torch.Tensor, n_latents: int) -> list[Callable[[], object]]:
+def faster_dtype(x: torch.Tensor) -> torch.dtype:
+    """bf16 or fp32, by a small product: without instructions for it, torch's bf16 is many times slower."""
+
+    def product(dtype: torch.dtype) -> float:
+        a, b = x[:512].to(dtype), torch.randn(x.shape[1], 512).to(dtype)
+        return min(timed(lambda: torch.mm(a, b)).processor for _ in range(3))
+
+    return min((torch.bfloat16, torch.float32), key=product)
+
+
+def products(x: torch.Tensor, n_latents: int, dtype: torch.dtype) -> list[Callable[[], object]]:
     """The bare product with W as rows of d_model and as rows of n_latents."""
-    x, out = x.bfloat16(), torch.empty(len(x), n_latents, dtype=torch.bfloat16)
-    rows = torch.randn(x.shape[1], n_latents).bfloat16()
+    part = min(n_latents, 65536)
+    x, out = x.to(dtype), torch.empty(len(x), part, dtype=dtype)
+    rows = torch.randn(x.shape[1], part).to(dtype)
     columns = rows.t().contiguous().t()
-    return [lambda: torch.mm(x, rows, out=out), lambda: torch.mm(x, columns, out=out)]
+
+    def product(W: torch.Tensor) -> None:
+        for _ in range(n_latents // part):
+            torch.mm(x, W, out=out)
+
+    return [partial(product, rows), partial(product, columns)]
 
 
-def dictionary(x: torch.Tensor, n_latents: int, k: int, k_aux: int, backend: Backend) -> TopKStep:
+def dictionary(
+    x: torch.Tensor, n_latents: int, k: int, k_aux: int, backend: Backend, screen: kernels.Screen = "auto"
+) -> TopKStep:
     W_dec = torch.nn.functional.normalize(torch.randn(n_latents, x.shape[1]), dim=1)
     return TopKStep(
         W_dec.t(), W_dec, b_enc=torch.zeros(n_latents), b_dec=x.mean(0), k=k, k_aux=k_aux, aux_coefficient=1 / 32,
-        dead_after_tokens=10_000_000, backend=backend,
+        dead_after_tokens=10_000_000, backend=backend, screen=screen,
     )  # fmt: skip
 
 
@@ -80,11 +99,12 @@ def phases() -> Iterator[dict[str, float]]:
 
 
 def measure(x: torch.Tensor, n_latents: int, arguments: argparse.Namespace) -> dict:
-    sae = dictionary(x, n_latents, arguments.k, arguments.k_aux, arguments.backend)
+    sae = dictionary(x, n_latents, arguments.k, arguments.k_aux, arguments.backend, arguments.screen)
     variance = x.var(0).sum()
     batches = x.split(arguments.batch)
-    bare = products(batches[0], n_latents) if arguments.product else []
-    shares = [0.0, 0.02, 0.1]
+    dtype = faster_dtype(batches[0])
+    bare = products(batches[0], n_latents, dtype) if arguments.product else []
+    shares: list[float] = arguments.dead
     product_times: list[list[Seconds]] = [[], []]
     step_times: dict[float, list[Seconds]] = {share: [] for share in shares}
     where: dict[float, dict[str, float]] = {}
@@ -99,19 +119,21 @@ def measure(x: torch.Tensor, n_latents: int, arguments: argparse.Namespace) -> d
                 batch = batches[i % len(batches)]
                 step_times[share].append(timed(partial(sae.step, batch, lr=1e-4, variance=variance)))
             where[share] = {name: round(s, 4) for name, s in seconds.items()}
+    screened = sae.screened._asdict() if sae.screened else None
     steps = {share: best(times[1:])._asdict() for share, times in step_times.items()}
     for share, own in steps.items():
         own |= {"tokens_per_second": round(arguments.batch / own["wall"]), "processor_seconds_by_phase": where[share]}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     state = sum(t.nbytes for t in sae.state_dict().values())
-    result = {"n_latents": n_latents, "state_bytes": state, "peak_bytes": peak, "step_by_dead_share": steps}
+    result = {"n_latents": n_latents, "state_bytes": state, "peak_bytes": peak, "screened": screened}
+    result |= {"step_by_dead_share": steps}
     if not bare:
         return result
     product = min((best(times) for times in product_times), key=lambda t: t.wall)
     for own in steps.values():
         own |= {"ratio": own["wall"] / product.wall, "processor_ratio": own["processor"] / product.processor}
     gflops = 2 * arguments.batch * x.shape[1] * n_latents / product.wall / 1e9
-    return result | {"product": product._asdict(), "product_gflops": gflops}
+    return result | {"product": product._asdict(), "product_gflops": gflops, "product_dtype": str(dtype)}
 
 
 def main() -> None:
@@ -124,6 +146,8 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=576, help="the first dimensions of the activations")
     parser.add_argument("--repetitions", type=int, default=6)
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--screen", default="auto")
+    parser.add_argument("--dead", type=float, nargs="+", default=[0.0, 0.02, 0.1], help="shares of dead latents")
     parser.add_argument("--product", action=argparse.BooleanOptionalAction, default=True, help="without: peak memory")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))
     arguments = parser.parse_args()
@@ -134,8 +158,9 @@ def main() -> None:
         results.append(measure(x, n_latents, arguments))
         sys.stderr.write(f"{json.dumps(results[-1])}\n")
     machine = {"cores": torch.get_num_threads(), "kernel": platform.release(), "load": os.getloadavg()[0]}
-    machine["features"] = sorted(flag for flag in cpu_flags() if flag.startswith(("avx512_bf16", "avx512_vnni", "amx")))
-    sizes = {name: getattr(arguments, name) for name in ("k", "k_aux", "batch", "d_model", "backend")}
+    features = ("avx2", "fma", "avx_vnni", "avx512_bf16", "avx512_vnni", "amx")
+    machine["features"] = sorted(flag for flag in cpu_flags() if flag.startswith(features))
+    sizes = {name: getattr(arguments, name) for name in ("k", "k_aux", "batch", "d_model", "backend", "screen")}
     result = {"machine": machine, "torch": torch.__version__, "sizes": sizes, "results": results}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -95,9 +95,17 @@ struct Best {
 // Rows of pairs, row(r) [pairs] or null for zeros, as one panel [pairs][PANEL].
 template <class Row>
 inline void pack(const Row& row, uint32_t* panel, long pairs) {
-    for (long r = 0; r < PANEL; r++) {
-        const uint32_t* x = row(r);
-        for (long p = 0; p < pairs; p++) panel[p * PANEL + r] = x ? x[p] : 0;
+    static const uint32_t none[LANES] = {};
+    for (long first = 0; first < PANEL; first += LANES) {
+        const uint32_t *rows[LANES], *here[LANES];
+        for (long r = 0; r < LANES; r++) rows[r] = row(first + r);
+        long p = 0;
+        for (; p + LANES <= pairs; p += LANES) {
+            for (long r = 0; r < LANES; r++) here[r] = rows[r] ? rows[r] + p : none;
+            turn(here, panel + p * PANEL + first, PANEL);
+        }
+        for (; p < pairs; p++)
+            for (long r = 0; r < LANES; r++) panel[p * PANEL + first + r] = rows[r] ? rows[r][p] : 0;
     }
 }
 

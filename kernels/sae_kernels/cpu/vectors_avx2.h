@@ -98,6 +98,23 @@ inline Bits sign_bits(I a) { return (Bits)_mm256_movemask_ps(_mm256_castsi256_ps
 inline Bits at_least(I a, I b) { return 0xff & ~sign_bits(_mm256_cmpgt_epi32(b, a)); }
 inline Bits equal(I a, I b) { return sign_bits(_mm256_cmpeq_epi32(a, b)); }
 
+// Words 0 ... 7 of 8 rows, turned: out[8 words][stride], lanes are rows.
+inline void turn(const uint32_t* const (&rows)[LANES], uint32_t* out, long stride) {
+    V a[8], b[8];
+    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps((const float*)rows[i]);
+    for (int i = 0; i < 8; i += 2)
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0x44);
+            a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        store((float*)out + i * stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        store((float*)out + (i + 4) * stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+}
+
 // v where a is not zero (bits of any kind), else zero.
 inline V where_not_zero(V a, V v) {
     const I none = _mm256_cmpeq_epi32(_mm256_castps_si256(a), _mm256_setzero_si256());

@@ -60,6 +60,12 @@ inline Bits equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline Bits at_least(I a, I b) { return _mm512_cmp_epi32_mask(a, b, _MM_CMPINT_NLT); }
 inline Bits equal(I a, I b) { return _mm512_cmp_epi32_mask(a, b, _MM_CMPINT_EQ); }
 
+// Words 0 ... 15 of 16 rows, turned: out[16 words][stride], lanes are rows.
+inline void turn(const uint32_t* const (&rows)[LANES], uint32_t* out, long stride) {
+    for (long word = 0; word < LANES; word++)
+        for (long r = 0; r < LANES; r++) out[word * stride + r] = rows[r][word];
+}
+
 // v where a is not zero (bits of any kind), else zero.
 inline V where_not_zero(V a, V v) {
     const I bits = _mm512_castps_si512(a);
