@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_dist import storage
-from sae_dist.config import to_dict
+from sae_dist.config import UserError, to_dict
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.units import counts
 from sae_dist.model.config import ModelConfig
@@ -37,6 +37,11 @@ def prepare(
     progress: Callable[[Mapping[str, Any]], None],
 ) -> Prepared:
     """Tokenises the text under `folder` and creates the store, once; UserError for a hook point that is not there."""
+    if harvest.tensor_parallel > 1:
+        raise UserError(
+            f"harvest.tensor_parallel={harvest.tensor_parallel}: the service starts replicas of one process "
+            "(model/parallel.py has the model's side of more); use 1, or model.device_map=auto on several GPUs"
+        )
     text_fingerprint = corpus.fingerprint(text)  # first: a missing file is found before a model is loaded for nothing
     engine = open_engine(model)
     widths = {hook: engine.width(hook) for hook in hook_points}

@@ -57,6 +57,7 @@ def test_yaml_and_dataclass_agree_on_the_defaults(command):
         (["train"], "store is missing; set store="),
         (["status", "{tmp}/e"], "holds no run"),
         (["run", "mesh.feature=2", "out={tmp}/f", "model=tiny-llama"], "mesh.data=1 x mesh.feature=2 are 2 processes"),
+        (["run", "harvest.tensor_parallel=2", "out={tmp}/g", "model=tiny-llama"], "harvest.tensor_parallel=2: "),
         (["frobnicate"], "unknown command frobnicate; choose one of run"),
         (["run", "nonsense"], "nonsense is not understood; write key=value"),
         (["run", "train.lr=[1"], "train.lr=[1"),
