@@ -45,6 +45,7 @@ class Rank(NamedTuple):
     """What one process measured."""
 
     seconds: list[float]  # of each step but the first
+    processor: list[float]  # processor seconds of the same steps, all threads of this process
     peak_bytes: int
     moved: dict[str, tuple[int, int]]  # calls and bytes of one step
     backend: str
@@ -76,23 +77,24 @@ def run_rank(rank: int, work: Workload, steps: int, threads: int, port: int, ans
         store = TCPStore("127.0.0.1", port, work.ranks, is_master=rank == 0, timeout=timedelta(seconds=120))
     mesh = connect(config, rank=rank, world=work.ranks, device="cpu", store=store)
     step = mesh_step(work, mesh)
-    generator, seconds, before = torch.Generator().manual_seed(7), [], {}
+    generator, seconds, processor, before = torch.Generator().manual_seed(7), [], [], {}
     for number in range(steps + 1):
         raw = torch.randn(work.batch, work.d_model, generator=generator).bfloat16()
         before = {name: (m.calls, m.bytes) for name, m in mesh.moved.items()}
         if mesh.world.group is not None:
             dist.barrier()
-        started = time.perf_counter()
+        started, processor_started = time.perf_counter(), time.process_time()
         step.step(raw.float(), lr=1e-4, variance=float(work.d_model))
         if mesh.world.group is not None:
             dist.barrier()
         if number:
             seconds.append(time.perf_counter() - started)
+            processor.append(time.process_time() - processor_started)
     moved = {
         name: (m.calls - before.get(name, (0, 0))[0], m.bytes - before.get(name, (0, 0))[1])
         for name, m in mesh.moved.items()
     }
-    answers.put((rank, Rank(seconds, _peak(), moved, step.shard.backend_used)))
+    answers.put((rank, Rank(seconds, processor, _peak(), moved, step.shard.backend_used)))
     mesh.close()
 
 
@@ -120,14 +122,21 @@ def group(work: Workload, *, steps: int, threads: int | None = None) -> list[Ran
     return [found[rank] for rank in range(work.ranks)]
 
 
+def processor_s(ranks: list[Rank]) -> float:
+    """Seconds that a step would take on cores with nothing else to do: what all ranks computed, over the cores."""
+    return sum(statistics.median(rank.processor) for rank in ranks) / CORES
+
+
 def alternating(works: dict[str, tuple[Workload, int | None]], *, rounds: int, steps: int) -> dict[str, dict[str, Any]]:
     """Median seconds of a step of every configuration, and what rank 0 moved beside what the plan says."""
     times: dict[str, list[float]] = {name: [] for name in works}
+    computed: dict[str, list[float]] = {name: [] for name in works}
     last: dict[str, Rank] = {}
     for _ in range(rounds):
         for name, (work, threads) in works.items():
             ranks = group(work, steps=steps, threads=threads)
             times[name] += ranks[0].seconds
+            computed[name].append(processor_s(ranks))
             last[name] = ranks[0]
     found = {}
     for name, (work, threads) in works.items():
@@ -137,6 +146,7 @@ def alternating(works: dict[str, tuple[Workload, int | None]], *, rounds: int, s
             "n_latents": work.n_latents, "d_model": work.d_model, "k": work.k, "batch": work.batch, "data": work.data,
             "feature": work.feature, "threads": threads or max(CORES // work.ranks, 1),
             "step_s": statistics.median(times[name]), "spread_s": [min(times[name]), max(times[name])],
+            "processor_s": statistics.median(computed[name]),
             "bytes": sum(value[1] for value in moved.values()), "bytes_planned": sum(v[1] for v in planned.values()),
             "exchanges_equal": moved == planned, "exchanges": moved, "backend": last[name].backend,
         }  # fmt: skip
@@ -156,12 +166,15 @@ def scaling(rounds: int, steps: int) -> dict[str, Any]:
             works[f"weak {data}x{feature}"] = (work_of(n * feature, d, k, batch * data, data, feature), None)
     found = alternating(works, rounds=rounds, steps=steps)
     one = found["one_thread"]["step_s"]
+    computed = found["one_thread"]["processor_s"]
     for name, own in found.items():
         ranks = own["data"] * own["feature"]
         if name.startswith("strong"):
             own["efficiency"] = one / (own["step_s"] * min(max(ranks, own["threads"]), CORES))
+            own["processor_efficiency"] = computed / own["processor_s"]
         if name.startswith("weak"):
             own["efficiency"] = one * ranks / (own["step_s"] * min(ranks, CORES))
+            own["processor_efficiency"] = computed * ranks / own["processor_s"]
     return found
 
 
@@ -213,7 +226,10 @@ VALIDATED = [  # n_latents, d_model, k, batch, data, feature
 
 
 def validate(steps: int) -> dict[str, Any]:
-    """Largest rank's peak memory and median step time beside the plan's, for machine=here."""
+    """Largest rank's peak memory and median step time beside the plan's, for machine=here.
+
+    Times are compared as processor seconds over cores, which the probe measures too; wall seconds stand beside them.
+    """
     machine, rows = probe.here(again=True), []
     for case in VALIDATED:
         work = work_of(*case)
@@ -225,8 +241,9 @@ def validate(steps: int) -> dict[str, Any]:
             "n_latents": work.n_latents, "d_model": work.d_model, "k": work.k, "batch": work.batch, "data": work.data,
             "feature": work.feature, "peak_bytes": measured, "planned_bytes": planned,
             "phases": {phase.name: phase.seconds for phase in phases(work, machine)},
-            "memory_error": planned / measured - 1, "step_s": seconds, "planned_s": predicted,
-            "time_error": predicted / seconds - 1,
+            "memory_error": planned / measured - 1, "step_s": seconds,
+            "processor_s": processor_s(ranks), "planned_s": predicted,
+            "time_error": predicted / processor_s(ranks) - 1, "wall_error": predicted / seconds - 1,
         })  # fmt: skip
         sys.stderr.write(f"{json.dumps(rows[-1])}\n")
     return {

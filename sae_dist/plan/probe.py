@@ -63,11 +63,9 @@ def measure() -> Machine:
     backend = step_of(*SHAPES[-1][:3]).backend_used
     assert backend in ("cpu", "torch"), "a machine with a GPU is described in conf/machine"
     exchanged = loopback.exchanged()
-    link = Link(
-        # of all ranks together: they share the cores that copy
-        bytes_per_s=loopback.RANKS * exchanged.large_bytes / max(exchanged.large_s - exchanged.small_s, 1e-9),
-        latency_s=exchanged.small_s,
-    )
+    # a rank's processor seconds, times the ranks, over the cores that they share: seconds of the machine
+    per_byte = (exchanged.large_s - exchanged.small_s) / exchanged.large_bytes / torch.get_num_threads()
+    link = Link(bytes_per_s=1 / max(per_byte, 1e-12), latency_s=loopback.RANKS * exchanged.small_s)
     memory = float(psutil.virtual_memory().total)
     notes = {
         "gemm_fp32": _gemm(torch.float32), "gemm_bf16": _gemm(torch.bfloat16), "copy": _copy(),
@@ -104,9 +102,10 @@ def _copy() -> float:
 
 
 def _timed(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    """Processor seconds over threads: wall seconds, less what other programs take away."""
+    started = time.process_time()
     run()
-    return time.perf_counter() - started
+    return (time.process_time() - started) / torch.get_num_threads()
 
 
 def step_of(n_latents: int, d_model: int, k: int) -> TopKStep:
