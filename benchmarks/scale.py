@@ -26,6 +26,7 @@ import torch.distributed as dist
 from sae_kernels.topk_step import TopKStep
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+import sae_dist.train.loop  # noqa: F401  a rank of a real training has all of it in memory
 from sae_dist.config import to_dict
 from sae_dist.plan import probe
 from sae_dist.plan.memory import memory
@@ -59,7 +60,7 @@ def mesh_step(work: Workload, mesh: Mesh) -> MeshStep:
     here = mesh.latents(work.n_latents)
     generator = torch.Generator().manual_seed(here.start)
     W_dec = torch.empty(len(here), work.d_model)
-    for rows in W_dec.split(4096):  # no second copy while it is made
+    for rows in W_dec.split(256):  # no second copy while it is made, and little for malloc to keep
         rows.copy_(torch.nn.functional.normalize(torch.randn(rows.shape, generator=generator), dim=1))
     shard = TopKStep(
         W_dec.clone().t(), W_dec, b_enc=torch.zeros(len(here)), b_dec=torch.zeros(work.d_model),
@@ -184,14 +185,12 @@ def sizes(steps: int, largest: int) -> list[dict[str, Any]]:
     while n <= largest:
         for data, feature in [(1, 1), (1, 2), (2, 1)]:
             work = work_of(n, 512, 32, 512, data, feature)
-            if (
-                24 * n * 512 * (data if data > 1 else 1) * 1.3 + data * feature * 0.6e9
-                > psutil.virtual_memory().available
-            ):
+            if 34 * n * 512 * data + 0.4e9 * work.ranks > 0.8 * psutil.virtual_memory().available:
                 continue
             ranks = group(work, steps=steps)
             found.append({
-                "n_latents": n, "data": data, "feature": feature, "step_s": statistics.median(ranks[0].seconds),
+                "n_latents": n, "data": data, "feature": feature, "processor_s": processor_s(ranks),
+                "step_s": statistics.median(ranks[0].seconds),
                 "peak_bytes_a_rank": max(rank.peak_bytes for rank in ranks),
             })  # fmt: skip
             sys.stderr.write(f"{found[-1]}\n")
@@ -225,13 +224,16 @@ VALIDATED = [  # n_latents, d_model, k, batch, data, feature
 ]  # fmt: skip
 
 
-def validate(steps: int) -> dict[str, Any]:
-    """Largest rank's peak memory and median step time beside the plan's, for machine=here.
+def validate(steps: int, out: Path, about: dict[str, Any]) -> None:
+    """Largest rank's peak memory and median step time beside the plan's, for machine=here; goes on with what is in out.
 
     Times are compared as processor seconds over cores, which the probe measures too; wall seconds stand beside them.
     """
-    machine, rows = probe.here(again=True), []
-    for case in VALIDATED:
+    result = json.loads(out.read_text()) if out.exists() else about
+    machine = probe.here(again="machine_description" not in result)
+    result |= {"machine_description": to_dict(machine), "memory_goal": MEMORY_GOAL, "time_goal": TIME_GOAL}
+    rows = result.setdefault("cases", [])
+    for case in VALIDATED[len(rows) :]:
         work = work_of(*case)
         ranks = group(work, steps=steps)
         planned = sum(p.bytes for p in memory(work, machine) if not p.name.startswith(HOST_PARTS))
@@ -246,11 +248,15 @@ def validate(steps: int) -> dict[str, Any]:
             "time_error": predicted / processor_s(ranks) - 1, "wall_error": predicted / seconds - 1,
         })  # fmt: skip
         sys.stderr.write(f"{json.dumps(rows[-1])}\n")
-    return {
-        "machine_description": to_dict(machine), "cases": rows, "memory_goal": MEMORY_GOAL, "time_goal": TIME_GOAL,
-        "memory_within": sum(abs(r["memory_error"]) <= MEMORY_GOAL for r in rows),
-        "time_within": sum(abs(r["time_error"]) <= TIME_GOAL for r in rows),
-    }  # fmt: skip
+        save(out, result)
+    result["memory_within"] = sum(abs(r["memory_error"]) <= MEMORY_GOAL for r in rows)
+    result["time_within"] = sum(abs(r["time_error"]) <= TIME_GOAL for r in rows)
+    save(out, result)
+
+
+def save(out: Path, result: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
@@ -266,17 +272,18 @@ def main() -> None:
     machine = {"cores": CORES, "kernel": platform.release(), "memory": psutil.virtual_memory().total}
     result: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "load": os.getloadavg()[0]}
     if arguments.validate:
-        result |= validate(arguments.steps)
-    else:
-        result |= json.loads(out.read_text()) if out.exists() else {}
-        if "overhead" in arguments.parts:
-            result["overhead"] = overhead(24)
-        if "scaling" in arguments.parts:
-            result["scaling"] = scaling(arguments.rounds, arguments.steps)
-        if "sizes" in arguments.parts:
-            result["sizes"] = sizes(arguments.steps, arguments.largest)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+        validate(arguments.steps, out, result)
+        return
+    result = json.loads(out.read_text()) if out.exists() else result
+    if "overhead" in arguments.parts:
+        result["overhead"] = overhead(24)
+        save(out, result)
+    if "scaling" in arguments.parts:
+        result["scaling"] = scaling(arguments.rounds, arguments.steps)
+        save(out, result)
+    if "sizes" in arguments.parts:
+        result["sizes"] = sizes(arguments.steps, arguments.largest)
+        save(out, result)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,11 @@ SHAPES = (  # n_latents, d_model, k, batch: every kind of work dominates in one 
 )
 REPEAT = 5
 _RANK = """
-import psutil, sae_dist.train.loop as _
-from sae_dist.plan import probe
-probe.step_of(256, 64, 4).step(probe.torch.randn(64, 64), lr=1e-4, variance=64.0)
+import psutil, torch, sae_dist.train.loop as _
+from sae_kernels.topk_step import TopKStep
+W = torch.eye(64)
+step = TopKStep(W, W, b_enc=W[0], b_dec=W[0], k=4, k_aux=0, aux_coefficient=0.0, dead_after_tokens=9)
+step.step(W, lr=1e-4, variance=1.0)
 print(psutil.Process().memory_info().rss)
 """
 
