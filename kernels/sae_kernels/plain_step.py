@@ -97,6 +97,7 @@ class PlainStep:
             if squares is not None:
                 matrix.end_step_(self.total(squares), hyper, n_latents=self.n_latents)
         adam_(self.b_enc, d_bias, self.first[0], self.second[0], **hyper._asdict())
+        self._rows, self._held = torch.empty(0), []  # not beside the next step's selection
         return through
 
     def update_b_dec_(self, gradient: Tensor, hyper: Hyper) -> None:

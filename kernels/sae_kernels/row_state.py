@@ -8,7 +8,7 @@
 | moments: int8 | 2.03 | both moments in blocks of eight-bit codes (eight_bit.py) |
 | moments: factored | 1.02 | the first so; of the second, a number a latent and one a dimension (Shazeer & Stern 2018) |
 
-Between two steps only that is in memory; within one, a block of CHUNK elements of value, gradient and moments is fp32.
+Between two steps only that is in memory; within one, a block of value, gradient and moments is fp32.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,8 @@ from sae_kernels.eight_bit import Coded
 from sae_kernels.reference import adam_, remove_parallel, unit_norm
 from sae_kernels.stochastic import random_bits, round_bfloat16
 
-CHUNK = 1 << 18  # elements updated at once: 1 MiB of each
+IN_CACHE = 1 << 18  # elements updated at once by a CPU: 1 MiB of each stays in its cache
+IN_MEMORY = 1 << 24  # by an accelerator: 64 MiB of each, for which a launch is short
 LEAST_PROFILE = 1e-6  # of a dimension's mean square over the mean of all: a silent one is not divided by nothing
 
 Parameters = Literal["float32", "bfloat16_stochastic"]
@@ -81,7 +82,7 @@ class RowState:
         is added up over all shards. Otherwise None.
         """
         n_latents, d_model = self.value.shape
-        rows_at_once = max(CHUNK // d_model, 1)
+        rows_at_once = max((IN_CACHE if self.value.device.type == "cpu" else IN_MEMORY) // d_model, 1)
         squares = torch.zeros(d_model, dtype=torch.float64, device=self.value.device)
         for start in range(0, n_latents, rows_at_once):
             rows = slice(start, min(start + rows_at_once, n_latents))

@@ -52,21 +52,20 @@ def state_bytes(work: Workload) -> float:
 def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
     """What of the batch lives until the update ends, and what the largest phase needs besides."""
     d, batch, rows, k = work.d_model, work.batch, work.rows, work.k
-    weights = work.latents * d
     read, scaled, errors = 2 * batch * d, 4 * batch * d, 4 * batch * d
     exchange = candidate_bytes(work) + (3 * 4 * rows * d if work.ranks > 1 else 0)
     match machine.backend:
         case "torch":
             rounded, pairs = 4 * batch * d, 24 * batch * k // work.feature
             select = scaled + rows * TILE * KEYS + 6 * TILE * d
-            update = 20 * weights  # two gradients, one without its parallel part, Adam's two corrected moments
-            held = read + rounded + errors + pairs
-            return held, max(update, select - errors, scaled + exchange - errors)
+            held = read + rounded + errors + pairs  # the update itself goes a block of latents at a time
+            return held, max(select - errors, scaled + exchange - errors)
         case "cpu":
             room = k + max(k, 64)
             buffers = 2 * rows * d + 8 * rows * room + 12 * batch * k + 16 * batch * k
             rounded = 2 * batch * d + (4 * batch * d if work.ranks == 1 else 0)  # and fp32 rows in the fused step
-            return read + scaled + rounded + errors + buffers, exchange + 8 * work.latents + 4 * weights / CHUNK
+            partial_sums = 4 * work.latents * d / CHUNK
+            return read + scaled + rounded + errors + buffers, exchange + 8 * work.latents + partial_sums
         case "triton":  # keys above the bound, 16 k a row; pairs are sorted as (latent, place)
             return read + scaled + 2 * batch * d + errors, 8 * 16 * k * rows + 3 * 16 * batch * k + exchange
 

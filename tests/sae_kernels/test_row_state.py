@@ -143,14 +143,14 @@ def test_float32_state_is_adam_bit_for_bit_however_rows_are_cut(monkeypatch):
         adam_(value, gradient, first, second, step=step, lr=1e-2, **HYPER)
         value = unit_norm(value)
     for chunk in (1 << 18, 96 * 7):
-        monkeypatch.setattr(row_state, "CHUNK", chunk)
+        monkeypatch.setattr(row_state, "IN_CACHE", chunk)
         assert torch.equal(run(StateOptions()), value)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_shards_and_blocks_do_not_change_a_row(options, monkeypatch):
     whole = run(options, 10)
-    monkeypatch.setattr(row_state, "CHUNK", 96 * 5)
+    monkeypatch.setattr(row_state, "IN_CACHE", 96 * 5)
     cut = run(options, 10, parts=(10, 33, 21))
     if options.moments == "factored":  # its sum over latents is fp64, rounded to fp32
         torch.testing.assert_close(cut, whole, rtol=0, atol=2**-8 if options.parameters != "float32" else 1e-6)

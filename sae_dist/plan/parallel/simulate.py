@@ -28,7 +28,7 @@ class Simulated(NamedTuple):
 
     moved: dict[str, tuple[int, int]]  # calls and bytes received by name of the exchange
     state_bytes: int  # of tensors before the step
-    peak_bytes: int  # of tensors at the fullest moment of the step, the batch included
+    peak_bytes: int  # of tensors at the fullest moment, of the start or of the step, the batch included
     shapes: dict[str, tuple[int, ...]]  # of this rank's part of the state
 
 
@@ -39,7 +39,7 @@ def simulate(work: Workload) -> Simulated:
         mesh = from_process_group(MeshConfig(data=work.data, feature=work.feature), "cpu")
         with torch.device("meta"), _Memory() as memory:
             step = _step(work, len(mesh.latents(work.n_latents)), mesh)
-            state, memory.peak = memory.now, memory.now
+            state = memory.now
             x = torch.empty(work.batch, work.d_model, dtype=torch.bfloat16)
             with _Assumed(work):
                 _run(step, x)  # the first step also asks how many latents are dead
