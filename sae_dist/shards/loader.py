@@ -1,5 +1,6 @@
 """Batches of activations in the order of order.py, read ahead by a thread, in memory that does not grow."""
 
+import math
 import queue
 import threading
 import time
@@ -61,7 +62,7 @@ class Waits(NamedTuple):
 
 
 class Loader:
-    """An endless iterator of `Batch`es from `start_step`; close it, or use it in a `with`."""
+    """An iterator of `Batch`es from `start_step`, endless without a `stop_step`; close it, or use it in a `with`."""
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class Loader:
         seed: int,
         order: OrderConfig | None = None,
         start_step: int = 0,
+        stop_step: int | None = None,
         order_hash: int = 0,
         rank: int = 0,
         world: int = 1,
@@ -85,7 +87,8 @@ class Loader:
         stop: Callable[[], bool] = lambda: False,
     ):
         """`batch` is global, over all ranks; `order_hash` is the value after `start_step` steps: on resume, the
-        total on rank 0 and 0 elsewhere. `reuse_buffers`: x is overwritten once the next batch has been asked for.
+        total on rank 0 and 0 elsewhere. Nothing is read that only steps from `stop_step` on would need.
+        `reuse_buffers`: x is overwritten once the next batch has been asked for.
         Once `stop()` is true the iterator ends, within a second, even while it waits for rows.
         `stall_s`: how long a live loader waits for one unit before it says that producers are gone.
         """
@@ -95,9 +98,10 @@ class Loader:
         self.live, self.stall_s, self._asked_to_stop = live, stall_s, stop
         self._check(rank, world, manifest)
         self.lanes = range(rank, self.order.lanes, world)  # interleaved: a round of few slices still reaches every rank
-        self._start_step, self._hash = start_step, order_hash
+        self._start_step, self._stop_step, self._hash = start_step, stop_step, order_hash
         self._dtype = quantize.batch_dtype(store.meta.dtype)
         self._rounds: dict[tuple[int, int], Round] = {}
+        self._last: list[int] | None = None  # rows that the lanes will have given when the last step ends this round
         self._ready: queue.Queue[Batch | None] = queue.Queue(prefetch)
         self._spare: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         self._reuse, self._lent = reuse_buffers, None
@@ -200,7 +204,7 @@ class Loader:
         place = order.locate(self._start_step * self.batch, self.order, self.seed, self.n_units, self._row_counts)
         round, offset = self._enter(place.epoch, place.number, place.offset), place.offset
         step = self._start_step
-        while True:
+        while self._stop_step is None or step < self._stop_step:
             parts: list[Part] = []
             need, epoch = self.batch, None
             while need:
@@ -211,6 +215,7 @@ class Loader:
                 epoch = round.epoch if epoch is None else epoch
                 count = min(need, round.rows - offset)
                 sizes = [lane.rows for lane in round.lanes]
+                self._last = self._last_rows(round, offset, self._rows_left(step, need))
                 before, after = order.apportion(offset, sizes), order.apportion(offset + count, sizes)
                 for lane in self.lanes:
                     parts += self._lane_parts(round, lane, before[lane], after[lane])
@@ -218,6 +223,16 @@ class Loader:
             assert epoch is not None
             yield self._gather(parts, step, epoch, self._units_done(round, offset))
             step += 1
+
+    def _rows_left(self, step: int, need: int) -> float:
+        """Rows from the present one to the last that is to be served: `need` of this step's and the later steps'."""
+        return math.inf if self._stop_step is None else need + (self._stop_step - step - 1) * self.batch
+
+    def _last_rows(self, round: Round, offset: int, left: float) -> list[int] | None:
+        """How many rows each lane will have given at the end, if that comes within this round."""
+        if offset + left > round.rows:
+            return None
+        return order.apportion(offset + int(left), [lane.rows for lane in round.lanes])
 
     def _units_done(self, round: Round, offset: int) -> int:
         if round.epoch > 0:
@@ -299,7 +314,11 @@ class Loader:
     def _read_ahead(self, round: Round, lane: int, window: int) -> None:
         """One window ahead in every lane: memory is at most 2 x lanes x window slices."""
         if (window + 1) * self.order.window < len(round.lanes[lane].unit):
-            self._windows.submit(round, lane, window + 1)
+            start, _ = order.window_rows(self.order, round.lanes[lane], window + 1)
+            if self._last is None or start < self._last[lane]:
+                self._windows.submit(round, lane, window + 1)
+            return
+        if self._last is not None:
             return
         epoch, number = self._after(round)
         units = order.round_units(self.order, self.seed, self.n_units, epoch, number)

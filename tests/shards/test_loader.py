@@ -53,6 +53,22 @@ def test_every_row_comes_once_an_epoch_and_is_true(store, order):
     assert [b.epoch for b in got] == [32 * s // total for s in range(len(got))]
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_with_a_stop_it_ends_and_reads_nothing_for_later_steps(store, order, monkeypatch):
+    read, original = [], store.read_slice
+    monkeypatch.setattr(store, "read_slice", lambda *name: read.append(name) or original(*name))
+    total = sum(96 - 7 * unit for unit in range(5))
+    endless = batches(store, total // 32, order=order)
+    read.clear()
+    stopped = batches(store, 99, order=order, stop_step=total // 32)
+    assert [(ids(b), b.order_hash) for b in stopped] == [(ids(b), b.order_hash) for b in endless]
+    assert len(read) == len(set(read))  # the second epoch would read them again
+    read.clear()
+    assert len(batches(store, 99, order=order, start_step=1, stop_step=2)) == 1
+    assert len(read) <= 2 * order.lanes * order.window  # of 25 or more in an epoch
+    assert batches(store, 99, order=order, start_step=2, stop_step=2) == []
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_ranks_share_the_same_global_batches_and_their_hashes_add(store, world):
     alone = batches(store, 20)
