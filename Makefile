@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
+# Ray starts many processes: each would compile all of torch anew where bytecode is not kept.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: venv quickstart test test-all check clean
 venv: .venv/.installed

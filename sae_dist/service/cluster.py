@@ -20,6 +20,10 @@ from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
 from sae_dist.config import Stopped, UserError  # noqa: E402
 from sae_dist.service.stopping import StopRequest, listening  # noqa: E402
 
+logger = logging.getLogger(__name__)
+QUIET = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": False}
+STARTS = 3  # Ray gives its own processes 30 s to start, and a busy machine may need longer
+
 
 @contextmanager
 def cluster(address: str, *, cpus: int) -> Iterator[StopRequest]:
@@ -27,15 +31,11 @@ def cluster(address: str, *, cpus: int) -> Iterator[StopRequest]:
 
     Meanwhile requests to stop do not interrupt: look for them in what the context gives.
     """
-    quiet = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": False}
     try:
         if address == "local":
-            ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1",
-                object_store_memory=256 * 2**20, **quiet,
-            )  # fmt: skip
+            _start_here(cpus)
         else:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, **QUIET)
     except SystemExit:  # Ray's own answer to SIGTERM while it starts
         raise Stopped("SIGTERM") from None
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -49,6 +49,22 @@ def cluster(address: str, *, cpus: int) -> Iterator[StopRequest]:
             yield request
     finally:
         ray.shutdown()
+
+
+def _start_here(cpus: int) -> None:
+    """Ray on this machine's loopback, tried again when the machine was too busy for the time that Ray allows."""
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1",
+                object_store_memory=256 * 2**20, **QUIET,
+            )  # fmt: skip
+            return
+        except Exception as error:  # Ray raises nothing narrower
+            if "timed out during startup" not in str(error) or attempt == STARTS:
+                raise
+            logger.warning("Ray's processes did not start within its 30 s (a busy machine?); trying again")
+            ray.shutdown()
 
 
 def check_resources(*, cpus: float, gpus: float) -> None:

@@ -1,71 +1,17 @@
-"""The main job, for real: Ray, processes, kill -9. A tiny random model keeps it short; nothing stands in for a part."""
+"""The main job, for real: Ray, processes, what is left, what is refused."""
 
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
 from sae_dist.cli.main import main
-from sae_dist.monitor import read_metrics
-
-DEADLINE_S = 240
-
-
-def command(out: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "sae_dist", "run", "preset=tiny", f"out={out}", "wandb.mode=disabled", *overrides]
-
-
-def start(out: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(out, *overrides), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    said, _ = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == code, said
-    return said
-
-
-def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not true():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
-
-
-def units(out: Path) -> int:
-    return len(list((out / "store" / "commit").glob("*.json")))
-
-
-def has_checkpoint(out: Path) -> bool:
-    return any((out / "checkpoints").glob("step_*"))
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
-
-
-def order_hashes(out: Path) -> dict[int, str]:
-    return {line["step"]: line["order_hash"] for line in read_metrics(out / "metrics.jsonl")}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    finish(start(out))
-    return out
+from tests.service.main_job import command, order_hashes, start, wait_until
 
 
 def test_a_run_leaves_what_the_design_says(uninterrupted):
@@ -150,57 +96,3 @@ def test_the_same_run_twice_at_once_is_refused(tmp_path, capsys):
     assert f"is in use by process {first.pid}" in capsys.readouterr().err
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-
-
-@pytest.mark.parametrize(
-    "moment",
-    [
-        pytest.param(lambda out: units(out) >= 6, id="while harvesting", marks=pytest.mark.slow),
-        pytest.param(has_checkpoint, id="after a checkpoint"),
-    ],
-)
-def test_kill_9_of_the_driver_and_the_same_command_end_in_the_same_dictionary(uninterrupted, tmp_path, moment):
-    out = tmp_path / "killed"
-    victim = start(out)
-    wait_until(lambda: moment(out), victim)
-    family = psutil.Process(victim.pid).children(recursive=True)
-    family = [process for process in family if "Agent" not in process.name()]  # Ray's agents go some minutes later
-    victim.kill()
-    victim.communicate()
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive, f"left behind: {[process.name() for process in alive]}"
-    finish(start(out))
-    assert files(out / "dictionary") == files(uninterrupted / "dictionary")
-    shared = order_hashes(out).items() & order_hashes(uninterrupted).items()
-    assert len(shared) == len(order_hashes(uninterrupted))
-
-
-def test_kill_9_of_actors_is_mended_within_the_run(uninterrupted, tmp_path):
-    out = tmp_path / "actors"
-    process = start(out, "train.keep_checkpoints=1")
-
-    def kill(actor: str) -> None:
-        found = [child for child in psutil.Process(process.pid).children(recursive=True) if actor in child.name()]
-        for child in found:
-            child.kill()
-        assert found, f"no {actor} to kill"
-
-    wait_until(lambda: units(out) >= 5, process)
-    kill("ray::Replica")
-    wait_until(lambda: has_checkpoint(out), process)
-    kill("ray::Trainer")
-    said = finish(process)
-    assert "a replica died at unit" in said
-    assert "the trainer died; a new one goes on from step_" in said
-    assert files(out / "dictionary") == files(uninterrupted / "dictionary")
-
-
-def test_a_request_to_stop_saves_and_exits_75(uninterrupted, tmp_path):
-    out = tmp_path / "stopped"
-    process = start(out)
-    wait_until(lambda: has_checkpoint(out), process)
-    process.send_signal(signal.SIGTERM)
-    assert "the same command goes on" in finish(process, 75)
-    assert json.loads((out / "status.json").read_text())["state"] == "stopped"
-    finish(start(out))
-    assert files(out / "dictionary") == files(uninterrupted / "dictionary")
