@@ -1,6 +1,7 @@
-"""Train a dictionary on an activation store, in this process; no Ray, no language model.
+"""Train a dictionary on an activation store, without a language model: in this process, or on a mesh of several.
 
-The store may hold activations that were made elsewhere (sae-dist store import). Repeating the command goes on.
+The store may hold activations that were made elsewhere (sae-dist store import). Repeating the command goes on, on any
+mesh. mesh.feature=2 starts two Ray actors here or on cluster=; `torchrun -m sae_dist train ...` works too.
 Example: sae-dist train store=stores/mine sae.n_latents=512 sae.k=4 train.steps=3000 train.batch=512 out=runs/mine
 """
 
@@ -19,5 +20,7 @@ def main(values: Mapping[str, Any]) -> int:
     stop = threading.Event()  # the step in hand is finished and saved first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    print_summary(train_and_judge(load(TrainJob, values), stop=stop.is_set))
+    summary = train_and_judge(load(TrainJob, values), stop=stop.is_set)
+    if summary is not None:
+        print_summary(summary)
     return 0

@@ -29,10 +29,9 @@ def exchanges(work: Workload) -> list[Exchange]:
         found += _use(work, k, -(-work.dead // work.feature), "aux_candidates")
     if work.feature > 1:
         others = work.feature - 1
-        found += [
-            Exchange("counts", "feature", 1, 2 * COUNT * others),
-            Exchange("b_dec", "feature", 1, 4 * work.d_model * others),
-        ]
+        found.append(Exchange("b_dec", "feature", 1, 4 * work.d_model * others))
+    if work.ranks > 1:
+        found.append(Exchange("counts", "world", 1, 5 * COUNT * (work.ranks - 1)))
     return found
 
 

@@ -1,7 +1,8 @@
 """A finished dictionary on raw activations, and its folder: dictionary.safetensors and config.json."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float
 from sae_kernels.reference import Selected
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_dist.config import UserError
@@ -49,13 +50,52 @@ class Dictionary:
 
 def save(dictionary: Dictionary, folder: Path) -> None:
     """Writes both files, each whole or not at all; config.json last, so that a folder with one is complete."""
+    parts = (
+        (name, 0, tensor.t() if name == "W_enc" else tensor) for name, tensor in dictionary.parameters._asdict().items()
+    )
+    write(
+        folder, parts, n_latents=dictionary.n_latents, d_model=dictionary.d_model, k=dictionary.k, info=dictionary.info
+    )
+
+
+def write(
+    folder: Path, parts: Iterable[tuple[str, int, Tensor]], *, n_latents: int, d_model: int, k: int,
+    info: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """`save` of a dictionary that comes in parts: a parameter's name, its first latent, fp32 rows that are latents.
+
+    Of W_enc too, so [latents, d_model]; b_dec is one part. One part is in memory at a time. ValueError when some of the
+    dictionary is missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / "dictionary.safetensors", folder / "config.json"
-    tensors = {name: tensor.float().contiguous() for name, tensor in dictionary.parameters._asdict().items()}
-    save_file(tensors, weights.with_suffix(".part"), metadata={"format": str(FORMAT)})
+    shapes = {"W_dec": (n_latents, d_model), "W_enc": (d_model, n_latents), "b_dec": (d_model,), "b_enc": (n_latents,)}
+    header, at = {"__metadata__": {"format": str(FORMAT)}}, 0
+    for name, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (at, at + size)}
+        at += size
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    missing = {name: math.prod(shape) for name, shape in shapes.items()}
+    with weights.with_suffix(".part").open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        begin = file.tell()
+        for name, start, rows in parts:
+            at = begin + header[name]["data_offsets"][0]
+            rows = rows.detach().float().cpu()
+            pieces = rows.t() if name == "W_enc" else rows.reshape(1, -1)  # W_enc lies the other way in the file
+            first = start if name == "W_enc" else start * rows[:1].numel()
+            for number, piece in enumerate(pieces.contiguous().numpy()):
+                file.seek(at + 4 * (number * n_latents + first))
+                file.write(piece.data)
+            missing[name] -= rows.numel()
+    if any(missing.values()):
+        raise ValueError(f"{folder} would lack some of {', '.join(name for name, n in missing.items() if n)}")
     weights.with_suffix(".part").replace(weights)
-    info = {**dictionary.info, "format": FORMAT, "k": dictionary.k}
-    config.with_suffix(".part").write_text(json.dumps(info, indent=2, sort_keys=True) + "\n")
+    config.with_suffix(".part").write_text(
+        json.dumps({**info, "format": FORMAT, "k": k}, indent=2, sort_keys=True) + "\n"
+    )
     config.with_suffix(".part").replace(config)
 
 

@@ -1,5 +1,7 @@
 """Input scaling: one scalar, applied while training, never in the store, folded into the weights on export."""
 
+from torch import Tensor
+
 from sae_dist.sae.initialize import Parameters
 
 
@@ -14,5 +16,9 @@ def fold_scale(parameters: Parameters, scale: float) -> Parameters:
     z = (s x - b_dec) W_enc + b_enc, so z / s = (x - b_dec / s) W_enc + b_enc / s: relu and top-k commute with a
     positive factor, the same latents are chosen, their values are in the units of x, x_hat = (z / s) W_dec + b_dec / s.
     """
-    W_enc, W_dec, b_enc, b_dec = parameters
-    return Parameters(W_enc, W_dec, b_enc / scale, b_dec / scale)
+    return Parameters(*(folded(name, tensor, scale) for name, tensor in parameters._asdict().items()))
+
+
+def folded(name: str, part: Tensor, scale: float) -> Tensor:
+    """`fold_scale` of one parameter, or of some of its rows."""
+    return part / scale if name in ("b_enc", "b_dec") else part

@@ -54,7 +54,7 @@ class RunConfig:
         """The training part of the run."""
         return TrainJob(
             out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae, order=self.order,
-            train=self.train, mesh=self.mesh, wandb=self.wandb,
+            train=self.train, mesh=self.mesh, wandb=self.wandb, cluster=self.cluster,
         ).located()  # fmt: skip
 
 
@@ -92,6 +92,7 @@ class TrainJob:
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
     wandb: WandbConfig
+    cluster: str = "local"  # of the actors of a mesh: local, or the address of a Ray cluster
 
     def located(self) -> "TrainJob":
         """The same with absolute places: other processes have other working directories."""
@@ -114,7 +115,7 @@ FREE_KEYS = (
     "out", "store", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas", "harvest.threads",
     "harvest.gpus", "harvest.batch_sequences", "harvest.batch_memory_gb", "harvest.tensor_parallel",
     "model.device_map", "train.log_every", "train.checkpoints", "train.keep_checkpoints", "train.keep_every",
-    "train.checkpoint_every",
+    "train.checkpoint_every", "train.micro_batch", "train.launcher", "train.max_restarts",
 )  # fmt: skip
 
 

@@ -15,30 +15,31 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from sae_dist import storage
-from sae_dist.config import digest, to_dict
+from sae_dist.config import UserError, digest, to_dict
 from sae_dist.monitor import write_json
 from sae_dist.service.cluster import answer, check_resources, cluster, reason_of
 from sae_dist.service.config import RunConfig, config_hash
 from sae_dist.service.display import Display, progress
 from sae_dist.service.harvesting import Harvesting
 from sae_dist.service.prepare import Prepared, prepare
+from sae_dist.service.ranks import Ranks
 from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.stopping import StopRequest
 from sae_dist.service.summary import read_finished, summarize, weights_digest
-from sae_dist.service.trainer import Trainer, TrainReport, check_mesh
 from sae_dist.shards import reader
-from sae_dist.train import checkpoint
+from sae_dist.train.loop import Trained
 
 logger = logging.getLogger(__name__)
-
-GRACE_S = 120.0  # for a trainer that was asked to stop: to finish its step, save and return
-MAX_DEATHS = 5  # of trainers without a new checkpoint in between
 
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Does what is still to do of the run and returns its summary (summary.json)."""
-    check_mesh(config.mesh)
+    if config.train.launcher not in ("auto", "actors"):
+        raise UserError(
+            f"train.launcher={config.train.launcher}: this command trains in Ray actors; leave it at auto, or harvest "
+            "first and use `sae-dist train`"
+        )
     folder = RunFolder(config.folder, config)
     with folder.outcome():
         if (finished := _finished(config, folder.path)) is not None:
@@ -52,8 +53,9 @@ def run(config: RunConfig) -> dict[str, Any]:
             )  # fmt: skip
             display.update("text", prepared.facts, now=True)
             hashed = config_hash(config, prepared.meta.digest)
-            with cluster(config.cluster, cpus=config.harvest.replicas + 1) as request:
-                check_resources(cpus=config.harvest.replicas + 1, gpus=config.harvest.replicas * config.harvest.gpus)
+            cpus = config.harvest.replicas + config.mesh.data * config.mesh.feature
+            with cluster(config.cluster, cpus=cpus) as request:
+                check_resources(cpus=cpus, gpus=config.harvest.replicas * config.harvest.gpus)
                 job = _Run(config, prepared, folder=folder, display=display, hashed=hashed, request=request)
                 summary = job.go() | {"judged": _judgements(config)}
         summary["wall_seconds"] = folder.wall_seconds
@@ -122,56 +124,23 @@ class _Run:
         finally:
             harvesting.close()
 
-    def _stream(self, harvesting: Harvesting) -> TrainReport:
+    def _stream(self, harvesting: Harvesting) -> Trained:
         """Harvest and training side by side: they meet at the committed units of the store."""
-        trainer, training = self._start_trainer()
-        deaths, saved, report = 0, self._newest_checkpoint(), None
-        try:
+        with Ranks(self._config.train_job(), provenance={"config_hash": self._hashed}, live=True) as ranks:
+            report = None
             while report is None or not harvesting.done:
                 self._request.check()
                 harvesting.poll(0.5)
-                self._show(harvesting)
-                if report is not None or not ray.wait([training], timeout=0.5 if harvesting.done else 0)[0]:
-                    continue
-                try:
-                    report = TrainReport(*answer(training))
-                except RayActorError as death:
-                    newest = self._newest_checkpoint()
-                    deaths, saved = (1 if newest != saved else deaths + 1), newest
-                    if deaths >= MAX_DEATHS:
-                        raise RuntimeError(f"the trainer died {deaths} times without a new checkpoint") from death
-                    logger.warning(
-                        "the trainer died; a new one goes on from %s (%s)", saved or "the start", reason_of(death)
-                    )
-                    ray.kill(trainer)  # it may only be out of reach
-                    trainer, training = self._start_trainer()
-        except BaseException:  # whatever ends the run: what was trained is saved first
-            logger.info("stopping: the trainer saves its state")
-            trainer.stop.remote()
-            if not ray.wait([training], timeout=GRACE_S)[0]:
-                logger.warning("the trainer did not answer within %.0f s; its last checkpoint counts", GRACE_S)
-            raise
-        self._show(harvesting, now=True)
-        ray.kill(trainer)
-        return report
+                self._show(harvesting, ranks)
+                report = ranks.poll(0.5 if harvesting.done else 0)
+            self._show(harvesting, ranks, now=True)
+            return report
 
-    def _start_trainer(self) -> tuple[ActorHandle, ray.ObjectRef]:
-        job = to_dict(self._config.train_job())
-        actor: Any = ray.remote(Trainer).options(num_cpus=1, max_concurrency=2)
-        trainer = actor.remote(job, {"config_hash": self._hashed})
-        return trainer, trainer.train.remote()
-
-    def _newest_checkpoint(self) -> str | None:
-        complete = checkpoint.folders(
-            storage.open(self._config.train_job().train.checkpoints or self._out / "checkpoints")
-        )
-        return complete[0] if complete else None
-
-    def _show(self, harvesting: Harvesting, *, now: bool = False) -> None:
+    def _show(self, harvesting: Harvesting, ranks: Ranks, *, now: bool = False) -> None:
         harvest, training = harvesting.facts(), progress(self._out, self._config.train)
         self._display.update("harvest", harvest)
         self._display.update("train", training, now=now)
-        self._folder.status("running", harvest=harvest, train=training)
+        self._folder.status("running", harvest=harvest, train=training, **ranks.facts())
 
     def _judge(
         self,

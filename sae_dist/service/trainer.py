@@ -1,13 +1,13 @@
-"""Training as a job: the loop with its logs and its folder, in this process or in an actor."""
+"""Training as a job: the loop with its logs and its folder, in this process or in an actor; one of them a rank."""
 
 import fcntl
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -18,19 +18,12 @@ from sae_dist.monitor import JsonLines, Log, WandbMirror, tee
 from sae_dist.service.config import TrainJob
 from sae_dist.shards import reader
 from sae_dist.shards.reader import Store
-from sae_dist.train.config import MeshConfig
 from sae_dist.train.loop import Trained, train
+from sae_dist.train.parallel.exchange import ranks_here
+from sae_dist.train.parallel.joined import Joined, joined
+from sae_dist.train.parallel.meeting import Meeting
 
 logger = logging.getLogger(__name__)
-
-
-class TrainReport(NamedTuple):
-    """A finished training in plain values."""
-
-    steps: int
-    tokens: int
-    order_hash: str
-    seconds: float
 
 
 def chosen_hook(store: Store, hook: str | None) -> str:
@@ -53,37 +46,45 @@ def check_heldout(store: Store) -> None:
         )
 
 
-def check_mesh(mesh: MeshConfig) -> None:
-    """Refuses a mesh of several ranks: commands train in one process (train/parallel has the code of all ranks)."""
-    if mesh.data * mesh.feature != 1:
-        raise UserError(
-            f"mesh.data={mesh.data} x mesh.feature={mesh.feature} are {mesh.data * mesh.feature} processes, and this "
-            "command starts one; leave both at 1 (`sae-dist plan` takes any mesh)"
-        )
-
-
 def run_training(
-    job: TrainJob, *, live: bool, provenance: Mapping[str, Any], stop: Callable[[], bool], watch: Log | None = None
+    job: TrainJob,
+    rank: Joined,
+    *,
+    live: bool,
+    provenance: Mapping[str, Any],
+    stop: Callable[[], bool],
+    watch: Log | None = None,
 ) -> Trained:
-    """Trains to the end, or to the first step after `stop`; figures go to metrics.jsonl, W&B and `watch`."""
-    torch.set_num_threads(job.train.threads or usable_cores())
+    """Trains to the end, or to the first step after `stop`; all ranks of the mesh call this.
+
+    The first one's figures go to metrics.jsonl, W&B and `watch`.
+    """
+    torch.set_num_threads(job.train.threads or max(usable_cores() // ranks_here(rank.mesh), 1))
     out, store = Path(job.out), reader.open(storage.open(job.store))
     out.mkdir(parents=True, exist_ok=True)
-    lines = JsonLines(out / "metrics.jsonl")
-    logs: list[Log] = [lines, *([watch] if watch else [])]
     meta = store.meta
     origin = {"model": meta.model, "model_fingerprint": meta.model_fingerprint, "tokenizer": meta.tokenizer}
     origin |= {"store": job.store, "text_fingerprint": meta.text_fingerprint}
+    with _one_trainer(out) if rank.mesh.first else nullcontext(), _logs(job, out, rank.mesh.first, watch) as log:
+        return train(
+            store, hook=chosen_hook(store, job.hook), sae=job.sae, config=job.train, order=job.order, seed=job.seed,
+            out=out, log=log, mesh=rank.mesh, checkpoint_timeout_s=job.mesh.checkpoint_timeout_s, live=live, stop=stop,
+            at=rank.at, provenance={**origin, **provenance},
+        )  # fmt: skip
+
+
+@contextmanager
+def _logs(job: TrainJob, out: Path, first: bool, watch: Log | None) -> Iterator[Log]:
+    """Where the first rank's figures go; other ranks have nothing to say."""
+    if not first:
+        yield tee()
+        return
+    lines = JsonLines(out / "metrics.jsonl")
     mirror = None
     if job.wandb.mode != "disabled":
         mirror = WandbMirror(job.wandb, out=out, name=out.name, run_config=to_dict(job))
-        logs.append(mirror)
     try:
-        with _one_trainer(out):
-            return train(
-                store, hook=chosen_hook(store, job.hook), sae=job.sae, config=job.train, order=job.order, seed=job.seed,
-                out=out, log=tee(*logs), live=live, stop=stop, provenance={**origin, **provenance},
-            )  # fmt: skip
+        yield tee(*(log for log in (lines, watch, mirror) if log is not None))
     finally:
         lines.close()
         if mirror is not None:
@@ -108,19 +109,31 @@ def usable_cores() -> int:
 
 
 class Trainer:
-    """The actor's class; needs max_concurrency=2, so that `stop` is heard while `train` works."""
+    """A rank's actor class; needs max_concurrency=2, so that `stop` is heard while `train` works."""
 
-    def __init__(self, values: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-        self._job, self._provenance = load_config(TrainJob, values), provenance
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        *,
+        rank: int,
+        meeting: Meeting | None,
+        live: bool,
+    ) -> None:
+        self._job, self._provenance, self._live = load_config(TrainJob, values), provenance, live
+        self._rank, self._meeting = rank, meeting
         self._stop = threading.Event()
 
-    def train(self) -> TrainReport | None:
-        """Trains on a store that may still be growing; None when it was asked to stop before the end."""
+    def train(self) -> Trained | None:
+        """Trains on a store that may still be growing; None when a rank was asked to stop before the end."""
+        mesh = self._job.mesh
         try:
-            done = run_training(self._job, live=True, provenance=self._provenance, stop=self._stop.is_set)
+            with joined(mesh, self._meeting, rank=self._rank, world=mesh.data * mesh.feature) as rank:
+                return run_training(
+                    self._job, rank, live=self._live, provenance=self._provenance, stop=self._stop.is_set
+                )
         except Stopped:
             return None
-        return TrainReport(done.steps, done.tokens, done.order_hash, done.seconds)
 
     def stop(self) -> None:
         """Asks `train` to save and return after its present step."""

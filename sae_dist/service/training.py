@@ -1,47 +1,146 @@
-"""The train command: a store to a dictionary and its figures, in one process."""
+"""The train command: a store to a dictionary and its figures, in this process or in those of a mesh."""
 
+import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sae_dist import storage
+from sae_dist.config import Stopped, UserError
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.evaluate import UNMEASURED, evaluate_reconstruction
 from sae_dist.monitor import write_json
+from sae_dist.sae import dictionary
 from sae_dist.service.config import TrainJob, config_hash
 from sae_dist.service.display import Display, progress
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.summary import read_finished, summarize
-from sae_dist.service.trainer import check_heldout, check_mesh, chosen_hook, run_training
+from sae_dist.service.trainer import check_heldout, chosen_hook, run_training
 from sae_dist.shards import reader
+from sae_dist.train.config import Launcher
+from sae_dist.train.loop import Trained
+from sae_dist.train.parallel.exchange import of_first
+from sae_dist.train.parallel.joined import Joined, joined
+from sae_dist.train.parallel.meeting import of_torchrun
+
+Stop = Callable[[], bool]
+Show = Callable[[Mapping[str, Any]], None]  # facts for status.json, besides those of metrics.jsonl
 
 
-def train_and_judge(job: TrainJob, *, stop: Callable[[], bool]) -> dict[str, Any]:
-    """Trains, judges the dictionary on the store's held-out units, and returns the summary (summary.json)."""
-    check_mesh(job.mesh)
+class Work(Protocol):
+    """The training itself; `show` is called now and then."""
+
+    def __call__(self, *, provenance: Mapping[str, Any], show: Show) -> Trained: ...
+
+
+def train_and_judge(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
+    """Trains, judges the dictionary on the store's held-out units, and returns the summary (summary.json).
+
+    Of processes that torchrun started, the first one does; the others train and return None.
+    """
     job = job.located()
-    out = Path(job.out)
-    store = reader.open(storage.open(job.store))
-    hook = chosen_hook(store, job.hook)
-    hashed = config_hash(job, store.meta.digest)
-    folder = RunFolder(out, job)
-    with folder.outcome():
-        if (finished := read_finished(out, hashed)) is not None:
-            return finished
-        check_heldout(store)
-        with Display(str(out)) as display:
+    match launcher(job):
+        case "process":
+            with joined(job.mesh, None, rank=0, world=1) as alone:
+                return _lead(job, in_process(job, alone, stop))
+        case "torchrun":
+            return _of_torchrun(job, stop)
+        case _:
+            return _lead(job, in_actors(job, stop))
 
-            def watch(step: int, _: Mapping[str, Any]) -> None:
-                facts = progress(out, job.train)
-                display.update("train", facts, now=step == job.train.n_steps)
-                folder.status("running", train=facts)
 
-            trained = run_training(job, live=False, provenance={"config_hash": hashed}, stop=stop, watch=watch)
-        figures = dict(UNMEASURED)
-        if store.meta.heldout_units:
-            figures |= evaluate_reconstruction(trained.dictionary, store, hook, EvaluateConfig())
-        summary = summarize(job, hook=hook, store=store, trained=trained, hashed=hashed, figures=figures)
-        summary["wall_seconds"] = folder.wall_seconds
-        write_json(out / "summary.json", summary)
-        folder.status("done", step=trained.steps, tokens=trained.tokens)
-        return summary
+def launcher(job: TrainJob) -> Launcher:
+    """What train.launcher=auto comes to; UserError where what was asked for cannot be."""
+    asked, world, started = job.train.launcher, job.mesh.data * job.mesh.feature, "TORCHELASTIC_RUN_ID" in os.environ
+    if asked == "auto":
+        return "torchrun" if started else "process" if world == 1 else "actors"
+    if asked == "process" and world > 1:
+        raise UserError(
+            f"train.launcher=process, but mesh.data={job.mesh.data} x mesh.feature={job.mesh.feature} are {world} "
+            "processes; use auto or actors"
+        )
+    if asked == "torchrun" and not started:
+        raise UserError(
+            "train.launcher=torchrun, but torchrun did not start this process; use `torchrun --standalone "
+            f"--nproc-per-node {world} -m sae_dist train ...`, or train.launcher=actors"
+        )
+    return asked
+
+
+def in_process(job: TrainJob, rank: Joined, stop: Stop) -> Work:
+    """Training as one rank of a mesh that is there."""
+
+    def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
+        return run_training(job, rank, live=False, provenance=provenance, stop=stop, watch=lambda *_: show({}))
+
+    return work
+
+
+def in_actors(job: TrainJob, stop: Stop) -> Work:
+    """Training in Ray actors, one a rank."""
+
+    def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
+        from sae_dist.service.cluster import check_resources, cluster  # Ray, which other launchers do without
+        from sae_dist.service.ranks import Ranks
+
+        world = job.mesh.data * job.mesh.feature
+        with cluster(job.cluster, cpus=world) as request:
+            check_resources(cpus=world, gpus=0)
+            if stop():  # while Ray started
+                raise Stopped("asked to stop")
+            with Ranks(job, provenance=provenance, live=False) as ranks:
+                while (trained := ranks.poll(0.5)) is None:
+                    request.check()
+                    show(ranks.facts())
+                return trained
+
+    return work
+
+
+def _of_torchrun(job: TrainJob, stop: Stop) -> dict[str, Any] | None:
+    place, _served = of_torchrun()
+    with joined(job.mesh, place, rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"])) as rank:
+        work = in_process(job, rank, stop)
+        if rank.mesh.first:
+            return _lead(job, work, begin=lambda go: of_first(rank.mesh, go, name="begin"))
+        logging.getLogger().setLevel(logging.WARNING)
+        if of_first(rank.mesh, 0, name="begin"):
+            work(provenance={}, show=lambda _: None)
+        return None
+
+
+def _lead(job: TrainJob, work: Work, *, begin: Callable[[bool], object] = lambda _: None) -> dict[str, Any]:
+    """What is done once: the folder, the summary. `begin` hears in any case whether there is something to train."""
+    begun, out = False, Path(job.out)
+    try:
+        store = reader.open(storage.open(job.store))
+        hook = chosen_hook(store, job.hook)
+        hashed = config_hash(job, store.meta.digest)
+        folder = RunFolder(out, job)
+        with folder.outcome():
+            if (finished := read_finished(out, hashed)) is not None:
+                return finished
+            check_heldout(store)
+            with Display(str(out)) as display:
+
+                def show(more: Mapping[str, Any], *, now: bool = False) -> None:
+                    facts = progress(out, job.train)
+                    display.update("train", facts, now=now)
+                    folder.status("running", train=facts, **more)
+
+                begun = True
+                begin(True)
+                trained = work(provenance={"config_hash": hashed}, show=show)
+                show({}, now=True)
+            figures = dict(UNMEASURED)
+            if store.meta.heldout_units:
+                figures |= evaluate_reconstruction(dictionary.load(out / "dictionary"), store, hook, EvaluateConfig())
+            summary = summarize(job, hook=hook, store=store, trained=trained, hashed=hashed, figures=figures)
+            summary["wall_seconds"] = folder.wall_seconds
+            write_json(out / "summary.json", summary)
+            folder.status("done", step=trained.steps, tokens=trained.tokens)
+            return summary
+    finally:
+        if not begun:
+            begin(False)

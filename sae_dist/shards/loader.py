@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     doc: UInt64[np.ndarray, " batch"]
     pos: UInt32[np.ndarray, " batch"]
     token: UInt32[np.ndarray, " batch"]
+    place: Int64[np.ndarray, " batch"]  # in the global batch as a single reader has it
     step: int
     epoch: int  # of the first row of the global batch
     order_hash: int  # this rank's share of it after this step; shares of all ranks add modulo 2^64
@@ -206,6 +207,7 @@ class Loader:
         step = self._start_step
         while self._stop_step is None or step < self._stop_step:
             parts: list[Part] = []
+            places: list[Int64[np.ndarray, " rows"]] = []
             need, epoch = self.batch, None
             while need:
                 if offset == round.rows:  # only when a row of the next round is needed: it may not be committed yet
@@ -217,11 +219,13 @@ class Loader:
                 sizes = [lane.rows for lane in round.lanes]
                 self._last = self._last_rows(round, offset, self._rows_left(step, need))
                 before, after = order.apportion(offset, sizes), order.apportion(offset + count, sizes)
+                bounds = self.batch - need + np.cumsum([0, *(b - a for a, b in zip(before, after, strict=True))])
                 for lane in self.lanes:
                     parts += self._lane_parts(round, lane, before[lane], after[lane])
+                    places.append(np.arange(bounds[lane], bounds[lane + 1]))
                 offset, need = offset + count, need - count
             assert epoch is not None
-            yield self._gather(parts, step, epoch, self._units_done(round, offset))
+            yield self._gather(parts, np.concatenate(places), step, epoch, self._units_done(round, offset))
             step += 1
 
     def _rows_left(self, step: int, need: int) -> float:
@@ -327,7 +331,9 @@ class Loader:
             if upcoming.lanes[lane].rows:
                 self._windows.submit(upcoming, lane, 0)
 
-    def _gather(self, parts: list[Part], step: int, epoch: int, units_done: int) -> Batch:
+    def _gather(
+        self, parts: list[Part], place: Int64[np.ndarray, " batch"], step: int, epoch: int, units_done: int
+    ) -> Batch:
         meta, n = self.store.meta, sum(len(part.rows) for part in parts)
         width, scaled = meta.hooks[self.hook], meta.element.scaled
         moved = GATHER[meta.element.stored.itemsize]
@@ -358,7 +364,7 @@ class Loader:
         x = quantize.decode(target, scale if scaled else None, meta.dtype)
         self._batches_made += 1
         self._bytes_made += target.nbytes
-        return Batch(x, unit, row, doc, pos, token, step, epoch, self._hash, units_done)
+        return Batch(x, unit, row, doc, pos, token, place, step, epoch, self._hash, units_done)
 
     def _buffer(self, n: int, width: int) -> Tensor:
         """Room for a batch; a used one if one of that size came back, since fresh pages cost more than the copy."""

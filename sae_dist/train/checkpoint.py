@@ -26,7 +26,7 @@ from sae_dist.storage import Storage, StorageError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 FILE_BYTES = 64 << 20  # of a file, and so of what is read for one row; a single longer row makes a longer file
 MANIFEST = "checkpoint.json"
 DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what reading a damaged checkpoint can raise
@@ -156,11 +156,21 @@ def save(storage: Storage, checkpoint: Checkpoint) -> str:
     return folder
 
 
-def folders(storage: Storage) -> list[str]:
-    """The folders of complete checkpoints, newest first."""
+def folders(storage: Storage, among: Callable[[Manifest], bool] | None = None) -> list[str]:
+    """The folders of complete checkpoints, newest first; with `among`, those whose manifest reads well and fits."""
     keys = (entry.key for entry in storage.list("step_"))
     found = [key.removesuffix(f"/{MANIFEST}") for key in keys if re.fullmatch(rf"step_\d+-\w+/{MANIFEST}", key)]
+    if among is not None:
+        found = [folder for folder in found if _fits(storage, folder, among)]
     return sorted(found, key=lambda folder: (step_of(folder), folder), reverse=True)
+
+
+def _fits(storage: Storage, folder: str, among: Callable[[Manifest], bool]) -> bool:
+    try:
+        return among(read_manifest(storage, folder))
+    except DAMAGE as damage:
+        logger.warning("checkpoint %s/%s does not verify (%s); passing over it", storage.uri, folder, damage)
+        return False
 
 
 def step_of(folder: str) -> int:
@@ -228,9 +238,14 @@ def copy_(part: Tensor | Rows, block: Block, content: Tensor) -> None:
     local[common.start - start : common.stop - start] = content[common.start - block.start : common.stop - block.start]
 
 
-def latest(storage: Storage, load: Callable[[Storage, str], Checkpoint] = read) -> Checkpoint | None:
+def latest(
+    storage: Storage,
+    load: Callable[[Storage, str], Checkpoint] = read,
+    *,
+    among: Callable[[Manifest], bool] | None = None,
+) -> Checkpoint | None:
     """The newest checkpoint that verifies, None when there is none; says so when a newer one does not."""
-    for folder in folders(storage):
+    for folder in folders(storage, among):
         try:
             return load(storage, folder)
         except DAMAGE as damage:

@@ -1,10 +1,14 @@
 """How long and how fast to train, and by how many processes."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from sae_dist.config import frozen
+from sae_dist.train.guard import GuardConfig
+
+# Who starts the processes of a mesh. auto: this one for a mesh of 1, torchrun's where torchrun started it, else actors.
+Launcher = Literal["auto", "process", "actors", "torchrun"]
 
 
 @frozen
@@ -25,7 +29,13 @@ class TrainConfig:
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the last so many
     keep_every: Annotated[int, Field(ge=0)] = 0  # keep those of every so many steps for good; 0: none
     log_every: Annotated[int, Field(ge=1)] = 20  # steps
-    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads; 0: all cores
+    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads a rank; 0: the machine's cores, divided among its ranks
+    micro_batch: Annotated[int, Field(ge=1)] | None = None  # rows that a rank encodes at once; null: all of its rows
+    product: Literal["bfloat16", "float32"] = "bfloat16"  # what the encoder's operands are rounded to
+    clip_norm: Annotated[float, Field(gt=0)] | None = None  # the most that the whole gradient may measure; null: any
+    guard: GuardConfig = GuardConfig()
+    launcher: Launcher = "auto"
+    max_restarts: Annotated[int, Field(ge=0)] = 5  # of a mesh some rank of which died, without a checkpoint in between
 
     def __post_init__(self) -> None:
         if self.tokens is None and self.steps is None:

@@ -1,7 +1,10 @@
-"""The run on one page: rows in their order, a step a batch, a checkpoint now and then, a dictionary at the end."""
+"""The run on one page: rows in their order, a step a batch, a checkpoint now and then, a dictionary at the end.
 
+Every rank of a mesh runs this page, and they do the same at the same time. What there is one of, the first rank does.
+"""
+
+import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -15,31 +18,30 @@ from torch import Tensor
 from sae_dist import faults, storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.monitor import Log
-from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.sae.config import SAEConfig, check_width
-from sae_dist.sae.dictionary import Dictionary
-from sae_dist.sae.scale import fold_scale
 from sae_dist.shards import shuffle
-from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
-from sae_dist.train import checkpoint
 from sae_dist.train.checkpoint import Manifest
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.consumer import Consumer, consumer_name
+from sae_dist.train.figures import Window, figures, rates
+from sae_dist.train.finish import write_dictionary
+from sae_dist.train.guard import Verdict, judge
+from sae_dist.train.parallel import checkpoint
+from sae_dist.train.parallel.exchange import of_first
+from sae_dist.train.parallel.feed import Feed
+from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.saver import Retention, Saver
 from sae_dist.train.schedule import base_lr, lr_factor
-from sae_dist.train.state import Source, TrainState, begin, from_checkpoint, parameters, to_checkpoint
+from sae_dist.train.state import Source, TrainState, begin, from_checkpoint, local, mine, to_checkpoint
 
 logger = logging.getLogger(__name__)
 
-MAX_SKIPPED = 10  # steps in a row without a finite loss: it will not heal by itself
-
 
 class Trained(NamedTuple):
-    """What a finished training leaves besides the dictionary's folder."""
+    """What a finished training says besides the dictionary's folder."""
 
-    dictionary: Dictionary
     steps: int
     tokens: int
     order_hash: str
@@ -56,152 +58,168 @@ def train(
     seed: int,
     out: Path,
     log: Log,
+    mesh: Mesh | None = None,
+    checkpoint_timeout_s: float = 1800.0,
     live: bool = False,
     provenance: Mapping[str, Any],
     stop: Callable[[], bool] = lambda: False,
+    at: Callable[[int, str], None] = lambda *_: None,
 ) -> Trained:
     """Trains one dictionary on the store's rows and writes `out`/dictionary; goes on from the newest checkpoint.
 
     The result is a function of the store, the configs, the seed and the kernels: a run that was stopped, or killed, and
-    repeated on the same machine ends in the same dictionary. A `live` store may still be growing; otherwise its
-    manifest is pinned. Raises `Stopped`, after a checkpoint, once `stop()` is true, and `UserError` when the loss stops
-    being finite.
+    repeated on the same machine and mesh ends in the same dictionary. A `live` store may still be growing; otherwise
+    its manifest is pinned. Raises `Stopped`, after a checkpoint, once `stop()` is true on any rank, and `UserError`
+    when the guard gives up. `at` is told where this rank is; `log` is called on the first rank alone.
     """
+    mesh = mesh or Mesh.single()
     d_model = store.meta.hooks[hook]
     check_width(sae, d_model)
     n_steps, lr = config.n_steps, config.lr or base_lr(sae.n_latents)
+    group = checkpoint.group_of(mesh, checkpoint_timeout_s)
 
-    def loader(step: int, order_hash: int, manifest: int | None) -> Loader:
-        pinned = None if manifest is None else store.pinned(manifest)
-        return Loader(
-            store, hook=hook, batch=config.batch, seed=seed, order=order, start_step=step, order_hash=order_hash,
-            live=live, manifest=pinned, stop=stop,
+    def feed(step: int, order_hash: int, manifest: int | None, until: int) -> Feed:
+        return Feed(
+            mesh, store, hook, batch=config.batch, seed=seed, order=order, start_step=step, order_hash=order_hash,
+            live=live, manifest=None if manifest is None else store.pinned(manifest), stop=stop,
+            stop_step=until,
         )  # fmt: skip
+
+    def fresh(source: Source) -> TrainState:
+        x = _sample(feed(0, 0, source.manifest, -(-config.init_rows // config.batch)), config.init_rows)
+        return begin(x, sae, config, mesh, seed=seed, source=source)
 
     def tell(kept: list[Manifest]) -> None:
         if len(kept) == config.keep_checkpoints:  # else a damaged one would lead back to the start
             consumer.save(kept[0].facts["units_done"])
 
     checkpoints = storage.open(config.checkpoints or out / "checkpoints")
-    saved = checkpoint.latest(checkpoints)
+    at(0, "reading")
+    saved = checkpoint.latest(group, checkpoints, mine(mesh, sae.n_latents))
     if saved is None:
-        manifest = None if live else store.snapshot().version
-        source = Source(store.meta.digest, hook, manifest)
-        state = begin(_sample(loader(0, 0, manifest), config.init_rows), sae, seed=seed, source=source)
+        version = None if live else of_first(mesh, store.snapshot().version if mesh.first else 0, name="manifest")
+        state = fresh(Source(store.meta.digest, hook, version))
     else:
-        state = from_checkpoint(saved, sae)
+        state = from_checkpoint(saved, sae, config, mesh)
         if state.source[:2] != (store.meta.digest, hook):
             raise UserError(
                 f"out={out} was trained on {state.source.hook} of store {state.source.store}, not on {hook} of "
                 f"{store.meta.digest} ({store.storage.uri}); choose another out="
             )
-        logger.info("going on from step %d of %d", state.step, n_steps)
+        if mesh.first:
+            logger.info("going on from step %d of %d", state.step, n_steps)
+    del saved
 
-    consumer = Consumer(store.storage if live else None, consumer_name(out), taken=state.units_done, saved=0)
+    def back(verdict: Verdict) -> TrainState:
+        """The weights of the last checkpoint that learned something; the rows since then are not trained on again."""
+        earlier = checkpoint.latest(
+            group, checkpoints, mine(mesh, sae.n_latents), among=lambda m: not m.facts["guard"]["in_a_row"]
+        )
+        if earlier is None:
+            return state._replace(sae=fresh(state.source).sae, guard=verdict.guard)
+        state.sae.load_state_dict_(local(earlier))
+        return state._replace(guard=verdict.guard)
+
+    consumer = Consumer(
+        store.storage if live and mesh.first else None, consumer_name(out), taken=state.units_done, saved=0
+    )
     if state.step < n_steps:
-        begun, started, skipped = state, time.monotonic(), 0
-        window = _Window(0.0, 0.0, 0)
+        begun, started, window = state, time.monotonic(), Window()
         retention = Retention(config.keep_checkpoints, config.keep_every)
+        write, stopping = functools.partial(checkpoint.save, group), False
         with (
-            closing(Saver(checkpoints, retention)) as saver,
-            loader(state.step, state.order_hash, state.source.manifest) as batches,
+            closing(Saver(checkpoints, retention, write=write, leads=mesh.first)) as saver,
+            feed(state.step, state.order_hash, state.source.manifest, n_steps) as batches,
         ):
-            for batch in batches:
+            at(state.step, "training")
+            while (batch := batches.next(stop=stopping)) is not None:
                 factor = lr_factor(
                     state.step, n_steps=n_steps, warmup_fraction=config.warmup_fraction,
                     decay_fraction=config.decay_fraction,
                 )  # fmt: skip
                 x = batch.x.float() * state.scale
-                figures = state.sae.step(x, lr=lr * factor, variance=state.variance)
-                squared_error, finite = float(figures.squared_error), math.isfinite(float(figures.squared_error))
-                skipped = 0 if finite else skipped + 1
-                if finite:
-                    window = window.add(squared_error, float(figures.active), x.shape[0])
+                verdict, squared_error, active = _step(state, config, x, lr=lr * factor)
                 state = state._replace(
                     step=state.step + 1, order_hash=batch.order_hash, units_done=batch.units_done,
-                    skipped=state.skipped + (not finite), seconds=begun.seconds + time.monotonic() - started,
+                    guard=verdict.guard, seconds=begun.seconds + time.monotonic() - started,
                 )  # fmt: skip
-                if skipped == MAX_SKIPPED:
-                    raise UserError(
-                        f"the loss was not finite {skipped} steps in a row, up to step {state.step}; lower train.lr="
-                        f"{lr:g}, and run again: it goes on from the last checkpoint"
-                    )
+                at(state.step, "training")
+                match verdict.decision:
+                    case "step":
+                        window = window.add(squared_error, active, len(x))
+                    case "stop":
+                        raise UserError(
+                            f"{verdict.alert}, up to step {state.step}; lower train.lr={lr:g}, in another out="
+                        )
+                    case "roll_back":
+                        tell(saver.wait())
+                        state = back(verdict)
+                        tell(saver.save(to_checkpoint(state)))  # so that a repeated run goes back to the same
                 consumer.take(state.units_done)
                 done = state.step == n_steps
-                if done or state.step % config.log_every == 0:
-                    rates = _rates(state, begun, config.batch, batches.waits().starved_s)
-                    figures = window.figures(state) | rates | saver.figures()
-                    mixed = {"shuffle_inflation": shuffle.inflation(batch.doc)}  # at its best 1 + batch m / rows
-                    log(state.step, {"epoch": batch.epoch, "lr": lr * factor} | mixed | figures)
-                    window = _Window(0.0, 0.0, 0)
-                if done or stop():
+                alert = {} if verdict.alert is None else {"alert": f"step {state.step}: {verdict.alert}"}
+                if done or alert or state.step % config.log_every == 0:
+                    rest = rates(state, begun, config.batch, batches.starved_s()) | saver.figures() | alert
+                    rest |= {"shuffle_inflation": shuffle.inflation(batch.docs().numpy())}  # at best 1 + batch m / rows
+                    line = {"epoch": batch.epoch, "lr": lr * factor} | figures(window, state) | rest
+                    window = Window()
+                    if mesh.first:
+                        log(state.step, line)
+                if alert and mesh.first:
+                    logger.error("ALERT: %s", alert["alert"])
+                if done:
                     break
-                faults.point("train.step", step=state.step)
+                faults.point("train.step", step=state.step, rank=mesh.world.rank)
                 tell(saver.save(to_checkpoint(state)) if state.step % config.checkpoint_every == 0 else saver.poll())
+                stopping = stop()
+            at(state.step, "saving")
             tell(saver.finish(to_checkpoint(state)))  # done, or asked to stop, perhaps while no rows came
         if state.step < n_steps:
             raise Stopped(f"step {state.step} of {n_steps} is saved")
 
     order_hash = f"{state.order_hash:016x}"
-    info = {
-        "variant": sae.kind,
-        "n_latents": sae.n_latents,
-        "d_model": d_model,
-        "subtract_b_dec": True,  # x - b_dec goes into the encoder
-        "hook": hook,
-        "tokens_trained": n_steps * config.batch,
-        "skipped_steps": state.skipped,
-        "order_hash": order_hash,
-        "seed": seed,
-        "kernels": state.sae.backend_used,
-        "torch": torch.__version__,
-        "store_digest": store.meta.digest,
-        **provenance,
-    }
-    finished = Dictionary(parameters=fold_scale(parameters(state), state.scale), k=sae.k, info=info)
-    dictionary_file.save(finished, out / "dictionary")
-    consumer.sign_off()
-    return Trained(finished, n_steps, n_steps * config.batch, order_hash, state.seconds)
-
-
-class _Window(NamedTuple):
-    """Sums since the last line of the log."""
-
-    squared_error: float
-    active: float
-    rows: int
-
-    def add(self, squared_error: float, active: float, rows: int) -> "_Window":
-        return _Window(self.squared_error + squared_error, self.active + active, self.rows + rows)
-
-    def figures(self, state: TrainState) -> dict[str, Any]:
-        rows = max(self.rows, 1)
-        return {
-            "fvu": self.squared_error / (rows * state.variance),
-            "l0": self.active / rows,
-            "dead_fraction": float(state.sae.dead.float().mean()),
-            "skipped_steps": state.skipped,
-            "order_hash": f"{state.order_hash:016x}",
+    if mesh.first:
+        info = {
+            "variant": sae.kind,
+            "n_latents": sae.n_latents,
+            "d_model": d_model,
+            "subtract_b_dec": True,  # x - b_dec goes into the encoder
+            "hook": hook,
+            "tokens_trained": n_steps * config.batch,
+            "skipped_steps": state.guard.skipped,
+            "order_hash": order_hash,
+            "seed": seed,
+            "kernels": state.sae.shard.backend_used,
+            "torch": torch.__version__,
+            "store_digest": store.meta.digest,
+            **provenance,
         }
+        write_dictionary(checkpoints, out, step=n_steps, k=sae.k, info=info)
+        consumer.sign_off()
+    return Trained(n_steps, n_steps * config.batch, order_hash, state.seconds)
 
 
-def _rates(state: TrainState, begun: TrainState, batch: int, starved_s: float) -> dict[str, Any]:
-    """Tokens a second of this attempt, and the share of its time spent waiting for rows."""
-    seconds = max(state.seconds - begun.seconds, 1e-9)
-    return {
-        "tokens": state.step * batch,
-        "tokens_per_second": (state.step - begun.step) * batch / seconds,
-        "starved_fraction": starved_s / seconds,
-    }
+def _step(state: TrainState, config: TrainConfig, x: Tensor, *, lr: float) -> tuple[Verdict, float, float]:
+    """One step, or none, as the guard says; the verdict, the squared error and the number of active values."""
+    sae = state.sae
+    said = sae.forward(x, variance=state.variance)
+    squared_error = float(said.squared_error)
+    loss = squared_error / (len(x) * state.variance)
+    verdict = judge(state.guard, config.guard, loss=loss, finite=sae.is_sound(said))
+    if verdict.decision == "step":
+        sae.update_(lr=lr)
+        sae.count_(said.fired, tokens=len(x))
+    else:
+        sae.skip_()
+    return verdict, squared_error, float(said.active)
 
 
-def _sample(loader: Loader, n_rows: int) -> Float[Tensor, "rows d_model"]:
+def _sample(feed: Feed, n_rows: int) -> Float[Tensor, "rows d_model"]:
     """The first rows of the order itself: shuffled, and there as soon as training can begin."""
-    parts, rows = [], 0
-    with loader:
-        for batch in loader:
+    parts: list[Tensor] = []
+    with feed:
+        while sum(map(len, parts)) < n_rows:
+            if (batch := feed.next()) is None:
+                raise Stopped("nothing was trained yet")  # it ends early only when it is asked to
             parts.append(batch.x.float().clone())
-            rows += batch.x.shape[0]
-            if rows >= n_rows:
-                return torch.cat(parts)[:n_rows]
-    raise Stopped("nothing was trained yet")  # the loader ends early only when it is asked to
+    return torch.cat(parts)[:n_rows]

@@ -44,6 +44,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[list[Manifest]] | None = None
         self._step, self._failures = 0, 0
+        self._saved: tuple[int, list[Manifest]] = (-1, [])  # the step of the last save that went well, what it gave
         self._staged: dict[str, Tensor] = {}
         self._seconds, self._waited_s = 0.0, 0.0
 
@@ -64,7 +65,7 @@ class Saver:
         started = time.perf_counter()
         try:
             kept = self._writing.result()
-            self._failures = 0
+            self._failures, self._saved = 0, (self._step, kept)
             return kept
         except (OSError, ValueError) as error:  # a StorageError is a ValueError
             self._failures += 1
@@ -81,7 +82,10 @@ class Saver:
         return self.wait() if self._writing is not None and self._writing.done() else []
 
     def finish(self, state: Checkpoint) -> list[Manifest]:
-        """Saves and waits; a failure is raised, since nothing comes after."""
+        """Waits, and saves first what is not saved yet; a failure is raised, since nothing comes after."""
+        self.wait()
+        if self._saved[0] == state.step:
+            return self._saved[1]
         self.save(state)
         assert self._writing is not None
         self._failures = MAX_FAILURES

@@ -1,8 +1,9 @@
 """What a training is made of between two steps: all of it is in a checkpoint, nothing else is anywhere."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from jaxtyping import Float
 from sae_kernels.topk_step import TopKStep
 from torch import Tensor
@@ -10,7 +11,16 @@ from torch import Tensor
 from sae_dist.sae.config import SAEConfig, resolved_k_aux
 from sae_dist.sae.initialize import Parameters, initialize
 from sae_dist.sae.scale import input_scale
-from sae_dist.train.checkpoint import Checkpoint
+from sae_dist.train import guard as guards
+from sae_dist.train.checkpoint import Checkpoint, Layout, Rows
+from sae_dist.train.config import TrainConfig
+from sae_dist.train.guard import Guard
+from sae_dist.train.parallel.exchange import all_gather, total
+from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.parallel.step import MeshStep
+
+if TYPE_CHECKING:
+    from sae_dist.train.parallel.planner import Mine
 
 
 class Source(NamedTuple):
@@ -22,42 +32,79 @@ class Source(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """The state after `step` steps."""
+    """The state after `step` steps; the same on every rank of a mesh, but for the latents in `sae`."""
 
     step: int
-    sae: TopKStep
+    sae: MeshStep
     scale: float  # x is multiplied by it before anything else
     variance: float  # mean over rows of ||x - mean||^2, scaled: the loss's constant denominator
     order_hash: int  # of the rows seen
     units_done: int  # of the first pass: what no later step reads in it
     source: Source
-    skipped: int  # steps whose loss was not finite, in which nothing was learned
+    guard: Guard
     seconds: float  # of training so far, over all attempts
 
 
-def begin(x: Float[Tensor, "rows d_model"], sae: SAEConfig, *, seed: int, source: Source) -> TrainState:
-    """The state before step 0, from a sample of raw rows: input scale, variance, initial parameters."""
+def begin(
+    x: Float[Tensor, "rows d_model"], sae: SAEConfig, config: TrainConfig, mesh: Mesh, *, seed: int, source: Source
+) -> TrainState:
+    """The state before step 0, from a sample of raw rows: input scale, variance, this rank's initial parameters."""
     scale = input_scale(float(x.double().square().sum(-1).mean()), x.shape[1])
     x = x * scale
     variance = float((x - x.mean(0)).double().square().sum(-1).mean())
-    parameters = initialize(x, n_latents=sae.n_latents, k=sae.k, seed=seed)
-    return TrainState(0, _step(parameters, sae), scale, variance, 0, 0, source, 0, 0.0)
+
+    def kth(best: Float[Tensor, "sample candidates"]) -> Float[Tensor, " sample"]:
+        width = min(sae.k, -(-sae.n_latents // mesh.feature.size))  # what the largest part has
+        padded = torch.nn.functional.pad(best, (0, width - best.shape[1]))
+        everybody = all_gather(mesh, mesh.feature, padded, name="initialize").permute(1, 0, 2).flatten(1)
+        return everybody.topk(sae.k).values[:, -1]
+
+    parameters = initialize(
+        x, n_latents=sae.n_latents, k=sae.k, seed=seed, latents=mesh.latents(sae.n_latents), kth=kth,
+        total=lambda part: total(mesh, mesh.feature, part, name="initialize"),
+    )  # fmt: skip
+    return TrainState(0, _step(parameters, sae, config, mesh), scale, variance, 0, 0, source, Guard(), 0.0)
 
 
 def to_checkpoint(state: TrainState) -> Checkpoint:
-    """The state as it is; the tensors share memory with it. Rows are latents, in W_enc too."""
+    """This rank's part of the state as it is; the tensors share memory with it. Rows are latents, in W_enc too."""
     facts = {name: value for name, value in state._asdict().items() if name not in ("step", "sae")}
-    return Checkpoint(state.step, _transposed(state.sae.state_dict()), facts)
+    here, n_latents = state.sae.latents, state.sae.n_latents
+    tensors = {
+        name: Rows(tensor, here.start, n_latents) if _is_split(name) else tensor
+        for name, tensor in _transposed(state.sae.state_dict()).items()
+    }
+    return Checkpoint(state.step, tensors, facts | {"guard": guards.to_facts(state.guard)})
 
 
-def from_checkpoint(saved: Checkpoint, sae: SAEConfig) -> TrainState:
-    """The state as it was saved, bit for bit."""
-    tensors = _transposed({name: part for name, part in saved.tensors.items() if isinstance(part, Tensor)})
-    parameters = Parameters(*(tensors[name] for name in Parameters._fields))
-    step = _step(parameters, sae)
+def from_checkpoint(saved: Checkpoint, sae: SAEConfig, config: TrainConfig, mesh: Mesh) -> TrainState:
+    """The state as it was saved, bit for bit; `saved` has of every tensor what `mine` says."""
+    tensors = local(saved)
+    step = _step(Parameters(*(tensors[name] for name in Parameters._fields)), sae, config, mesh)
     step.load_state_dict_(tensors)
     facts = dict(saved.facts)
-    return TrainState(saved.step, step, source=Source(*facts.pop("source")), **facts)
+    source, guard = Source(*facts.pop("source")), guards.from_facts(facts.pop("guard"))
+    return TrainState(saved.step, step, source=source, guard=guard, **facts)
+
+
+def mine(mesh: Mesh, n_latents: int) -> "Mine":
+    """Of every tensor of a checkpoint, the rows that this rank holds; None: all."""
+    here = mesh.latents(n_latents)
+
+    def rows(name: str, _: Layout) -> range | None:
+        return here if _is_split(name) else None
+
+    return rows
+
+
+def local(saved: Checkpoint) -> dict[str, Tensor]:
+    """This rank's part of a checkpoint as `MeshStep.load_state_dict_` takes it."""
+    return _transposed({name: part.local if isinstance(part, Rows) else part for name, part in saved.tensors.items()})
+
+
+def _is_split(name: str) -> bool:
+    """Whether ranks hold different rows of a tensor."""
+    return not (name == "steps" or name.endswith("b_dec") or name.startswith("second_column."))
 
 
 def _transposed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -65,14 +112,15 @@ def _transposed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.t() if name.endswith("W_enc") else tensor for name, tensor in tensors.items()}
 
 
-def parameters(state: TrainState) -> Parameters:
-    """The weights, on scaled input; they change with the next step."""
-    return Parameters(state.sae.W_enc, state.sae.W_dec, state.sae.b_enc, state.sae.b_dec)
-
-
-def _step(parameters: Parameters, sae: SAEConfig) -> TopKStep:
-    W_enc, W_dec, b_enc, b_dec = parameters
-    return TopKStep(
-        W_enc, W_dec, b_enc=b_enc, b_dec=b_dec, k=sae.k, k_aux=resolved_k_aux(sae, W_dec.shape[1]),
-        aux_coefficient=sae.aux_coefficient, dead_after_tokens=sae.dead_after_tokens,
+def _step(parameters: Parameters, sae: SAEConfig, config: TrainConfig, mesh: Mesh) -> MeshStep:
+    W_enc, W_dec, b_enc, b_dec = (tensor.to(mesh.device) for tensor in parameters)
+    here, k_aux = mesh.latents(sae.n_latents), resolved_k_aux(sae, W_dec.shape[1])
+    shard = TopKStep(
+        W_enc, W_dec, b_enc=b_enc, b_dec=b_dec, k=min(sae.k, len(here)), k_aux=k_aux,
+        aux_coefficient=sae.aux_coefficient, dead_after_tokens=sae.dead_after_tokens, first_latent=here.start,
+        product_dtype=getattr(torch, config.product),
+    )  # fmt: skip
+    return MeshStep(
+        shard, mesh, n_latents=sae.n_latents, k=sae.k, k_aux=k_aux, micro_batch=config.micro_batch,
+        clip_norm=config.clip_norm,
     )  # fmt: skip

@@ -56,7 +56,12 @@ def test_yaml_and_dataclass_agree_on_the_defaults(command):
         (["train", "store={tmp}/nothing", "out={tmp}/d"], "{tmp}/nothing"),
         (["train"], "store is missing; set store="),
         (["status", "{tmp}/e"], "holds no run"),
-        (["run", "mesh.feature=2", "out={tmp}/f", "model=tiny-llama"], "mesh.data=1 x mesh.feature=2 are 2 processes"),
+        (
+            ["train", "store={tmp}/s", "mesh.feature=2", "train.launcher=process", "out={tmp}/f"],
+            "mesh.data=1 x mesh.feature=2 are 2 processes; use auto or actors",
+        ),
+        (["train", "store={tmp}/s", "train.launcher=torchrun"], "use `torchrun --standalone --nproc-per-node 1 "),
+        (["run", "train.launcher=process", "out={tmp}/f", "model=tiny-llama"], "this command trains in Ray actors"),
         (["run", "harvest.tensor_parallel=2", "out={tmp}/g", "model=tiny-llama"], "harvest.tensor_parallel=2: "),
         (["frobnicate"], "unknown command frobnicate; choose one of run"),
         (["run", "nonsense"], "nonsense is not understood; write key=value"),

@@ -8,6 +8,7 @@ import torch
 
 from sae_dist import storage
 from sae_dist.config import Stopped, UserError
+from sae_dist.sae import dictionary
 from sae_dist.sae.config import TopK
 from sae_dist.shards import credits, reader
 from sae_dist.shards.format import StoreMeta
@@ -81,10 +82,11 @@ def whole(store, tmp_path_factory) -> Path:
 
 def test_it_learns_what_the_data_are_made_of(store, tmp_path):
     config = TrainConfig(steps=1500, batch=128, lr=3e-3, init_rows=512, checkpoint_every=10_000, threads=1)
-    trained, lines = train(store, tmp_path, config=config, order=OrderConfig(lanes=2))
+    _, lines = train(store, tmp_path, config=config, order=OrderConfig(lanes=2))
     assert lines[-1][1]["fvu"] < 0.1 < 0.3 < lines[0][1]["fvu"]
     x = rows_of(UNITS - 1)
-    x_hat = trained.dictionary.decode(trained.dictionary.encode(x))
+    learned = dictionary.load(tmp_path / "dictionary")
+    x_hat = learned.decode(learned.encode(x))
     assert float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()) < 0.1
 
 
@@ -188,7 +190,10 @@ def test_a_dictionary_that_cannot_work_is_refused_before_anything_is_written(sto
 
 def test_a_loss_that_stays_infinite_stops_the_run_and_names_the_rate(store, tmp_path):
     config = TrainConfig(**{**vars(CONFIG), "lr": 1e38})
-    with pytest.raises(UserError, match=r"not finite 10 steps in a row, up to step \d+; lower train.lr=1e\+38"):
+    said = (
+        r"not finite, for 10 steps in a row, after 2 roll-backs, up to step \d+; lower train.lr=1e\+38, in another out="
+    )
+    with pytest.raises(UserError, match=said):
         train(store, tmp_path, config=config)
 
 

@@ -107,8 +107,8 @@ class _Assumed(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         match func.__name__, args:
             case "tolist", (tensor, *_):
-                if tensor.dim() == 2:  # (active, dead) of every part
-                    return [[self.mine, 0]] * len(tensor)
+                if tensor.dim() == 2:  # (active, dead, flaws, the loss's two terms) of every rank
+                    return [[self.mine, 0, 0, 0, 0]] * len(tensor)
                 return [self.reaching if len(tensor) == self.work.feature else 0] * len(tensor)
             case "nonzero", (tensor, *_):  # active places, [k, rows] of the batch or of one data rank's rows
                 found = self.pairs if self.work.batch in tensor.shape else self.mine

@@ -4,6 +4,7 @@ torch.distributed.checkpoint plans and agrees (planner.py); a single process has
 """
 
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from sae_dist.shards.format import CorruptData
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train import checkpoint
-from sae_dist.train.checkpoint import Checkpoint
+from sae_dist.train.checkpoint import Checkpoint, Manifest
 from sae_dist.train.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -70,11 +71,16 @@ def load(group: dist.ProcessGroup | None, storage: Storage, folder: str, mine: "
     return Checkpoint(reader.manifest.step, planner.parts, reader.manifest.facts)
 
 
-def latest(group: dist.ProcessGroup | None, storage: Storage, mine: "Mine") -> Checkpoint | None:
-    """The newest checkpoint that verifies on all ranks, the same on all; None when there is none."""
+def latest(
+    group: dist.ProcessGroup | None, storage: Storage, mine: "Mine", *, among: Callable[[Manifest], bool] | None = None
+) -> Checkpoint | None:
+    """The newest checkpoint that verifies on all ranks, the same on all; None when there is none.
+
+    `among` says which ones count; those whose manifest is damaged do not.
+    """
     if group is None:
-        return checkpoint.latest(storage, lambda place, folder: checkpoint.read(place, folder, mine))
-    lists: list[list[str] | None] = [checkpoint.folders(storage) if dist.get_rank(group) == 0 else None]
+        return checkpoint.latest(storage, lambda place, folder: checkpoint.read(place, folder, mine), among=among)
+    lists: list[list[str] | None] = [checkpoint.folders(storage, among) if dist.get_rank(group) == 0 else None]
     dist.broadcast_object_list(lists, group_src=0, group=group)  # one list: storages may show a new file late
     for folder in lists[0] or []:
         try:

@@ -5,6 +5,8 @@ buffer or the number of ranks beside it. Tensors travel as bytes: any dtype, no 
 under which `mesh.moved` counts calls, bytes received and seconds.
 """
 
+import hashlib
+import socket
 import time
 from collections.abc import Sequence
 
@@ -72,6 +74,17 @@ def sum_rows(
 def total(mesh: Mesh, axis: Axis, addend: Tensor, *, name: str) -> Tensor:
     """The sum over the axis of small tensors, added in rank order."""
     return _in_order(all_gather(mesh, axis, addend, name=name))
+
+
+def of_first(mesh: Mesh, number: int, *, name: str) -> int:
+    """The first rank's number, on all ranks."""
+    return int(all_gather(mesh, mesh.control, torch.tensor(number), name=name)[0])
+
+
+def ranks_here(mesh: Mesh) -> int:
+    """How many ranks of the mesh run on this machine, this one included."""
+    name = int.from_bytes(hashlib.blake2b(socket.gethostname().encode(), digest_size=8).digest(), "little", signed=True)
+    return int((all_gather(mesh, mesh.control, torch.tensor(name), name="machines") == name).sum())
 
 
 def _in_order(addends: Shaped[Tensor, "size ..."]) -> Shaped[Tensor, "..."]:

@@ -26,15 +26,25 @@ def serve(host: str) -> TCPStore:
 
 
 def join(meeting: Meeting, timeout_s: float) -> Store:
-    """A connection of one's own: a call that waits does not hold up calls on another connection."""
+    """A connection of one's own: a call that waits does not hold up calls on another connection.
+
+    Who meets on the loopback also talks on it: gloo would listen where the machine's name points.
+    """
+    if meeting.host in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=timedelta(seconds=timeout_s))
     return PrefixStore(meeting.attempt, store)
 
 
-def of_torchrun() -> Meeting:
-    """The meeting that torchrun's variables name; a restart by torchrun is an attempt of its own."""
-    attempt = f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    return Meeting(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), attempt)
+def of_torchrun() -> tuple[Meeting, TCPStore | None]:
+    """The meeting that torchrun's variables name, and its store where this process is to serve it.
+
+    A restart by torchrun is an attempt of its own: torchrun may keep one store over restarts.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0"
+    served = TCPStore(host, port, is_master=True, wait_for_workers=False) if serves else None
+    return Meeting(host, port, f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"), served
 
 
 def names(served: Store, attempt: str) -> Store:

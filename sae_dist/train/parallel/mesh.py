@@ -4,13 +4,12 @@ The feature axis splits the latents: a rank holds its rows of W_enc, W_dec and b
 splits the rows that are encoded; what one rank holds is copied on it, bit for bit, at every step. b_dec is everywhere.
 """
 
-import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
 
 from sae_dist.config import UserError
@@ -91,7 +90,7 @@ def parts(n: int, size: int) -> list[range]:
 def connect(
     config: MeshConfig, *, rank: int, world: int, device: str | torch.device, store: Store | None = None
 ) -> Mesh:
-    """The mesh of `world` processes that all call this; they meet at `store`, or as torchrun's variables say.
+    """The mesh of `world` processes that all call this; they meet at `store`, which a single one does not need.
 
     gloo on CPUs; nccl on GPUs, beside gloo for facts on the CPU. Raises UserError when the axes do not fit the world.
     """
@@ -103,12 +102,13 @@ def connect(
         )
     if world == 1:
         return Mesh.single(device)
+    assert store is not None, "ranks need a store to meet at"
     timeout = timedelta(seconds=config.collective_timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=_torchrun_store(world, timeout) if store is None else store,
+        store=store,
         rank=rank,
         world_size=world,
         timeout=timeout,
@@ -143,16 +143,3 @@ def from_process_group(config: MeshConfig, device: str | torch.device) -> Mesh:
             [data.group, feature.group], torch.device(device).type, mesh=ranks, mesh_dim_names=("data", "feature")
         ),
     )
-
-
-def _torchrun_store(world: int, timeout: timedelta) -> Store:
-    """The store at MASTER_ADDR, with names of its own for every restart.
-
-    torchrun keeps one store over restarts, and restarted gloo ranks would read the addresses of dead ones from it.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if address in ("127.0.0.1", "localhost"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens where the machine's name points
-    serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0"
-    store = TCPStore(address, port, world, is_master=serves, timeout=timeout)
-    return PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -12,7 +12,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -99,9 +99,13 @@ class Listener:
         """Seconds since something new was heard of a rank."""
         return time.monotonic() - self._heard.get(rank, self._began)
 
-    def silent(self, longer_than_s: float) -> str | None:
-        """Who has not been heard of for so long, in words; None when everybody was. Starting may take longer."""
-        limits = {rank: longer_than_s if rank in self.beats else max(longer_than_s, START_S) for rank in self._ranks}
+    def silent(self, longer_than_s: float, *, among: Iterable[int] | None = None) -> str | None:
+        """Who (`among` these ranks) has not been heard of for so long, in words; None when everybody was.
+
+        Starting may take longer.
+        """
+        ranks = self._ranks if among is None else sorted(among)
+        limits = {rank: longer_than_s if rank in self.beats else max(longer_than_s, START_S) for rank in ranks}
         missing = [rank for rank, limit in limits.items() if self.silence_s(rank) > limit]
         if not missing:
             return None

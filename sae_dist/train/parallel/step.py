@@ -8,6 +8,7 @@ latents. Exchanges, and bytes that a rank receives for B rows of d dimensions on
     errors           4 d (1 - 1 / (D F)) B        x - x_hat, to everybody
     pairs            12 k (D - 1) / D B           what a data rank's rows chose in this part, with d loss / dz
     b_dec            4 d (F - 1)                  its gradient through the encoder
+    counts           40 (D F - 1)                 active values, dead latents, flaws; the loss, the same to the bit
 
 The data axis never reduces a gradient: 8 d n_latents / F bytes twice, where errors and pairs are 4 d B + 12 k B. All
 data ranks work out the same update from the same batch instead, in the order that one rank would: they stay equal bit
@@ -22,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.stages import Part, RowGradients, Stages
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.topk_step import TopKStep, is_finite
 from torch import Tensor
 
 from sae_dist.train.parallel.exchange import all_gather, gather_rows, sum_rows, total
@@ -63,15 +64,26 @@ class MeshStep:
         self._fused = mesh.world.size == 1 and micro_batch is None
         shard.join_(n_latents=n_latents, total=lambda part: total(mesh, mesh.feature, part, name="columns"))
         self._dead: list[int] | None = None  # dead latents of each feature rank; None: not counted yet
+        self._flaws = 0  # parts of the mesh where d loss / dz is not finite
         self._through_decoder = torch.empty(0)
 
     def step(self, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float) -> StepStatistics:
-        """One optimiser step on the whole batch; when the squared error is not finite, only counters change."""
+        """One optimiser step on the whole batch; nothing changes at all where its figures are not sound."""
         statistics = self.forward(x, variance=variance)
-        if bool(torch.isfinite(statistics.squared_error)):
+        if self.is_sound(statistics):
             self.update_(lr=lr)
-        self.count_(statistics.fired, tokens=len(x))
+            self.count_(statistics.fired, tokens=len(x))
+        else:
+            self.skip_()
         return statistics
+
+    def is_sound(self, statistics: StepStatistics) -> bool:
+        """Whether the loss and all gradients of the last `forward` are finite, on all ranks: the same on each."""
+        return is_finite(statistics) and not self._flaws
+
+    def skip_(self) -> None:
+        """Nothing is learned or counted from the last `forward`."""
+        self._dead = None
 
     def forward(self, x: Float[Tensor, "batch d_model"], *, variance: float) -> StepStatistics:
         """Everything up to what `update_` needs. The statistics are the whole mesh's; `fired` is about this part."""
@@ -81,17 +93,16 @@ class MeshStep:
         rows = stages.rows(x)
         main = self._reconstruct(stages, rows, x, None, k=self.k)
         uses = [self._everybodys(stages, main, batch=len(x), scale=scale)]
-        aux_squared_error = x.new_zeros(())
+        squared_errors = [uses[0].errors.square().sum(), x.new_zeros(())]
         n_dead = sum(self._dead_by_rank())
         if self.k_aux and n_dead:
             aux = self._reconstruct(stages, rows, x, main.errors, k=min(self.k_aux, n_dead))
             aux_scale = scale * self.shard.aux_coefficient * min(n_dead / self.k_aux, 1.0)
             uses.append(self._everybodys(stages, aux, batch=len(x), scale=aux_scale))
-            aux_squared_error = uses[1].errors.square().sum()
+            squared_errors[1] = uses[1].errors.square().sum()
         stages.hold_(rows, uses)
         self._through_decoder = scale * uses[0].errors.sum(0)
-        fired, active = self._fired(uses[0].selected, tokens=len(x))
-        return StepStatistics(uses[0].errors.square().sum(), aux_squared_error, active, fired)
+        return self._statistics(uses, torch.stack(squared_errors), tokens=len(x))
 
     def update_(self, *, lr: float) -> None:
         """The update that the last `forward` leads to."""
@@ -183,21 +194,28 @@ class MeshStep:
         )
         return Part(errors, Selected(values, indices.long()), d_z, scale)
 
-    def _fired(self, selected: Selected, *, tokens: int) -> tuple[Tensor, Tensor]:
-        """Which latents here are active on some row, and how many values of the whole dictionary are not zero.
+    def _statistics(self, uses: list[Part], squared_errors: Float[Tensor, " 2"], *, tokens: int) -> StepStatistics:
+        """The step's figures, which one exchange makes the whole mesh's.
 
-        The same exchange says how many latents of each part are dead once these tokens are counted.
+        It also says how many latents of each part are dead once these tokens are counted, and who has a flaw. The loss
+        is that of rank 0: another number of threads may add another rank's up to other bits.
         """
-        values, indices = selected
+        values, indices = uses[0].selected
         n_here, silence = len(self.latents), self.shard.tokens_since_fired
         fired = torch.zeros(n_here + 1, dtype=torch.bool, device=values.device)
         fired = fired.index_fill_(0, torch.where(values > 0, indices, n_here).flatten(), True)[:-1]
         dead = (~fired & (silence + tokens >= self.shard.dead_after_tokens)).sum()
-        counts = all_gather(
-            self.mesh, self.mesh.feature, torch.stack([(values > 0).sum(), dead]), name="counts"
-        ).tolist()
-        self._dead = [dead for _, dead in counts]
-        return fired, torch.tensor(sum(active for active, _ in counts), device=values.device)
+        flaw = torch.stack([~torch.isfinite(use.d_z).all() for use in uses]).any()
+        counted = torch.stack([(values > 0).sum(), dead, flaw.long()])
+        mine = torch.cat([counted, squared_errors.double().view(torch.int64)])
+        everybody = all_gather(self.mesh, self.mesh.world, mine, name="counts")
+        counts = everybody.tolist()
+        parts = counts[: self.mesh.feature.size]  # of one data rank
+        self._dead = [dead for _, dead, *_ in parts]
+        self._flaws = sum(flaw for _, _, flaw, *_ in counts)
+        squared_error, aux_squared_error = everybody[0, 3:].contiguous().view(torch.float64).float()
+        active = torch.tensor(sum(active for active, *_ in parts), device=values.device)
+        return StepStatistics(squared_error, aux_squared_error, active, fired)
 
     def _dead_by_rank(self) -> list[int]:
         if self._dead is None or self._fused:

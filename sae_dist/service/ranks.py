@@ -1,0 +1,169 @@
+"""The actors that train one dictionary, one a rank. They live and die together: when one is lost, all begin again.
+
+The driver serves the store where they meet and hears their pulse there: a rank that died, or has not been heard of for
+mesh.collective_timeout_s, is named with its machine, its process and its last step.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from sae_dist import storage
+from sae_dist.config import Stopped, to_dict
+from sae_dist.service.cluster import answer, first_line, reason_of
+from sae_dist.service.config import TrainJob
+from sae_dist.service.trainer import Trainer
+from sae_dist.train import checkpoint
+from sae_dist.train.loop import Trained
+from sae_dist.train.parallel import meeting
+from sae_dist.train.parallel.joined import PeersLost
+from sae_dist.train.parallel.pulse import EVERY_S, Listener
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 120.0  # for ranks that were asked to stop: to finish their step, save and return
+CAUSE_S = 15.0  # after one rank failed: for the others to say why, or to be found dead
+
+
+class Ranks:
+    """Training in actors. Call `poll` until it gives the result; use it in a `with`, which ends by asking them to save.
+
+    `live`: the store may still be growing.
+    """
+
+    def __init__(self, job: TrainJob, *, provenance: Mapping[str, Any], live: bool) -> None:
+        self._job, self._provenance, self._live = job, dict(provenance), live
+        self._world = job.mesh.data * job.mesh.feature
+        self._checkpoints = storage.open(job.train.checkpoints or Path(job.out) / "checkpoints")
+        self._group = self._served = self._listener = None
+        if self._world > 1:
+            self._host = "127.0.0.1" if job.cluster == "local" else ray.util.get_node_ip_address()
+            self._served = meeting.serve(self._host)
+            self._group = placement_group([{"CPU": 1}] * self._world, strategy="PACK")
+        self._attempts, self._deaths, self._saved = 0, 0, self._newest_checkpoint()
+        self._result: Trained | None = None
+        self._start()
+
+    def poll(self, timeout_s: float) -> Trained | None:
+        """What came of it once all ranks are done; waits `timeout_s` at most. UserError for a user's mistake.
+
+        RuntimeError when ranks were lost more than train.max_restarts times without a new checkpoint.
+        """
+        if not self._working:
+            return self._result
+        finished, _ = ray.wait(list(self._working), num_returns=1, timeout=timeout_s)
+        for ref in finished:
+            try:
+                report = answer(ref)
+            except (RayActorError, RayTaskError) as failure:
+                self._again(self._cause(ref, failure))
+                return None
+            if report is None:
+                raise Stopped("a rank was asked to stop")
+            self._result = Trained(*report)
+            del self._working[ref]
+        if self._working and (silent := self._listen()) is not None:
+            self._again(silent)
+        return None if self._working else self._result
+
+    def facts(self) -> dict[str, Any]:
+        """A line a rank, for status.json; nothing where there is only one."""
+        return {} if self._listener is None else {"ranks": self._listener.facts()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._working:  # whatever ends the run: what was trained is saved first
+            logger.info("stopping: the trainer saves its state")
+            for actor in self._actors:
+                actor.stop.remote()
+            if len(ray.wait(list(self._working), num_returns=len(self._working), timeout=GRACE_S)[1]):
+                logger.warning("the trainer did not answer within %.0f s; its last checkpoint counts", GRACE_S)
+        self._kill()
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+    def _start(self) -> None:
+        self._attempts += 1
+        attempt = f"attempt{self._attempts}"
+        place, values = None, to_dict(self._job)
+        options: dict[str, Any] = {"num_cpus": 1, "max_concurrency": 2}
+        if self._served is not None:
+            place = meeting.Meeting(self._host, self._served.port, attempt)
+            self._listener, self._heard_at = Listener(meeting.names(self._served, attempt), self._world), 0.0
+        self._actors: list[ActorHandle] = []
+        for rank in range(self._world):
+            if self._group is not None:
+                options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=rank
+                )
+            actor: Any = ray.remote(Trainer).options(**options)
+            self._actors.append(actor.remote(values, self._provenance, rank=rank, meeting=place, live=self._live))
+        self._working = {actor.train.remote(): rank for rank, actor in enumerate(self._actors)}
+
+    def _again(self, cause: str) -> None:
+        """Starts all ranks anew, unless that has not helped so far."""
+        newest = self._newest_checkpoint()
+        self._deaths, self._saved = (1 if newest != self._saved else self._deaths + 1), newest
+        if self._deaths > self._job.train.max_restarts:
+            raise RuntimeError(
+                f"the trainer died {self._deaths} times without a new checkpoint; the last time: {cause}"
+            )
+        logger.warning("the trainer died; a new one goes on from %s (%s)", newest or "the start", cause)
+        self._kill()
+        self._start()
+
+    def _cause(self, ref: ray.ObjectRef, failure: RayActorError | RayTaskError) -> str:
+        """Why ranks were lost; raises what is no loss: a user's mistake, or an error of the program, on any rank."""
+        failures = {self._working.pop(ref): failure}
+        others, _ = ray.wait(list(self._working), num_returns=len(self._working), timeout=CAUSE_S)
+        for other in others:
+            rank = self._working.pop(other)
+            try:
+                answer(other)
+            except (RayActorError, RayTaskError) as error:
+                failures[rank] = error
+        for error in failures.values():
+            if isinstance(error, RayTaskError) and not isinstance(error.cause, PeersLost):
+                raise error
+        if self._listener is not None:
+            self._listener.listen()
+        dead = [
+            f"{self._who(rank)} died: {reason_of(error)}"
+            for rank, error in sorted(failures.items())
+            if isinstance(error, RayActorError)
+        ]
+        return "; ".join(dead) or "; ".join(first_line(error.cause) for error in failures.values())  # type: ignore[union-attr]
+
+    def _who(self, rank: int) -> str:
+        beat = None if self._listener is None else self._listener.beats.get(rank)
+        return f"rank {rank}" if beat is None else str(beat)
+
+    def _listen(self) -> str | None:
+        """Who has been silent for too long; says meanwhile who is slow."""
+        if self._listener is None or time.monotonic() - self._heard_at < EVERY_S:
+            return None
+        self._heard_at = time.monotonic()
+        self._listener.listen()
+        for slow in self._listener.stragglers():
+            logger.warning("%s", slow)
+        return self._listener.silent(self._job.mesh.collective_timeout_s, among=list(self._working.values()))
+
+    def _kill(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)  # it may only be out of reach
+        self._working = {}
+
+    def _newest_checkpoint(self) -> str | None:
+        complete = checkpoint.folders(self._checkpoints)
+        return complete[0] if complete else None
