@@ -78,7 +78,7 @@ def total(mesh: Mesh, axis: Axis, addend: Tensor, *, name: str) -> Tensor:
 
 def of_first(mesh: Mesh, number: int, *, name: str) -> int:
     """The first rank's number, on all ranks."""
-    return int(all_gather(mesh, mesh.control, torch.tensor(number), name=name)[0])
+    return int(all_gather(mesh, mesh.control, torch.tensor(number, dtype=torch.int64), name=name)[0])
 
 
 def ranks_here(mesh: Mesh) -> int:

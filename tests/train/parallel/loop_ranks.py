@@ -1,0 +1,106 @@
+"""Whole trainings on one rank or on a mesh, with what the tests compare; also what a rank's process runs."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from sae_dist import storage
+from sae_dist.config import Stopped
+from sae_dist.sae.config import TopK
+from sae_dist.shards import reader
+from sae_dist.train import loop
+from sae_dist.train.config import MeshConfig, TrainConfig
+from sae_dist.train.guard import GuardConfig
+from sae_dist.train.parallel.mesh import Mesh, connect
+from tests.train.test_loop import CONFIG, ORDER, SAE
+
+ALL_STEPS = 10_000
+
+
+class Scenario(NamedTuple):
+    """One training of one process or mesh."""
+
+    name: str  # of its folder
+    data: int = 1
+    feature: int = 1
+    steps: int = 60
+    sae: TopK = SAE
+    owned: bool = False  # the first latents have all of the top k
+    stop_at: int = ALL_STEPS  # the last rank is asked to stop after this step
+    poison_at: int = ALL_STEPS  # the last rank's decoder is not a number from this step on
+    micro_batch: int | None = None
+    clip_norm: float | None = None
+
+    @property
+    def config(self) -> TrainConfig:
+        return dataclasses.replace(
+            CONFIG, steps=self.steps, product="float32", micro_batch=self.micro_batch, clip_norm=self.clip_norm,
+            guard=GuardConfig(max_skipped=3, max_roll_backs=1),
+        )  # fmt: skip
+
+
+def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, Any]:
+    """Trains `folder`/`name` on the store `folder`/store: the lines of its log, what was selected, how it ended."""
+    lines: list[tuple[int, dict]] = []
+    chosen: list[torch.Tensor] = []
+    step, begin = loop._step, loop.begin
+    last = mesh.world.rank == mesh.world.size - 1
+    done = 0
+
+    def watched(state: Any, config: Any, x: torch.Tensor, *, lr: float) -> Any:
+        nonlocal done
+        shard, first = state.sae.shard, state.sae.latents.start
+        held = type(shard.stages).hold_
+
+        def hold(rows: torch.Tensor, parts: Any) -> None:
+            for use, part in enumerate(parts):
+                row, place = (part.selected.values > 0).nonzero(as_tuple=True)
+                latent = part.selected.indices[row, place] + first
+                chosen.append(torch.stack([torch.full_like(row, n) for n in (state.step, use)] + [row, latent], 1))
+            held(shard.stages, rows, parts)
+
+        shard.stages.hold_ = hold
+        if last and state.step == scenario.poison_at:
+            shard.W_dec[0] = torch.nan
+        done = state.step + 1
+        return step(state, config, x, lr=lr)
+
+    def started(*args: Any, **more: Any) -> Any:
+        state = begin(*args, **more)
+        if scenario.owned:
+            here = state.sae.latents
+            state.sae.shard.b_enc[max(0, -here.start) : max(scenario.sae.k + 1 - here.start, 0)] += 20
+        return state
+
+    patch(loop, "_step", watched)
+    patch(loop, "begin", started)
+    store = reader.open(storage.open(str(folder / "store")))
+    try:
+        trained = loop.train(
+            store, hook="x", sae=scenario.sae, config=scenario.config, order=ORDER, seed=0,
+            out=folder / scenario.name, log=lambda *entry: lines.append(entry), mesh=mesh, provenance={},
+            stop=lambda: last and done >= scenario.stop_at,
+        )  # fmt: skip
+        ended = trained.order_hash
+    except Stopped as stopped:
+        ended = str(stopped)
+    finally:
+        patch(loop, "_step", step)
+        patch(loop, "begin", begin)
+    return {"lines": lines, "chosen": torch.cat(chosen) if chosen else None, "ended": ended}
+
+
+def main(folder: Path, rank: int, scenarios: list[Scenario]) -> None:
+    """One rank of the meshes of all scenarios, which have as many ranks."""
+    torch.set_num_threads(1)
+    world = scenarios[0].data * scenarios[0].feature
+    shared = dist.FileStore(str(folder / f"meeting-{scenarios[0].name}"), world)
+    for number, scenario in enumerate(scenarios):
+        config = MeshConfig(data=scenario.data, feature=scenario.feature, collective_timeout_s=120)
+        mesh = connect(config, rank=rank, world=world, device="cpu", store=dist.PrefixStore(str(number), shared))
+        torch.save(run(scenario, mesh, folder, setattr), folder / f"{scenario.name}.{rank}.pt")
+        dist.barrier()
+        mesh.close()

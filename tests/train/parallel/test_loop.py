@@ -1,0 +1,147 @@
+"""Whole trainings on meshes of real processes: the same rows, latents, counters and weights as one process."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sae_dist.sae.config import TopK
+from sae_dist.train.parallel.mesh import Mesh
+from tests.train.parallel import loop_ranks
+from tests.train.parallel.loop_ranks import Scenario, run
+from tests.train.test_loop import UNITS, empty_store, harvest
+
+PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
+PROCESSES.set_forkserver_preload(["tests.train.parallel.loop_ranks"])
+SMALL = TopK(n_latents=97, k=4, dead_after_tokens=1000)  # divides over none of 2, 3, 4 ranks
+ALONE = Scenario("alone", sae=SMALL, micro_batch=64)  # micro_batch: the stages of a mesh, so that they can be watched
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("meshes")
+    store = empty_store(place / "store")
+    for unit in range(UNITS):
+        harvest(store, unit)
+    return place
+
+
+def alone(folder: Path, scenario: Scenario) -> dict:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run(scenario, Mesh.single(), folder, setattr)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def on_mesh(folder: Path, *scenarios: Scenario) -> dict[str, list[dict]]:
+    """What every rank says of every scenario; all have as many ranks."""
+    world = scenarios[0].data * scenarios[0].feature
+    ranks = [PROCESSES.Process(target=loop_ranks.main, args=(folder, rank, list(scenarios))) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(500)
+    assert [process.exitcode for process in ranks] == [0] * world
+    return {s.name: [torch.load(folder / f"{s.name}.{rank}.pt") for rank in range(world)] for s in scenarios}
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / name / "dictionary" / "dictionary.safetensors")
+
+
+def check_equal(folder: Path, scenario: Scenario, ranks: list[dict], reference: dict, name: str) -> None:
+    chosen = torch.unique(torch.cat([rank["chosen"] for rank in ranks[: scenario.feature]]), dim=0)
+    assert torch.equal(chosen, torch.unique(reference["chosen"], dim=0))
+    assert all(rank["ended"] == reference["ended"] for rank in ranks)  # the hash of all rows
+    assert [step for step, _ in ranks[0]["lines"]] == [step for step, _ in reference["lines"]]
+    for (_, here), (_, there) in zip(ranks[0]["lines"], reference["lines"], strict=True):
+        assert here["order_hash"] == there["order_hash"]
+        assert (here["l0"], here["dead_fraction"]) == (there["l0"], there["dead_fraction"])
+        assert here["fvu"] == pytest.approx(there["fvu"], rel=2e-6)
+        assert here["shuffle_inflation"] == there["shuffle_inflation"]
+    assert all(not rank["lines"] for rank in ranks[1:])
+    for parameter, tensor in weights(folder, name).items():
+        torch.testing.assert_close(weights(folder, scenario.name)[parameter], tensor, rtol=0, atol=1e-6, msg=parameter)
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> dict[str, list[dict]]:
+    return on_mesh(
+        folder,
+        Scenario("1x2", feature=2, sae=SMALL),
+        Scenario("2x1", data=2, sae=SMALL, micro_batch=7),
+        Scenario("clipped-1x2", feature=2, sae=SMALL, clip_norm=0.05),
+        Scenario("stopped", feature=2, sae=SMALL, stop_at=33),
+        Scenario("poisoned", feature=2, sae=SMALL, poison_at=25),
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(folder) -> dict:
+    return alone(folder, ALONE)
+
+
+@pytest.mark.parametrize("scenario", [Scenario("1x2", feature=2), Scenario("2x1", data=2)], ids=lambda s: s.name)
+def test_two_ranks_train_the_dictionary_of_one(folder, two, reference, scenario):
+    check_equal(folder, scenario, two[scenario.name], reference, "alone")
+
+
+def test_the_whole_gradient_is_clipped(folder, two, reference):
+    clipped = alone(folder, Scenario("clipped", sae=SMALL, clip_norm=0.05, micro_batch=64))
+    check_equal(folder, Scenario("clipped-1x2", feature=2), two["clipped-1x2"], clipped, "clipped")
+    assert not torch.equal(weights(folder, "clipped")["W_dec"], weights(folder, "alone")["W_dec"])
+
+
+def test_one_rank_that_is_asked_stops_all_and_one_process_goes_on(folder, two, reference):
+    assert [rank["ended"] for rank in two["stopped"]] == ["step 33 of 60 is saved"] * 2
+    rest = alone(folder, Scenario("stopped", sae=SMALL, micro_batch=64))
+    assert [step for step, _ in rest["lines"]] == [40, 50, 60]
+    assert rest["ended"] == reference["ended"]
+    assert rest["lines"][-1][1]["fvu"] == pytest.approx(reference["lines"][-1][1]["fvu"], rel=1e-5)
+    for parameter, tensor in weights(folder, "alone").items():
+        torch.testing.assert_close(weights(folder, "stopped")[parameter], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_flaw_on_one_rank_is_skipped_by_all_and_then_they_go_back_to_the_last_checkpoint(folder, two):
+    ranks = two["poisoned"]
+    assert ranks[0]["ended"] == ranks[1]["ended"]
+    alerts = {step: line["alert"] for step, line in ranks[0]["lines"] if "alert" in line}
+    assert list(alerts) == [26, 28]
+    assert "the step is left out" in alerts[26] and "going back (roll-back 1)" in alerts[28]
+    last = ranks[0]["lines"][-1][1]
+    assert (last["skipped_steps"], last["roll_backs"]) == (3, 1)
+    assert last["fvu"] < ranks[0]["lines"][0][1]["fvu"]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(folder, "poisoned").values())
+    assert json.loads((folder / "poisoned" / "dictionary" / "config.json").read_text())["skipped_steps"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data, feature", [(d, f) for d in (1, 2) for f in (1, 2, 3, 4)])
+def test_two_hundred_steps_are_the_same_on_every_mesh(folder, data, feature):
+    for owned in (False, True):
+        name, kind = f"long{data}x{feature}-{owned}", f"long-{owned}"
+        if not (folder / f"{kind}.pt").exists():
+            torch.save(alone(folder, ALONE._replace(name=kind, steps=200, owned=owned)), folder / f"{kind}.pt")
+        scenario = Scenario(name, data, feature, steps=200, sae=SMALL, owned=owned, micro_batch=64)
+        if data * feature == 1:
+            ranks = [alone(folder, scenario._replace(micro_batch=16))]
+        else:
+            ranks = on_mesh(folder, scenario)[name]
+        check_equal(folder, scenario, ranks, torch.load(folder / f"{kind}.pt"), kind)
+
+
+@pytest.mark.slow
+def test_four_then_two_then_three_feature_ranks_are_one_run(folder, reference):
+    on_mesh(folder, Scenario("moving", feature=4, sae=SMALL, stop_at=17))
+    on_mesh(folder, Scenario("moving", feature=2, sae=SMALL, stop_at=41))
+    ranks = on_mesh(folder, Scenario("moving", feature=3, sae=SMALL))["moving"]
+    chosen = torch.unique(torch.cat([rank["chosen"] for rank in ranks]), dim=0)
+    there = torch.unique(reference["chosen"], dim=0)
+    assert torch.equal(chosen, there[there[:, 0] >= 41])
+    assert ranks[0]["ended"] == reference["ended"]
+    assert ranks[0]["lines"][-1][1]["fvu"] == pytest.approx(reference["lines"][-1][1]["fvu"], rel=1e-5)
