@@ -9,7 +9,7 @@ import torch
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.meeting import Meeting, join
 from sae_dist.train.parallel.mesh import Mesh, connect
-from sae_dist.train.parallel.pulse import Pulse, who_is_gone
+from sae_dist.train.parallel.pulse import START_S, Pulse, who_is_gone
 
 
 class PeersLost(RuntimeError):
@@ -34,9 +34,11 @@ def joined(
     if meeting is None or world == 1:
         yield Joined(connect(config, rank=rank, world=world, device=device), lambda *_: None)
         return
-    pulse = Pulse(join(meeting, config.collective_timeout_s), rank)
+    pulse, store = Pulse(join(meeting, START_S), rank), join(meeting, START_S)
     try:
-        mesh = connect(config, rank=rank, world=world, device=device, store=join(meeting, config.collective_timeout_s))
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{other}" for other in range(world)])  # starting takes longer than an exchange may
+        mesh = connect(config, rank=rank, world=world, device=device, store=store)
         pulse.exchange_s = lambda: sum(moved.seconds for moved in list(mesh.moved.values()))
         yield Joined(mesh, pulse.at)
         mesh.close()

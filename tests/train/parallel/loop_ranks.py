@@ -72,7 +72,7 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
         state = begin(*args, **more)
         if scenario.owned:
             here = state.sae.latents
-            state.sae.shard.b_enc[max(0, -here.start) : max(scenario.sae.k + 1 - here.start, 0)] += 20
+            state.sae.shard.b_enc[max(0, -here.start) : max(scenario.sae.k + 1 - here.start, 0)] += 5
         return state
 
     patch(loop, "_step", watched)
@@ -97,7 +97,7 @@ def main(folder: Path, rank: int, scenarios: list[Scenario]) -> None:
     """One rank of the meshes of all scenarios, which have as many ranks."""
     torch.set_num_threads(1)
     world = scenarios[0].data * scenarios[0].feature
-    shared = dist.FileStore(str(folder / f"meeting-{scenarios[0].name}"), world)
+    shared = dist.FileStore(str(folder / f"meeting-{scenarios[0].name}-{world}"), world)
     for number, scenario in enumerate(scenarios):
         config = MeshConfig(data=scenario.data, feature=scenario.feature, collective_timeout_s=120)
         mesh = connect(config, rank=rank, world=world, device="cpu", store=dist.PrefixStore(str(number), shared))

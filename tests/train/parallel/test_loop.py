@@ -66,7 +66,7 @@ def check_equal(folder: Path, scenario: Scenario, ranks: list[dict], reference: 
         assert here["shuffle_inflation"] == there["shuffle_inflation"]
     assert all(not rank["lines"] for rank in ranks[1:])
     for parameter, tensor in weights(folder, name).items():
-        torch.testing.assert_close(weights(folder, scenario.name)[parameter], tensor, rtol=0, atol=1e-6, msg=parameter)
+        torch.testing.assert_close(weights(folder, scenario.name)[parameter], tensor, rtol=1e-6, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_one_rank_that_is_asked_stops_all_and_one_process_goes_on(folder, two, r
     assert rest["ended"] == reference["ended"]
     assert rest["lines"][-1][1]["fvu"] == pytest.approx(reference["lines"][-1][1]["fvu"], rel=1e-5)
     for parameter, tensor in weights(folder, "alone").items():
-        torch.testing.assert_close(weights(folder, "stopped")[parameter], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(weights(folder, "stopped")[parameter], tensor, rtol=1e-6, atol=1e-6)
 
 
 def test_a_flaw_on_one_rank_is_skipped_by_all_and_then_they_go_back_to_the_last_checkpoint(folder, two):
@@ -132,7 +132,10 @@ def test_two_hundred_steps_are_the_same_on_every_mesh(folder, data, feature):
             ranks = [alone(folder, scenario._replace(micro_batch=16))]
         else:
             ranks = on_mesh(folder, scenario)[name]
-        check_equal(folder, scenario, ranks, torch.load(folder / f"{kind}.pt"), kind)
+        reference = torch.load(folder / f"{kind}.pt")
+        first = reference["chosen"][(reference["chosen"][:, 0] < 5) & (reference["chosen"][:, 1] == 0)]
+        assert (int(first[:, 3].max()) < 97 // 4) == owned  # one part has all of the best, or not
+        check_equal(folder, scenario, ranks, reference, kind)
 
 
 @pytest.mark.slow
