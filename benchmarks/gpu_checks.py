@@ -8,7 +8,8 @@ from sae_kernels.topk_step import TopKStep
 from sae_kernels.triton_latents import Moments, Pairs, catch_up_, schedule_row, update_latents_
 from sae_kernels.triton_sparse_decode import decode, gather_dot
 from sae_kernels.triton_sparse_gradient import row_gradient, row_gradient_atomic_, segments
-from sae_kernels.triton_topk_encode import encode_select, scattered
+from sae_kernels.triton_tiles import tile_for
+from sae_kernels.triton_topk_encode import encode_select, spread_of
 from torch import Tensor
 
 Check = tuple[str, Callable[[], None]]
@@ -64,9 +65,12 @@ def _ties(device: torch.device, n_latents: int) -> None:
 
 
 def _overflow(device: torch.device, n_latents: int) -> None:
-    b = torch.empty(n_latents, device=device)
-    b[scattered(n_latents, device).long()] = torch.arange(n_latents, device=device).float()
     x, W = torch.ones(3, 16, device=device), torch.zeros(n_latents, 16, device=device)
+    leads = -(-n_latents // tile_for(x).latents)
+    first = torch.arange(leads, device=device) * spread_of(leads) % leads
+    order = first[:, None] + leads * torch.arange(n_latents, device=device)
+    b = torch.empty(n_latents, device=device)
+    b[order[order < n_latents]] = torch.arange(n_latents, device=device).float()
     selected = encode_select(x, W, b, k=3, capacity=32)
     assert selected[2].all()
     _same(selected, b.expand(3, -1), 3)

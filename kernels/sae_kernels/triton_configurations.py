@@ -11,7 +11,7 @@ from sae_kernels import (
     triton_sparse_gradient,
     triton_topk_encode,
 )
-from sae_kernels.triton_tiles import GROUP_ROWS, SINGLE, TILES, UNEVEN, Tile, power_of_two
+from sae_kernels.triton_tiles import GROUP_ROWS, LANES, SINGLE, TILES, UNEVEN, Tile, power_of_two
 
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)  # k up to 16, 32, 64, 128, 256 or 1024, 512 or 2048
 WIDTHS = (128, 256, 512, 768, 2048, 4096, 8192)  # d_model, rounded up to a power of two
@@ -40,25 +40,30 @@ def _configuration(
 
 
 def encode(name: str, tile: Tile, *, dtype: str = "bf16", theta: bool = False, even: bool = True,
-           capacity: int = 512) -> Configuration:  # fmt: skip
+           bulk: bool = False, capacity: int = 512) -> Configuration:  # fmt: skip
     """The encoder product with its selecting epilogue in one tile shape."""
+    x, W = (f"tensordesc<{dtype}[{rows},{tile.depth}]>" if bulk else f"*{dtype}" for rows in (tile.rows, tile.latents))
     return _configuration(
         name, triton_topk_encode._encode_kernel,
-        f"x_ptr:*{dtype} W_ptr:*{dtype} b_ptr:*fp32 theta_ptr:*fp32 least_ptr:*fp32 before_ptr:*i32 "
-        "keys_ptr:*i64 count_ptr:*i32 order_ptr:*i32 batch:i32 "
-        + ("d_model:!i32 x_stride:!i32 W_stride:!i32 " if even else "d_model:i32 x_stride:i32 W_stride:i32 ")
-        + "start:!i32 stop:!i32",
+        f"x_ptr:{x} W_ptr:{W} b_ptr:*fp32 theta_ptr:*fp32 least_ptr:*fp32 before_ptr:*i32 "
+        "keys_ptr:*i64 count_ptr:*i32 batch:i32 n_latents:i32 leads:i32 spread:i32 start:i32 stop:i32 "
+        + ("d_model:!i32 x_stride:!i32 W_stride:!i32" if even else "d_model:i32 x_stride:i32 W_stride:i32"),
         warps=tile.warps, stages=tile.stages, CAPACITY=capacity, HAS_THETA=theta, EVEN=even,
-        PRECISION="ieee" if dtype == "fp32" else "tf32", ROWS=tile.rows, LATENTS=tile.latents, DEPTH=tile.depth,
-        PARTS=tile.parts, GROUP=GROUP_ROWS,
+        PRECISION="ieee" if dtype == "fp32" else "tf32", BULK=bulk, RESIDENT=bulk and tile.resident > 0,
+        ROWS=tile.rows, LATENTS=tile.latents, DEPTH=tile.depth, FRAGMENTS=tile.fragments, LANES=LANES,
+        GROUP=GROUP_ROWS,
     )  # fmt: skip
 
 
 def configurations(target: str) -> Iterator[Configuration]:
     """All configurations that can be chosen on `target`; the default of each kernel comes first."""
     tile = TILES[target]
-    yield encode("encode", tile)
-    yield encode("encode-theta", tile, theta=True)
+    yield encode("encode", tile, bulk=tile.bulk)
+    yield encode("encode-theta", tile, bulk=tile.bulk, theta=True)
+    if tile.bulk:
+        yield encode("encode-gathered", tile)  # n_latents is no multiple of the tile's
+    if tile.resident:
+        yield encode("encode-long", tile._replace(resident=0), bulk=tile.bulk)  # d_model above RESIDENT_UP_TO
     yield encode("encode-uneven", UNEVEN, even=False)
     yield encode("encode-fp32", SINGLE, dtype="fp32", even=False)
     for capacity in CAPACITIES:
@@ -98,8 +103,9 @@ def _gathers() -> Iterator[Configuration]:
         )  # fmt: skip
         yield _configuration(
             f"gather-dot-{depth}", triton_sparse_decode._gather_dot_kernel,
-            "e_ptr:*fp32 W_ptr:*fp32 indices_ptr:*i64 out_ptr:*fp32 k:!i32 d_model:!i32 e_stride:!i32 W_stride:!i32",
-            warps=4, PLACES=places, DEPTH=depth,
+            "e_ptr:*fp32 W_ptr:*fp32 indices_ptr:*i64 where_ptr:*fp32 out_ptr:*fp32 scale:fp32 k:!i32 d_model:!i32 "
+            "e_stride:!i32 W_stride:!i32",
+            warps=4, PLACES=places, DEPTH=depth, WHERE=True,
         )  # fmt: skip
         yield _configuration(
             f"gradient-{depth}", triton_sparse_gradient._gradient_kernel,
@@ -133,7 +139,7 @@ def _updates(d_model: int) -> Iterator[Configuration]:
             f"update-{name}-{depth}", triton_latents._update_kernel, types.format(rows),
             warps=warps, DENSE=dense, UNIT=not encoder, ROUND=encoder, BIAS=encoder, LAZY=lazy,
             EXTRA=not lazy and not dense,
-            PAIRS=triton_latents.pairs_for(d_model), DEPTH=depth,
+            PAIRS=triton_latents.PAIRS, DEPTH=depth,
         )  # fmt: skip
     yield _configuration(
         f"catch-up-{depth}", triton_latents._catch_up_kernel,

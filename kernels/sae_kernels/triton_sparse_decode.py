@@ -37,20 +37,23 @@ def _decode_kernel(values_ptr, indices_ptr, W_ptr, b_ptr, minus_ptr, out_ptr, k,
 
 
 @triton.jit
-def _gather_dot_kernel(e_ptr, W_ptr, indices_ptr, out_ptr, k, d_model, e_stride, W_stride,
-                       PLACES: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
-    """PLACES of one row's e . W[indices]."""
+def _gather_dot_kernel(e_ptr, W_ptr, indices_ptr, where_ptr, out_ptr, scale, k, d_model, e_stride, W_stride,
+                       PLACES: tl.constexpr, DEPTH: tl.constexpr, WHERE: tl.constexpr):  # fmt: skip
+    """PLACES of one row's scale * e . W[indices]; with WHERE, 0 at places whose value is not positive."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
     index = tl.load(indices_ptr + row * k + place, mask=place < k, other=0).to(tl.int64)
+    read = place < k
+    if WHERE:
+        read = read & (tl.load(where_ptr + row * k + place, mask=read, other=0.0) > 0)
     total = tl.zeros((PLACES, DEPTH), dtype=tl.float32)
     for first in range(0, d_model, DEPTH):
         dim = first + tl.arange(0, DEPTH)
         e = tl.load(e_ptr + row * e_stride + dim, mask=dim < d_model, other=0.0).to(tl.float32)
-        mask = (place < k)[:, None] & (dim < d_model)[None, :]
+        mask = read[:, None] & (dim < d_model)[None, :]
         W = tl.load(W_ptr + index[:, None] * W_stride + dim[None, :], mask=mask, other=0.0).to(tl.float32)
         total += W * e[None, :]
-    tl.store(out_ptr + row * k + place, tl.sum(total, 1), mask=place < k)
+    tl.store(out_ptr + row * k + place, scale * tl.sum(total, 1), mask=place < k)
 
 
 def blocks_for(d_model: int) -> tuple[int, int]:
@@ -78,12 +81,18 @@ def decode(
     return out
 
 
-def gather_dot(e: Tensor, W: Tensor, indices: Tensor) -> Tensor:
-    """e . W[indices] [batch, k] in fp32; e [batch, d_model] and W [n_latents, d_model] with contiguous rows."""
+def gather_dot(
+    e: Tensor, W: Tensor, indices: Tensor, *, scale: float = 1.0, where_positive: Tensor | None = None
+) -> Tensor:
+    """scale * e . W[indices] [batch, k] in fp32; e [batch, d_model] and W [n_latents, d_model] with contiguous rows.
+
+    Where `where_positive` [batch, k] is given and not positive the result is 0 and nothing is read.
+    """
     (batch, k), d_model = indices.shape, W.shape[1]
     places, depth = blocks_for(d_model)
     out = torch.empty(batch, k, dtype=torch.float32, device=W.device)
     _gather_dot_kernel[(batch, triton.cdiv(k, places))](
-        e, W, indices.contiguous(), out, k, d_model, e.stride(0), W.stride(0), PLACES=places, DEPTH=depth, num_warps=4
-    )
+        e, W, indices.contiguous(), out if where_positive is None else where_positive.contiguous(), out, scale, k,
+        d_model, e.stride(0), W.stride(0), PLACES=places, DEPTH=depth, WHERE=where_positive is not None, num_warps=4,
+    )  # fmt: skip
     return out

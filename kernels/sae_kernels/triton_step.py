@@ -1,18 +1,35 @@
 """A TopK step on a GPU: what `topk_step.TopKStep` calls when its tensors are there."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sae_kernels.recorded import Recorded
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.row_state import Hyper
 from sae_kernels.stages import Part, RowGradients
 from sae_kernels.triton_aux import DENSE, Compacted, dense_aux
 from sae_kernels.triton_latents import Moments, Pairs, schedule_row, update_latents_
 from sae_kernels.triton_sparse_decode import decode, gather_dot
-from sae_kernels.triton_sparse_gradient import row_gradient, segments
+from sae_kernels.triton_sparse_gradient import Segments, row_gradient, segments
 from sae_kernels.triton_topk_encode import encode_select
+
+
+class _Reconstruction(NamedTuple):
+    """What the main part of a forward pass leaves; W_enc and W_dec get their gradients from its pairs."""
+
+    rows: Tensor
+    errors: Tensor
+    selected: Selected
+    d_z: Tensor
+    weights: Tensor
+    by_latent: Segments
+    squared_error: Tensor
+    active: Tensor
+    through_decoder: Tensor
+    through_encoder: Tensor
 
 
 class TritonStep:
@@ -29,6 +46,8 @@ class TritonStep:
         self.norms = torch.zeros(2, len(self.rounded), device=self.rounded.device)  # of both gradients' rows, squared
         self._d_b_enc = torch.empty_like(self.b_enc.value)
         self._aux: Compacted | None = None
+        self._of: Hyper | None = None
+        self._recorded = Recorded[_Reconstruction]()
         self.refresh_()
 
     def refresh_(self) -> None:
@@ -44,42 +63,51 @@ class TritonStep:
         self, x: Tensor, *, k: int, variance: float, dead: Tensor, k_aux: int, aux_coefficient: float
     ) -> StepStatistics:
         """Selection, reconstruction, errors, AuxK, and the pairs by latent that `gradients` and `update_` take."""
-        x = x.float()
-        n_latents, scale = len(self.rounded), 2 / (x.shape[0] * variance)
-        rows = self._rows(x)
-        values, indices, _ = encode_select(rows, self.rounded, self.b_enc.value, k=k)
-        error = decode(values, indices, self.W_dec.value, self.b_dec.value, residual_of=x)
-        d_z = -scale * gather_dot(error, self.W_dec.value, indices) * (values > 0)
-        self._through_decoder = -scale * error.sum(0)
-        fired = torch.zeros(n_latents + 1, dtype=torch.bool, device=x.device)
-        fired = fired.index_fill_(0, torch.where(values > 0, indices, n_latents).flatten(), True)[:-1]
-        statistics = StepStatistics(error.square().sum(), x.new_zeros(()), (values > 0).sum(), fired)
-        errors, weights, self._aux = error, -scale * values, None
-        places = dead.nonzero().squeeze(1) if k_aux else dead.new_empty(0)
+        places = dead.nonzero().squeeze(1) if k_aux else dead.new_empty(0)  # waits for the GPU: before it has work
+        scale = 2 / (x.shape[0] * variance)
+        main = self._recorded(self._reconstruction, x.float(), k=k, scale=scale)
+        rows, error, by_latent = main.rows, main.errors, main.by_latent
+        self._through_decoder, self._aux = main.through_decoder, None
+        self._through_encoder = main.through_encoder
+        statistics = StepStatistics(
+            main.squared_error.clone(), x.new_zeros(()), main.active.clone(), by_latent.offsets.diff() > 0
+        )
+        errors, weights, d_z, indices = error, main.weights, main.d_z, main.selected.indices
         if len(places):
             aux = self._select_dead(rows, places, k=min(k_aux, len(places)))
             aux_scale = scale * aux_coefficient * min(len(places) / k_aux, 1.0)
             if len(places) <= DENSE * k_aux:
                 self._aux = dense_aux(rows, error, self.W_dec.value, places, aux, scale=aux_scale)
+                self._through_encoder = main.through_encoder + self._through_dead(self._aux, places)
                 statistics = statistics._replace(aux_squared_error=self._aux.squared_error)
             else:
                 aux = Selected(aux.values, places[aux.indices])
                 aux_error = decode(*aux, self.W_dec.value, None, residual_of=error)
-                aux_d_z = -aux_scale * gather_dot(aux_error, self.W_dec.value, aux.indices) * (aux.values > 0)
+                aux_d_z = gather_dot(
+                    aux_error, self.W_dec.value, aux.indices, scale=-aux_scale, where_positive=aux.values
+                )
                 statistics = statistics._replace(aux_squared_error=aux_error.square().sum())
                 errors = torch.cat([error, aux_error])
-                indices, values = torch.cat([indices, aux.indices], 1), torch.cat([values, aux.values], 1)
+                indices, values = torch.cat([indices, aux.indices], 1), torch.cat([main.selected.values, aux.values], 1)
                 weights, d_z = torch.cat([weights, -aux_scale * aux.values], 1), torch.cat([d_z, aux_d_z], 1)
-        self._hold_(rows, errors, Selected(values, indices), weights=weights, d_z=d_z, split=k)
+                by_latent = segments(values, indices, n_latents=len(self.rounded))
+                self._through_encoder = self._through_b_dec(d_z, indices)
+        self._encoder = Pairs(rows, d_z, by_latent, split=k, shift=0)
+        self._decoder = Pairs(errors, weights, by_latent, split=k, shift=len(rows))
         return statistics
 
-    def _hold_(
-        self, rows: Tensor, errors: Tensor, selected: Selected, *, weights: Tensor, d_z: Tensor, split: int
-    ) -> None:
-        by_latent = segments(*selected, n_latents=len(self.rounded))
-        self._indices = selected.indices
-        self._encoder = Pairs(rows, d_z, by_latent, split=split, shift=0)
-        self._decoder = Pairs(errors, weights, by_latent, split=split, shift=len(rows))
+    def _reconstruction(self, x: Tensor, *, k: int, scale: float) -> "_Reconstruction":
+        """The step up to its pairs, without AuxK: nothing here depends on what the GPU finds."""
+        rows = self._rows(x)
+        values, indices, _ = encode_select(rows, self.rounded, self.b_enc.value, k=k)
+        errors = decode(values, indices, self.W_dec.value, self.b_dec.value, residual_of=x)
+        d_z = gather_dot(errors, self.W_dec.value, indices, scale=-scale, where_positive=values)
+        return _Reconstruction(
+            rows, errors, Selected(values, indices), d_z, weights=-scale * values,
+            by_latent=segments(values, indices, n_latents=len(self.rounded)), squared_error=errors.square().sum(),
+            active=values.count_nonzero(), through_decoder=-scale * errors.sum(0),
+            through_encoder=self._through_b_dec(d_z, indices),
+        )  # fmt: skip
 
     def gradients(self) -> Gradients:
         """The dense gradients of the last `forward`."""
@@ -112,24 +140,22 @@ class TritonStep:
         return decode(*selected, self.W_dec.value, None)
 
     def d_z(self, errors: Tensor, selected: Selected, *, scale: float) -> Tensor:
-        return scale * gather_dot(errors, self.W_dec.value, selected.indices) * (selected.values > 0)
+        return gather_dot(errors, self.W_dec.value, selected.indices, scale=scale, where_positive=selected.values)
 
     def hold_(self, rows: Tensor, parts: Sequence[Part]) -> None:
         def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
             return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
         self._aux = None
-        self._hold_(
-            rows,
-            joined([part.errors for part in parts], 0),
-            Selected(
-                joined([part.selected.values for part in parts], 1),
-                joined([part.selected.indices for part in parts], 1),
-            ),
-            weights=joined([part.scale * part.selected.values for part in parts], 1),
-            d_z=joined([part.d_z for part in parts], 1),
-            split=parts[0].d_z.shape[1],
-        )
+        errors = joined([part.errors for part in parts], 0)
+        values = joined([part.selected.values for part in parts], 1)
+        indices = joined([part.selected.indices for part in parts], 1)
+        weights = joined([part.scale * part.selected.values for part in parts], 1)
+        d_z, split = joined([part.d_z for part in parts], 1), parts[0].d_z.shape[1]
+        by_latent = segments(values, indices, n_latents=len(self.rounded))
+        self._encoder = Pairs(rows, d_z, by_latent, split=split, shift=0)
+        self._decoder = Pairs(errors, weights, by_latent, split=split, shift=len(rows))
+        self._through_encoder = self._through_b_dec(d_z, indices)
 
     def row_gradients(self) -> RowGradients:
         n_latents = len(self.rounded)
@@ -146,11 +172,11 @@ class TritonStep:
             dead = self._aux.slots.ge(0).nonzero().squeeze(1)
             for total, part in ((d_enc, self._aux.enc), (d_dec, self._aux.dec), (d_b_enc, self._aux.bias)):
                 total.index_add_(0, dead, part)
-        return RowGradients(d_enc, d_dec, d_b_enc, self._through_b_dec())
+        return RowGradients(d_enc, d_dec, d_b_enc, self._through_encoder)
 
     def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Tensor:
         if gradients is None:
-            encoder, decoder, through, aux = self._encoder, self._decoder, self._through_b_dec(), self._aux
+            encoder, decoder, through, aux = self._encoder, self._decoder, self._through_encoder, self._aux
         else:
             encoder, decoder, through = gradients.enc.contiguous(), gradients.dec.contiguous(), gradients.through_b_dec
             self._d_b_enc.copy_(gradients.b_enc)
@@ -174,18 +200,22 @@ class TritonStep:
         )  # fmt: skip
 
     def _schedule(self, hyper: Hyper) -> Tensor:
-        return torch.tensor([schedule_row(step=hyper.step, lr=hyper.lr, betas=hyper.betas)], device=self.rounded.device)
+        """`hyper` for the kernels, copied once a step, and from page-locked memory so that nobody waits for it."""
+        if hyper != self._of:
+            row, on_gpu = schedule_row(step=hyper.step, lr=hyper.lr, betas=hyper.betas), self.rounded.is_cuda
+            self._of = hyper
+            self._row = torch.tensor([row], pin_memory=on_gpu).to(self.rounded.device, non_blocking=True)
+        return self._row
 
-    def _through_b_dec(self) -> Tensor:
-        """W_enc d_b_enc of what is held: b_dec, subtracted from x, acts through the encoder."""
-        through = decode(self._encoder.weights, self._indices, self.rounded, None).sum(0)
-        if self._aux:
-            places = self._aux.slots.ge(0).nonzero().squeeze(1)
-            through += self._aux.bias @ self.rounded[places].float()
-        return through
+    def _through_b_dec(self, d_z: Tensor, indices: Tensor) -> Tensor:
+        """W_enc d_b_enc of some pairs: b_dec, subtracted from x, acts through the encoder."""
+        return decode(d_z, indices, self.rounded, None).sum(0)
+
+    def _through_dead(self, aux: Compacted, places: Tensor) -> Tensor:
+        return aux.bias @ self.rounded[places].float()
 
     def _rows(self, x: Tensor) -> Tensor:
-        return (x - self.b_dec.value).bfloat16()
+        return torch.sub(x, self.b_dec.value, out=torch.empty(x.shape, dtype=torch.bfloat16, device=x.device))
 
     def _select_dead(self, rows: Tensor, places: Tensor, *, k: int) -> Selected:
         """AuxK's selection, by place among the dead latents: one product over the compacted set."""

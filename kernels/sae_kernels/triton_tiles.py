@@ -1,5 +1,6 @@
 """The block shape of the encoder product on each processor: chosen here, compiled and read for spills by a test."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,21 +12,25 @@ class Tile(NamedTuple):
     rows: int
     latents: int
     depth: int
-    parts: int  # the epilogue handles latents / parts columns at a time, so that its registers are free again
     warps: int
     stages: int
+    fragments: int = 1  # blocks of 16 rows side by side in the result: one a warp where a warp has all columns
+    bulk: bool = False  # the copy engine brings the operands (Hopper's and later), where their shapes allow it
+    resident: int = 0  # programs a processor, each for many tiles; 0: a program for every tile
 
 
 TILES = {  # by target; the registers and the shared memory of each are in kernels/README.md
-    "sm_80": Tile(rows=128, latents=128, depth=32, parts=4, warps=8, stages=4),
-    "sm_90": Tile(rows=128, latents=256, depth=64, parts=8, warps=8, stages=4),
-    "sm_100": Tile(rows=128, latents=256, depth=64, parts=8, warps=8, stages=4),
-    "gfx942": Tile(rows=128, latents=128, depth=64, parts=4, warps=8, stages=2),
+    "sm_80": Tile(rows=128, latents=128, depth=32, warps=8, stages=4),
+    "sm_90": Tile(rows=128, latents=256, depth=64, warps=8, stages=3, fragments=8, bulk=True, resident=1),
+    "sm_100": Tile(rows=128, latents=128, depth=64, warps=8, stages=4, bulk=True),
+    "gfx942": Tile(rows=128, latents=128, depth=64, warps=8, stages=2),
 }
-UNEVEN = Tile(rows=128, latents=128, depth=32, parts=4, warps=8, stages=3)  # d_model no multiple of the depth: masks
-SINGLE = Tile(rows=64, latents=64, depth=32, parts=1, warps=4, stages=2)  # fp32 operands
-INTERPRETED = Tile(rows=16, latents=32, depth=32, parts=2, warps=4, stages=1)
+UNEVEN = Tile(rows=128, latents=128, depth=32, warps=8, stages=3)  # d_model no multiple of the depth: masks
+SINGLE = Tile(rows=64, latents=64, depth=32, warps=4, stages=2)  # fp32 operands
+INTERPRETED = Tile(rows=32, latents=32, depth=32, warps=2, stages=1, fragments=2)
 GROUP_ROWS = 16  # row blocks that share a sweep over the latents: their inputs stay in the L2 cache
+RESIDENT_UP_TO = 2048  # d_model: with longer sums the epilogue is not worth hiding (H200: 768 is, 4,096 is not)
+LANES = 4  # threads that share a row of a matrix unit's result, each with two columns of eight (NVIDIA's)
 
 
 def tile_for(x: torch.Tensor) -> Tile:
@@ -35,7 +40,9 @@ def tile_for(x: torch.Tensor) -> Tile:
     if x.dtype == torch.float32:
         return SINGLE
     tile = TILES[target_of(x.device)]
-    return tile if x.shape[1] % tile.depth == 0 else UNEVEN
+    if x.shape[1] % tile.depth:
+        return UNEVEN
+    return tile if x.shape[1] <= RESIDENT_UP_TO else tile._replace(resident=0)
 
 
 def target_of(device: torch.device) -> str:
@@ -43,6 +50,12 @@ def target_of(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; three where there is none, so that interpreted programs take several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def power_of_two(n: int) -> int:

@@ -75,7 +75,7 @@ def initialize(
     each sample row's best values into the k-th best over all parts, and `total` adds a tensor over all parts.
     """
     latents = range(n_latents) if latents is None else latents
-    W_dec = decoder_rows(latents, d_model=x.shape[1], seed=seed)
+    W_dec = decoder_rows(latents, d_model=x.shape[1], seed=seed).to(x.device)  # the same rows on every device
     b_dec = geometric_median(x)
     centred = x - b_dec
     sample = centred[:: max(len(centred) // 512, 1)].double()  # the ratio of two mean norms: 512 rows give it to a few
@@ -91,4 +91,4 @@ def initialize(
         rebuilt += torch.where(values >= least[:, None], values, 0.0) @ tile.double()
     rebuilt = total(rebuilt)
     c = float(sample.norm(dim=-1).mean() / rebuilt.norm(dim=-1).mean().clamp_min(1e-12))
-    return Parameters((W_dec * c).clone().T, W_dec, torch.zeros(len(latents)), b_dec)
+    return Parameters((W_dec * c).clone().T, W_dec, torch.zeros(len(latents), device=x.device), b_dec)

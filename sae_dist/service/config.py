@@ -115,7 +115,7 @@ FREE_KEYS = (
     "out", "store", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas", "harvest.threads",
     "harvest.gpus", "harvest.batch_sequences", "harvest.batch_memory_gb", "harvest.tensor_parallel",
     "model.device_map", "train.log_every", "train.checkpoints", "train.keep_checkpoints", "train.keep_every",
-    "train.checkpoint_every", "train.micro_batch", "train.launcher", "train.max_restarts",
+    "train.checkpoint_every", "train.micro_batch", "train.launcher", "train.max_restarts", "train.device",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -73,6 +73,15 @@ def run_training(
         )  # fmt: skip
 
 
+def chosen_device(wanted: Literal["auto", "cpu", "cuda"], world: int) -> torch.device:
+    """Where a rank's part of the dictionary lives; ranks are not given GPUs of their own yet."""
+    if wanted == "cuda" and world > 1:
+        raise UserError(f"train.device=cuda, but the mesh has {world} ranks, which run on CPUs; use train.device=auto")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but this process sees no usable GPU; use train.device=auto or cpu")
+    return torch.device("cuda" if wanted != "cpu" and world == 1 and torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def _logs(job: TrainJob, out: Path, first: bool, watch: Log | None) -> Iterator[Log]:
     """Where the first rank's figures go; other ranks have nothing to say."""
@@ -128,7 +137,9 @@ class Trainer:
         """Trains on a store that may still be growing; None when a rank was asked to stop before the end."""
         mesh = self._job.mesh
         try:
-            with joined(mesh, self._meeting, rank=self._rank, world=mesh.data * mesh.feature) as rank:
+            world = mesh.data * mesh.feature
+            device = chosen_device(self._job.train.device, world)
+            with joined(mesh, self._meeting, rank=self._rank, world=world, device=device) as rank:
                 return run_training(
                     self._job, rank, live=self._live, provenance=self._provenance, stop=self._stop.is_set
                 )

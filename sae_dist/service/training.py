@@ -16,7 +16,7 @@ from sae_dist.service.config import TrainJob, config_hash
 from sae_dist.service.display import Display, progress
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.summary import read_finished, summarize
-from sae_dist.service.trainer import check_heldout, chosen_hook, run_training
+from sae_dist.service.trainer import check_heldout, chosen_device, chosen_hook, run_training
 from sae_dist.shards import reader
 from sae_dist.train.config import Launcher
 from sae_dist.train.loop import Trained
@@ -42,7 +42,7 @@ def train_and_judge(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
     job = job.located()
     match launcher(job):
         case "process":
-            with joined(job.mesh, None, rank=0, world=1) as alone:
+            with joined(job.mesh, None, rank=0, world=1, device=chosen_device(job.train.device, 1)) as alone:
                 return _lead(job, in_process(job, alone, stop))
         case "torchrun":
             return _of_torchrun(job, stop)
@@ -53,6 +53,8 @@ def train_and_judge(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
 def launcher(job: TrainJob) -> Launcher:
     """What train.launcher=auto comes to; UserError where what was asked for cannot be."""
     asked, world, started = job.train.launcher, job.mesh.data * job.mesh.feature, "TORCHELASTIC_RUN_ID" in os.environ
+    if world > 1:
+        chosen_device(job.train.device, world)  # refuses here what every rank would refuse
     if asked == "auto":
         return "torchrun" if started else "process" if world == 1 else "actors"
     if asked == "process" and world > 1:
@@ -100,7 +102,8 @@ def in_actors(job: TrainJob, stop: Stop) -> Work:
 
 def _of_torchrun(job: TrainJob, stop: Stop) -> dict[str, Any] | None:
     place, _served = of_torchrun()
-    with joined(job.mesh, place, rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"])) as rank:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with joined(job.mesh, place, rank=rank, world=world, device=chosen_device(job.train.device, world)) as rank:
         work = in_process(job, rank, stop)
         if rank.mesh.first:
             return _lead(job, work, begin=lambda go: of_first(rank.mesh, go, name="begin"))

@@ -84,12 +84,14 @@ class Loader:
         prefetch: int = 4,
         threads: int = 4,
         reuse_buffers: bool = False,
+        pinned: bool = False,
         stall_s: float = 3600.0,
         stop: Callable[[], bool] = lambda: False,
     ):
         """`batch` is global, over all ranks; `order_hash` is the value after `start_step` steps: on resume, the
         total on rank 0 and 0 elsewhere. Nothing is read that only steps from `stop_step` on would need.
-        `reuse_buffers`: x is overwritten once the next batch has been asked for.
+        `reuse_buffers`: x is overwritten once the next batch has been asked for. `pinned`: x is in page-locked memory,
+        from where a GPU copies while the CPU goes on; only where there is a GPU.
         Once `stop()` is true the iterator ends, within a second, even while it waits for rows.
         `stall_s`: how long a live loader waits for one unit before it says that producers are gone.
         """
@@ -105,7 +107,7 @@ class Loader:
         self._last: list[int] | None = None  # rows that the lanes will have given when the last step ends this round
         self._ready: queue.Queue[Batch | None] = queue.Queue(prefetch)
         self._spare: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        self._reuse, self._lent = reuse_buffers, None
+        self._reuse, self._lent, self._pinned = reuse_buffers, None, pinned
         self._stop = threading.Event()
         self._windows = Windows(store, hook, self.order, seed, threads=threads, stop=self._stop)
         self._seconds = dict.fromkeys(("starved_s", "blocked_s", "uncommitted_s"), 0.0)
@@ -362,6 +364,7 @@ class Loader:
         for share in moving:
             share.result()
         x = quantize.decode(target, scale if scaled else None, meta.dtype)
+        x = x.pin_memory() if self._pinned and scaled else x
         self._batches_made += 1
         self._bytes_made += target.nbytes
         return Batch(x, unit, row, doc, pos, token, place, step, epoch, self._hash, units_done)
@@ -372,7 +375,7 @@ class Loader:
             spare = self._spare.get()
             if len(spare) == n:
                 return spare
-        return torch.empty(n, width, dtype=self._dtype)
+        return torch.empty(n, width, dtype=self._dtype, pin_memory=self._pinned)
 
 
 def _move(moves: list[tuple[Tensor, Tensor, Tensor]]) -> None:

@@ -29,6 +29,7 @@ class TrainConfig:
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the last so many
     keep_every: Annotated[int, Field(ge=0)] = 0  # keep those of every so many steps for good; 0: none
     log_every: Annotated[int, Field(ge=1)] = 20  # steps
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU, if there is one and this is the only rank
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads a rank; 0: the machine's cores, divided among its ranks
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # rows that a rank encodes at once; null: all of its rows
     product: Literal["bfloat16", "float32"] = "bfloat16"  # what the encoder's operands are rounded to

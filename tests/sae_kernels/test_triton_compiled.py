@@ -11,7 +11,10 @@ PRODUCT = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942":
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program may have
 DEFAULTS = ("encode", "tighten-512", "rank-32", "decode-512", "gather-dot-512", "gradient-512", "update-encoder-1024",
             "update-decoder-1024")  # fmt: skip
-SPILLS = {("sm_100", "rescan-8192")}  # k above 1,024: 24 bytes in a kernel that a row in 10^15 needs
+SPILLS = {
+    ("sm_100", "rescan-8192"),  # k above 1,024: 24 bytes in a kernel that a row in 10^15 needs
+    ("sm_100", "encode-theta"),  # 32 bytes
+}
 
 
 def compiled(target, names, cache):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from sae_kernels import reference
+from sae_kernels import recorded, reference, triton_step
+from sae_kernels.recorded import SETTLED
 from sae_kernels.topk_step import TopKStep
 
 
@@ -27,7 +28,8 @@ def batch_of(batch, d_model, device):
     "batch, n_latents, d_model, k, dead",
     [(1, 8, 4, 1, 0), (5, 64, 19, 4, 2), (3, 32, 16, 32, 32), (9, 50, 33, 3, 20), (4, 60, 33, 3, 55)],
 )
-def test_gradients_match_autograd_in_double_precision(device, batch, n_latents, d_model, k, dead):
+def test_gradients_match_autograd_in_double_precision(device, monkeypatch, batch, n_latents, d_model, k, dead):
+    monkeypatch.setattr(triton_step, "DENSE", 16)  # so that 55 dead for k_aux=3 are many
     sae, x = state(n_latents, d_model, k, device, dead=dead), batch_of(batch, d_model, device)
     gradients, statistics = sae.gradients(x, variance=1.7)
     expected, expected_statistics = reference.topk_gradients(
@@ -71,6 +73,21 @@ def test_two_runs_of_a_step_give_the_same_bits(device):
         sae.step(batch_of(5, 12, device), lr=1e-3, variance=2.0)
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, two.state_dict()[name]), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="recorded on a GPU only")
+@pytest.mark.parametrize("dead", [0, 6, 55])
+def test_a_recorded_step_gives_the_bits_of_one_that_is_not(device, monkeypatch, dead):
+    replayed, launched = state(60, 33, 3, device, dead=dead), state(60, 33, 3, device, dead=dead)
+    batches = [torch.randn(9, 33, generator=torch.Generator().manual_seed(s)).to(device) for s in range(SETTLED + 3)]
+    batches.append(batches[0][:4])  # another shape goes on without the recording
+    for x in batches:
+        replayed.step(x, lr=1e-3, variance=2.0)
+    monkeypatch.setattr(recorded, "SETTLED", len(batches) + 1)
+    for x in batches:
+        launched.step(x, lr=1e-3, variance=2.0)
+    for name, tensor in replayed.state_dict().items():
+        assert torch.equal(tensor, launched.state_dict()[name]), name
 
 
 def test_encode_selects_what_the_reference_selects(device):

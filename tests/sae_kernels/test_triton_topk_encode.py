@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from sae_kernels import reference
-from sae_kernels.triton_topk_encode import capacity_for, encode_select, scattered, stretches
+from sae_kernels.triton_tiles import tile_for
+from sae_kernels.triton_topk_encode import capacity_for, encode_select, spread_of, stretches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -38,6 +39,17 @@ def test_the_selection_is_the_references_bit_for_bit(device, batch, n_latents, d
     assert_same(selected, reference.topk(x @ W.T + b, k))
 
 
+@pytest.mark.parametrize("resident", [0, 1])
+def test_operands_that_the_copy_engine_reads_give_the_same_selection(device, resident):
+    tile = tile_for(torch.empty(1, 64, dtype=torch.bfloat16, device=device))._replace(bulk=True, resident=resident)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
+        pytest.skip("this GPU has no such engine")
+    n_latents = 5 * tile.latents
+    x, W, b = (integers(s, device, seed=i) for i, s in enumerate([(37, 64), (n_latents, 64), (n_latents,)]))
+    selected = encode_select(x.bfloat16(), W.bfloat16(), b, k=3, capacity=tile.latents, tile=tile)
+    assert_same(selected, reference.topk(x @ W.T + b, 3))
+
+
 def test_ties_go_to_the_lower_latent_in_every_stretch(device):
     x, W, b = (integers(s, device, low=0, high=2, seed=i) for i, s in enumerate([(6, 4), (100, 4), (100,)]))
     selected = encode_select(x.bfloat16(), W.bfloat16(), b, k=7, capacity=32)
@@ -63,9 +75,10 @@ def test_a_row_without_positive_values_and_a_nan_select_nothing(device):
 
 def test_a_buffer_that_overflows_is_counted_and_still_exact(device):
     n_latents, k, capacity = 150, 3, 32
-    order = scattered(n_latents, torch.device("cpu")).long()
+    leads = -(-n_latents // tile_for(torch.empty(2, 16, dtype=torch.bfloat16, device=device)).latents)
+    order = (torch.arange(leads) * spread_of(leads) % leads)[:, None] + leads * torch.arange(n_latents)
     b = torch.zeros(n_latents)
-    b[order] = torch.arange(n_latents).float()  # every stretch beats all before it: the bound never helps
+    b[order[order < n_latents]] = torch.arange(n_latents).float()  # every stretch beats all before it
     x, W = torch.ones(2, 16), torch.zeros(n_latents, 16)
     selected = encode_select(x.to(device).bfloat16(), W.to(device).bfloat16(), b.to(device), k=k, capacity=capacity)
     assert selected[2].tolist() == [1, 1]
@@ -89,8 +102,13 @@ def test_stretches_cover_every_latent_once_and_fit_the_buffer(n_latents, k):
     for start, stop in spans[1:]:
         growth = stop / start
         assert k * growth + 8 * math.sqrt(k * growth * (growth - 1)) <= capacity
-    order = scattered(n_latents, torch.device("cpu"))
-    assert torch.equal(order.sort().values, torch.arange(n_latents, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("leads", [1, 2, 3, 64, 4096, 100_003, 1 << 20])
+def test_column_tiles_take_every_lead_once_in_steps_that_32_bits_hold(leads):
+    assert leads * spread_of(leads) < 2**31
+    order = torch.arange(leads) * spread_of(leads) % leads
+    assert torch.equal(order.sort().values, torch.arange(leads))
 
 
 def test_the_buffers_grow_with_k_and_not_with_n_latents(device):

@@ -52,7 +52,7 @@ class Feed:
         if rank < readers:
             self._loader = Loader(
                 store, hook=hook, order=order, start_step=start_step, order_hash=order_hash if rank == 0 else 0,
-                rank=rank, world=readers, **options,
+                rank=rank, world=readers, pinned=mesh.device.type == "cuda", **options,
             )  # fmt: skip
 
     def next(self, *, stop: bool = False) -> Fed | None:
@@ -91,7 +91,7 @@ class Feed:
         sizes = [rows for _, _, rows, *_ in everybody]
         x = self._nothing if mine is None else mine.x
         place = torch.empty(0, dtype=torch.int64) if mine is None else torch.from_numpy(mine.place)
-        x = gather_rows(mesh, mesh.world, x.to(mesh.device), sizes, name="batch")
+        x = gather_rows(mesh, mesh.world, x.to(mesh.device, non_blocking=True), sizes, name="batch")
         place = gather_rows(mesh, mesh.world, place.to(mesh.device), sizes, name="batch")
         doc = torch.empty(0, dtype=torch.int64) if mine is None else torch.from_numpy(mine.doc.view("int64"))
         return Fed(
@@ -105,7 +105,7 @@ class Feed:
 
 def _alone(batch: Batch, mesh: Mesh) -> Fed:
     return Fed(
-        batch.x.to(mesh.device), batch.epoch, batch.order_hash, batch.units_done,
+        batch.x.to(mesh.device, non_blocking=True), batch.epoch, batch.order_hash, batch.units_done,
         lambda: torch.from_numpy(batch.doc.view("int64")),
     )  # fmt: skip
 

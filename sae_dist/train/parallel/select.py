@@ -34,7 +34,9 @@ def best(
     keys = plain.keys(candidates.values, candidates.indices + latents.start)
     keys = torch.nn.functional.pad(keys, (0, width - keys.shape[1]))
     everybody = _two_rounds(mesh, keys, k=k, name=name) if two_rounds else _one_round(mesh, keys, name=name)
-    chosen = plain.unpacked(everybody.topk(min(k, everybody.shape[1])).values)
+    places = min(k, mesh.feature.size * width)  # the same for all rows, however few keys reached two rounds' bound
+    everybody = torch.nn.functional.pad(everybody, (0, max(places - everybody.shape[1], 0)))
+    chosen = plain.unpacked(everybody.topk(places).values)
     own = (chosen.values > 0) & (chosen.indices >= latents.start) & (chosen.indices < latents.stop)
     return Selected(torch.where(own, chosen.values, 0.0), torch.where(own, chosen.indices - latents.start, 0))
 
