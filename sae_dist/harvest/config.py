@@ -1,11 +1,20 @@
 """How much to harvest and how."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, NamedTuple, assert_never
 
 from pydantic import Field
 
 from sae_dist.config import frozen
 from sae_dist.shards.format import DType
+from sae_dist.shards.retention import Keep, Ring, UntilConsumed
+
+
+class ReplicaRange(NamedTuple):
+    """Between how many replicas a harvest may have; equal where the number is fixed."""
+
+    least: int
+    most: int
 
 
 @frozen
@@ -39,16 +48,47 @@ class HarvestConfig:
     dtype: DType = "bfloat16"  # of the stored rows
     slice_rows: Annotated[int, Field(ge=1)] = 8_192  # rows a slice: the atom of order, range reads and checksums
     tensor_parallel: Annotated[int, Field(ge=1)] = 1  # processes that hold a replica's model together
-    replicas: Annotated[int, Field(ge=1)] = 1  # model replicas, each a Ray actor
-    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads a replica; 0: the cores divided by the replicas
-    gpus: Annotated[float, Field(ge=0)] = 0.0  # GPUs a replica
+    replicas: int | str = 1  # of the model; `1..4`: from 1 to 4, by who waits for whom
+    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads a process; 0: the cores divided by the processes
+    gpus: Annotated[float, Field(ge=0)] = 0.0  # GPUs a process
+    lease_s: Annotated[float, Field(gt=0)] = 120.0  # a replica without a sign of life for so long is replaced
+    start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # or one that has not loaded its model by then
+    ahead_units: Annotated[int, Field(ge=0)] = 0  # units that harvesting runs ahead of the slowest reader; 0: no bound
+    retention: Literal["keep", "until_consumed", "ring"] = "keep"  # of units that every reader is through with
+    ring_gb: Annotated[float, Field(ge=0)] = 1000.0  # ring: what stays on disk, as far as readers allow
     max_nonfinite_fraction: Annotated[float, Field(ge=0, le=1)] = (
         0.01  # a unit with more NaN or Inf rows stops the harvest
     )
     max_outlier_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05  # or with more norm outliers
     rows: RowPolicy = RowPolicy()
 
+    @property
+    def replica_range(self) -> ReplicaRange:
+        """`replicas` as numbers; ValueError for anything but a number or two of them in order."""
+        found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(self.replicas))
+        if not found or not 1 <= int(found[1]) <= int(found[2] or found[1]):
+            raise ValueError(f"harvest.replicas={self.replicas}; give a number from 1 on, or two: 1..4")
+        return ReplicaRange(int(found[1]), int(found[2] or found[1]))
+
+    @property
+    def retention_policy(self) -> Keep | UntilConsumed | Ring:
+        """`retention` as shards/retention.py wants it."""
+        match self.retention:
+            case "keep":
+                return Keep()
+            case "until_consumed":
+                return UntilConsumed()
+            case "ring":
+                return Ring(bytes=round(self.ring_gb * 1e9))
+        assert_never(self.retention)
+
+    @property
+    def most_processes(self) -> int:
+        """Processes of all replicas, when there are as many as there may be."""
+        return self.replica_range.most * self.tensor_parallel
+
     def __post_init__(self) -> None:
+        _ = self.replica_range  # refuses what is none
         if self.rows.drop_first >= self.context:
             raise ValueError(
                 f"harvest.rows.drop_first={self.rows.drop_first} drops all of harvest.context={self.context}; lower it"

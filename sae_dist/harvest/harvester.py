@@ -84,16 +84,16 @@ class Harvester:
     def progress(self) -> Progress:
         return Progress(self._positions, self._units)
 
-    def harvest(self, unit: int, turn: int | None = None) -> UnitReport | None:
+    def harvest(self, unit: int, turn: int | None = None, *, producer: str = "") -> UnitReport | None:
         """Harvests one unit and commits it; waits for that, and may be called from several threads at once.
 
-        Units go through the model in the order of their turns, 0 1 2 ..., or as they come where none is given. None in
-        the processes of a tensor-parallel replica that do not lead.
+        Units go through the model in the order of their turns, 0 1 2 ..., or as they come where none is given. The
+        commit says that `producer` wrote it. None in the processes of a tensor-parallel replica that do not lead.
         """
         with self._turns:
             self._turns.wait_for(lambda: turn in (None, self._turn))
             self._turn += 1
-            written = self._model.submit(self._through_the_model, unit)
+            written = self._model.submit(self._through_the_model, unit, producer)
             self._turns.notify_all()
         outcome = written.result()
         return None if outcome is None else outcome.result()
@@ -103,7 +103,7 @@ class Harvester:
         self._model.shutdown()
         self._writer.shutdown()
 
-    def _through_the_model(self, unit: int) -> Future[UnitReport] | None:
+    def _through_the_model(self, unit: int, producer: str) -> Future[UnitReport] | None:
         began = time.monotonic()
         self._room.acquire()
         blocked_s = time.monotonic() - began
@@ -117,7 +117,9 @@ class Harvester:
             states = self._forward(sequences)
             faults.point("harvester.after_forward", unit=unit)
             if self._leads:
-                return self._writer.submit(self._write, unit, sequences, states, gather_s, blocked_s)
+                return self._writer.submit(
+                    self._write, unit, sequences, states, gather_s=gather_s, blocked_s=blocked_s, producer=producer
+                )
         except BaseException:
             self._room.release()
             raise
@@ -139,12 +141,16 @@ class Harvester:
                 torch.cuda.empty_cache()
                 logger.warning("out of GPU memory: %d sequences a batch from now on", self._batch)
 
-    def _write(self, unit: int, sequences: Sequences, states: States, gather_s: float, blocked_s: float) -> UnitReport:
+    def _write(
+        self, unit: int, sequences: Sequences, states: States, *, gather_s: float, blocked_s: float, producer: str
+    ) -> UnitReport:
         try:
             began = time.monotonic()
             kept = rows(self._engine, states.states, sequences=sequences, config=self._config)
             states.states.clear()  # rows are copies
-            written = write_unit_once(self._store, unit, kept.states, doc=kept.doc, pos=kept.pos, token=kept.token)
+            written = write_unit_once(
+                self._store, unit, kept.states, doc=kept.doc, pos=kept.pos, token=kept.token, producer=producer
+            )
             self._units += 1
             return UnitReport(
                 unit, kept.positions, len(kept.doc), kept.outliers, kept.nonfinite, not written.won,

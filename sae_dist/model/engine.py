@@ -5,7 +5,7 @@ or spread over devices. `sae_dist.model.vllm` is the one on vLLM: the residual s
 """
 
 from collections.abc import Sequence
-from typing import Protocol, assert_never
+from typing import NamedTuple, Protocol, assert_never
 
 import torch
 from jaxtyping import Float, Int
@@ -63,6 +63,19 @@ class Engine(Protocol):
     def bytes_per_token(self, hooks: Sequence[str], context: int) -> int:
         """About how much memory a token of a batch takes while it is in the model, in the process that has most."""
         ...
+
+
+class Description(NamedTuple):
+    """What a store records of the model that fills it; the same however the model is spread."""
+
+    model: str
+    fingerprint: str
+    widths: dict[str, int]  # by hook point
+
+
+def describe(engine: Engine, hooks: Sequence[str]) -> Description:
+    """The engine's description; in a tensor-parallel replica all processes must ask. UserError for an unknown hook."""
+    return Description(engine.name, engine.fingerprint, {hook: engine.width(hook) for hook in hooks})
 
 
 def open_engine(config: ModelConfig, group: Group = ALONE) -> Engine:

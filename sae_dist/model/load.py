@@ -96,7 +96,7 @@ def load(config: ModelConfig, group: Group = ALONE) -> LanguageModel:
     In a `group` of several processes each calls this, and each reads and holds its slices only.
     """
     began = time.monotonic()
-    device = _device(config.device)
+    device = chosen_device(config.device)
     dtype = fast_dtype(device) if config.dtype == "auto" else config.dtype
     with _no_progress_bars():
         model, tokenizer = _load(config, getattr(torch, dtype), group)
@@ -113,6 +113,14 @@ def load(config: ModelConfig, group: Group = ALONE) -> LanguageModel:
         parallel.held_bytes(model) / 1e6, group.rank, group.size, time.monotonic() - began,
     )  # fmt: skip
     return LanguageModel(model, cast(Tokenizer, tokenizer), config.name, revision, dtype, fingerprint(model), group)
+
+
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
+    """The tokenizer of the model that `config` names, without the model; raises `UserError` when it cannot be had."""
+    if config.name in tiny.TINY:
+        return cast(Tokenizer, tiny.tokenizer())
+    with _said_plainly(config):
+        return cast(Tokenizer, _tokenizer(config))
 
 
 def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
@@ -146,26 +154,38 @@ def _sample(weight: Tensor) -> Tensor:
 def _load(config: ModelConfig, dtype: torch.dtype, group: Group) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if config.name in tiny.TINY:
         return _load_tiny(config, dtype, group)
+    with _said_plainly(config):
+        return _from_pretrained(_source(config), config, dtype, group), _tokenizer(config)
+
+
+def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(_source(config), revision=config.revision, trust_remote_code=False)
+
+
+def _source(config: ModelConfig) -> str:
+    """What transformers calls it: a folder, or a name on the hub."""
     if config.name == "smollm2":
-        source = str(smollm2.checkpoint())
-    elif Path(config.name).expanduser().is_dir():
-        source = str(Path(config.name).expanduser())
-    elif config.name.startswith(("/", "./", "../", "~")):
+        return str(smollm2.checkpoint())
+    if Path(config.name).expanduser().is_dir():
+        return str(Path(config.name).expanduser())
+    if config.name.startswith(("/", "./", "../", "~")):
         raise UserError(f"model.name={config.name}: no such folder; give a folder with config.json and safetensors")
-    else:
-        source = config.name
+    return config.name
+
+
+@contextmanager
+def _said_plainly(config: ModelConfig) -> Iterator[None]:
+    """What transformers raises for names, files and architectures that it cannot use, as a line with the cure."""
     try:
-        model = _from_pretrained(source, config, dtype, group)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=False)
+        yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # what transformers raises for names, files and architectures it cannot use
+    except (OSError, ValueError) as error:
         revision = "" if config.revision is None else f" model.revision={config.revision}"
         raise UserError(
             f"model.name={config.name}{revision} cannot be loaded ({_first_line(error)}); check the name, or, if this "
             "machine is offline, give a local folder with config.json, a tokenizer and safetensors weights, or smollm2"
         ) from error
-    return model, tokenizer
 
 
 def _load_tiny(
@@ -203,7 +223,7 @@ def _from_pretrained(source: str, config: ModelConfig, dtype: torch.dtype, group
         options["device_map"] = config.device_map
     if config.quantization != "none":
         options["quantization_config"] = _quantization(config, dtype)
-        options.setdefault("device_map", {"": _device(config.device)})
+        options.setdefault("device_map", {"": chosen_device(config.device)})
     return AutoModelForCausalLM.from_pretrained(
         source, revision=config.revision, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
     )
@@ -220,7 +240,8 @@ def _quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def _device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+def chosen_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device of `model.device`; `auto` is the GPU when there is one."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device=cuda, but this machine has no usable GPU; use model.device=auto or cpu")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

@@ -15,9 +15,11 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would let anything else on the machine stall the run
 
 import ray  # noqa: E402
+from ray._private.state import available_resources_per_node  # noqa: E402  (a developer API that has no public name)
 from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
 
 from sae_dist.config import Stopped, UserError  # noqa: E402
+from sae_dist.service.room import Bundle, Node, explain, never_fits  # noqa: E402
 from sae_dist.service.stopping import StopRequest, listening  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -67,15 +69,28 @@ def _start_here(cpus: int) -> None:
             ray.shutdown()
 
 
-def check_resources(*, cpus: float, gpus: float) -> None:
-    """UserError when the whole cluster has not what the run asks for: its actors would wait for ever."""
-    has = ray.cluster_resources()
-    for name, wanted, cure in (
-        ("CPU", cpus, "lower harvest.replicas"),
-        ("GPU", gpus, "lower harvest.gpus or replicas"),
-    ):
-        if has.get(name, 0) < wanted:
-            raise UserError(f"the run needs {wanted:g} {name}s and the cluster has {has.get(name, 0):g}; {cure}")
+def nodes() -> list[Node]:
+    """The machines of the cluster that are alive."""
+    free = available_resources_per_node()
+    return [
+        Node(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}", node["Resources"], free.get(node["NodeID"], {}))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def check_room(bundle: Bundle, processes: int, *, others: int = 0, cure: str) -> None:
+    """UserError when the cluster has not what the run asks for, even empty: its actors would wait for ever.
+
+    `others`: processes of one CPU beside those.
+    """
+    there = nodes()
+    cpus = sum(node.total.get("CPU", 0) for node in there)
+    if never_fits(bundle, processes, there) or cpus < processes * bundle.cpus + others:
+        more = f", and {others} CPU more" if others else ""
+        raise UserError(
+            f"the run needs {explain(bundle, processes, there)}{more}; {cure}, or give cluster= a larger one"
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -17,6 +17,8 @@ from sae_dist.shards.order import OrderConfig
 from sae_dist.text.corpus import TextConfig
 from sae_dist.train.config import MeshConfig, TrainConfig
 
+ONE_PASS = 0.95  # of the positions of a harvest surely become rows: separators and outliers do not
+
 
 @frozen
 class RunConfig:
@@ -37,6 +39,23 @@ class RunConfig:
     evaluate: EvaluateConfig
     wandb: WandbConfig
     pages: PagesConfig | None = None  # pages=null: no feature pages
+
+    def __post_init__(self) -> None:
+        ahead, round_units = self.harvest.ahead_units, self.order.round_units
+        per_unit = self.harvest.unit_sequences * (self.harvest.context - self.harvest.rows.drop_first)
+        least = 2 * max(round_units, -(-self.train.init_rows // per_unit))
+        if ahead and (round_units == 0 or ahead < least):
+            raise ValueError(
+                f"harvest.ahead_units={ahead} with order.round_units={round_units}: training waits for whole rounds "
+                f"and for train.init_rows={self.train.init_rows}; give {least} or more, with rounds that are not 0"
+            )
+        rows = self.harvest.tokens * (1 - self.harvest.rows.drop_first / self.harvest.context)
+        wanted = self.train.n_steps * self.train.batch
+        if self.harvest.retention != "keep" and wanted > ONE_PASS * rows:
+            raise ValueError(
+                f"harvest.retention={self.harvest.retention} deletes what was read once, and {wanted} rows "
+                f"to train on are more than {ONE_PASS:.0%} of one pass; lower train.tokens to {int(ONE_PASS * rows)}"
+            )
 
     @property
     def folder(self) -> Path:
@@ -69,6 +88,7 @@ class HarvestJob:
     text: TextConfig
     store: str
     harvest: HarvestConfig
+    wandb: WandbConfig = WandbConfig()
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -113,7 +133,8 @@ def absolute_uri(place: str) -> str:
 # counts by content.
 FREE_KEYS = (
     "out", "store", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas", "harvest.threads",
-    "harvest.gpus", "harvest.batch_sequences", "harvest.batch_memory_gb", "harvest.tensor_parallel",
+    "harvest.gpus", "harvest.lease_s", "harvest.start_timeout_s", "harvest.ahead_units", "harvest.retention",
+    "harvest.ring_gb", "harvest.batch_sequences", "harvest.batch_memory_gb", "harvest.tensor_parallel",
     "model.device_map", "train.log_every", "train.checkpoints", "train.keep_checkpoints", "train.keep_every",
     "train.checkpoint_every", "train.micro_batch", "train.launcher", "train.max_restarts", "train.device",
 )  # fmt: skip

@@ -1,14 +1,18 @@
 """The harvest command: replicas fill a store, and nothing else happens."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from sae_dist import storage
 from sae_dist.config import to_dict
-from sae_dist.service.cluster import check_resources, cluster
+from sae_dist.monitor import JsonLines, Log, WandbConfig, WandbMirror
+from sae_dist.service.cluster import cluster
 from sae_dist.service.config import HarvestJob
+from sae_dist.service.describe import describe_elsewhere
 from sae_dist.service.display import Display
-from sae_dist.service.harvesting import Harvesting
+from sae_dist.service.harvesting import Harvesting, check_harvest_room
 from sae_dist.service.prepare import prepare
 from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.run_folder import RunFolder
@@ -27,23 +31,44 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
                 model=job.model, hook_points=job.hooks, text=job.text, harvest=job.harvest,
                 folder=folder.path / "text", store_uri=job.store,
                 progress=lambda facts: display.update("text", facts),
+                describe_elsewhere=describe_elsewhere(job.model, job.harvest, job.hooks, job.store, job.cluster),
             )  # fmt: skip
             display.update("text", prepared.facts, now=True)
             store = reader.open(storage.open(job.store))
-            committed = store.committed()
-            todo = [unit for unit in range(store.meta.n_units) if unit not in committed]
             replica = ReplicaConfig(values["model"], values["harvest"], job.hooks, job.store, prepared.split)
-            with cluster(job.cluster, cpus=job.harvest.replicas) as request:
-                check_resources(cpus=job.harvest.replicas, gpus=job.harvest.replicas * job.harvest.gpus)
-                harvesting = Harvesting(replica, job.harvest, todo=todo, n_units=store.meta.n_units)
-                while not harvesting.done:
-                    request.check()
-                    harvesting.poll(1.0)
-                    facts = harvesting.facts()
-                    display.update("harvest", facts, now=harvesting.done)
-                    folder.status("running", harvest=facts)
-                harvesting.close()
+            with (
+                cluster(job.cluster, cpus=job.harvest.most_processes) as request,
+                harvest_log(folder.path, job.wandb, values) as log,
+            ):
+                check_harvest_room(job.harvest)
+                with closing(Harvesting(replica, job.harvest, store=store, out=job.out, log=log)) as harvesting:
+                    while not harvesting.done:
+                        request.check()
+                        harvesting.poll(0.5)
+                        facts = harvesting.facts()
+                        display.update("harvest", facts, now=harvesting.done)
+                        folder.status("running", harvest=facts)
         commits = store.committed()
         facts = {"units": len(commits), "rows": sum(commit.rows for commit in commits.values())}
         folder.status("done", harvest=facts)
         return facts
+
+
+@contextmanager
+def harvest_log(out: Path, wandb: WandbConfig, run_config: Mapping[str, Any]) -> Iterator[Log]:
+    """Where a harvest's figures go: metrics.jsonl of the run's folder, and W&B as a run of its own."""
+    lines = JsonLines(out / "metrics.jsonl", phase="harvest")
+    with ExitStack() as mirrors:
+        mirror: WandbMirror | None = None
+
+        def log(step: int, figures: Mapping[str, Any]) -> None:
+            nonlocal mirror
+            lines(step, figures)
+            if mirror is None and wandb.mode != "disabled":  # only now: a harvest that is complete has nothing to show
+                mirror = WandbMirror(wandb, out=out, name=f"{out.name}-harvest", run_config=run_config)
+                mirrors.callback(mirror.close)
+            if mirror is not None:
+                mirror(step, figures)
+
+        mirrors.callback(lines.close)
+        yield log

@@ -1,120 +1,336 @@
-"""Replicas at work: units are handed out in order, and a unit whose replica died is handed out again."""
+"""Replicas at work: units are leased to them in order, and a unit whose replica is gone is leased to another.
+
+One driver at a time fills a store (run_lease.py). Which copy of a unit counts is decided by the store alone, so nothing
+here has to be sure that a replica which it gave up is really dead.
+"""
 
 import logging
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
 
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.harvester import UnitReport
-from sae_dist.service.cluster import answer, reason_of
+from sae_dist.monitor import Log
+from sae_dist.service.cluster import check_room
 from sae_dist.service.display import duration
-from sae_dist.service.replica import Replica, ReplicaConfig
+from sae_dist.service.gang import Gang, Lost, Shape, heard
+from sae_dist.service.leases import Leases
+from sae_dist.service.replica import ReplicaConfig
+from sae_dist.service.room import Bundle
+from sae_dist.service.run_lease import RunLease, run_lease
+from sae_dist.service.scaling import INTERVAL_S, Observed, Scale, decide
+from sae_dist.service.throughput import Throughput, laggard, late, remaining_s
 from sae_dist.service.trainer import usable_cores
+from sae_dist.shards.credits import Flow, Position, positions, starved_share
+from sae_dist.shards.reader import Store
+from sae_dist.shards.retention import retire
+from sae_dist.storage import StorageError
 
 logger = logging.getLogger(__name__)
 
+DEPTH = 2  # units that a replica has at once: one in the model, one on its way into the store
 MAX_DEATHS = 5  # of replicas without a unit in between: something kills them all, and would kill the next one
+MAX_TRIES = 5  # of one unit: it kills those who take it
+LOOK_EVERY_S = 2.0  # at how far readers are
+LOG_EVERY_S = 10.0
+
+
+def shape_of(config: HarvestConfig) -> Shape:
+    """What a replica is made of."""
+    threads = config.threads or max(usable_cores() // config.most_processes, 1)
+    return Shape(config.tensor_parallel, Bundle(1.0, config.gpus), threads)
+
+
+def check_harvest_room(config: HarvestConfig, *, others: int = 0) -> None:
+    """UserError when the cluster can never have the least number of replicas, with `others` of one CPU beside them."""
+    processes = config.replica_range.least * config.tensor_parallel
+    cure = "lower harvest.replicas, harvest.tensor_parallel or harvest.gpus"
+    check_room(shape_of(config).bundle, processes, others=others, cure=cure)
 
 
 class Harvesting:
-    """The units still to do and the replicas that do them. Call `poll` until `done`."""
+    """The units still to do and the replicas that do them. Call `poll` until `done`; close it."""
 
-    def __init__(self, replica: ReplicaConfig, config: HarvestConfig, *, todo: Sequence[int], n_units: int) -> None:
-        self._replica_config, self._config, self._n_units = replica, config, n_units
-        self._pending = deque(todo)
-        self._working: dict[ray.ObjectRef, tuple[ActorHandle, int]] = {}
-        self._replicas: list[ActorHandle] = []
-        self._reports: list[UnitReport] = []
-        self._loading_s = 0.0
-        self._deaths, self._deaths_in_a_row, self._began = 0, 0, time.monotonic()
-        for _ in range(min(config.replicas, len(todo))):
-            self._start()
+    def __init__(
+        self,
+        replica: ReplicaConfig,
+        config: HarvestConfig,
+        *,
+        store: Store,
+        out: str,
+        log: Log = lambda *_: None,
+    ) -> None:
+        committed = store.committed()
+        todo = [unit for unit in range(store.meta.n_units) if unit not in committed]
+        self._replica_config, self._config, self._store, self._log = replica, config, store, log
+        self._shape, self._bounds = shape_of(config), config.replica_range
+        self._leases = Leases(todo, lease_s=config.lease_s)
+        self._gangs: dict[int, Gang] = {}
+        self._started = 0  # replicas so far: the next one's number
+        self._calls: dict[ray.ObjectRef, tuple[int, int]] = {}  # (replica, attempt)
+        self._throughput: dict[int, Throughput] = {}  # of all replicas that ever were ready
+        self._deaths = self._deaths_in_a_row = self._removed = 0
+        self._readers: list[Position] = []
+        self._flow = Flow(config.ahead_units).look([], len(committed))
+        self._held_s, self._polled = 0.0, time.monotonic()
+        self._looked = self._logged = -LOG_EVERY_S
+        self._scale = Scale(self._bounds.least)
+        self._observed = (self._polled, 0.0, self._readers)  # when, held_s, readers at the last observation
+        self._held_open = ExitStack()
+        self._lease: RunLease | None = None
+        if todo:
+            self._lease = self._held_open.enter_context(run_lease(store.storage, out))
 
     @property
     def done(self) -> bool:
-        return not self._pending and not self._working
+        return not self._leases.left
 
     def poll(self, timeout_s: float) -> None:
-        """Takes in what has finished and hands out what is next; waits `timeout_s` at most for the former."""
-        if not self._working:
+        """Takes in what has finished, hands out what is next, mends and resizes; waits `timeout_s` at most."""
+        if self._lease is None or self.done:
             return
-        finished, _ = ray.wait(list(self._working), num_returns=1, timeout=timeout_s)
-        for ref in finished:
-            replica, unit = self._working.pop(ref)
+        self._lease.check()
+        now = time.monotonic()
+        if self._flow.held_by and self._leases.pending:
+            self._held_s += now - self._polled
+        self._polled = now
+        if now - self._looked >= LOOK_EVERY_S:
+            self._looked = now
+            self._look(now)
+        self._resize()
+        for gang in list(self._gangs.values()):
             try:
-                report = UnitReport(*answer(ref))
-            except RayActorError as death:
-                self._bury(replica, unit, death)
-                continue
-            self._deaths_in_a_row = 0
-            if not self._reports:  # the rest went by before a model was loaded
-                self._loading_s = time.monotonic() - self._began - report.forward_s - report.write_s
-            self._reports.append(report)
-            self._hand_out(replica)
+                if gang.advance(now):
+                    self._leases.hear(gang.number, now)
+            except Lost as loss:
+                self._bury(gang, str(loss))
+        for number in self._leases.overdue(now):
+            self._bury(self._gangs[number], f"no sign of life for harvest.lease_s={self._config.lease_s:g}")
+        self._hand_out(now)
+        waiting = [*self._calls, *(ref for gang in self._gangs.values() for ref in gang.steps)]
+        if waiting:
+            ray.wait(waiting, num_returns=1, timeout=timeout_s)
+        else:  # for a place in the cluster
+            time.sleep(min(timeout_s, 0.1))
+        self._take_in(time.monotonic())
+        if self.done or now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            self._log(self._over, self.figures())
+        if self.done:
+            self._held_open.close()  # others may fill the store now
+
+    def unbind(self) -> None:
+        """From now on nobody reads any more: harvesting need not wait for anybody."""
+        self._flow = Flow(0).look([], 0)
 
     def facts(self) -> dict[str, Any]:
-        """How far the harvest is, for people."""
-        left = len(self._pending) + len(self._working)
-        positions = sum(report.positions for report in self._reports)
-        seconds = time.monotonic() - self._began - self._loading_s
-        facts: dict[str, Any] = {"units": self._n_units - left, "of": self._n_units}
-        if positions:
-            facts |= {
-                "tokens_per_second": positions / seconds if left else None,
-                "forward_s": sum(report.forward_s for report in self._reports),
-                "write_s": sum(report.write_s for report in self._reports),
-                "outliers": sum(report.outliers for report in self._reports),
-                "nonfinite": sum(report.nonfinite for report in self._reports),
-                "duplicates": sum(report.duplicate for report in self._reports),
-                "deaths": self._deaths,
-            }
-        if positions and left:
-            facts["eta"] = duration(seconds / len(self._reports) * left)
-        return {key: value for key, value in facts.items() if value is not None}
+        """How far the harvest is, for people: what all replicas did, and a part for each that is at work."""
+        facts: dict[str, Any] = self._counts()
+        if (left := remaining_s(self._working(), units_left=self._leases.left)) is not None and not self.done:
+            facts["eta"] = duration(left)
+        if self._flow.held_by and not self.done:
+            facts["waits for"] = self._flow.held_by
+        if (slow := self._alert()) is not None:
+            facts["alert"] = slow
+        if not self.done:
+            facts |= {f"replica {number}": self._at_work(gang) for number, gang in self._gangs.items()}
+        return facts
 
-    def any_replica(self) -> ActorHandle:
-        """A replica that is not needed for harvesting any more, a new one when there is none."""
+    def figures(self) -> dict[str, Any]:
+        """The same as flat figures, for metrics.jsonl and W&B."""
+        figures: dict[str, Any] = self._counts()
+        figures["tokens"] = sum(each.positions for each in self._throughput.values())
+        figures["eta_s"] = remaining_s(self._working(), units_left=self._leases.left)
+        for number, gang in self._gangs.items():
+            figures |= {f"replica{number}/{name}": value for name, value in self._at_work(gang).items()}
+        if (slow := self._alert()) is not None:
+            figures["harvest/alert"] = slow
+        return figures
+
+    def any_replica(self, check: Callable[[], None]) -> ActorHandle:
+        """A process that holds the whole model and is not needed for harvesting any more, a new one if there is none.
+
+        `check` is called now and then while it starts, and may raise.
+        """
         assert self.done, "replicas are at work"
-        if not self._replicas:
-            self._start()
-        return self._replicas[0]
+        if self._config.tensor_parallel > 1 and any(gang.shape.size > 1 for gang in self._gangs.values()):
+            self._close_gangs()
+        while True:
+            gang = next(iter(self._gangs.values()), None) or self._start(self._shape._replace(size=1))
+            try:
+                gang.advance(time.monotonic())
+            except Lost as loss:
+                self._bury(gang, str(loss))
+                continue
+            if gang.ready:
+                return gang.leader()
+            check()
+            time.sleep(0.05)
 
     def replace(self, replica: ActorHandle) -> None:
-        """Puts a new replica in the place of one that died outside a unit."""
-        self._replicas.remove(replica)
-        ray.kill(replica)  # it may only be out of reach
-        self._start()
+        """A replica that died outside a unit is gone; `any_replica` gives another."""
+        for gang in list(self._gangs.values()):
+            if gang.leader() == replica:
+                del self._gangs[gang.number]
+                gang.close()
 
     def close(self) -> None:
-        for replica in self._replicas:
-            ray.kill(replica)
-        self._replicas.clear()
+        self._close_gangs()
+        self._held_open.close()
 
-    def _start(self) -> None:
-        threads = self._config.threads or max(usable_cores() // self._config.replicas, 1)
-        actor: Any = ray.remote(Replica).options(num_cpus=1, num_gpus=self._config.gpus, max_concurrency=2)
-        replica = actor.remote(self._replica_config, threads)
-        self._replicas.append(replica)
-        self._hand_out(replica)
+    @property
+    def _over(self) -> int:
+        return self._store.meta.n_units - self._leases.left
 
-    def _hand_out(self, replica: ActorHandle) -> None:
-        if self._pending:
-            unit = self._pending.popleft()
-            self._working[replica.harvest.remote(unit)] = (replica, unit)
-        elif len(self._replicas) > 1:  # one stays for the evaluation; the others would hold their memory for nothing
-            self._replicas.remove(replica)
-            ray.kill(replica)
+    def _look(self, now: float) -> None:
+        """At the readers: how far ahead of them harvesting may be, what they need no more, how hungry they are."""
+        grows, keeps = self._bounds.least < self._bounds.most, self._config.retention == "keep"
+        if not (self._config.ahead_units or grows) and keeps:
+            return
+        try:
+            self._readers = positions(self._store.storage)
+            if not keeps:
+                retire(self._store, self._config.retention_policy)
+        except (StorageError, OSError) as error:
+            logger.warning("the store does not say how far its readers are (%s); trying again", error)
+            return
+        self._flow = self._flow.look(self._readers, self._store.meta.n_units - self._leases.pending)
+        since, held_s, before = self._observed
+        if not grows or now - since < INTERVAL_S:
+            return
+        # Without a reader the store is what is wanted, as soon as may be.
+        starved = starved_share(before, self._readers, now - since) if self._readers else 1.0
+        if starved is None:
+            return
+        seen = Observed(starved, (self._held_s - held_s) / (now - since))
+        starting = any(not gang.ready for gang in self._gangs.values())
+        scale = decide(self._scale, seen, least=self._bounds.least, most=self._bounds.most, starting=starting)
+        if scale.wanted != self._scale.wanted:
+            logger.info(
+                "%d replicas instead of %d: readers starved %.0f %% of the last %.0f s, replicas were held %.0f %%",
+                scale.wanted, self._scale.wanted, 100 * seen.starved, now - since, 100 * seen.blocked,
+            )  # fmt: skip
+        self._scale, self._observed = scale, (now, self._held_s, self._readers)
 
-    def _bury(self, replica: ActorHandle, unit: int, death: RayActorError) -> None:
+    def _resize(self) -> None:
+        """As many replicas as are wanted, but no more than there are units; those with the least to lose go."""
+        wanted = min(self._scale.wanted, self._leases.left)
+        staying = [gang for gang in self._gangs.values() if not gang.leaving]
+        staying.sort(key=lambda gang: (not gang.ready, -len(self._leases.of(gang.number))))
+        for _ in range(wanted - len(staying)):
+            self._start(self._shape)
+        for gang in staying[wanted:]:
+            gang.leaving = True
+        for gang in list(self._gangs.values()):
+            if gang.leaving and not self._leases.of(gang.number):
+                self._removed += 1
+                del self._gangs[gang.number]
+                gang.close()
+
+    def _start(self, shape: Shape) -> Gang:
+        gang = Gang(
+            self._started, self._replica_config, shape, start_timeout_s=self._config.start_timeout_s,
+            now=time.monotonic(),
+        )  # fmt: skip
+        self._gangs[gang.number] = gang
+        self._started += 1
+        return gang
+
+    def _hand_out(self, now: float) -> None:
+        """Units in order, those that came back first and whatever the readers say: they may be waiting for them."""
+        assert self._lease is not None
+        for depth in range(1, DEPTH + 1):
+            for gang in self._gangs.values():
+                if not gang.ready or gang.leaving or len(self._leases.of(gang.number)) >= depth:
+                    continue
+                if not self._leases.next_came_back:
+                    if self._flow.room < 1:
+                        return
+                    self._flow = self._flow._replace(room=self._flow.room - 1)
+                lease = self._leases.grant(gang.number, now)
+                if lease is None:
+                    return
+                for ref in gang.harvest(lease.unit, f"{self._lease.token:06d}-{lease.attempt}-"):
+                    self._calls[ref] = (gang.number, lease.attempt)
+
+    def _take_in(self, now: float) -> None:
+        if not self._calls:
+            return
+        finished, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+        for ref in finished:
+            number, attempt = self._calls.pop(ref, (None, 0))
+            if number is None:  # its replica was given up a moment ago
+                continue
+            gang = self._gangs[number]
+            try:
+                report: UnitReport | None = heard(ref)
+            except Lost as loss:
+                self._bury(gang, str(loss))
+                continue
+            if report is not None and self._leases.finish(attempt):
+                self._leases.hear(number, now)
+                self._deaths_in_a_row = 0
+                if number not in self._throughput:
+                    self._throughput[number] = Throughput(gang.ready_at, gang.flop_per_s)
+                self._throughput[number].add(UnitReport(*report), now)
+
+    def _bury(self, gang: Gang, why: str) -> None:
+        """Gives a replica up, with its units; `_resize` puts another in its place."""
         self._deaths, self._deaths_in_a_row = self._deaths + 1, self._deaths_in_a_row + 1
+        del self._gangs[gang.number]
+        gang.close()
+        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != gang.number}
+        units = self._leases.take_back(gang.number)
         if self._deaths_in_a_row >= MAX_DEATHS:
-            raise RuntimeError(f"{MAX_DEATHS} replicas died in a row, the last one at unit {unit}") from death
-        logger.warning("a replica died at unit %d; the unit goes to a new one (%s)", unit, reason_of(death))
-        self._pending.appendleft(unit)
-        self.replace(replica)
+            raise RuntimeError(f"{MAX_DEATHS} replicas died in a row, the last one at units {units}: {why}")
+        for unit in units:
+            if self._leases.lost[unit] >= MAX_TRIES:
+                raise RuntimeError(f"unit {unit} was lost {MAX_TRIES} times with its replica; the last time: {why}")
+        at = f"at unit {units[0]}; what it had goes to another" if units else f"while {gang.state}"
+        logger.warning("replica %d died %s (%s)", gang.number, at, why)
+
+    def _close_gangs(self) -> None:
+        for gang in self._gangs.values():
+            gang.close()
+        self._gangs.clear()
+
+    def _working(self) -> Sequence[Throughput]:
+        return [each for number, each in self._throughput.items() if number in self._gangs]
+
+    def _counts(self) -> dict[str, Any]:
+        every = self._throughput.values()
+        return {
+            "units": self._over,
+            "of": self._store.meta.n_units,
+            "leased": self._leases.leased,
+            "retried": self._leases.retried,
+            "duplicates": sum(each.duplicates for each in every),
+            "replicas": sum(gang.ready for gang in self._gangs.values()),
+            "deaths": self._deaths,
+            "expired": self._leases.expired,
+            "tokens_per_second": sum(each.tokens_per_second for each in self._working()),
+            "outliers": sum(each.outliers for each in every),
+            "nonfinite": sum(each.nonfinite for each in every),
+            "held_s": round(self._held_s, 1),
+        }
+
+    def _at_work(self, gang: Gang) -> dict[str, Any]:
+        known = self._throughput.get(gang.number)
+        return {"state": gang.state} | (known.facts() if known is not None else {})
+
+    def _alert(self) -> str | None:
+        """Who holds the others up, if somebody does."""
+        now, delays = time.monotonic(), {}
+        for gang in self._gangs.values():
+            delays |= gang.delays(now)
+        if (process := late(delays)) is not None:
+            number, rank = process
+            at = self._gangs[number].loaded[rank]
+            return f"replica {number}: process {rank} (pid {at.pid} on {at.node}) answers after {delays[process]:.1f} s"
+        slow = laggard({number: each for number, each in self._throughput.items() if number in self._gangs})
+        return None if slow is None else f"replica {slow} is less than half as fast as the others"

@@ -31,6 +31,7 @@ from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.run_folder import claim
 from sae_dist.shards import reader
 from sae_dist.shards.reader import Store, unit_rows
+from sae_dist.shards.retention import retired
 from sae_dist.text.stream import TokenStream
 from sae_dist.text.tokenize import separator
 
@@ -73,9 +74,12 @@ def pages(
     assert config.pages is not None
     dictionary = dictionary_file.load(config.folder / "dictionary")
     tokenizer = language_model.tokenizer
+    present = sorted(set(range(store.meta.train_units)) - retired(store))
+    if not present:
+        raise UserError(f"harvest.retention has deleted all of store={config.store_uri}; set pages=null, or keep units")
 
     def rows() -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
-        for unit in range(store.meta.train_units):
+        for unit in present:
             progress(unit=unit, of=store.meta.train_units)
             for part in unit_rows(store, config.hook, unit, 8192):
                 yield part.x.float(), part.doc, part.pos

@@ -5,7 +5,7 @@ nothing was heard for `lease_s`. Every grant has an attempt number of its own, s
 over is known as such. Which of two producers of a unit counts is not decided here but by the store, which takes one.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Leases:
         self._pending, self._lease_s = deque(todo), lease_s
         self._held: dict[int, Lease] = {}  # by attempt
         self._attempts = 0
-        self.retried = 0  # units that came back
+        self.lost: Counter[int] = Counter()  # how often a unit came back
         self.expired = 0  # replicas of which nothing was heard for too long
 
     @property
@@ -39,21 +39,23 @@ class Leases:
         return len(self._held)
 
     @property
+    def retried(self) -> int:
+        """Times that a unit came back."""
+        return self.lost.total()
+
+    @property
     def left(self) -> int:
         """Units that are not over yet."""
         return len(self._pending) + len(self._held)
 
     @property
-    def next_unit(self) -> int | None:
-        return self._pending[0] if self._pending else None
+    def next_came_back(self) -> bool:
+        """Whether the next unit to go out was out before."""
+        return bool(self._pending) and self.lost[self._pending[0]] > 0
 
     def of(self, replica: int) -> list[Lease]:
         """What the replica holds, longest held first."""
         return [lease for lease in self._held.values() if lease.replica == replica]
-
-    def units(self) -> list[int]:
-        """All units that are leased."""
-        return [lease.unit for lease in self._held.values()]
 
     def grant(self, replica: int, now: float) -> Lease | None:
         """The next unit for the replica, None when none is pending."""
@@ -79,12 +81,8 @@ class Leases:
         for lease in reversed(lost):
             del self._held[lease.attempt]
             self._pending.appendleft(lease.unit)
-        self.retried += len(lost)
+        self.lost.update(lease.unit for lease in lost)
         return [lease.unit for lease in lost]
-
-    def drop(self, unit: int) -> None:
-        """A pending unit needs no work: somebody committed it."""
-        self._pending.remove(unit)
 
     def overdue(self, now: float) -> list[int]:
         """Replicas with a lease that was not renewed in time."""

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_dist import storage
-from sae_dist.config import UserError, to_dict
+from sae_dist.config import to_dict
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.units import counts
 from sae_dist.model.config import ModelConfig
-from sae_dist.model.engine import Engine, open_engine
+from sae_dist.model.engine import Description, describe, open_engine
+from sae_dist.model.load import Tokenizer, load_tokenizer
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.writer import create
 from sae_dist.text import corpus
@@ -35,25 +36,27 @@ def prepare(
     folder: Path,
     store_uri: str,
     progress: Callable[[Mapping[str, Any]], None],
+    describe_elsewhere: Callable[[], Description] | None = None,
 ) -> Prepared:
-    """Tokenises the text under `folder` and creates the store, once; UserError for a hook point that is not there."""
-    if harvest.tensor_parallel > 1:
-        raise UserError(
-            f"harvest.tensor_parallel={harvest.tensor_parallel}: the service starts replicas of one process "
-            "(model/parallel.py has the model's side of more); use 1, or model.device_map=auto on several GPUs"
-        )
+    """Tokenises the text under `folder` and creates the store, once; UserError for a hook point that is not there.
+
+    The model is loaded here to describe it, or `describe_elsewhere` does where this process could not hold it.
+    """
     text_fingerprint = corpus.fingerprint(text)  # first: a missing file is found before a model is loaded for nothing
-    engine = open_engine(model)
-    widths = {hook: engine.width(hook) for hook in hook_points}
+    if describe_elsewhere is not None:
+        description, tokenizer = describe_elsewhere(), load_tokenizer(model)
+    else:
+        engine = open_engine(model)
+        description, tokenizer = describe(engine, hook_points), engine.tokenizer
     n_train, n_heldout = counts(harvest)
     per_unit = harvest.unit_sequences * harvest.context
     wanted = (n_train + n_heldout) * per_unit
     split = tokenize(
-        text, engine.tokenizer, context=harvest.context, n_tokens=wanted,
+        text, tokenizer, context=harvest.context, n_tokens=wanted,
         heldout_fraction=n_heldout * per_unit / wanted, seed=harvest.seed, folder=folder,
         progress=lambda done, total: progress({"tokens": done, "of": total}),
     )  # fmt: skip
-    meta = _describe(engine, widths, text_fingerprint=text_fingerprint, harvest=harvest)
+    meta = _meta(description, tokenizer, text_fingerprint=text_fingerprint, harvest=harvest)
     create(storage.open(store_uri), meta)
     facts = {
         "tokens": len(split.train.tokens),
@@ -65,15 +68,17 @@ def prepare(
     return Prepared(split, meta, facts)
 
 
-def _describe(engine: Engine, widths: Mapping[str, int], *, text_fingerprint: str, harvest: HarvestConfig) -> StoreMeta:
+def _meta(
+    description: Description, tokenizer: Tokenizer, *, text_fingerprint: str, harvest: HarvestConfig
+) -> StoreMeta:
     n_train, n_heldout = counts(harvest)
     return StoreMeta(
-        model=engine.name,
-        model_fingerprint=engine.fingerprint,
-        tokenizer=tokenizer_fingerprint(engine.tokenizer),
+        model=description.model,
+        model_fingerprint=description.fingerprint,
+        tokenizer=tokenizer_fingerprint(tokenizer),
         text_fingerprint=text_fingerprint,
         context=harvest.context,
-        hooks=dict(widths),
+        hooks=description.widths,
         n_units=n_train + n_heldout,
         heldout_units=n_heldout,
         unit_rows=harvest.unit_sequences * (harvest.context - harvest.rows.drop_first),

@@ -1,4 +1,4 @@
-"""A model replica: a process with the language model in memory, which harvests units and judges dictionaries."""
+"""One process of a model replica: holds the language model, or a part of it, harvests units, judges dictionaries."""
 
 import functools
 import logging
@@ -6,16 +6,20 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import ray
 import torch
 
-from sae_dist import storage
+from sae_dist import faults, storage
 from sae_dist.config import UserError
 from sae_dist.config import load as load_config
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.harvest.harvester import Harvester, UnitReport
+from sae_dist.harvest.harvester import Harvester, Progress, UnitReport
+from sae_dist.model import parallel
 from sae_dist.model.config import ModelConfig
-from sae_dist.model.engine import open_engine, whole_model
-from sae_dist.model.load import LanguageModel
+from sae_dist.model.engine import Description, describe, open_engine, whole_model
+from sae_dist.model.load import LanguageModel, chosen_device
+from sae_dist.model.parallel import ALONE
+from sae_dist.model.peak import product_flop_per_s
 from sae_dist.service import judge
 from sae_dist.service.config import RunConfig
 from sae_dist.shards import reader
@@ -30,37 +34,92 @@ class ReplicaConfig(NamedTuple):
     model: dict[str, Any]
     harvest: dict[str, Any]
     hooks: tuple[str, ...]
-    store_uri: str
-    split: TokenSplit
+    store_uri: str | None  # None: it only describes its model
+    split: TokenSplit | None
+
+
+class Address(NamedTuple):
+    """Where the processes of a replica meet."""
+
+    host: str
+    port: int
+
+
+class Loaded(NamedTuple):
+    """A process that is ready: where it is, and what its processor reaches on a plain product."""
+
+    rank: int
+    node: str
+    pid: int
+    flop_per_s: float
+    description: Description
 
 
 class Replica:
-    """The actor's class; `harvesting` makes it one, with max_concurrency=2."""
+    """The actor's class; gang.py makes it one, with `CONCURRENCY` threads: units overlap, a `pulse` is always heard."""
 
-    def __init__(self, config: ReplicaConfig, threads: int) -> None:
+    CONCURRENCY = 4  # two units, a pulse, and one to spare
+
+    def __init__(self, config: ReplicaConfig, rank: int, size: int, threads: int) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         torch.set_num_threads(threads)
-        self._config, self._harvest = config, load_config(HarvestConfig, config.harvest)
+        self._config, self._rank, self._size = config, rank, size
+        self._harvest = load_config(HarvestConfig, config.harvest)
         self._model = load_config(ModelConfig, config.model)
-        self._engine = open_engine(self._model)
-        self._store = reader.open(storage.open(config.store_uri))
+        self._meeting: parallel.Meeting | None = None
+        self._harvester: Harvester | None = None
+        self._progress: dict[str, Any] = {}
+
+    def meet(self) -> Address:
+        """Opens the place where the other processes of the replica come; for the first of them."""
+        self._meeting = parallel.meet(
+            ray.util.get_node_ip_address(), self._size, timeout_s=self._harvest.start_timeout_s
+        )
+        return Address(self._meeting.host, self._meeting.port)
+
+    def load(self, address: Address | None) -> Loaded:
+        """Joins the others at `address`, if there are others, and loads the model or this process's part of it."""
+        group = ALONE
+        faults.point("replica.before_load", rank=self._rank)
+        device = chosen_device(self._model.device)
+        if address is not None:
+            group = parallel.join(
+                self._rank, self._size, host=address.host, port=address.port, device=device, meeting=self._meeting,
+                timeout_s=self._harvest.start_timeout_s,
+            )  # fmt: skip
+        self._engine = open_engine(self._model, group)
+        if self._config.store_uri is not None:
+            self._open_store(self._config.store_uri, leads=group.leads)
+        reached = product_flop_per_s(self._engine.device, getattr(torch, self._engine.dtype))
+        description = describe(self._engine, self._config.hooks)
+        return Loaded(self._rank, ray.util.get_node_ip_address(), os.getpid(), reached, description)
+
+    def _open_store(self, uri: str, *, leads: bool) -> None:
+        assert self._config.split is not None
+        self._split = self._config.split
+        self._store = reader.open(storage.open(uri))
         if self._engine.fingerprint != self._store.meta.model_fingerprint:
             raise UserError(
                 f"model.name={self._engine.name} is here in {self._engine.dtype} or with other weights "
                 "than where the store was made; set model.dtype and model.revision, so that all machines load the same"
             )
-        self._harvester = Harvester(self._engine, self._store, config.hooks, split=config.split, config=self._harvest)
-        self._progress: dict[str, Any] = {}
+        self._harvester = Harvester(
+            self._engine, self._store, self._config.hooks, split=self._split, config=self._harvest,
+            leads=leads,
+        )  # fmt: skip
+
+    def harvest(self, unit: int, turn: int, producer: str) -> UnitReport | None:
+        """Harvests one unit and commits it in the name of `producer`; None in a process that does not lead."""
+        assert self._harvester is not None, "the model is not loaded"
+        return self._harvester.harvest(unit, turn, producer=producer)
+
+    def pulse(self) -> Progress:
+        """A sign of life: it changes with every batch and every commit."""
+        return Progress(0, 0) if self._harvester is None else self._harvester.progress
 
     def progress(self) -> dict[str, Any]:
-        """How far `evaluate` or `pages` is; answered beside them, so the actor needs max_concurrency=2."""
+        """How far `evaluate` or `pages` is; answered beside them."""
         return self._progress
-
-    def harvest(self, unit: int) -> UnitReport:
-        """Harvests one unit and commits it."""
-        report = self._harvester.harvest(unit)
-        assert report is not None
-        return report
 
     @functools.cached_property
     def _language_model(self) -> LanguageModel:
@@ -71,14 +130,14 @@ class Replica:
         """The figures of a run's dictionary on held-out text."""
         return judge.evaluate(
             load_config(RunConfig, values), self._language_model, store=self._store,
-            stream=self._config.split.heldout, progress=self._say,
+            stream=self._split.heldout, progress=self._say,
         )  # fmt: skip
 
     def pages(self, values: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the feature pages of a run's dictionary; where their index is."""
         path = judge.pages(
             load_config(RunConfig, values), self._language_model, store=self._store,
-            stream=self._config.split.train, summary=summary, progress=self._say,
+            stream=self._split.train, summary=summary, progress=self._say,
         )  # fmt: skip
         return {"index": str(path)}
 

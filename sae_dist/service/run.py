@@ -7,6 +7,7 @@ run is what lies on disk; this process holds nothing that another start of the s
 import json
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from ray.exceptions import RayActorError
 from sae_dist import storage
 from sae_dist.config import UserError, digest, to_dict
 from sae_dist.monitor import write_json
-from sae_dist.service.cluster import answer, check_resources, cluster, reason_of
+from sae_dist.service.cluster import answer, cluster, reason_of
 from sae_dist.service.config import RunConfig, config_hash
+from sae_dist.service.describe import describe_elsewhere
 from sae_dist.service.display import Display, progress
-from sae_dist.service.harvesting import Harvesting
+from sae_dist.service.harvest import harvest_log
+from sae_dist.service.harvesting import Harvesting, check_harvest_room
 from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.ranks import Ranks
 from sae_dist.service.replica import ReplicaConfig
@@ -50,12 +53,15 @@ def run(config: RunConfig) -> dict[str, Any]:
                 model=config.model, hook_points=[config.hook], text=config.text, harvest=config.harvest,
                 folder=folder.path / "text", store_uri=config.store_uri,
                 progress=lambda facts: display.update("text", facts),
+                describe_elsewhere=describe_elsewhere(
+                    config.model, config.harvest, (config.hook,), config.store_uri, config.cluster
+                ),
             )  # fmt: skip
             display.update("text", prepared.facts, now=True)
             hashed = config_hash(config, prepared.meta.digest)
-            cpus = config.harvest.replicas + config.mesh.data * config.mesh.feature
-            with cluster(config.cluster, cpus=cpus) as request:
-                check_resources(cpus=cpus, gpus=config.harvest.replicas * config.harvest.gpus)
+            trainers = config.mesh.data * config.mesh.feature
+            with cluster(config.cluster, cpus=config.harvest.most_processes + trainers) as request:
+                check_harvest_room(config.harvest, others=trainers)
                 job = _Run(config, prepared, folder=folder, display=display, hashed=hashed, request=request)
                 summary = job.go() | {"judged": _judgements(config)}
         summary["wall_seconds"] = folder.wall_seconds
@@ -100,29 +106,32 @@ class _Run:
 
     def go(self) -> dict[str, Any]:
         """Harvests what is missing while training on it, then judges what came out."""
-        committed = self._store.committed()
-        todo = [unit for unit in range(self._store.meta.n_units) if unit not in committed]
-        harvesting = Harvesting(self._replica_config, self._config.harvest, todo=todo, n_units=self._store.meta.n_units)
-        try:
-            report = self._stream(harvesting)
-            weights = weights_digest(self._out / "dictionary")
-            figures = self._judge(
-                "evaluate", [weights, self._values["evaluate"]], harvesting,
-                lambda replica: replica.evaluate.remote(self._values),
+        with (
+            harvest_log(self._out, self._config.wandb, self._values) as log,
+            closing(
+                Harvesting(self._replica_config, self._config.harvest, store=self._store, out=str(self._out), log=log)
+            ) as harvesting,
+        ):
+            return self._phases(harvesting)
+
+    def _phases(self, harvesting: Harvesting) -> dict[str, Any]:
+        report = self._stream(harvesting)
+        weights = weights_digest(self._out / "dictionary")
+        figures = self._judge(
+            "evaluate", [weights, self._values["evaluate"]], harvesting,
+            lambda replica: replica.evaluate.remote(self._values),
+        )  # fmt: skip
+        summary = summarize(
+            self._config.train_job(), hook=self._config.hook, store=self._store, trained=report,
+            hashed=self._hashed, figures=figures,
+        )  # fmt: skip
+        if self._config.pages is not None:
+            self._judge(
+                "pages", [weights, figures, self._values["pages"]], harvesting,
+                lambda replica: replica.pages.remote(self._values, summary), leaves="pages/index.html",
             )  # fmt: skip
-            summary = summarize(
-                self._config.train_job(), hook=self._config.hook, store=self._store, trained=report,
-                hashed=self._hashed, figures=figures,
-            )  # fmt: skip
-            if self._config.pages is not None:
-                self._judge(
-                    "pages", [weights, figures, self._values["pages"]], harvesting,
-                    lambda replica: replica.pages.remote(self._values, summary), leaves="pages/index.html",
-                )  # fmt: skip
-                summary["pages"] = str(self._out / "pages" / "index.html")
-            return summary
-        finally:
-            harvesting.close()
+            summary["pages"] = str(self._out / "pages" / "index.html")
+        return summary
 
     def _stream(self, harvesting: Harvesting) -> Trained:
         """Harvest and training side by side: they meet at the committed units of the store."""
@@ -133,6 +142,8 @@ class _Run:
                 harvesting.poll(0.5)
                 self._show(harvesting, ranks)
                 report = ranks.poll(0.5 if harvesting.done else 0)
+                if report is not None:
+                    harvesting.unbind()
             self._show(harvesting, ranks, now=True)
             return report
 
@@ -157,13 +168,13 @@ class _Run:
             found = json.loads(path.read_text())
             if found["made_from"] == made_from:
                 return found["result"]
-        replica = harvesting.any_replica()
+        replica = harvesting.any_replica(self._request.check)
         try:
             result = self._wait(phase, replica, ask(replica))
         except RayActorError as death:
             logger.warning("the replica died in %s; a new one tries once more (%s)", phase, reason_of(death))
             harvesting.replace(replica)
-            replica = harvesting.any_replica()
+            replica = harvesting.any_replica(self._request.check)
             result = self._wait(phase, replica, ask(replica))
         write_json(path, {"made_from": made_from, "result": result})
         self._display.update(phase, {k: v for k, v in result.items() if isinstance(v, int | float | str)}, now=True)

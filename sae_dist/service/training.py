@@ -83,12 +83,13 @@ def in_actors(job: TrainJob, stop: Stop) -> Work:
     """Training in Ray actors, one a rank."""
 
     def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
-        from sae_dist.service.cluster import check_resources, cluster  # Ray, which other launchers do without
+        from sae_dist.service.cluster import check_room, cluster  # Ray, which other launchers do without
         from sae_dist.service.ranks import Ranks
+        from sae_dist.service.room import Bundle
 
         world = job.mesh.data * job.mesh.feature
         with cluster(job.cluster, cpus=world) as request:
-            check_resources(cpus=world, gpus=0)
+            check_room(Bundle(1.0, 0.0), world, cure="lower mesh.data or mesh.feature")
             if stop():  # while Ray started
                 raise Stopped("asked to stop")
             with Ranks(job, provenance=provenance, live=False) as ranks:

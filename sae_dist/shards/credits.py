@@ -1,37 +1,29 @@
 """Producers and consumers of a growing store keep in step: nobody runs ahead without bound, nothing is deleted early.
 
 A consumer tells in consumers/<name>.json how many units it is through with (its credits) and how many it had finished
-when it last saved a checkpoint. A producer waits while the store is too far ahead. Retention deletes data only past
+when it last saved a checkpoint. Producers are held while the store is too far ahead. Retention deletes data only past
 what every consumer has saved.
 """
 
-import logging
-import threading
-import time
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sae_dist.config import UserError
 from sae_dist.shards import format
-from sae_dist.shards.reader import Store
 from sae_dist.storage import Storage
-
-logger = logging.getLogger(__name__)
-POLL_S = 0.5
 
 
 class Position(NamedTuple):
-    """Units of the first pass that a consumer is through with (`Batch.units_done`), now and at its last checkpoint."""
+    """Units of the first pass that a consumer is through with (`Batch.units_done`), now and at its last checkpoint.
+
+    starved_s: seconds that it has waited for rows since it was started
+    """
 
     consumer: str
     taken: int
     saved: int
-
-
-class Credit(NamedTuple):
-    """What a producer learnt: seconds it was blocked, and by which consumer ('' if by none)."""
-
-    blocked_s: float
-    slowest: str
+    starved_s: float = 0.0
 
 
 def report(storage: Storage, position: Position) -> None:
@@ -54,30 +46,48 @@ def positions(storage: Storage) -> list[Position]:
             record = format.read_record(storage, entry.key, f"{storage.uri}/{entry.key}")
         except FileNotFoundError:
             continue  # signed off meanwhile
-        found.append(Position(record["consumer"], record["taken"], record["saved"]))
+        found.append(Position(record["consumer"], record["taken"], record["saved"], record.get("starved_s", 0.0)))
     return found
 
 
-def wait(store: Store, *, high: int, low: int, stop: threading.Event | None = None, poll_s: float = POLL_S) -> Credit:
-    """Blocks the producer while `high` or more committed units wait to be taken, until `low` or fewer do.
+class Flow(NamedTuple):
+    """How many units may still be given out to producers, as the readers' positions were last seen.
 
-    The slowest consumer counts. Before anybody has registered nothing has been taken.
+    `ahead` units may wait to be read (0: no bound). When they do, nothing is given out until half of them have been
+    read. Pure: what is known of the readers is given.
     """
-    if not 0 <= low < high:
-        raise UserError(f"low={low}, high={high}; a producer resumes at fewer waiting units than it stopped at")
-    started, slowest = time.monotonic(), ""
-    limit = high - 1
-    while True:
-        consumers = positions(store.storage)
-        first = min(consumers, key=lambda p: p.taken, default=Position("", 0, 0))
-        waiting = len(store.committed()) - first.taken
-        if waiting <= limit:
-            return Credit(time.monotonic() - started if slowest or limit == low else 0.0, slowest)
-        if limit != low:
-            logger.info("%d units wait for %s: producing again at %d", waiting, first.consumer or "a consumer", low)
-        limit, slowest = low, first.consumer
-        if (stop or threading.Event()).wait(poll_s):
-            return Credit(time.monotonic() - started, slowest)
+
+    ahead: int
+    room: float = 0  # units; inf: as many as there are
+    held_by: str = ""  # the slowest reader, while nothing is given out for its sake
+    met: bool = False  # somebody has registered
+
+    def look(self, readers: Sequence[Position], given_out: int) -> "Flow":
+        """The flow after a look at the readers; `given_out`: units of the first pass that are leased or over.
+
+        Before anybody has registered nothing is read. When all who had have signed off, nobody waits for anything.
+        """
+        met = self.met or bool(readers)
+        if not self.ahead or (met and not readers):
+            return Flow(self.ahead, math.inf, met=met)
+        nobody = Position("a reader that is still to come", 0, 0)
+        slowest = min(readers, key=lambda reader: reader.taken, default=nobody)
+        waiting = given_out - slowest.taken
+        limit = self.ahead // 2 + 1 if self.held_by else self.ahead
+        if waiting >= limit:
+            return Flow(self.ahead, 0, slowest.consumer, met)
+        return Flow(self.ahead, self.ahead - waiting, met=met)
+
+
+def starved_share(before: Sequence[Position], after: Sequence[Position], seconds: float) -> float | None:
+    """The share of `seconds` that the hungriest reader waited for rows; None while none has said anything new."""
+    known = {reader.consumer: reader for reader in before}
+    told = [
+        reader.starved_s - known[reader.consumer].starved_s
+        for reader in after
+        if reader.consumer in known and reader != known[reader.consumer]
+    ]
+    return min(max(*told, 0.0) / seconds, 1.0) if told and seconds > 0 else None
 
 
 def _key(consumer: str) -> str:

@@ -1,7 +1,7 @@
 """How long a store keeps the data of units that every consumer is through with: keep | ring | until_consumed."""
 
 import re
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -33,9 +33,6 @@ class UntilConsumed:
 
     kind: Literal["until_consumed"] = "until_consumed"
     margin_units: int = Field(default=0, ge=0)
-
-
-RetentionConfig = Annotated[Keep | Ring | UntilConsumed, Field(discriminator="kind")]
 
 
 def retired(store: Store) -> set[int]:

@@ -32,13 +32,17 @@ class Consumer:
     def __init__(self, storage: Storage | None, name: str, *, taken: int, saved: int) -> None:
         self._storage, self._name = storage, name
         self._taken, self._saved = max(taken, saved), saved
-        self._told: tuple[int, int] | None = None
+        self._starved_s = 0.0
+        self._told: tuple[int, int, float] | None = None
         self._told_at = -REPORT_EVERY_S
         self._report()  # before anything is read: a producer must not take the store for one that nobody reads
 
-    def take(self, units: int) -> None:
-        """The first `units` units of the first pass are not needed any more, unless a checkpoint is gone back to."""
-        self._taken = max(units, self._taken)
+    def take(self, units: int, *, starved_s: float = 0.0) -> None:
+        """The first `units` units of the first pass are not needed any more, unless a checkpoint is gone back to.
+
+        `starved_s`: seconds that the training has waited for rows so far.
+        """
+        self._taken, self._starved_s = max(units, self._taken), max(starved_s, self._starved_s)
         if time.monotonic() - self._told_at >= REPORT_EVERY_S:
             self._report()
 
@@ -53,11 +57,12 @@ class Consumer:
             credits.sign_off(self._storage, self._name)
 
     def _report(self) -> None:
-        if self._storage is None or self._told == (self._taken, self._saved):
+        now = (self._taken, self._saved, round(self._starved_s, 3))
+        if self._storage is None or self._told == now:
             return
         self._told_at = time.monotonic()
         try:
-            credits.report(self._storage, credits.Position(self._name, self._taken, self._saved))
-            self._told = (self._taken, self._saved)
+            credits.report(self._storage, credits.Position(self._name, *now))
+            self._told = now
         except (StorageError, OSError) as error:
             logger.warning("the store does not take the report of consumer %s (%s)", self._name, error)

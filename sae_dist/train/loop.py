@@ -155,7 +155,7 @@ def train(
                         tell(saver.wait())
                         state = back(verdict)
                         tell(saver.save(to_checkpoint(state)))  # so that a repeated run goes back to the same
-                consumer.take(state.units_done)
+                consumer.take(state.units_done, starved_s=batches.starved_s())
                 done = state.step == n_steps
                 alert = {} if verdict.alert is None else {"alert": f"step {state.step}: {verdict.alert}"}
                 if done or alert or state.step % config.log_every == 0:

@@ -62,7 +62,10 @@ def test_yaml_and_dataclass_agree_on_the_defaults(command):
         ),
         (["train", "store={tmp}/s", "train.launcher=torchrun"], "use `torchrun --standalone --nproc-per-node 1 "),
         (["run", "train.launcher=process", "out={tmp}/f", "model=tiny-llama"], "this command trains in Ray actors"),
-        (["run", "harvest.tensor_parallel=2", "out={tmp}/g", "model=tiny-llama"], "harvest.tensor_parallel=2: "),
+        (["run", "harvest.replicas=4..2"], "harvest.replicas=4..2; give a number from 1 on, or two: 1..4"),
+        (["run", "harvest.ahead_units=31"], "give 32 or more"),
+        (["run", "harvest.retention=ring"], "lower train.tokens to 9425781"),
+        (["run", "harvest.replicas=0"], "harvest.replicas=0; give a number from 1 on, or two: 1..4"),
         (["frobnicate"], "unknown command frobnicate; choose one of run"),
         (["run", "nonsense"], "nonsense is not understood; write key=value"),
         (["run", "train.lr=[1"], "train.lr=[1"),
@@ -92,7 +95,10 @@ def test_what_may_differ_between_two_starts_is_not_part_of_the_hash():
     def hashed(*overrides):
         return config_hash(load(RunConfig, compose("run", list(overrides))), "a store")
 
-    assert hashed() == hashed("out=x", "wandb.mode=disabled", "harvest.replicas=4", "train.log_every=1")
+    assert hashed() == hashed("out=x", "wandb.mode=disabled", "harvest.replicas=1..4", "train.log_every=1")
+    assert hashed("train.tokens=1000000") == hashed(
+        "train.tokens=1000000", "harvest.retention=until_consumed", "harvest.ahead_units=40"
+    )
     assert (
         len({hashed(), hashed("seed=1"), hashed("sae.k=31"), hashed("train.batch=8"), hashed("hook=resid_post.3")}) == 5
     )

@@ -81,7 +81,7 @@ def test_one_harvest_feeds_several_trainings_and_they_do_not_mix(tmp_path, capsy
 
 def test_more_than_the_cluster_has_is_refused(tmp_path, capsys):
     assert main([*command(tmp_path / "run")[3:], "harvest.gpus=1"]) == 2
-    assert "needs 1 GPUs and the cluster has 0" in capsys.readouterr().err
+    assert "the run needs 1 x {CPU: 1, GPU: 1}, one for each of its processes" in capsys.readouterr().err
 
 
 def test_a_different_run_in_the_same_folder_is_refused(uninterrupted, capsys):

@@ -3,7 +3,6 @@
 import uuid
 
 import pytest
-import s3fs
 
 from sae_dist import storage
 from tests.shards import seaweedfs
@@ -14,9 +13,7 @@ from tests.shards.s3_double import S3Double
 def seaweed(tmp_path_factory):
     """The endpoint of a real S3 server with a bucket named bucket."""
     with seaweedfs.server(tmp_path_factory.mktemp("seaweedfs")) as endpoint:
-        keys = {"key": seaweedfs.KEYS["AWS_ACCESS_KEY_ID"], "secret": seaweedfs.KEYS["AWS_SECRET_ACCESS_KEY"]}
-        fs = s3fs.S3FileSystem(endpoint_url=endpoint, **keys, client_kwargs={"region_name": "us-east-1"})
-        fs.call_s3("create_bucket", Bucket="bucket")
+        seaweedfs.make_bucket(endpoint)
         yield endpoint
 
 

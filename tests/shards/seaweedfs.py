@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import s3fs
+
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret", "AWS_REGION": "us-east-1"}
 
 
@@ -74,6 +76,12 @@ def server(folder: Path) -> Iterator[str]:
     finally:
         process.send_signal(signal.SIGKILL)  # SIGTERM takes it 20 s
         process.wait()
+
+
+def make_bucket(endpoint: str, name: str = "bucket") -> None:
+    keys = {"key": KEYS["AWS_ACCESS_KEY_ID"], "secret": KEYS["AWS_SECRET_ACCESS_KEY"]}
+    fs = s3fs.S3FileSystem(endpoint_url=endpoint, **keys, client_kwargs={"region_name": KEYS["AWS_REGION"]})
+    fs.call_s3("create_bucket", Bucket=name)
 
 
 def _wait(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -1,6 +1,6 @@
 """verify, gc, copy, retention and credits: what is wrong is named, and nothing but garbage is ever deleted."""
 
-import threading
+import math
 import time
 
 import pytest
@@ -8,7 +8,7 @@ import pytest
 from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.shards import copy, credits, format, gc, reader, retention, summary, verify, writer
-from sae_dist.shards.credits import Position
+from sae_dist.shards.credits import Flow, Position
 from sae_dist.shards.format import CorruptData
 from tests.shards import predictable
 
@@ -142,27 +142,30 @@ def test_an_interrupted_retirement_is_finished_by_gc(place):
     assert {e.key for e in orphans} == {shard.key for shard in store.commit(1).shards.values()}
 
 
-def test_a_producer_waits_for_the_slowest_consumer_and_resumes_lower(place):
-    store = predictable.filled(place)  # six units committed
-    credits.report(place, Position("fast", taken=6, saved=0))
-    credits.report(place, Position("slow", taken=1, saved=0))
-    assert credits.wait(store, high=6, low=2) == (0.0, "")
-    seen = []
+def test_producers_are_held_for_the_slowest_reader_and_go_on_when_half_is_read():
+    def seen(flow: Flow, *taken: int, out: int) -> Flow:
+        return flow.look([Position(f"reader{i}", n, 0) for i, n in enumerate(taken)], out)
 
-    def produce():
-        seen.append(credits.wait(store, high=5, low=2, poll_s=0.01))
+    assert Flow(0).look([], 10**6).room == math.inf  # no bound
+    flow = seen(Flow(4), out=1)
+    assert flow.room == 3
+    flow = seen(flow, out=4)
+    assert (flow.room, flow.held_by) == (0, "a reader that is still to come")
+    flow = seen(flow, 3, 1, out=4)
+    assert (flow.room, flow.held_by) == (0, "reader1")  # 3 wait: fewer than 4, more than half
+    flow = seen(flow, 3, 2, out=4)
+    assert (flow.room, flow.held_by) == (2, "")
+    assert seen(flow, 3, 2, out=6).held_by == "reader1"
+    assert seen(flow, out=6).room == math.inf  # all have signed off
 
-    producer = threading.Thread(target=produce)
-    producer.start()
-    for taken in (2, 3):
-        time.sleep(0.15)
-        assert producer.is_alive()  # 4 and 3 units wait: fewer than high, not yet low
-        credits.report(place, Position("slow", taken=taken, saved=0))
-    time.sleep(0.15)
-    assert producer.is_alive()
-    credits.report(place, Position("slow", taken=4, saved=0))
-    producer.join(5)
-    assert seen[0].slowest == "slow" and seen[0].blocked_s > 0.3
+
+def test_how_hungry_readers_are_is_what_the_hungriest_says():
+    before = [Position("a", 1, 0, 2.0), Position("b", 1, 0, 5.0)]
+    assert credits.starved_share(before, [Position("a", 2, 0, 3.0), Position("b", 2, 0, 10.0)], 10.0) == 0.5
+    assert credits.starved_share(before, [Position("a", 2, 0, 2.0), Position("b", 1, 0, 5.0)], 10.0) == 0.0
+    assert credits.starved_share(before, before, 10.0) is None  # nobody has said anything new
+    assert credits.starved_share(before, [Position("c", 2, 0, 9.0)], 10.0) is None
+    assert credits.starved_share(before, [Position("a", 2, 0, 0.5)], 10.0) == 0.0  # it was started again
 
 
 def test_a_store_is_summarised_from_its_commits(place):

@@ -1,0 +1,56 @@
+"""What a store must know of a model that no single process may be able to hold: a replica says it."""
+
+import functools
+import time
+from collections.abc import Callable
+
+from sae_dist import storage
+from sae_dist.config import to_dict
+from sae_dist.harvest.config import HarvestConfig
+from sae_dist.model.config import ModelConfig
+from sae_dist.model.engine import Description
+from sae_dist.service.cluster import cluster
+from sae_dist.service.gang import Gang, Lost
+from sae_dist.service.harvesting import check_harvest_room, shape_of
+from sae_dist.service.replica import ReplicaConfig
+from sae_dist.shards import reader
+
+
+def describe_elsewhere(
+    model: ModelConfig, harvest: HarvestConfig, hooks: tuple[str, ...], store_uri: str, address: str
+) -> Callable[[], Description] | None:
+    """How to describe a model that several processes hold together; None where this process may load it."""
+    if harvest.tensor_parallel == 1:
+        return None
+    return functools.partial(_by_store_or_replica, model, harvest, hooks, store_uri=store_uri, address=address)
+
+
+def _by_store_or_replica(
+    model: ModelConfig, harvest: HarvestConfig, hooks: tuple[str, ...], *, store_uri: str, address: str
+) -> Description:
+    """A store that is there has the description (every replica compares it with its own model before it harvests).
+
+    For a new one a replica is started on the cluster at `address`, and ended.
+    """
+    place = storage.open(store_uri)
+    if place.exists("store.json"):
+        meta = reader.open(place).meta
+        if meta.hooks.keys() == set(hooks):
+            return Description(meta.model, meta.model_fingerprint, dict(meta.hooks))
+    shape = shape_of(harvest)
+    config = ReplicaConfig(to_dict(model), to_dict(harvest), hooks, None, None)
+    with cluster(address, cpus=harvest.most_processes) as request:
+        check_harvest_room(harvest)
+        gang = Gang(0, config, shape, start_timeout_s=harvest.start_timeout_s, now=time.monotonic())
+        try:
+            while not gang.ready:
+                request.check()
+                gang.advance(time.monotonic())
+                time.sleep(0.05)
+            return gang.loaded[0].description
+        except Lost as loss:
+            raise RuntimeError(
+                f"the replica that was to describe {model.name} died while {gang.state}: {loss}"
+            ) from loss
+        finally:
+            gang.close()

@@ -1,0 +1,122 @@
+"""The harvest service, for real: Ray, replicas of two processes, kill -9 and SIGSTOP; every row is looked at."""
+
+import json
+import math
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sae_dist.cli.main import main
+from sae_dist.model import tiny
+from sae_dist.shards.reader import unit_rows
+from tests.service import stores
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return stores.predictable_model(tmp_path_factory.mktemp("model"))
+
+
+def phases(out: Path) -> list[dict]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry.get("phase") == "harvest"]
+
+
+def replicas() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if "Replica" in child.name()]
+
+
+def test_a_replica_of_two_processes_gives_the_rows_of_one(model, tmp_path):
+    out, store = tmp_path / "out", str(tmp_path / "store")
+    assert main(stores.overrides(model, store, out, "harvest.tensor_parallel=2", tokens=2048)) == 0
+    stores.check_every_row(stores.opened(store), model, out, tokens=2048)
+    assert not replicas()
+
+
+def test_the_units_of_a_killed_replica_are_done_by_others(model, tmp_path, monkeypatch):
+    rule = {"point": "writer.before_commit", "action": "kill", "where": {"unit": 3}, "once": str(tmp_path / "killed")}
+    monkeypatch.setenv("SAE_DIST_FAULTS", json.dumps([rule]))
+    out, store = tmp_path / "out", str(tmp_path / "store")
+    assert main(stores.overrides(model, store, out, "harvest.replicas=2")) == 0
+    stores.check_every_row(stores.opened(store), model, out)
+    last = phases(out)[-1]
+    assert (last["units"], last["of"], last["leased"], last["deaths"]) == (22, 22, 0, 1)
+    assert 1 <= last["retried"] <= 2 and last["expired"] == 0
+
+
+def test_one_replica_of_one_process_gives_the_same_and_says_what_it_does_with_its_time(model, tmp_path):
+    out, store = tmp_path / "out", str(tmp_path / "store")
+    assert main(stores.overrides(model, store, out)) == 0
+    stores.check_every_row(stores.opened(store), model, out)
+    figures = phases(out)[-1]
+    assert figures["tokens"] == 22 * 256
+    assert (figures["deaths"], figures["retried"], figures["duplicates"]) == (0, 0, 0)
+    assert figures["tokens_per_second"] > 0 and 0 < figures["replica0/utilisation"] < 1
+    assert all(figures[f"replica0/{part}"] >= 0 for part in ("tokenise", "forward", "copy", "write", "blocked"))
+
+
+@pytest.mark.slow
+def test_two_replicas_of_two_processes_of_which_some_die_and_one_hangs_fill_the_store(model, tmp_path, monkeypatch):
+    """Killed before the data, between data and commit, after the commit, in either process; stopped in either."""
+    faults = [
+        {"point": point, "action": action, "where": {"unit": unit}, "once": str(tmp_path / f"{point}-{unit}")}
+        for point, action, unit in (
+            ("writer.before_data", "kill", 2),
+            ("writer.before_commit", "kill", 5),
+            ("writer.after_commit", "kill", 8),
+            ("harvester.after_forward", "kill", 10),  # by one of the two processes, whichever it is
+            ("harvester.before_forward", "stop", 13),
+        )
+    ]
+    monkeypatch.setenv("SAE_DIST_FAULTS", json.dumps(faults))
+    out, store = tmp_path / "out", str(tmp_path / "store")
+    two = ["harvest.tensor_parallel=2", "harvest.replicas=2", "harvest.lease_s=30"]
+    assert main(stores.overrides(model, store, out, *two)) == 0
+    assert all((tmp_path / f"{rule['point']}-{rule['where']['unit']}").exists() for rule in faults)
+    stores.check_every_row(stores.opened(store), model, out)
+    last = phases(out)[-1]
+    assert (last["units"], last["of"], last["leased"]) == (22, 22, 0)
+    assert last["deaths"] == 5 and last["expired"] == 1  # each of the faults, and nothing else
+    assert 5 <= last["retried"] <= 10
+    assert last["duplicates"] >= 1  # the unit whose replica died after it had committed it
+    assert not replicas()
+
+
+@pytest.mark.slow
+def test_a_unit_that_kills_every_replica_ends_the_harvest_with_its_number(model, tmp_path, monkeypatch):
+    rule = {"point": "harvester.before_forward", "action": "kill", "where": {"unit": 1}, "nth": 0}
+    monkeypatch.setenv("SAE_DIST_FAULTS", json.dumps([rule]))
+    with pytest.raises(RuntimeError, match=r"(unit [12] was lost 5 times|5 replicas died in a row)"):
+        main(stores.overrides(model, str(tmp_path / "store"), tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "failed"
+
+
+def test_rows_that_are_nan_infinite_or_huge_are_counted_and_left_out(tmp_path):
+    nan, infinite, huge = tiny.tokenizer()("vkb")["input_ids"]
+    model = stores.predictable_model(tmp_path / "model", {nan: math.nan, infinite: math.inf, huge: 1e5})
+    out, store = tmp_path / "out", str(tmp_path / "store")
+    more = ("harvest.max_nonfinite_fraction=0.5", "harvest.max_outlier_fraction=0.5")
+    assert main(stores.overrides(model, store, out, *more, hooks=["resid_pre.0"])) == 0
+    streams = [stream.tokens.reshape(-1, 32)[:, 1:] for stream in stores.split_of(out)]  # the first is dropped anyway
+    times = {token: sum(int((tokens == token).sum()) for tokens in streams) for token in (nan, infinite, huge)}
+    figures = phases(out)[-1]
+    assert min(times.values()) > 0
+    assert figures["nonfinite"] == times[nan] + times[infinite]
+    assert figures["outliers"] == times[huge]
+    opened = stores.opened(store)
+    parts = [part for unit in range(22) for part in unit_rows(opened, "resid_pre.0", unit, 64)]
+    assert all(torch.equal(part.x, stores.embedding(torch.as_tensor(part.token), 32)) for part in parts)
+    assert not {nan, infinite, huge} & {int(token) for part in parts for token in part.token}
+
+
+def test_more_than_the_cluster_has_is_refused(model, tmp_path, capsys):
+    assert main(stores.overrides(model, str(tmp_path / "store"), tmp_path / "out", "harvest.gpus=1")) == 2
+    assert "1 x {CPU: 1, GPU: 1}, one for each of its processes" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_split_is_refused(tmp_path, capsys):
+    arguments = stores.overrides(Path("tiny-gpt2"), str(tmp_path / "store"), tmp_path / "out")
+    assert main([*arguments, "harvest.tensor_parallel=2"]) == 2
+    assert "no tensor-parallel plan for GPT2LMHeadModel" in capsys.readouterr().err
