@@ -46,6 +46,7 @@ def test_the_units_of_a_killed_replica_are_done_by_others(model, tmp_path, monke
     assert 1 <= last["retried"] <= 2 and last["expired"] == 0
 
 
+@pytest.mark.slow
 def test_one_replica_of_one_process_gives_the_same_and_says_what_it_does_with_its_time(model, tmp_path):
     out, store = tmp_path / "out", str(tmp_path / "store")
     assert main(stores.overrides(model, store, out)) == 0
@@ -93,6 +94,7 @@ def test_a_unit_that_kills_every_replica_ends_the_harvest_with_its_number(model,
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_rows_that_are_nan_infinite_or_huge_are_counted_and_left_out(tmp_path):
     nan, infinite, huge = tiny.tokenizer()("vkb")["input_ids"]
     model = stores.predictable_model(tmp_path / "model", {nan: math.nan, infinite: math.inf, huge: 1e5})
@@ -111,6 +113,7 @@ def test_rows_that_are_nan_infinite_or_huge_are_counted_and_left_out(tmp_path):
     assert not {nan, infinite, huge} & {int(token) for part in parts for token in part.token}
 
 
+@pytest.mark.slow
 def test_more_than_the_cluster_has_is_refused(model, tmp_path, capsys):
     assert main(stores.overrides(model, str(tmp_path / "store"), tmp_path / "out", "harvest.gpus=1")) == 2
     assert "1 x {CPU: 1, GPU: 1}, one for each of its processes" in capsys.readouterr().err
