@@ -96,7 +96,7 @@ class Harvesting:
             return
         self._lease.check()
         now = time.monotonic()
-        if self._flow.held_by and self._leases.pending:
+        if self._flow.room < 1 and self._leases.pending:
             self._held_s += now - self._polled
         self._polled = now
         if now - self._looked >= LOOK_EVERY_S:

@@ -22,6 +22,7 @@ from sae_dist.model.parallel import ALONE
 from sae_dist.model.peak import product_flop_per_s
 from sae_dist.service import judge
 from sae_dist.service.config import RunConfig
+from sae_dist.service.orphan import end_with_parent
 from sae_dist.shards import reader
 from sae_dist.text.tokenize import TokenSplit
 
@@ -61,6 +62,7 @@ class Replica:
     CONCURRENCY = 4  # two units, a pulse, and one to spare
 
     def __init__(self, config: ReplicaConfig, rank: int, size: int, threads: int) -> None:
+        end_with_parent()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         torch.set_num_threads(threads)
         self._config, self._rank, self._size = config, rank, size

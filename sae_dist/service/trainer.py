@@ -16,6 +16,7 @@ from sae_dist.config import Stopped, UserError, to_dict
 from sae_dist.config import load as load_config
 from sae_dist.monitor import JsonLines, Log, WandbMirror, tee
 from sae_dist.service.config import TrainJob
+from sae_dist.service.orphan import end_with_parent
 from sae_dist.shards import reader
 from sae_dist.shards.reader import Store
 from sae_dist.train.loop import Trained, train
@@ -129,6 +130,7 @@ class Trainer:
         meeting: Meeting | None,
         live: bool,
     ) -> None:
+        end_with_parent()
         self._job, self._provenance, self._live = load_config(TrainJob, values), provenance, live
         self._rank, self._meeting = rank, meeting
         self._stop = threading.Event()

@@ -139,7 +139,7 @@ def committed(store: str) -> int:
         return 0
 
 
-def test_killed_hung_lost_split_and_slow_replicas_lose_no_row(nodes: Nodes, place: str, model: Path, tmp_path: Path):
+def test_killed_hung_lost_split_and_slow_replicas_lose_no_row(place: str, nodes: Nodes, model: Path, tmp_path: Path):
     """P1 at three places, P2, T1, P4, P3, one after the other while two replicas of two processes harvest."""
     out, log, tokens = tmp_path / "out", tmp_path / "log", 256 * 150
     command = stores.overrides(model, place, out, *TWO, f"cluster={nodes.cluster.address}", tokens=tokens)
@@ -196,7 +196,7 @@ def stop_and_go(process: psutil.Process, ending: threading.Event) -> None:
 
 def test_a_killed_driver_a_second_driver_and_a_killed_head(nodes: Nodes, model: Path, tmp_path: Path):
     """P8, P7: the second driver is refused; the same command goes on, on the same cluster and on a new one."""
-    out, store, log, tokens = tmp_path / "out", str(tmp_path / "store"), tmp_path / "log", 256 * 60
+    out, store, log, tokens = tmp_path / "out", str(tmp_path / "store"), tmp_path / "log", 256 * 200
 
     def command(out: Path, at: Nodes) -> list[str]:
         return stores.overrides(model, store, out, *TWO, f"cluster={at.cluster.address}", tokens=tokens)
@@ -219,7 +219,7 @@ def test_a_killed_driver_a_second_driver_and_a_killed_head(nodes: Nodes, model: 
     assert driver.wait(timeout=DEADLINE_S) != 0
     nodes.close()
     before = committed(store)
-    assert before < 62
+    assert before < 202  # the driver goes on for as long as Ray waits for its head
     other = Nodes(tmp_path / "harm")
     try:
         driver = drive(command(out, other), log)
