@@ -9,6 +9,13 @@ import pytest
 from tests.service.main_job import files, finish, has_checkpoint, order_hashes, start, units, wait_until
 
 
+@pytest.fixture(autouse=True)
+def _time_to_strike(monkeypatch):
+    """The training waits after its first checkpoint: it takes two seconds in all, and could be over before the blow."""
+    rule = {"point": "train.step", "where": {"step": 50}, "action": "sleep", "seconds": 4}
+    monkeypatch.setenv("SAE_DIST_FAULTS", json.dumps([rule]))
+
+
 @pytest.mark.parametrize(
     "moment",
     [
