@@ -181,8 +181,9 @@ def read_disk(folder: Path, units: int, repeats: int) -> dict[str, object]:
     store = reader.open(storage.open(folder / "ours"))
 
     def loader() -> None:
-        with Loader(store, hook=HOOK, batch=BATCH, seed=0, reuse_buffers=True) as batches:
-            for _ in itertools.islice(batches, units * UNIT_ROWS // BATCH):
+        steps = units * UNIT_ROWS // BATCH  # every row once, as the plain files are read
+        with Loader(store, hook=HOOK, batch=BATCH, seed=0, reuse_buffers=True, stop_step=steps) as batches:
+            for _ in batches:
                 pass
 
     works = {**raw_ways(folder, units), OURS: loader}
