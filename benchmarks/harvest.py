@@ -119,7 +119,7 @@ def write(arguments: argparse.Namespace, case: str, measured: dict[str, Any]) ->
 
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     result[case] = {
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)},
         "versions": {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -137,7 +137,7 @@ def write(arguments: argparse.Namespace, case: str, measured: dict[str, Any]) ->
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _processor() -> str:
+def processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
