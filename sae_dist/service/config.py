@@ -16,6 +16,7 @@ from sae_dist.sae.config import SAEConfig
 from sae_dist.shards.order import OrderConfig
 from sae_dist.text.corpus import TextConfig
 from sae_dist.train.config import MeshConfig, TrainConfig
+from sae_dist.train.member import Member, members
 
 ONE_PASS = 0.95  # of the positions of a harvest surely become rows: separators and outliers do not
 
@@ -108,11 +109,20 @@ class TrainJob:
     store: str  # folder or URI of an activation store
     hook: str | None = None  # null: the only one that the store has
     sae: SAEConfig
+    also: tuple[dict[str, Any], ...] = ()  # more dictionaries in the same pass, each by what differs from `sae`
     order: OrderConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
     wandb: WandbConfig
     cluster: str = "local"  # of the actors of a mesh: local, or the address of a Ray cluster
+
+    def __post_init__(self) -> None:
+        _ = self.members  # a wrong entry is refused here
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All dictionaries of the pass, the main one first."""
+        return members(self.also, sae=self.sae, seed=self.seed, lr=self.train.lr)
 
     def located(self) -> "TrainJob":
         """The same with absolute places: other processes have other working directories."""
