@@ -34,6 +34,7 @@ class RunConfig:
     store: str | None = None  # folder or URI of the activation store; null: <out>/store
     harvest: HarvestConfig
     sae: SAEConfig
+    also: tuple[dict[str, Any], ...] = ()  # more dictionaries in the same pass, each by what differs from `sae`
     order: OrderConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
@@ -42,6 +43,7 @@ class RunConfig:
     pages: PagesConfig | None = None  # pages=null: no feature pages
 
     def __post_init__(self) -> None:
+        _ = self.members  # a wrong entry is refused here
         ahead, round_units = self.harvest.ahead_units, self.order.round_units
         per_unit = self.harvest.unit_sequences * (self.harvest.context - self.harvest.rows.drop_first)
         least = 2 * max(round_units, -(-self.train.init_rows // per_unit))
@@ -67,14 +69,19 @@ class RunConfig:
         return Path("runs").absolute() / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
 
     @property
+    def members(self) -> tuple[Member, ...]:
+        """All dictionaries of the pass, the main one first."""
+        return members(self.also, sae=self.sae, seed=self.seed, lr=self.train.lr)
+
+    @property
     def store_uri(self) -> str:
         return absolute_uri(self.store) if self.store is not None else str(self.folder / "store")
 
     def train_job(self) -> "TrainJob":
         """The training part of the run."""
         return TrainJob(
-            out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae, order=self.order,
-            train=self.train, mesh=self.mesh, wandb=self.wandb, cluster=self.cluster,
+            out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae, also=self.also,
+            order=self.order, train=self.train, mesh=self.mesh, wandb=self.wandb, cluster=self.cluster,
         ).located()  # fmt: skip
 
 

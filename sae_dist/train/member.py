@@ -48,8 +48,7 @@ class Member(NamedTuple):
         return self.lr or base_lr(self.sae.n_latents)
 
     def folder(self, out: Path) -> Path:
-        """Where the finished dictionary goes: `out`/dictionary, or `out`/dictionaries/<name>."""
-        return out / "dictionary" if self.name == MAIN else out / "dictionaries" / self.name
+        return folder(out, self.name)
 
 
 def members(
@@ -69,6 +68,11 @@ def members(
                 )
         found.append(member)
     return tuple(found)
+
+
+def folder(out: Path, name: str) -> Path:
+    """Where the finished dictionary of a member goes: `out`/dictionary, or `out`/dictionaries/<name>."""
+    return out / "dictionary" if name == MAIN else out / "dictionaries" / name
 
 
 def split_name(name: str) -> tuple[str, str]:
