@@ -35,6 +35,13 @@ class Scenario(NamedTuple):
     poison_at: int = ALL_STEPS  # the last rank's decoder is not a number from this step on
     micro_batch: int | None = None
     clip_norm: float | None = None
+    seed: int = 0  # of the initial weights
+    lr: float | None = None
+    also: tuple[Member, ...] = ()
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return (Member(MAIN, self.sae, self.seed, self.lr), *self.also)
 
     @property
     def config(self) -> TrainConfig:
@@ -75,7 +82,7 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
     def started(*args: Any, **more: Any) -> Any:
         state = begin(*args, **more)
         if scenario.owned:
-            (learner,) = state.learners
+            learner, *_ = state.learners
             here = learner.sae.latents
             learner.sae.shard.b_enc[max(0, -here.start) : max(scenario.sae.k + 1 - here.start, 0)] += 5
         return state
@@ -85,7 +92,7 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
     store = reader.open(storage.open(str(folder / "store")))
     try:
         trained = loop.train(
-            store, hook="x", members=(Member(MAIN, scenario.sae, 0),), config=scenario.config, order=ORDER, seed=0,
+            store, hook="x", members=scenario.members, config=scenario.config, order=ORDER, seed=0,
             out=folder / scenario.name, log=lambda *entry: lines.append(entry), mesh=mesh, provenance={}, at=at,
             stop=lambda: last and done >= scenario.stop_at,
         )  # fmt: skip
