@@ -269,7 +269,7 @@ def measure(part: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
         case "read":
             return {"read": read_all(folder, units, arguments.repeats)}
         case "disk":
-            return {"read_disk": read_disk(folder, units, 5)}
+            return {"read_disk": read_disk(folder, units, 3 * arguments.repeats)}
         case "memory":
             return {"memory": memory_over(folder, int(arguments.read_gigabytes * 1e9))}
         case _:
