@@ -20,12 +20,12 @@ class Window(NamedTuple):
         return Window(self.squared_error + learned.squared_error, self.active + learned.active, self.rows + rows)
 
 
-def figures(window: Window, learner: Learner, *, lr: float, variance: float) -> dict[str, Any]:
+def figures(window: Window, learner: Learner, state: TrainState, *, lr: float) -> dict[str, Any]:
     """Loss and latents of one dictionary, under its names; all ranks must ask, or none."""
     rows, guard = max(window.rows, 1), learner.guard
     own = {
         "lr": lr,
-        "fvu": window.squared_error / (rows * variance),
+        "fvu": window.squared_error / (rows * state.variance),
         "l0": window.active / rows,
         "dead_fraction": learner.sae.dead_fraction(),
         "skipped_steps": guard.skipped,

@@ -171,7 +171,7 @@ def train(
                 if done or alerts or state.step % config.log_every == 0:
                     line = {"epoch": batch.epoch} | rates(state, begun, config.batch, batches.starved_s(), mesh)
                     for window, own in zip(windows, state.learners, strict=True):
-                        line |= figures(window, own, lr=own.member.peak_lr * factor, variance=state.variance)
+                        line |= figures(window, own, state, lr=own.member.peak_lr * factor)
                     line |= {f"{m.prefix}alert": alert for m, alert in alerts.items()}
                     line |= {"shuffle_inflation": shuffle.inflation(batch.docs().numpy())}  # at best 1 + batch m / rows
                     windows = [Window() for _ in members]
