@@ -106,7 +106,7 @@ class Counted:
 def test_the_rows_are_read_once_for_all_members(place, store, tmp_path):
     read = []
     for number in (1, len(GIVEN)):
-        counted = Counted(storage.open(str(place / "store")))
+        counted: Any = Counted(storage.open(str(place / "store")))
         train(Store(counted, store.meta), tmp_path / str(number), members=GIVEN[:number])
         read.append(counted.bytes)
     assert read[0] == read[1] > 60 * 64 * 24 * 4
