@@ -86,7 +86,7 @@ def two(folder) -> dict[str, list[dict]]:
         Scenario("2x1", data=2, sae=SMALL, micro_batch=7),
         Scenario("clipped-1x2", feature=2, sae=SMALL, clip_norm=0.05),
         Scenario("stopped", feature=2, sae=SMALL, stop_at=33),
-        Scenario("poisoned", feature=2, sae=SMALL, poison_at=25),
+        Scenario("poisoned", feature=2, sae=SMALL, poison_at=25, also=ALSO),
         Scenario("together", feature=2, sae=SMALL, also=ALSO),
         Scenario("broken off", feature=2, sae=SMALL, also=ALSO, stop_at=33),
         Scenario("broken off", feature=2, sae=SMALL, also=ALSO),
@@ -127,8 +127,9 @@ def test_a_flaw_on_one_rank_is_skipped_by_all_and_then_they_go_back_to_the_last_
     assert list(alerts) == [26, 28]
     assert "the step is left out" in alerts[26] and "going back (roll-back 1)" in alerts[28]
     last = ranks[0]["lines"][-1][1]
-    assert (last["skipped_steps"], last["roll_backs"]) == (3, 1)
-    assert last["fvu"] < ranks[0]["lines"][0][1]["fvu"]
+    for prefix in ("", "wide/", "few/"):
+        assert (last[f"{prefix}skipped_steps"], last[f"{prefix}roll_backs"]) == (3, 1)
+        assert last[f"{prefix}fvu"] < ranks[0]["lines"][0][1][f"{prefix}fvu"]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(folder, "poisoned").values())
     assert json.loads((folder / "poisoned" / "dictionary" / "config.json").read_text())["skipped_steps"] == 3
 
