@@ -88,11 +88,14 @@ def _workload(run: RunConfig, job: PlanJob) -> tuple[Workload, Subject | None]:
         d_model, parameters = found.width, parameters or found.parameters
     kept = 1 - run.harvest.rows.drop_first / run.harvest.context
     subject = None if parameters is None else Subject(parameters, run.harvest.context, kept)
-    work = workload(
-        run.sae, run.train, run.order, d_model=d_model, data=run.mesh.data, feature=run.mesh.feature,
-        dead_fraction=job.dead_fraction, store_rows=rows, stored_bytes=stored, slice_rows=run.harvest.slice_rows,
+    work, *also = (
+        workload(
+            member.sae, run.train, run.order, d_model=d_model, data=run.mesh.data, feature=run.mesh.feature,
+            dead_fraction=job.dead_fraction, store_rows=rows, stored_bytes=stored, slice_rows=run.harvest.slice_rows,
+        )
+        for member in run.members
     )  # fmt: skip
-    return work, subject
+    return work._replace(also=tuple(also)), subject
 
 
 def _rows(run: RunConfig) -> int:
@@ -105,8 +108,13 @@ def _rows(run: RunConfig) -> int:
 def show(found: Plan, console: Console) -> None:
     """The plan for people."""
     work, machine = found.work, found.machine
+    for member in work.members:
+        console.print(
+            f"{member.n_latents:,} latents x {member.d_model:,}, k {member.k}: "
+            f"{member.parameters / 1e9:,.2f} billion parameters",
+            highlight=False,
+        )
     console.print(
-        f"{work.n_latents:,} latents x {work.d_model:,}, k {work.k}: {work.parameters / 1e9:,.2f} billion parameters; "
         f"batch {work.batch:,}\n{machine.name}: {found.machines} machine{'s' * (found.machines > 1)}, "
         f"mesh.data={work.data} mesh.feature={work.feature}, "
         f"{work.latents:,} latents and {work.rows:,} rows a rank",

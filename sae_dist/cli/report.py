@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sae_dist.service.display import duration, quantity
+from sae_dist.train.member import MAIN
 
 _ROWS = (  # (key in summary.json, what a person reads)
     ("n_latents", "latents"),
@@ -25,6 +26,7 @@ _ROWS = (  # (key in summary.json, what a person reads)
     ("eval.loss_recovered", "loss recovered (zero ablation = 0)"),
     ("eval.loss_recovered_mean", "loss recovered (mean ablation = 0)"),
 )
+_COLUMNS = {"fvu": "FVU", "l0": "L0", "dead_fraction": "dead", "loss_recovered": "loss recovered"}
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
@@ -40,6 +42,23 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     table.add_row("wall time", duration(summary["wall_seconds"]))
     console = Console()
     console.print(table)
+    if summary.get("also"):
+        console.print(_members(summary))
     for key in ("dictionary", "pages"):
         if summary.get(key):
             console.print(f"{key}: {summary[key]}", soft_wrap=True, highlight=False)
+    for member in summary.get("also", []):
+        console.print(f"{member['name']}: {member['dictionary']}", soft_wrap=True, highlight=False)
+
+
+def _members(summary: Mapping[str, Any]) -> Table:
+    """All dictionaries of a pass, a row each."""
+    rows = [{**summary, "name": MAIN}, *summary["also"]]
+    columns = {key: label for key, label in _COLUMNS.items() if any(row["eval"][key] is not None for row in rows)}
+    table = Table(title="dictionaries of the pass", title_justify="left")
+    for heading in ("", "latents", "k", *columns.values(), "tokens/s"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        figures = [quantity(value) for value in (row["n_latents"], row["k"], *(row["eval"][key] for key in columns))]
+        table.add_row(row["name"], *figures, quantity(summary["tokens_per_second"]))
+    return table

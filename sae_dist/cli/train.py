@@ -1,7 +1,8 @@
-"""Train a dictionary on an activation store, without a language model: in this process, or on a mesh of several.
+"""Train dictionaries on an activation store, without a language model: in this process, or on a mesh of several.
 
 The store may hold activations that were made elsewhere (sae-dist store import). Repeating the command goes on, on any
 mesh. mesh.feature=2 starts two Ray actors here or on cluster=; `torchrun -m sae_dist train ...` works too.
+also=[...] trains more dictionaries on the same batches.
 Example: sae-dist train store=stores/mine sae.n_latents=512 sae.k=4 train.steps=3000 train.batch=512 out=runs/mine
 """
 

@@ -24,33 +24,40 @@ class Part(NamedTuple):
 
 
 def memory(work: Workload, machine: Machine) -> list[Part]:
-    """What one rank holds; the sum is the most that it ever needs."""
-    matrices = 2 * work.latents * work.d_model + work.latents + work.d_model
+    """What one rank holds; the sum is the most that it ever needs.
+
+    The dictionaries of a pass share the program, the loader and the rows, and they learn one after the other.
+    """
+    latents, d_model = sum(member.latents for member in work.members), work.d_model
+    matrices = 2 * latents * d_model + latents + len(work.members) * d_model
     accelerator = machine.backend == "triton"
-    batch, phase = step_bytes(work, machine)
-    start = 8 * work.latents * work.d_model - batch  # the initial weights, before they are let go of; there is no batch
+    each = [step_bytes(member, machine) for member in work.members]
+    batch = sum(held for held, _ in each) - len(work.also) * shared_bytes(work, machine)
+    phase = max(phase for _, phase in each)
+    largest = max(member.latents for member in work.members)
+    start = 8 * largest * d_model - batch  # the initial weights, before they are let go of; there is no batch
     return [
         Part("program and libraries", machine.runtime),
         Part("parameters, fp32", 4 * matrices),
         Part("Adam's moments, fp32", 8 * matrices),
-        *([] if machine.backend == "torch" else [Part("W_enc, bf16 copy", 2 * work.latents * work.d_model)]),
-        Part("silence counters", 8 * work.latents),
+        *([] if machine.backend == "torch" else [Part("W_enc, bf16 copy", 2 * latents * d_model)]),
+        Part("silence counters", 8 * latents),
         Part("batch: rows, errors, pairs", batch),
         Part(
             "largest phase of a step" if phase >= start else "the start, when weights are copied in", max(phase, start)
         ),
         Part("loader: windows, batches ahead", loader_bytes(work), host=accelerator),
-        Part("checkpoint: copy while written", state_bytes(work), host=accelerator),
+        Part("checkpoint: copy while written", sum(map(state_bytes, work.members)), host=accelerator),
     ]
 
 
 def state_bytes(work: Workload) -> float:
-    """What a checkpoint holds of one rank: weights and both moments in fp32, counters."""
+    """What a checkpoint holds of one dictionary on one rank: weights and both moments in fp32, counters."""
     return 12 * (2 * work.latents * work.d_model + work.latents + work.d_model) + 8 * work.latents
 
 
 def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
-    """What of the batch lives until the update ends, and what the largest phase needs besides."""
+    """For one dictionary, what of the batch lives until its update ends, and what the largest phase needs besides."""
     d, batch, rows, k = work.d_model, work.batch, work.rows, work.k
     read, scaled, errors = 2 * batch * d, 4 * batch * d, 4 * batch * d
     exchange = candidate_bytes(work) + (3 * 4 * rows * d if work.ranks > 1 else 0)
@@ -68,6 +75,11 @@ def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
             return read + scaled + rounded + errors + buffers, exchange + 8 * work.latents + partial_sums
         case "triton":  # keys above the bound, 16 k a row; pairs are sorted as (latent, place)
             return read + scaled + 2 * batch * d + errors, 8 * 16 * k * rows + 3 * 16 * batch * k + exchange
+
+
+def shared_bytes(work: Workload, machine: Machine) -> float:
+    """Of what `step_bytes` holds, the rows that all dictionaries are given: as read, and scaled in fp32."""
+    return (2 if machine.backend == "torch" else 6) * work.batch * work.d_model
 
 
 def candidate_bytes(work: Workload) -> float:

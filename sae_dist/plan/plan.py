@@ -107,18 +107,21 @@ def fits(work: Workload, machine: Machine) -> bool:
 def smallest_mesh(work: Workload, machine: Machine) -> Mesh:
     """The fewest feature ranks that hold the run, the data axis being one; UserError where none do."""
     feature = 1
-    while feature <= min(MOST_RANKS, work.n_latents):
+    most = min(member.n_latents for member in work.members)
+    while feature <= min(MOST_RANKS, most):
         tried = work.on(data=1, feature=feature)
         if fits(tried, machine):
             return _mesh(tried, machine)
         if machine.backend != "triton":
             break  # more ranks on the same memory need more, not less
         feature += 1
-    one = needs(work.on(data=1, feature=min(feature, work.n_latents)), machine)[0]
+    one = needs(work.on(data=1, feature=min(feature, most)), machine)[0]
+    others = f" and the {len(work.also)} of also" if work.also else ""
     raise UserError(
-        f"sae.n_latents={work.n_latents} x d_model={work.d_model} with train.batch={work.batch} needs {gigabytes(one)} "
-        f"on a device of machine={machine.name}, which has {gigabytes(machine.memory)}, however it is split; use fewer "
-        "latents, a smaller train.batch or a larger machine"
+        f"sae.n_latents={work.n_latents} x d_model={work.d_model}{others} with train.batch={work.batch} needs "
+        f"{gigabytes(one)} on a device of machine={machine.name}, which has {gigabytes(machine.memory)}, however it is "
+        f"split; use fewer latents,{' fewer dictionaries,' if work.also else ''} a smaller train.batch or a larger "
+        "machine"
     )
 
 
@@ -155,7 +158,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             return to_dict(value)
         if isinstance(value, tuple) and hasattr(value, "_asdict"):
             return {name: plain(own) for name, own in value._asdict().items()}  # type: ignore[attr-defined]
-        return [plain(one) for one in value] if isinstance(value, list) else value
+        return [plain(one) for one in value] if isinstance(value, list | tuple) else value
 
     return plain(plan)
 

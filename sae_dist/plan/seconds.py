@@ -47,12 +47,15 @@ def phases(work: Workload, machine: Machine) -> list[Phase]:
 
 
 def amounts(work: Workload, backend: str) -> dict[Kind, float]:
-    """How much of each kind of work the largest rank has in a step.
+    """How much of each kind of work the largest rank has in a step, for all dictionaries of the pass together.
 
     product: 2 rows d_model latents, one dense product, which is what exact selection costs. gather: decode reads k rows
     of W_dec, d_z again, both gradients k rows of errors and of x; a feature rank does so for its own latents, k / F of
     a row's in the mean. stream: the optimiser's passes over this rank's weights.
     """
+    if work.also:
+        each = [amounts(member, backend) for member in work.members]
+        return {kind: sum(own[kind] for own in each) for kind in NAMES}
     weights, d = float(work.latents * work.d_model), work.d_model
     pairs = work.batch * work.k / work.feature
     decoded = work.rows * work.k / work.feature

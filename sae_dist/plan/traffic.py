@@ -22,7 +22,9 @@ class Exchange(NamedTuple):
 
 
 def exchanges(work: Workload) -> list[Exchange]:
-    """The exchanges of a step on this mesh, none where an axis has one rank."""
+    """The exchanges of a step on this mesh, none where an axis has one rank; all dictionaries of the pass make them."""
+    if work.also:
+        return [exchange for member in work.members for exchange in exchanges(member)]
     found = [*_use(work, work.k, work.latents, "candidates")]
     if work.k_aux and work.dead:
         k = min(work.k_aux, work.dead)
@@ -94,4 +96,4 @@ def by_name(work: Workload) -> dict[str, tuple[int, int]]:
 
 def dense_gradient_bytes(work: Workload) -> float:
     """What a ring all-reduce of fp32 gradients over the data axis would bring instead: 2 (D - 1) / D of them."""
-    return 2 * (work.data - 1) / work.data * 4 * 2 * work.latents * work.d_model
+    return sum(2 * (work.data - 1) / work.data * 4 * 2 * member.latents * work.d_model for member in work.members)

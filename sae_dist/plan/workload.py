@@ -9,7 +9,10 @@ from sae_dist.train.config import TrainConfig
 
 
 class Workload(NamedTuple):
-    """One dictionary on one mesh. Sizes are of the whole run; the properties are of its largest rank."""
+    """One pass on one mesh: a dictionary, and `also` others. Sizes are of the run, properties of its largest rank.
+
+    Numbers and properties are the main dictionary's alone; `members` has all of them, a workload each.
+    """
 
     n_latents: int
     d_model: int
@@ -27,6 +30,12 @@ class Workload(NamedTuple):
     slice_rows: int = 8192
     stored_bytes: int = 2  # an element of a stored row
     store_rows: int = 0  # rows of the store, 0 where unknown
+    also: "tuple[Workload, ...]" = ()  # other dictionaries over the same batches
+
+    @property
+    def members(self) -> "tuple[Workload, ...]":
+        """Every dictionary of the pass by itself."""
+        return (self._replace(also=()), *self.also)
 
     @property
     def ranks(self) -> int:
@@ -49,16 +58,18 @@ class Workload(NamedTuple):
 
     def on(self, *, data: int, feature: int) -> "Workload":
         """The same on another mesh."""
-        return self._replace(data=data, feature=feature)
+        also = tuple(member.on(data=data, feature=feature) for member in self.also)
+        return self._replace(data=data, feature=feature, also=also)
 
 
 def check(work: Workload) -> None:
     """Refuses a mesh that some rank would have no part in; the cure is in the message."""
-    if (work.feature - 1) * work.latents >= work.n_latents:
-        raise UserError(
-            f"mesh.feature={work.feature} ranks for sae.n_latents={work.n_latents}: parts of {work.latents} leave the "
-            f"last rank without a latent; use mesh.feature={-(-work.n_latents // work.latents)}"
-        )
+    for member in work.members:
+        if (member.feature - 1) * member.latents >= member.n_latents:
+            raise UserError(
+                f"mesh.feature={member.feature} ranks for sae.n_latents={member.n_latents}: parts of {member.latents} "
+                f"leave the last rank without a latent; use mesh.feature={-(-member.n_latents // member.latents)}"
+            )
     if work.data > work.batch:
         raise UserError(f"mesh.data={work.data} ranks for train.batch={work.batch} rows; use mesh.data<={work.batch}")
     if work.data > work.lanes:

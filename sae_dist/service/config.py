@@ -16,6 +16,7 @@ from sae_dist.sae.config import SAEConfig
 from sae_dist.shards.order import OrderConfig
 from sae_dist.text.corpus import TextConfig
 from sae_dist.train.config import MeshConfig, TrainConfig
+from sae_dist.train.member import Member, members
 
 ONE_PASS = 0.95  # of the positions of a harvest surely become rows: separators and outliers do not
 
@@ -33,6 +34,7 @@ class RunConfig:
     store: str | None = None  # folder or URI of the activation store; null: <out>/store
     harvest: HarvestConfig
     sae: SAEConfig
+    also: tuple[dict[str, Any], ...] = ()  # more dictionaries in the same pass, each by what differs from `sae`
     order: OrderConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
@@ -41,6 +43,7 @@ class RunConfig:
     pages: PagesConfig | None = None  # pages=null: no feature pages
 
     def __post_init__(self) -> None:
+        _ = self.members  # a wrong entry is refused here
         ahead, round_units = self.harvest.ahead_units, self.order.round_units
         per_unit = self.harvest.unit_sequences * (self.harvest.context - self.harvest.rows.drop_first)
         least = 2 * max(round_units, -(-self.train.init_rows // per_unit))
@@ -66,14 +69,20 @@ class RunConfig:
         return Path("runs").absolute() / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
 
     @property
+    def members(self) -> tuple[Member, ...]:
+        """All dictionaries of the pass, the main one first."""
+        return members(self.also, sae=self.sae, seed=self.seed, lr=self.train.lr)
+
+    @property
     def store_uri(self) -> str:
         return absolute_uri(self.store) if self.store is not None else str(self.folder / "store")
 
     def train_job(self) -> "TrainJob":
         """The training part of the run."""
         return TrainJob(
-            out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae, order=self.order,
-            train=self.train, mesh=self.mesh, wandb=self.wandb, cluster=self.cluster, live=True,
+            out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae, also=self.also,
+            order=self.order, train=self.train, mesh=self.mesh, wandb=self.wandb, cluster=self.cluster,
+            live=True,
         ).located()  # fmt: skip
 
 
@@ -109,11 +118,20 @@ class TrainJob:
     live: bool = False  # the store may still be growing: rows are waited for, in the order that the whole store has
     hook: str | None = None  # null: the only one that the store has
     sae: SAEConfig
+    also: tuple[dict[str, Any], ...] = ()  # more dictionaries in the same pass, each by what differs from `sae`
     order: OrderConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
     wandb: WandbConfig
     cluster: str = "local"  # of the actors of a mesh: local, or the address of a Ray cluster
+
+    def __post_init__(self) -> None:
+        _ = self.members  # a wrong entry is refused here
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All dictionaries of the pass, the main one first."""
+        return members(self.also, sae=self.sae, seed=self.seed, lr=self.train.lr)
 
     def located(self) -> "TrainJob":
         """The same with absolute places: other processes have other working directories."""

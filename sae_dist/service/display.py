@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sae_dist.monitor import newest_metrics
 from sae_dist.train.config import TrainConfig
+from sae_dist.train.member import split_name
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,10 @@ def progress(out: Path, config: TrainConfig) -> dict[str, Any]:
     facts |= {key: newest[key] for key in shown if key in newest}
     if newest.get("tokens_per_second"):
         facts["eta"] = duration((facts["of"] - facts["step"]) * config.batch / newest["tokens_per_second"])
+    for key, value in newest.items():  # of other dictionaries in the same pass
+        prefix, figure = split_name(key)
+        if prefix and figure in shown:
+            facts.setdefault(prefix.rstrip("/"), {})[figure] = value
     return facts
 
 

@@ -34,6 +34,7 @@ from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.shards.retention import retired
 from sae_dist.text.stream import TokenStream
 from sae_dist.text.tokenize import separator
+from sae_dist.train.member import MAIN, folder
 
 
 def evaluate(
@@ -42,10 +43,14 @@ def evaluate(
     *,
     store: Store,
     stream: TokenStream,
+    name: str = MAIN,
     progress: Callable[..., None] = lambda **_: None,
 ) -> dict[str, Any]:
-    """All figures: reconstruction on the store's held-out units, cross-entropies on held-out sequences."""
-    dictionary = dictionary_file.load(config.folder / "dictionary")
+    """All figures of a run's dictionary of that name.
+
+    Reconstruction is on the store's held-out units, cross-entropies are on held-out sequences.
+    """
+    dictionary = dictionary_file.load(folder(config.folder, name))
     mean = torch.as_tensor(store.statistics(config.hook, store.meta.train_units).mean, dtype=torch.float32)
     split_token, policy = separator(language_model.tokenizer), config.harvest.rows
 
@@ -92,20 +97,24 @@ def pages(
 
 
 def evaluate_again(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
-    """Judges a finished run's dictionary anew; its summary, with the new figures written into summary.json."""
+    """Judges a finished run's dictionaries anew; its summary, with the new figures written into summary.json."""
     with _claimed(out) as (summary, config):
+        judged = {MAIN: summary} | {one["name"]: one for one in summary.get("also", [])}
         if config is None:
             store = reader.open(storage.open(summary["store"]))
             if not store.meta.heldout_units:
                 raise UserError(
                     f"store={summary['store']} has no held-out units to judge on; import it with heldout_fraction"
                 )
-            dictionary = dictionary_file.load(out / "dictionary")
-            summary["eval"] |= evaluate_reconstruction(dictionary, store, summary["hook"], evaluate_config)
+            for name, own in judged.items():
+                dictionary = dictionary_file.load(folder(out, name))
+                own["eval"] |= evaluate_reconstruction(dictionary, store, summary["hook"], evaluate_config)
         else:
             config = dataclasses.replace(config, evaluate=evaluate_config)
             prepared, store = _prepared(config)
-            summary["eval"] = evaluate(config, load_model(config.model), store=store, stream=prepared.split.heldout)
+            model, stream = load_model(config.model), prepared.split.heldout
+            for name, own in judged.items():
+                own["eval"] = evaluate(config, model, store=store, stream=stream, name=name)
         write_json(out / "summary.json", summary)
         return summary
 

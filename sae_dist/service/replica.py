@@ -128,11 +128,11 @@ class Replica:
         """The model as modules; the engine's own where it has one."""
         return whole_model(self._engine, self._model)
 
-    def evaluate(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The figures of a run's dictionary on held-out text."""
+    def evaluate(self, values: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """The figures of a run's dictionary of that name on held-out text."""
         return judge.evaluate(
             load_config(RunConfig, values), self._language_model, store=self._store,
-            stream=self._split.heldout, progress=self._say,
+            stream=self._split.heldout, name=name, progress=self._say,
         )  # fmt: skip
 
     def pages(self, values: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from sae_dist.service.stopping import StopRequest
 from sae_dist.service.summary import read_finished, summarize, weights_digest
 from sae_dist.shards import reader
 from sae_dist.train.loop import Trained
+from sae_dist.train.member import MAIN, Member
 
 logger = logging.getLogger(__name__)
 
@@ -116,18 +117,22 @@ class _Run:
 
     def _phases(self, harvesting: Harvesting) -> dict[str, Any]:
         report = self._stream(harvesting)
-        weights = weights_digest(self._out / "dictionary")
-        figures = self._judge(
-            "evaluate", [weights, self._values["evaluate"]], harvesting,
-            lambda replica: replica.evaluate.remote(self._values),
-        )  # fmt: skip
+        figures = {
+            member.name: self._judge(
+                "evaluate", [weights_digest(member.folder(self._out)), self._values["evaluate"]], harvesting,
+                lambda replica, name=member.name: replica.evaluate.remote(self._values, name), of=member,
+            )
+            for member in self._config.members
+        }  # fmt: skip
         summary = summarize(
             self._config.train_job(), hook=self._config.hook, store=self._store, trained=report,
             hashed=self._hashed, figures=figures,
         )  # fmt: skip
         if self._config.pages is not None:
+            main = self._config.members[0]  # pages are the main dictionary's
+            given = [weights_digest(main.folder(self._out)), figures[main.name], self._values["pages"]]
             self._judge(
-                "pages", [weights, figures, self._values["pages"]], harvesting,
+                "pages", given, harvesting,
                 lambda replica: replica.pages.remote(self._values, summary), leaves="pages/index.html",
             )  # fmt: skip
             summary["pages"] = str(self._out / "pages" / "index.html")
@@ -161,9 +166,15 @@ class _Run:
         ask: Callable[[ActorHandle], ray.ObjectRef],
         *,
         leaves: str | None = None,
+        of: Member | None = None,
     ) -> dict[str, Any]:
-        """The result of a phase: as found in the run's folder when it was made from the same, else made now."""
+        """The result of a phase: as found in the run's folder when it was made from the same, else made now.
+
+        Of a dictionary other than the main one it is kept beside that.
+        """
         path, made_from = self._out / f"{phase}.json", digest(given)
+        if of is not None and of.name != MAIN:
+            path, phase = of.folder(self._out) / path.name, f"{phase} {of.name}"
         if path.is_file() and (leaves is None or Path(self._out / leaves).exists()):
             found = json.loads(path.read_text())
             if found["made_from"] == made_from:

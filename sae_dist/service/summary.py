@@ -1,6 +1,7 @@
 """summary.json: the final figures of a run. A figure that was not measured is null, never a guess."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,9 +37,25 @@ def weights_digest(dictionary: Path) -> str:
 
 
 def summarize(
-    job: TrainJob, *, hook: str, store: Store, trained: Finished, hashed: str, figures: dict[str, Any]
+    job: TrainJob, *, hook: str, store: Store, trained: Finished, hashed: str, figures: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """The summary of a finished training; `wall_seconds` is for the caller to fill in last."""
+    """The summary of a finished training; `wall_seconds` is for the caller to fill in last.
+
+    `figures` of every dictionary by name. Those of `also`, if there are any, are listed under that key.
+    """
+    main, *others = job.members
+    also = [
+        {
+            "name": member.name,
+            "dictionary": str(member.folder(Path(job.out))),
+            "n_latents": member.sae.n_latents,
+            "k": member.sae.k,
+            "seed": member.seed,
+            "lr": member.peak_lr,
+            "eval": figures[member.name],
+        }
+        for member in others
+    ]
     return {
         "name": job.out.rstrip("/").rpartition("/")[2],
         "config_hash": hashed,
@@ -53,5 +70,5 @@ def summarize(
         "wall_seconds": None,
         "tokens_per_second": round(trained.tokens / trained.seconds, 1),
         "order_hash": trained.order_hash,
-        "eval": figures,
-    }
+        "eval": figures[main.name],
+    } | ({"also": also} if also else {})

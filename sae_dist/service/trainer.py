@@ -89,9 +89,9 @@ def run_training(
     origin |= {"store": job.store, "text_fingerprint": meta.text_fingerprint}
     with _one_trainer(out) if rank.mesh.first else nullcontext(), _logs(job, out, rank.mesh.first, watch) as log:
         return train(
-            store, hook=chosen_hook(store, job.hook), sae=job.sae, config=job.train, order=job.order, seed=job.seed,
-            out=out, log=log, mesh=rank.mesh, checkpoint_timeout_s=job.mesh.checkpoint_timeout_s, live=job.live,
-            stop=stop, at=rank.at, provenance={**origin, **provenance},
+            store, hook=chosen_hook(store, job.hook), members=job.members, config=job.train, order=job.order,
+            seed=job.seed, out=out, log=log, mesh=rank.mesh, checkpoint_timeout_s=job.mesh.checkpoint_timeout_s,
+            live=job.live, stop=stop, at=rank.at, provenance={**origin, **provenance},
         )  # fmt: skip
 
 

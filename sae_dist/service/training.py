@@ -36,7 +36,7 @@ class Work(Protocol):
 
 
 def train_and_judge(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
-    """Trains, judges the dictionary on the store's held-out units, and returns the summary (summary.json).
+    """Trains, judges the dictionaries on the store's held-out units, and returns the summary (summary.json).
 
     Of processes that torchrun started, the first one does; the others train and return None.
     """
@@ -142,9 +142,10 @@ def _lead(job: TrainJob, work: Work, stop: Stop, *, begin: Callable[[bool], obje
                 trained = work(provenance={"config_hash": hashed}, show=show)
                 show({}, now=True)
                 wait_for_heldout(store, stop)
-            figures = dict(UNMEASURED)
-            if store.meta.heldout_units:
-                figures |= evaluate_reconstruction(dictionary.load(out / "dictionary"), store, hook, EvaluateConfig())
+            figures = {member.name: dict(UNMEASURED) for member in job.members}
+            for member in job.members if store.meta.heldout_units else ():
+                learned = dictionary.load(member.folder(out))
+                figures[member.name] |= evaluate_reconstruction(learned, store, hook, EvaluateConfig())
             summary = summarize(job, hook=hook, store=store, trained=trained, hashed=hashed, figures=figures)
             summary["wall_seconds"] = folder.wall_seconds
             write_json(out / "summary.json", summary)

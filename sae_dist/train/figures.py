@@ -2,40 +2,46 @@
 
 from typing import Any, NamedTuple
 
+from sae_dist.train.learner import Learned, Learner
+from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.state import TrainState
 
 
 class Window(NamedTuple):
-    """Sums since the last line of the log; steps that were left out do not count."""
+    """Sums of one dictionary since the last line of the log; steps that were left out do not count."""
 
     squared_error: float = 0.0
     active: float = 0.0
     rows: int = 0
 
-    def add(self, squared_error: float, active: float, rows: int) -> "Window":
-        return Window(self.squared_error + squared_error, self.active + active, self.rows + rows)
+    def add(self, learned: Learned, rows: int) -> "Window":
+        if learned.decision != "step":
+            return self
+        return Window(self.squared_error + learned.squared_error, self.active + learned.active, self.rows + rows)
 
 
-def figures(window: Window, state: TrainState) -> dict[str, Any]:
-    """Loss and latents; all ranks must ask, or none."""
-    rows = max(window.rows, 1)
-    return {
+def figures(window: Window, learner: Learner, state: TrainState, *, lr: float) -> dict[str, Any]:
+    """Loss and latents of one dictionary, under its names; all ranks must ask, or none."""
+    rows, guard = max(window.rows, 1), learner.guard
+    own = {
+        "lr": lr,
         "fvu": window.squared_error / (rows * state.variance),
         "l0": window.active / rows,
-        "dead_fraction": state.sae.dead_fraction(),
-        "skipped_steps": state.guard.skipped,
-        "loss_spikes": state.guard.spikes,
-        "roll_backs": state.guard.roll_backs,
-        "order_hash": f"{state.order_hash:016x}",
+        "dead_fraction": learner.sae.dead_fraction(),
+        "skipped_steps": guard.skipped,
+        "loss_spikes": guard.spikes,
+        "roll_backs": guard.roll_backs,
     }
+    return {f"{learner.member.prefix}{name}": value for name, value in own.items()}
 
 
-def rates(state: TrainState, begun: TrainState, batch: int, starved_s: float) -> dict[str, Any]:
+def rates(state: TrainState, begun: TrainState, batch: int, starved_s: float, mesh: Mesh) -> dict[str, Any]:
     """Tokens a second of this attempt, and the share of its time spent waiting for rows and for other ranks."""
     seconds = max(state.seconds - begun.seconds, 1e-9)
-    exchanging = sum(moved.seconds for moved in list(state.sae.mesh.moved.values()))
+    exchanging = sum(moved.seconds for moved in list(mesh.moved.values()))
     return {
+        "order_hash": f"{state.order_hash:016x}",
         "tokens": state.step * batch,
         "tokens_per_second": (state.step - begun.step) * batch / seconds,
         "starved_fraction": starved_s / seconds,
-    } | ({"exchange_fraction": exchanging / seconds} if state.sae.mesh.world.size > 1 else {})
+    } | ({"exchange_fraction": exchanging / seconds} if mesh.world.size > 1 else {})

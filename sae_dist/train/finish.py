@@ -13,34 +13,51 @@ from sae_dist.sae.scale import folded
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train import checkpoint
 from sae_dist.train.checkpoint import DAMAGE, Manifest
+from sae_dist.train.learner import Learner
+from sae_dist.train.member import split_name
 
 logger = logging.getLogger(__name__)
 
 
-def write_dictionary(storage: Storage, out: Path, *, step: int, k: int, info: Mapping[str, Any]) -> None:
-    """`out`/dictionary from a checkpoint of that step; StorageError when none can be read or nothing written."""
+def write_dictionary(storage: Storage, out: Path, learner: Learner, *, step: int, info: Mapping[str, Any]) -> None:
+    """One dictionary of a training into its folder under `out`, from a checkpoint of that step.
+
+    `info` is what all dictionaries of the training have in common. StorageError when no checkpoint can be read or
+    nothing written.
+    """
+    member, folder = learner.member, learner.member.folder(out)
+    own = {
+        "variant": member.sae.kind,
+        "n_latents": member.sae.n_latents,
+        "seed": member.seed,
+        "skipped_steps": learner.guard.skipped,
+        "kernels": learner.sae.shard.backend_used,
+    }
     reasons = []
-    for folder in [f for f in checkpoint.folders(storage) if checkpoint.step_of(f) == step]:
+    for saved in [f for f in checkpoint.folders(storage) if checkpoint.step_of(f) == step]:
         try:
-            manifest = checkpoint.read_manifest(storage, folder)
-            n_latents, d_model = manifest.tensors["W_dec"].shape
+            manifest = checkpoint.read_manifest(storage, saved)
+            n_latents, d_model = manifest.tensors[f"{member.prefix}W_dec"].shape
             dictionary.write(
-                out / "dictionary", _parts(storage, manifest), n_latents=n_latents, d_model=d_model, k=k, info=info
-            )
+                folder, _parts(storage, manifest, member.prefix), n_latents=n_latents, d_model=d_model, k=member.sae.k,
+                info=own | dict(info),
+            )  # fmt: skip
             return
         except DAMAGE as damage:
-            reasons.append(f"{folder}: {damage}")
+            reasons.append(f"{saved}: {damage}")
     raise StorageError(
-        f"out={out}/dictionary was not written from the checkpoints of step {step} in {storage.uri} "
+        f"out={folder} was not written from the checkpoints of step {step} in {storage.uri} "
         f"({'; '.join(reasons) or 'there are none'}); see to that and repeat the command"
     )
 
 
-def _parts(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, int, Tensor]]:
+def _parts(storage: Storage, manifest: Manifest, prefix: str) -> Iterator[tuple[str, int, Tensor]]:
     """Every block of a parameter, on raw input: its name, its first row (latent), its rows."""
     scale = manifest.facts["scale"]
+    wanted = {prefix + name for name in Parameters._fields}
     for file in manifest.files:
-        if any(block.name in Parameters._fields for block in file.blocks):
+        if any(block.name in wanted for block in file.blocks):
             for block, rows in checkpoint.read_file(storage, manifest.folder, file).items():
-                if block.name in Parameters._fields:
-                    yield block.name, block.start, folded(block.name, rows.float(), scale)
+                if block.name in wanted:
+                    name = split_name(block.name)[1]
+                    yield name, block.start, folded(name, rows.float(), scale)

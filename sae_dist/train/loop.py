@@ -1,12 +1,13 @@
-"""The run on one page: rows in their order, a step a batch, a checkpoint now and then, a dictionary at the end.
+"""The run on one page: rows in their order, a step a batch, a checkpoint now and then, dictionaries at the end.
 
-Every rank of a mesh runs this page, and they do the same at the same time. What there is one of, the first rank does.
+All dictionaries of a run learn from the same batches, which are read, moved and cast once (member.py). Every rank of a
+mesh runs this page, and they do the same at the same time. What there is one of, the first rank does.
 """
 
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ from torch import Tensor
 from sae_dist import faults, storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.monitor import Log
-from sae_dist.sae.config import SAEConfig, check_width
 from sae_dist.shards import shuffle
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
@@ -27,20 +27,21 @@ from sae_dist.train.config import TrainConfig
 from sae_dist.train.consumer import Consumer, consumer_name
 from sae_dist.train.figures import Window, figures, rates
 from sae_dist.train.finish import write_dictionary
-from sae_dist.train.guard import Verdict, judge
+from sae_dist.train.learner import Learner, check, learn
+from sae_dist.train.member import Member
 from sae_dist.train.parallel import checkpoint
 from sae_dist.train.parallel.exchange import of_first
 from sae_dist.train.parallel.feed import Feed
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.saver import Retention, Saver
-from sae_dist.train.schedule import base_lr, lr_factor
+from sae_dist.train.schedule import lr_factor
 from sae_dist.train.state import Source, TrainState, begin, from_checkpoint, local, mine, to_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 class Trained(NamedTuple):
-    """What a finished training says besides the dictionary's folder."""
+    """What a finished training says besides the dictionaries' folders."""
 
     steps: int
     tokens: int
@@ -52,7 +53,7 @@ def train(
     store: Store,
     *,
     hook: str,
-    sae: SAEConfig,
+    members: Sequence[Member],
     config: TrainConfig,
     order: OrderConfig,
     seed: int,
@@ -65,17 +66,19 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     at: Callable[[int, str], None] = lambda *_: None,
 ) -> Trained:
-    """Trains one dictionary on the store's rows and writes `out`/dictionary; goes on from the newest checkpoint.
+    """Trains the members on the store's rows and writes their dictionaries; goes on from the newest checkpoint.
 
-    The result is a function of the store, the configs, the seed and the kernels: a run that was stopped, or killed, and
-    repeated on the same machine and mesh ends in the same dictionary. A `live` store may still be growing; otherwise
-    its manifest is pinned. Raises `Stopped`, after a checkpoint, once `stop()` is true on any rank, and `UserError`
-    when the guard gives up. `at` is told where this rank is; `log` is called on the first rank alone.
+    A dictionary is a function of the store, its member, the config, the order, the seed (of the order) and the kernels:
+    a run that was stopped, or killed, and repeated on the same machine and mesh ends in the same one, and so does a run
+    of that member alone. A `live` store may still be growing; otherwise its manifest is pinned. Raises `Stopped`, after
+    a checkpoint, once `stop()` is true on any rank, and `UserError` when a member's guard gives up. `at` is told where
+    this rank is; `log` is called on the first rank alone.
     """
     mesh = mesh or Mesh.single()
     d_model = store.meta.hooks[hook]
-    check_width(sae, d_model)
-    n_steps, lr = config.n_steps, config.lr or base_lr(sae.n_latents)
+    for member in members:
+        check(member, d_model, mesh)
+    n_steps = config.n_steps
     group = checkpoint.group_of(mesh, checkpoint_timeout_s)
 
     def feed(step: int, order_hash: int, manifest: int | None, until: int) -> Feed:
@@ -85,9 +88,9 @@ def train(
             stop_step=until,
         )  # fmt: skip
 
-    def fresh(source: Source) -> TrainState:
+    def fresh(source: Source, members: Sequence[Member]) -> TrainState:
         x = _sample(feed(0, 0, source.manifest, -(-config.init_rows // config.batch)), config.init_rows)
-        return begin(x, sae, config, mesh, seed=seed, source=source)
+        return begin(x, members, config, mesh, source=source)
 
     def tell(kept: list[Manifest]) -> None:
         if len(kept) == config.keep_checkpoints:  # else a damaged one would lead back to the start
@@ -95,12 +98,12 @@ def train(
 
     checkpoints = storage.open(config.checkpoints or out / "checkpoints")
     at(0, "reading")
-    saved = checkpoint.latest(group, checkpoints, mine(mesh, sae.n_latents))
+    saved = checkpoint.latest(group, checkpoints, mine(mesh))
     if saved is None:
         version = None if live else of_first(mesh, store.snapshot().version if mesh.first else 0, name="manifest")
-        state = fresh(Source(store.meta.digest, hook, version))
+        state = fresh(Source(store.meta.digest, hook, version), members)
     else:
-        state = from_checkpoint(saved, sae, config, mesh)
+        state = from_checkpoint(saved, members, config, mesh)
         if state.source[:2] != (store.meta.digest, hook):
             raise UserError(
                 f"out={out} was trained on {state.source.hook} of store {state.source.store}, not on {hook} of "
@@ -110,21 +113,29 @@ def train(
             logger.info("going on from step %d of %d", state.step, n_steps)
     del saved
 
-    def back(verdict: Verdict) -> TrainState:
-        """The weights of the last checkpoint that learned something; the rows since then are not trained on again."""
+    def named(member: Member) -> str:
+        return f"{member.name}: " if len(members) > 1 else ""
+
+    def back(learner: Learner) -> Learner:
+        """Its weights of the last checkpoint that it learned before; the rows since then are not trained on again.
+
+        That is not saved at once: a run repeated from there comes to the same step, and goes back to the same again.
+        """
+        member = learner.member
         earlier = checkpoint.latest(
-            group, checkpoints, mine(mesh, sae.n_latents), among=lambda m: not m.facts["guard"]["in_a_row"]
-        )
+            group, checkpoints, mine(mesh, member),
+            among=lambda manifest: not manifest.facts[f"{member.prefix}guard"]["in_a_row"],
+        )  # fmt: skip
         if earlier is None:
-            return state._replace(sae=fresh(state.source).sae, guard=verdict.guard)
-        state.sae.load_state_dict_(local(earlier))
-        return state._replace(guard=verdict.guard)
+            return learner._replace(sae=fresh(state.source, [member]).learners[0].sae)
+        learner.sae.load_state_dict_(local(earlier, member))
+        return learner
 
     consumer = Consumer(
         store.storage if live and mesh.first else None, consumer_name(out), taken=state.units_done, saved=0
     )
     if state.step < n_steps:
-        begun, started, window = state, time.monotonic(), Window()
+        begun, started, windows = state, time.monotonic(), [Window() for _ in members]
         retention = Retention(config.keep_checkpoints, config.keep_every)
         write, stopping = functools.partial(checkpoint.save, group), False
         with (
@@ -138,35 +149,37 @@ def train(
                     decay_fraction=config.decay_fraction,
                 )  # fmt: skip
                 x = batch.x.float() * state.scale
-                verdict, squared_error, active = _step(state, config, x, lr=lr * factor)
+                learned = [
+                    learn(own, config, x, lr=own.member.peak_lr * factor, variance=state.variance)
+                    for own in state.learners
+                ]
+                windows = [window.add(own, len(x)) for window, own in zip(windows, learned, strict=True)]
                 state = state._replace(
-                    step=state.step + 1, order_hash=batch.order_hash, units_done=batch.units_done,
-                    guard=verdict.guard, seconds=begun.seconds + time.monotonic() - started,
+                    step=state.step + 1, learners=tuple(own.learner for own in learned), order_hash=batch.order_hash,
+                    units_done=batch.units_done, seconds=begun.seconds + time.monotonic() - started,
                 )  # fmt: skip
                 at(state.step, "training")
-                match verdict.decision:
-                    case "step":
-                        window = window.add(squared_error, active, len(x))
-                    case "stop":
-                        raise UserError(
-                            f"{verdict.alert}, up to step {state.step}; lower train.lr={lr:g}, in another out="
-                        )
-                    case "roll_back":
-                        tell(saver.wait())
-                        state = back(verdict)
-                        tell(saver.save(to_checkpoint(state)))  # so that a repeated run goes back to the same
+                alerts = {own.learner.member: f"step {state.step}: {own.alert}" for own in learned if own.alert}
+                if given_up := [own for own in learned if own.decision == "stop"]:
+                    raise UserError(f"{named(given_up[0].learner.member)}{given_up[0].cure(state.step)}")
+                if any(own.decision == "roll_back" for own in learned):  # the others go on from where they are
+                    tell(saver.wait())
+                    learners = [back(own.learner) if own.decision == "roll_back" else own.learner for own in learned]
+                    state = state._replace(learners=tuple(learners))
                 consumer.take(state.units_done, starved_s=batches.starved_s())
                 done = state.step == n_steps
-                alert = {} if verdict.alert is None else {"alert": f"step {state.step}: {verdict.alert}"}
-                if done or alert or state.step % config.log_every == 0:
-                    rest = rates(state, begun, config.batch, batches.starved_s()) | saver.figures() | alert
-                    rest |= {"shuffle_inflation": shuffle.inflation(batch.docs().numpy())}  # at best 1 + batch m / rows
-                    line = {"epoch": batch.epoch, "lr": lr * factor} | figures(window, state) | rest
-                    window = Window()
+                if done or alerts or state.step % config.log_every == 0:
+                    line = {"epoch": batch.epoch} | rates(state, begun, config.batch, batches.starved_s(), mesh)
+                    for window, own in zip(windows, state.learners, strict=True):
+                        line |= figures(window, own, state, lr=own.member.peak_lr * factor)
+                    line |= {f"{m.prefix}alert": alert for m, alert in alerts.items()}
+                    line |= {"shuffle_inflation": shuffle.inflation(batch.docs().numpy())}  # at best 1 + batch m / rows
+                    windows = [Window() for _ in members]
                     if mesh.first:
-                        log(state.step, line)
-                if alert and mesh.first:
-                    logger.error("ALERT: %s", alert["alert"])
+                        log(state.step, line | saver.figures())
+                if mesh.first:
+                    for member, alert in alerts.items():
+                        logger.error("ALERT: %s%s", named(member), alert)
                 if done:
                     break
                 faults.point("train.step", step=state.step, rank=mesh.world.rank)
@@ -180,38 +193,20 @@ def train(
     order_hash = f"{state.order_hash:016x}"
     if mesh.first:
         info = {
-            "variant": sae.kind,
-            "n_latents": sae.n_latents,
             "d_model": d_model,
             "subtract_b_dec": True,  # x - b_dec goes into the encoder
             "hook": hook,
             "tokens_trained": n_steps * config.batch,
-            "skipped_steps": state.guard.skipped,
             "order_hash": order_hash,
-            "seed": seed,
-            "kernels": state.sae.shard.backend_used,
+            "order_seed": seed,
             "torch": torch.__version__,
             "store_digest": store.meta.digest,
             **provenance,
         }
-        write_dictionary(checkpoints, out, step=n_steps, k=sae.k, info=info)
+        for learner in state.learners:
+            write_dictionary(checkpoints, out, learner, step=n_steps, info=info)
         consumer.sign_off()
     return Trained(n_steps, n_steps * config.batch, order_hash, state.seconds)
-
-
-def _step(state: TrainState, config: TrainConfig, x: Tensor, *, lr: float) -> tuple[Verdict, float, float]:
-    """One step, or none, as the guard says; the verdict, the squared error and the number of active values."""
-    sae = state.sae
-    said = sae.forward(x, variance=state.variance)
-    squared_error = float(said.squared_error)
-    loss = squared_error / (len(x) * state.variance)
-    verdict = judge(state.guard, config.guard, loss=loss, finite=sae.is_sound(said))
-    if verdict.decision == "step":
-        sae.update_(lr=lr)
-        sae.count_(said.fired, tokens=len(x))
-    else:
-        sae.skip_()
-    return verdict, squared_error, float(said.active)
 
 
 def _sample(feed: Feed, n_rows: int) -> Float[Tensor, "rows d_model"]:

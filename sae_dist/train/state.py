@@ -1,6 +1,6 @@
 """What a training is made of between two steps: all of it is in a checkpoint, nothing else is anywhere."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from sae_kernels.topk_step import TopKStep
 from torch import Tensor
 
+from sae_dist.config import UserError
 from sae_dist.sae.config import SAEConfig, resolved_k_aux
 from sae_dist.sae.initialize import Parameters, initialize
 from sae_dist.sae.scale import input_scale
@@ -15,6 +16,8 @@ from sae_dist.train import guard as guards
 from sae_dist.train.checkpoint import Checkpoint, Layout, Rows
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.guard import Guard
+from sae_dist.train.learner import Learner
+from sae_dist.train.member import Member, split_name
 from sae_dist.train.parallel.exchange import all_gather, total
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep
@@ -32,74 +35,86 @@ class Source(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """The state after `step` steps; the same on every rank of a mesh, but for the latents in `sae`."""
+    """The state after `step` steps; the same on every rank of a mesh, but for the latents that it holds."""
 
     step: int
-    sae: MeshStep
+    learners: tuple[Learner, ...]  # one a dictionary
     scale: float  # x is multiplied by it before anything else
     variance: float  # mean over rows of ||x - mean||^2, scaled: the loss's constant denominator
     order_hash: int  # of the rows seen
     units_done: int  # of the first pass: what no later step reads in it
     source: Source
-    guard: Guard
     seconds: float  # of training so far, over all attempts
 
 
 def begin(
-    x: Float[Tensor, "rows d_model"], sae: SAEConfig, config: TrainConfig, mesh: Mesh, *, seed: int, source: Source
+    x: Float[Tensor, "rows d_model"], members: Sequence[Member], config: TrainConfig, mesh: Mesh, *, source: Source
 ) -> TrainState:
     """The state before step 0, from a sample of raw rows: input scale, variance, this rank's initial parameters."""
     scale = input_scale(float(x.double().square().sum(-1).mean()), x.shape[1])
     x = x * scale
     variance = float((x - x.mean(0)).double().square().sum(-1).mean())
-
-    def kth(best: Float[Tensor, "sample candidates"]) -> Float[Tensor, " sample"]:
-        width = min(sae.k, -(-sae.n_latents // mesh.feature.size))  # what the largest part has
-        padded = torch.nn.functional.pad(best, (0, width - best.shape[1]))
-        everybody = all_gather(mesh, mesh.feature, padded, name="initialize").permute(1, 0, 2).flatten(1)
-        return everybody.topk(sae.k).values[:, -1]
-
-    parameters = initialize(
-        x, n_latents=sae.n_latents, k=sae.k, seed=seed, latents=mesh.latents(sae.n_latents), kth=kth,
-        total=lambda part: total(mesh, mesh.feature, part, name="initialize"),
-    )  # fmt: skip
-    return TrainState(0, _step(parameters, sae, config, mesh), scale, variance, 0, 0, source, Guard(), 0.0)
+    learners = tuple(
+        Learner(m, _step(_initial(x, m.sae, mesh, seed=m.seed), m.sae, config, mesh), Guard()) for m in members
+    )
+    return TrainState(0, learners, scale, variance, 0, 0, source, 0.0)
 
 
 def to_checkpoint(state: TrainState) -> Checkpoint:
     """This rank's part of the state as it is; the tensors share memory with it. Rows are latents, in W_enc too."""
-    facts = {name: value for name, value in state._asdict().items() if name not in ("step", "sae")}
-    here, n_latents = state.sae.latents, state.sae.n_latents
-    tensors = {
-        name: Rows(tensor, here.start, n_latents) if _is_split(name) else tensor
-        for name, tensor in _transposed(state.sae.state_dict()).items()
-    }
-    return Checkpoint(state.step, tensors, facts | {"guard": guards.to_facts(state.guard)})
+    facts = {name: value for name, value in state._asdict().items() if name not in ("step", "learners")}
+    tensors: dict[str, Tensor | Rows] = {}
+    for member, sae, guard in state.learners:
+        for name, tensor in _transposed(sae.state_dict()).items():
+            rows = Rows(tensor, sae.latents.start, sae.n_latents) if _is_split(name) else tensor
+            tensors[member.prefix + name] = rows
+        facts[f"{member.prefix}guard"] = guards.to_facts(guard)
+    return Checkpoint(state.step, tensors, facts)
 
 
-def from_checkpoint(saved: Checkpoint, sae: SAEConfig, config: TrainConfig, mesh: Mesh) -> TrainState:
-    """The state as it was saved, bit for bit; `saved` has of every tensor what `mine` says."""
-    tensors = local(saved)
-    step = _step(Parameters(*(tensors[name] for name in Parameters._fields)), sae, config, mesh)
-    step.load_state_dict_(tensors)
-    facts = dict(saved.facts)
-    source, guard = Source(*facts.pop("source")), guards.from_facts(facts.pop("guard"))
-    return TrainState(saved.step, step, source=source, guard=guard, **facts)
+def from_checkpoint(saved: Checkpoint, members: Sequence[Member], config: TrainConfig, mesh: Mesh) -> TrainState:
+    """The state as it was saved, bit for bit; `saved` has of every tensor what `mine` says.
+
+    UserError when it is of other dictionaries.
+    """
+    there, wanted = {split_name(name)[0] for name in saved.tensors}, {member.prefix for member in members}
+    if there != wanted:
+        raise UserError(
+            f"the checkpoint of step {saved.step} holds {len(there)} dictionaries, of which {len(there & wanted)} are "
+            f"among the {len(wanted)} of this training; choose another out="
+        )
+    facts, learners = dict(saved.facts), []
+    for member in members:
+        tensors = local(saved, member)
+        step = _step(Parameters(*(tensors[name] for name in Parameters._fields)), member.sae, config, mesh)
+        step.load_state_dict_(tensors)
+        learners.append(Learner(member, step, guards.from_facts(facts.pop(f"{member.prefix}guard"))))
+    source = Source(*facts.pop("source"))
+    return TrainState(saved.step, tuple(learners), source=source, **facts)
 
 
-def mine(mesh: Mesh, n_latents: int) -> "Mine":
-    """Of every tensor of a checkpoint, the rows that this rank holds; None: all."""
-    here = mesh.latents(n_latents)
+def mine(mesh: Mesh, only: Member | None = None) -> "Mine":
+    """Of every tensor of a checkpoint, the rows that this rank holds, of `only` one member's alone; None: all."""
 
-    def rows(name: str, _: Layout) -> range | None:
-        return here if _is_split(name) else None
+    def rows(name: str, whole: Layout) -> range | None:
+        prefix, own = split_name(name)
+        if only is not None and prefix != only.prefix and whole.shape:
+            return range(0)
+        return mesh.latents(whole.shape[0]) if _is_split(own) else None
 
     return rows
 
 
-def local(saved: Checkpoint) -> dict[str, Tensor]:
-    """This rank's part of a checkpoint as `MeshStep.load_state_dict_` takes it."""
-    return _transposed({name: part.local if isinstance(part, Rows) else part for name, part in saved.tensors.items()})
+def local(saved: Checkpoint, member: Member) -> dict[str, Tensor]:
+    """This rank's part of one dictionary of a checkpoint as `MeshStep.load_state_dict_` takes it."""
+    own = {split_name(name): part for name, part in saved.tensors.items()}
+    return _transposed(
+        {
+            name: part.local if isinstance(part, Rows) else part
+            for (prefix, name), part in own.items()
+            if prefix == member.prefix
+        }
+    )
 
 
 def _is_split(name: str) -> bool:
@@ -110,6 +125,21 @@ def _is_split(name: str) -> bool:
 def _transposed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """W_enc and its moments lie in memory as [n_latents, d_model], and so they do in a checkpoint."""
     return {name: tensor.t() if name.endswith("W_enc") else tensor for name, tensor in tensors.items()}
+
+
+def _initial(x: Float[Tensor, "rows d_model"], sae: SAEConfig, mesh: Mesh, *, seed: int) -> Parameters:
+    """This rank's part of a dictionary's initial parameters, from scaled rows."""
+
+    def kth(best: Float[Tensor, "sample candidates"]) -> Float[Tensor, " sample"]:
+        width = min(sae.k, -(-sae.n_latents // mesh.feature.size))  # what the largest part has
+        padded = torch.nn.functional.pad(best, (0, width - best.shape[1]))
+        everybody = all_gather(mesh, mesh.feature, padded, name="initialize").permute(1, 0, 2).flatten(1)
+        return everybody.topk(sae.k).values[:, -1]
+
+    return initialize(
+        x, n_latents=sae.n_latents, k=sae.k, seed=seed, latents=mesh.latents(sae.n_latents), kth=kth,
+        total=lambda part: total(mesh, mesh.feature, part, name="initialize"),
+    )  # fmt: skip
 
 
 def _step(parameters: Parameters, sae: SAEConfig, config: TrainConfig, mesh: Mesh) -> MeshStep:

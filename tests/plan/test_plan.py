@@ -146,3 +146,33 @@ def test_people_get_tables(capsys):
     shown = capsys.readouterr().out
     for words in ("memory of a rank", "time of a step", "tokens/s", "bound by", "smallest mesh that fits", "TB"):
         assert words in shown
+
+
+def test_dictionaries_of_one_pass_add_up_but_are_read_for_once():
+    wide = Workload(n_latents=65_536, d_model=768, k=32, k_aux=0, batch=4096, feature=2)
+    both = wide._replace(also=(wide._replace(n_latents=16_384, k=64),))
+    sole = both.also[0]
+    for kind in ("h100", "a100"):
+        one, other, together = (plan(work, machine(kind)) for work in (wide, sole, both))
+        parts = [{part.name: part.bytes for part in found.memory} for found in (one, other, together)]
+        for name in ("parameters, fp32", "Adam's moments, fp32", "checkpoint: copy while written"):
+            assert parts[2][name] == parts[0][name] + parts[1][name]
+        for name in ("program and libraries", "loader: windows, batches ahead"):
+            assert parts[2][name] == parts[0][name]
+        rows = "batch: rows, errors, pairs"
+        assert parts[2][rows] == parts[0][rows] + parts[1][rows] - (2 + 4) * 4096 * 768
+        assert together.reading_s == one.reading_s
+        fed = sum(p.seconds for p in one.phases if p.name.startswith(("exchange: batch", "exchange: roll_call")))
+        assert together.step_s == pytest.approx(one.step_s + other.step_s - fed)
+    assert both.on(data=1, feature=1).also[0].feature == 1
+
+
+def test_members_are_planned_and_those_that_fit_nowhere_refused(capsys):
+    keys = ["plan", "d_model=768", "sae.n_latents=16384", "store=null"]
+    assert main([*keys, "also=[{n_latents: 65536}, {k: 64}]", "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [own["n_latents"] for own in found["work"]["also"]] == [65_536, 16_384]
+    assert main([*keys, "also=[{n_latents: 65536}]"]) == 0
+    assert "65,536 latents x 768, k 32" in capsys.readouterr().out
+    assert main([*keys, "also=[{n_latents: 10, k: 4}]", "machine.memory=1e9"]) == 2
+    assert "and the 1 of also" in capsys.readouterr().err

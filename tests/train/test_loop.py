@@ -18,6 +18,7 @@ from sae_dist.shards.writer import create, write_unit
 from sae_dist.train import loop
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.consumer import consumer_name
+from sae_dist.train.member import MAIN, Member
 
 N_TRUE, D_MODEL, ROWS, UNITS = 48, 24, 600, 8
 CONFIG = TrainConfig(steps=60, batch=64, init_rows=256, checkpoint_every=20, log_every=10, threads=1)
@@ -65,7 +66,8 @@ def store(tmp_path_factory) -> Store:
 def train(store: Store, out: Path, *, config: TrainConfig = CONFIG, sae: TopK = SAE, **more):
     lines: list[tuple[int, dict]] = []
     given = {"seed": 0, "order": ORDER, "provenance": {}, "log": lambda *entry: lines.append(entry)} | more
-    trained = loop.train(store, hook="x", sae=sae, config=config, out=out, **given)
+    given = {"members": (Member(MAIN, sae, given["seed"], config.lr),)} | given
+    trained = loop.train(store, hook="x", config=config, out=out, **given)
     return trained, lines
 
 

@@ -14,6 +14,8 @@ from sae_dist.shards import reader
 from sae_dist.train import loop
 from sae_dist.train.config import MeshConfig, TrainConfig
 from sae_dist.train.guard import GuardConfig
+from sae_dist.train.learner import Learner
+from sae_dist.train.member import MAIN, Member
 from sae_dist.train.parallel.mesh import Mesh, connect
 from tests.train.test_loop import CONFIG, ORDER, SAE
 
@@ -33,6 +35,13 @@ class Scenario(NamedTuple):
     poison_at: int = ALL_STEPS  # the last rank's decoder is not a number from this step on
     micro_batch: int | None = None
     clip_norm: float | None = None
+    seed: int = 0  # of the initial weights
+    lr: float | None = None
+    also: tuple[Member, ...] = ()
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return (Member(MAIN, self.sae, self.seed, self.lr), *self.also)
 
     @property
     def config(self) -> TrainConfig:
@@ -46,49 +55,52 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
     """Trains `folder`/`name` on the store `folder`/store: the lines of its log, what was selected, how it ended."""
     lines: list[tuple[int, dict]] = []
     chosen: list[torch.Tensor] = []
-    step, begin = loop._step, loop.begin
+    learn, begin = loop.learn, loop.begin
     last = mesh.world.rank == mesh.world.size - 1
     done = 0
 
-    def watched(state: Any, config: Any, x: torch.Tensor, *, lr: float) -> Any:
-        nonlocal done
-        shard, first = state.sae.shard, state.sae.latents.start
+    def watched(learner: Learner, config: Any, x: torch.Tensor, **more: Any) -> Any:
+        shard, first = learner.sae.shard, learner.sae.latents.start
         held = type(shard.stages).hold_
 
         def hold(rows: torch.Tensor, parts: Any) -> None:
             for use, part in enumerate(parts):
                 row, place = (part.selected.values > 0).nonzero(as_tuple=True)
                 latent = part.selected.indices[row, place] + first
-                chosen.append(torch.stack([torch.full_like(row, n) for n in (state.step, use)] + [row, latent], 1))
+                chosen.append(torch.stack([torch.full_like(row, n) for n in (done, use)] + [row, latent], 1))
             held(shard.stages, rows, parts)
 
         shard.stages.hold_ = hold
-        if last and state.step == scenario.poison_at:
+        if last and done == scenario.poison_at:
             shard.W_dec[0] = torch.nan
-        done = state.step + 1
-        return step(state, config, x, lr=lr)
+        return learn(learner, config, x, **more)
+
+    def at(step: int, _: str) -> None:
+        nonlocal done
+        done = step
 
     def started(*args: Any, **more: Any) -> Any:
         state = begin(*args, **more)
         if scenario.owned:
-            here = state.sae.latents
-            state.sae.shard.b_enc[max(0, -here.start) : max(scenario.sae.k + 1 - here.start, 0)] += 5
+            learner, *_ = state.learners
+            here = learner.sae.latents
+            learner.sae.shard.b_enc[max(0, -here.start) : max(scenario.sae.k + 1 - here.start, 0)] += 5
         return state
 
-    patch(loop, "_step", watched)
+    patch(loop, "learn", watched)
     patch(loop, "begin", started)
     store = reader.open(storage.open(str(folder / "store")))
     try:
         trained = loop.train(
-            store, hook="x", sae=scenario.sae, config=scenario.config, order=ORDER, seed=0,
-            out=folder / scenario.name, log=lambda *entry: lines.append(entry), mesh=mesh, provenance={},
+            store, hook="x", members=scenario.members, config=scenario.config, order=ORDER, seed=0,
+            out=folder / scenario.name, log=lambda *entry: lines.append(entry), mesh=mesh, provenance={}, at=at,
             stop=lambda: last and done >= scenario.stop_at,
         )  # fmt: skip
         ended = trained.order_hash
     except Stopped as stopped:
         ended = str(stopped)
     finally:
-        patch(loop, "_step", step)
+        patch(loop, "learn", learn)
         patch(loop, "begin", begin)
     return {"lines": lines, "chosen": torch.cat(chosen) if chosen else None, "ended": ended}
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from sae_dist.sae.config import TopK
+from sae_dist.train.member import Member
 from sae_dist.train.parallel.mesh import Mesh
 from tests.train.parallel import loop_ranks
 from tests.train.parallel.loop_ranks import Scenario, run
@@ -17,6 +18,10 @@ from tests.train.test_loop import UNITS, empty_store, harvest
 PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
 PROCESSES.set_forkserver_preload(["tests.train.parallel.loop_ranks"])
 SMALL = TopK(n_latents=97, k=4, dead_after_tokens=1000)  # divides over none of 2, 3, 4 ranks
+ALSO = (
+    Member("wide", TopK(n_latents=131, k=6, dead_after_tokens=1000), seed=1, lr=1e-3),
+    Member("few", TopK(n_latents=50, k=2, k_aux=0), seed=0),
+)
 ALONE = Scenario("alone", sae=SMALL, micro_batch=64)  # micro_batch: the stages of a mesh, so that they can be watched
 
 
@@ -54,6 +59,10 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / name / "dictionary" / "dictionary.safetensors")
 
 
+def weights_file(folder: Path, name: str) -> bytes:
+    return (folder / name / "dictionary" / "dictionary.safetensors").read_bytes()
+
+
 def check_equal(folder: Path, scenario: Scenario, ranks: list[dict], reference: dict, name: str) -> None:
     chosen = torch.unique(torch.cat([rank["chosen"] for rank in ranks[: scenario.feature]]), dim=0)
     assert torch.equal(chosen, torch.unique(reference["chosen"], dim=0))
@@ -77,7 +86,11 @@ def two(folder) -> dict[str, list[dict]]:
         Scenario("2x1", data=2, sae=SMALL, micro_batch=7),
         Scenario("clipped-1x2", feature=2, sae=SMALL, clip_norm=0.05),
         Scenario("stopped", feature=2, sae=SMALL, stop_at=33),
-        Scenario("poisoned", feature=2, sae=SMALL, poison_at=25),
+        Scenario("poisoned", feature=2, sae=SMALL, poison_at=25, also=ALSO),
+        Scenario("together", feature=2, sae=SMALL, also=ALSO),
+        Scenario("broken off", feature=2, sae=SMALL, also=ALSO, stop_at=33),
+        Scenario("broken off", feature=2, sae=SMALL, also=ALSO),
+        *(Scenario(m.name, feature=2, sae=m.sae, seed=m.seed, lr=m.lr) for m in ALSO),
     )
 
 
@@ -114,10 +127,27 @@ def test_a_flaw_on_one_rank_is_skipped_by_all_and_then_they_go_back_to_the_last_
     assert list(alerts) == [26, 28]
     assert "the step is left out" in alerts[26] and "going back (roll-back 1)" in alerts[28]
     last = ranks[0]["lines"][-1][1]
-    assert (last["skipped_steps"], last["roll_backs"]) == (3, 1)
-    assert last["fvu"] < ranks[0]["lines"][0][1]["fvu"]
+    for prefix in ("", "wide/", "few/"):
+        assert (last[f"{prefix}skipped_steps"], last[f"{prefix}roll_backs"]) == (3, 1)
+        assert last[f"{prefix}fvu"] < ranks[0]["lines"][0][1][f"{prefix}fvu"]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(folder, "poisoned").values())
     assert json.loads((folder / "poisoned" / "dictionary" / "config.json").read_text())["skipped_steps"] == 3
+
+
+def test_members_of_a_pass_are_on_a_mesh_too_what_each_alone_would_be(folder, two):
+    def files(name: str) -> dict[str, bytes]:
+        found = {place.parent.name: place.read_bytes() for place in (folder / name).glob("dictionar*/**/*.safetensors")}
+        assert set(found) == {"dictionary", *(member.name for member in ALSO)}
+        return found
+
+    together = files("together")
+    assert together["dictionary"] == weights_file(folder, "1x2")
+    for member in ALSO:
+        assert together[member.name] == weights_file(folder, member.name)
+    assert files("broken off") == together
+    lines = [dict(rank["lines"]) for rank in (two["together"][0], two["wide"][0])]
+    for step, line in lines[1].items():
+        assert (lines[0][step]["wide/fvu"], lines[0][step]["wide/l0"]) == (line["fvu"], line["l0"])
 
 
 @pytest.mark.slow

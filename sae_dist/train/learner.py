@@ -1,0 +1,68 @@
+"""A member of a pass between two steps, and how it learns from a batch that all members are given."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_dist.config import UserError
+from sae_dist.sae.config import check_width
+from sae_dist.train.config import TrainConfig
+from sae_dist.train.guard import Decision, Guard, judge
+from sae_dist.train.member import MAIN, Member
+from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.parallel.step import MeshStep
+
+
+class Learner(NamedTuple):
+    """One dictionary in training; what it has learned depends on no other."""
+
+    member: Member
+    sae: MeshStep
+    guard: Guard
+
+
+class Learned(NamedTuple):
+    """What came of one batch."""
+
+    learner: Learner  # with the guard after it
+    decision: Decision
+    alert: str | None
+    squared_error: float
+    active: float
+
+    def cure(self, step: int) -> str:
+        """What a person reads when the guard has given this dictionary up."""
+        member = self.learner.member
+        rate = "train.lr" if member.name == MAIN else "its lr"
+        return f"{self.alert}, up to step {step}; lower {rate}={member.peak_lr:g}, in another out="
+
+
+def check(member: Member, d_model: int, mesh: Mesh) -> None:
+    """Refuses a dictionary that cannot work on activations of this width, or be parted over this mesh."""
+    try:
+        check_width(member.sae, d_model)
+        mesh.latents(member.sae.n_latents)
+    except UserError as error:
+        if member.name == MAIN:
+            raise
+        raise UserError(f"also={member.name}: {error}") from None
+
+
+def learn(
+    learner: Learner, config: TrainConfig, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float
+) -> Learned:
+    """One step, or none, as the learner's own guard says; all ranks call this at the same time."""
+    sae = learner.sae
+    said = sae.forward(x, variance=variance)
+    squared_error = float(said.squared_error)
+    loss = squared_error / (len(x) * variance)
+    verdict = judge(learner.guard, config.guard, loss=loss, finite=sae.is_sound(said))
+    if verdict.decision == "step":
+        sae.update_(lr=lr)
+        sae.count_(said.fired, tokens=len(x))
+    else:
+        sae.skip_()
+    return Learned(
+        learner._replace(guard=verdict.guard), verdict.decision, verdict.alert, squared_error, float(said.active)
+    )

@@ -1,0 +1,95 @@
+"""Which dictionaries one pass over the rows trains: the main one, and `also`, each by what differs from it.
+
+    also: [{n_latents: 8192}, {k: 64, seed: 1}, {name: slow, lr: 1e-4}]
+
+A member has its own initial weights, selection, learning rate and guard. Rows, their order, batch and steps are the
+run's, so a member is the dictionary that training it alone would give.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from sae_dist.config import UserError, frozen, load, to_dict
+from sae_dist.sae.config import SAEConfig
+from sae_dist.train.schedule import base_lr
+
+MAIN = "main"
+OWN = ("name", "seed", "lr")  # keys of an entry that are not the dictionary's own
+
+
+@frozen
+class _Own:
+    """What an entry may say besides keys of `sae`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # of a folder
+    seed: int
+    lr: Annotated[float, Field(gt=0)] | None
+
+
+class Member(NamedTuple):
+    """One dictionary of a pass."""
+
+    name: str
+    sae: SAEConfig
+    seed: int  # of its initial weights; rows come in the run's order whatever it is
+    lr: float | None = None  # the highest; None: the law for its size
+
+    @property
+    def prefix(self) -> str:
+        """Before the names of its figures and of its tensors: 'k64/fvu'; nothing for the main one."""
+        return "" if self.name == MAIN else f"{self.name}/"
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr or base_lr(self.sae.n_latents)
+
+    def folder(self, out: Path) -> Path:
+        return folder(out, self.name)
+
+
+def members(
+    also: Sequence[Mapping[str, Any]], *, sae: SAEConfig, seed: int, lr: float | None = None
+) -> tuple[Member, ...]:
+    """The main dictionary and those of `also`, checked; UserError names the entry, the value and the cure."""
+    found = [Member(MAIN, sae, seed, lr)]
+    for number, entry in enumerate(also):
+        member = _member(f"also.{number}", entry, found[0])
+        for other in found:
+            if member.name == other.name:
+                raise UserError(f"also.{number}: there is another dictionary named {member.name}; give it a name=")
+            if member[1:] == other[1:]:
+                raise UserError(
+                    f"also.{number}={dict(entry)} is the same dictionary as {other.name}; change its n_latents, k, "
+                    "seed or lr, or leave it out"
+                )
+        found.append(member)
+    return tuple(found)
+
+
+def folder(out: Path, name: str) -> Path:
+    """Where the finished dictionary of a member goes: `out`/dictionary, or `out`/dictionaries/<name>."""
+    return out / "dictionary" if name == MAIN else out / "dictionaries" / name
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A figure's or a tensor's name as its member's prefix and the rest: 'k64/W_dec' -> 'k64/', 'W_dec'."""
+    head, slash, rest = name.rpartition("/")
+    return head + slash, rest
+
+
+def _member(place: str, entry: Mapping[str, Any], main: Member) -> Member:
+    changed = {key: value for key, value in entry.items() if key != "name"}
+    if not changed:
+        raise UserError(f"{place}={dict(entry)} changes nothing; give it n_latents, k, seed, lr or another key of sae")
+    named = "-".join(str(value) if key == "kind" else f"{key}{value}" for key, value in changed.items())
+    given = {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", named).strip("-.")[:100], "seed": main.seed, "lr": main.lr}
+    try:
+        own = load(_Own, given | {key: value for key, value in entry.items() if key in OWN})
+        sae = load(SAEConfig, to_dict(main.sae) | {key: value for key, value in entry.items() if key not in OWN})
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    return Member(own.name, sae, own.seed, own.lr)
