@@ -27,7 +27,12 @@ def figures(window: Window, state: TrainState) -> dict[str, Any]:
         "loss_spikes": state.guard.spikes,
         "roll_backs": state.guard.roll_backs,
         "order_hash": f"{state.order_hash:016x}",
-    }
+    } | ({} if state.sae.variant == "topk" else _of_batches(state))
+
+
+def _of_batches(state: TrainState) -> dict[str, Any]:
+    """BatchTopK: the threshold, in the units of the store, and rows of this rank that were selected twice so far."""
+    return {"threshold": float(state.sae.threshold) / state.scale, "widened_rows": state.sae.widened}
 
 
 def rates(state: TrainState, begun: TrainState, batch: int, starved_s: float) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from sae_dist.train.checkpoint import DAMAGE, Manifest
 
 logger = logging.getLogger(__name__)
 
+EXPORTED = (*Parameters._fields, "threshold")
+
 
 def write_dictionary(storage: Storage, out: Path, *, step: int, k: int, info: Mapping[str, Any]) -> None:
     """`out`/dictionary from a checkpoint of that step; StorageError when none can be read or nothing written."""
@@ -25,8 +27,9 @@ def write_dictionary(storage: Storage, out: Path, *, step: int, k: int, info: Ma
             manifest = checkpoint.read_manifest(storage, folder)
             n_latents, d_model = manifest.tensors["W_dec"].shape
             dictionary.write(
-                out / "dictionary", _parts(storage, manifest), n_latents=n_latents, d_model=d_model, k=k, info=info
-            )
+                out / "dictionary", _parts(storage, manifest), n_latents=n_latents, d_model=d_model, k=k,
+                thresholds="threshold" in manifest.tensors, info=info,
+            )  # fmt: skip
             return
         except DAMAGE as damage:
             reasons.append(f"{folder}: {damage}")
@@ -37,10 +40,11 @@ def write_dictionary(storage: Storage, out: Path, *, step: int, k: int, info: Ma
 
 
 def _parts(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, int, Tensor]]:
-    """Every block of a parameter, on raw input: its name, its first row (latent), its rows."""
-    scale = manifest.facts["scale"]
+    """Every block of a parameter, on raw input: its name, its first row (latent), its rows; one threshold for all."""
+    scale, n_latents = manifest.facts["scale"], manifest.tensors["W_dec"].shape[0]
     for file in manifest.files:
-        if any(block.name in Parameters._fields for block in file.blocks):
+        if any(block.name in EXPORTED for block in file.blocks):
             for block, rows in checkpoint.read_file(storage, manifest.folder, file).items():
-                if block.name in Parameters._fields:
-                    yield block.name, block.start, folded(block.name, rows.float(), scale)
+                if block.name in EXPORTED:
+                    part = folded(block.name, rows.float(), scale)
+                    yield block.name, block.start, part.expand(n_latents) if block.name == "threshold" else part
