@@ -1,8 +1,9 @@
 """Rows with different numbers of latents, for kernels that take the same number of places a row.
 
 Row r's first pairs fill line r; what it has beyond a line's width goes on in further lines, which come after all rows.
-A line is twice the mean row, so there are never more than half as many further lines as rows, and no more than three
-places for every two that a row has in the mean, however unevenly the pairs lie: [batch, n_latents] never comes about.
+With lines twice as wide as the mean row there are never more than half as many further lines as rows, however unevenly
+the pairs lie: [batch, n_latents] never comes about. How a row's pairs are cut depends on the width alone, so sums over
+them have the same bits whichever rows are beside it.
 """
 
 from typing import NamedTuple
@@ -50,10 +51,9 @@ class Lines(NamedTuple):
         return out
 
 
-def lay(row: Int[Tensor, " pairs"], *, rows: int) -> Lines:
-    """Lines for pairs in the order of their rows; a row's pairs keep their order."""
+def lay(row: Int[Tensor, " pairs"], *, rows: int, width: int) -> Lines:
+    """Lines of `width` places for pairs in the order of their rows; a row's pairs keep their order."""
     counts = torch.bincount(row, minlength=rows)
-    width = max(-(-2 * len(row) // max(rows, 1)), 1)
     further = (counts - 1).clamp_min(0) // width
     nth = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
     begin = rows + further.cumsum(0) - further  # a row's first further line

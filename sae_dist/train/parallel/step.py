@@ -34,8 +34,11 @@ from sae_dist.train.parallel.select import best, pays_two_rounds
 
 Variant = Literal["topk", "batchtopk"]
 WIDTH = 4  # times k / parts candidates a row: few rows of a batch choose more (BatchTopK)
+LINE = 2  # times k places in a line (BatchTopK)
 LEAST_WIDTH = 16  # candidates of a row and part
-SLOWEST = 0.01  # weight of a new batch in the running mean of thresholds, which follows what is learned; 1 / steps before
+SLOWEST = (
+    0.01  # weight of a new batch in the running mean of thresholds, which follows what is learned; 1 / steps before
+)
 
 
 class _Errors(NamedTuple):
@@ -207,7 +210,7 @@ class MeshStep:
             at_once=self.micro_batch,
         )  # fmt: skip
         self._smallest, self.widened = chosen.smallest, self.widened + chosen.widened
-        lines = lay(chosen.row, rows=len(mine))
+        lines = lay(chosen.row, rows=len(mine), width=LINE * self.k)
         selected = Selected(lines.laid(chosen.values), lines.laid(chosen.latent))
         partial = lines.summed(stages.partial(selected))
         return _Errors(self._left(x[mine.start : mine.stop], partial, self.shard.b_dec), selected, lines)
@@ -250,7 +253,7 @@ class MeshStep:
             gather_rows(mesh, data, pairs, counts, name="pairs")
             for pairs in (row, *(tensor[lines.line, lines.place] for tensor in of_lines))
         )
-        lines = lay(row.long(), rows=batch)
+        lines = lay(row.long(), rows=batch, width=lines.width)
         return [lines.laid(pairs) for pairs in others], lines
 
     def _hold(self, stages: Stages, rows: Tensor, uses: list[Part], lines: Lines | None) -> None:
