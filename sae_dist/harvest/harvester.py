@@ -149,8 +149,9 @@ class Harvester:
             kept = rows(self._engine, states.states, sequences=sequences, config=self._config)
             states.states.clear()  # rows are copies
             written = write_unit_once(
-                self._store, unit, kept.states, doc=kept.doc, pos=kept.pos, token=kept.token, producer=producer
-            )
+                self._store, unit, kept.states, doc=kept.doc, pos=kept.pos, token=kept.token, producer=producer,
+                max_nonfinite=self._config.max_nonfinite_fraction,
+            )  # fmt: skip
             self._units += 1
             return UnitReport(
                 unit, kept.positions, len(kept.doc), kept.outliers, kept.nonfinite, not written.won,

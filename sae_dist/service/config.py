@@ -73,7 +73,7 @@ class RunConfig:
         """The training part of the run."""
         return TrainJob(
             out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae, order=self.order,
-            train=self.train, mesh=self.mesh, wandb=self.wandb, cluster=self.cluster,
+            train=self.train, mesh=self.mesh, wandb=self.wandb, cluster=self.cluster, live=True,
         ).located()  # fmt: skip
 
 
@@ -106,6 +106,7 @@ class TrainJob:
     out: str
     seed: int = 0
     store: str  # folder or URI of an activation store
+    live: bool = False  # the store may still be growing: rows are waited for, in the order that the whole store has
     hook: str | None = None  # null: the only one that the store has
     sae: SAEConfig
     order: OrderConfig
@@ -132,7 +133,7 @@ def absolute_uri(place: str) -> str:
 # (Another thread count, batch size or sharding may round a model's products otherwise, as another machine may.) A store
 # counts by content.
 FREE_KEYS = (
-    "out", "store", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas", "harvest.threads",
+    "out", "store", "live", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas", "harvest.threads",
     "harvest.gpus", "harvest.lease_s", "harvest.start_timeout_s", "harvest.ahead_units", "harvest.retention",
     "harvest.ring_gb", "harvest.batch_sequences", "harvest.batch_memory_gb", "harvest.tensor_parallel",
     "model.device_map", "train.log_every", "train.checkpoints", "train.keep_checkpoints", "train.keep_every",

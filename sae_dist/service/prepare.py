@@ -85,7 +85,6 @@ def _meta(
         slice_rows=harvest.slice_rows,
         dtype=harvest.dtype,
         seed=harvest.seed,
-        max_nonfinite=harvest.max_nonfinite_fraction,
         extra={
             "rows": json.dumps(to_dict(harvest.rows), sort_keys=True),
             "tokens": str(harvest.tokens),

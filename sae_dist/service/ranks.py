@@ -35,13 +35,10 @@ CAUSE_S = 15.0  # after one rank failed: for the others to say why, or to be fou
 
 
 class Ranks:
-    """Training in actors. Call `poll` until it gives the result; use it in a `with`, which ends by asking them to save.
+    """Training in actors. Call `poll` until it gives the result; a `with` ends by asking them to save."""
 
-    `live`: the store may still be growing.
-    """
-
-    def __init__(self, job: TrainJob, *, provenance: Mapping[str, Any], live: bool) -> None:
-        self._job, self._provenance, self._live = job, dict(provenance), live
+    def __init__(self, job: TrainJob, *, provenance: Mapping[str, Any]) -> None:
+        self._job, self._provenance = job, dict(provenance)
         self._world = job.mesh.data * job.mesh.feature
         self._checkpoints = storage.open(job.train.checkpoints or Path(job.out) / "checkpoints")
         self._group = self._served = self._listener = None
@@ -108,7 +105,7 @@ class Ranks:
                     self._group, placement_group_bundle_index=rank
                 )
             actor: Any = ray.remote(Trainer).options(**options)
-            self._actors.append(actor.remote(values, self._provenance, rank=rank, meeting=place, live=self._live))
+            self._actors.append(actor.remote(values, self._provenance, rank=rank, meeting=place))
         self._working = {actor.train.remote(): rank for rank, actor in enumerate(self._actors)}
 
     def _again(self, cause: str) -> None:

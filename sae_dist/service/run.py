@@ -135,7 +135,7 @@ class _Run:
 
     def _stream(self, harvesting: Harvesting) -> Trained:
         """Harvest and training side by side: they meet at the committed units of the store."""
-        with Ranks(self._config.train_job(), provenance={"config_hash": self._hashed}, live=True) as ranks:
+        with Ranks(self._config.train_job(), provenance={"config_hash": self._hashed}) as ranks:
             report = None
             while report is None or not harvesting.done:
                 self._request.check()

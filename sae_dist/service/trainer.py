@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -39,19 +40,39 @@ def chosen_hook(store: Store, hook: str | None) -> str:
 
 def check_heldout(store: Store) -> None:
     """Refuses a store whose held-out units are not there, before hours of training rather than after."""
-    missing = [u for u in range(store.meta.train_units, store.meta.n_units) if store.commit(u) is None]
-    if missing:
+    if missing := _missing_heldout(store):
         raise UserError(
             f"store={store.storage.uri} lacks {len(missing)} of its {store.meta.heldout_units} held-out units (unit "
-            f"{missing[0]} first); repeat the command that harvests it"
+            f"{missing[0]} first); repeat the command that harvests it, or follow it with live=true"
         )
+
+
+def wait_for_heldout(store: Store, stop: Callable[[], bool], *, stall_s: float = 3600.0) -> None:
+    """Until a harvest that goes on has committed all held-out units; Stopped once `stop()`, UserError if it stalls."""
+    missing, heard = _missing_heldout(store), time.monotonic()
+    if missing:
+        logger.info("trained; waiting for %d held-out units of the harvest", len(missing))
+    while missing:
+        if stop():
+            raise Stopped("the training is done and saved; the held-out units are not there yet")
+        if time.monotonic() - heard > stall_s:
+            raise UserError(
+                f"store={store.storage.uri} has lacked unit {missing[0]}, held out, for {stall_s:.0f} s; is its "
+                "harvest still running? (sae-dist store ls shows what is there)"
+            )
+        time.sleep(1.0)
+        still = _missing_heldout(store)
+        missing, heard = still, heard if len(still) == len(missing) else time.monotonic()
+
+
+def _missing_heldout(store: Store) -> list[int]:
+    return [u for u in range(store.meta.train_units, store.meta.n_units) if store.commit(u) is None]
 
 
 def run_training(
     job: TrainJob,
     rank: Joined,
     *,
-    live: bool,
     provenance: Mapping[str, Any],
     stop: Callable[[], bool],
     watch: Log | None = None,
@@ -69,8 +90,8 @@ def run_training(
     with _one_trainer(out) if rank.mesh.first else nullcontext(), _logs(job, out, rank.mesh.first, watch) as log:
         return train(
             store, hook=chosen_hook(store, job.hook), sae=job.sae, config=job.train, order=job.order, seed=job.seed,
-            out=out, log=log, mesh=rank.mesh, checkpoint_timeout_s=job.mesh.checkpoint_timeout_s, live=live, stop=stop,
-            at=rank.at, provenance={**origin, **provenance},
+            out=out, log=log, mesh=rank.mesh, checkpoint_timeout_s=job.mesh.checkpoint_timeout_s, live=job.live,
+            stop=stop, at=rank.at, provenance={**origin, **provenance},
         )  # fmt: skip
 
 
@@ -128,10 +149,9 @@ class Trainer:
         *,
         rank: int,
         meeting: Meeting | None,
-        live: bool,
     ) -> None:
         end_with_parent()
-        self._job, self._provenance, self._live = load_config(TrainJob, values), provenance, live
+        self._job, self._provenance = load_config(TrainJob, values), provenance
         self._rank, self._meeting = rank, meeting
         self._stop = threading.Event()
 
@@ -142,9 +162,7 @@ class Trainer:
             world = mesh.data * mesh.feature
             device = chosen_device(self._job.train.device, world)
             with joined(mesh, self._meeting, rank=self._rank, world=world, device=device) as rank:
-                return run_training(
-                    self._job, rank, live=self._live, provenance=self._provenance, stop=self._stop.is_set
-                )
+                return run_training(self._job, rank, provenance=self._provenance, stop=self._stop.is_set)
         except Stopped:
             return None
 

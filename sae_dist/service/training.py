@@ -16,7 +16,7 @@ from sae_dist.service.config import TrainJob, config_hash
 from sae_dist.service.display import Display, progress
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.summary import read_finished, summarize
-from sae_dist.service.trainer import check_heldout, chosen_device, chosen_hook, run_training
+from sae_dist.service.trainer import check_heldout, chosen_device, chosen_hook, run_training, wait_for_heldout
 from sae_dist.shards import reader
 from sae_dist.train.config import Launcher
 from sae_dist.train.loop import Trained
@@ -24,6 +24,7 @@ from sae_dist.train.parallel.exchange import of_first
 from sae_dist.train.parallel.joined import Joined, joined
 from sae_dist.train.parallel.meeting import of_torchrun
 
+logger = logging.getLogger(__name__)
 Stop = Callable[[], bool]
 Show = Callable[[Mapping[str, Any]], None]  # facts for status.json, besides those of metrics.jsonl
 
@@ -43,11 +44,11 @@ def train_and_judge(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
     match launcher(job):
         case "process":
             with joined(job.mesh, None, rank=0, world=1, device=chosen_device(job.train.device, 1)) as alone:
-                return _lead(job, in_process(job, alone, stop))
+                return _lead(job, in_process(job, alone, stop), stop)
         case "torchrun":
             return _of_torchrun(job, stop)
         case _:
-            return _lead(job, in_actors(job, stop))
+            return _lead(job, in_actors(job, stop), stop)
 
 
 def launcher(job: TrainJob) -> Launcher:
@@ -74,7 +75,7 @@ def in_process(job: TrainJob, rank: Joined, stop: Stop) -> Work:
     """Training as one rank of a mesh that is there."""
 
     def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
-        return run_training(job, rank, live=False, provenance=provenance, stop=stop, watch=lambda *_: show({}))
+        return run_training(job, rank, provenance=provenance, stop=stop, watch=lambda *_: show({}))
 
     return work
 
@@ -92,7 +93,7 @@ def in_actors(job: TrainJob, stop: Stop) -> Work:
             check_room(Bundle(1.0, 0.0), world, cure="lower mesh.data or mesh.feature")
             if stop():  # while Ray started
                 raise Stopped("asked to stop")
-            with Ranks(job, provenance=provenance, live=False) as ranks:
+            with Ranks(job, provenance=provenance) as ranks:
                 while (trained := ranks.poll(0.5)) is None:
                     request.check()
                     show(ranks.facts())
@@ -107,14 +108,14 @@ def _of_torchrun(job: TrainJob, stop: Stop) -> dict[str, Any] | None:
     with joined(job.mesh, place, rank=rank, world=world, device=chosen_device(job.train.device, world)) as rank:
         work = in_process(job, rank, stop)
         if rank.mesh.first:
-            return _lead(job, work, begin=lambda go: of_first(rank.mesh, go, name="begin"))
+            return _lead(job, work, stop, begin=lambda go: of_first(rank.mesh, go, name="begin"))
         logging.getLogger().setLevel(logging.WARNING)
         if of_first(rank.mesh, 0, name="begin"):
             work(provenance={}, show=lambda _: None)
         return None
 
 
-def _lead(job: TrainJob, work: Work, *, begin: Callable[[bool], object] = lambda _: None) -> dict[str, Any]:
+def _lead(job: TrainJob, work: Work, stop: Stop, *, begin: Callable[[bool], object] = lambda _: None) -> dict[str, Any]:
     """What is done once: the folder, the summary. `begin` hears in any case whether there is something to train."""
     begun, out = False, Path(job.out)
     try:
@@ -125,7 +126,10 @@ def _lead(job: TrainJob, work: Work, *, begin: Callable[[bool], object] = lambda
         with folder.outcome():
             if (finished := read_finished(out, hashed)) is not None:
                 return finished
-            check_heldout(store)
+            if not job.live:
+                check_heldout(store)
+            elif job.order.round_units == 0:
+                logger.warning("order.round_units=0: training begins when the whole store is there; 16 begins sooner")
             with Display(str(out)) as display:
 
                 def show(more: Mapping[str, Any], *, now: bool = False) -> None:
@@ -137,6 +141,7 @@ def _lead(job: TrainJob, work: Work, *, begin: Callable[[bool], object] = lambda
                 begin(True)
                 trained = work(provenance={"config_hash": hashed}, show=show)
                 show({}, now=True)
+                wait_for_heldout(store, stop)
             figures = dict(UNMEASURED)
             if store.meta.heldout_units:
                 figures |= evaluate_reconstruction(dictionary.load(out / "dictionary"), store, hook, EvaluateConfig())

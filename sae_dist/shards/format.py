@@ -70,7 +70,6 @@ class StoreMeta:
     context: int = 0  # positions of a sequence; 0 when unknown
     seed: int = 0
     row_policy: RowPolicy = "drop"  # rows with a NaN or an infinity: dropped and counted, or kept and counted
-    max_nonfinite: float = 0.01  # share of such rows at which a unit is refused
     extra: dict[str, str] = field(
         default_factory=dict
     )  # what else the producer wants to pin, e.g. the slice of the text

@@ -42,7 +42,7 @@ class ImportConfig:
     unit_rows: int = Field(default=0, ge=0)  # 0: 64 units, of at most 65,536 rows
     slice_rows: int = Field(default=0, ge=0)  # 0: 8 slices a unit, of at most 8,192 rows
     heldout_fraction: float = Field(default=0.05, ge=0, lt=1)  # of the units, and at least one if there are two
-    max_nonfinite: float = Field(default=0.01, ge=0, le=1)
+    max_nonfinite: float = Field(default=writer.MAX_NONFINITE, ge=0, le=1)
     model: str = "imported"  # what made the activations, for the record
     seed: int = 0
 
@@ -78,7 +78,10 @@ def import_store(storage: Storage, settings: ImportConfig) -> Store:
         stop = min(start + store.meta.unit_rows, rows)
         zeros = np.zeros(stop - start, np.uint32)
         x = _rows(matrices, start, stop)
-        writer.write_unit(store, unit, {settings.hook: x}, doc=np.arange(start, stop), pos=zeros, token=zeros)
+        writer.write_unit(
+            store, unit, {settings.hook: x}, doc=np.arange(start, stop), pos=zeros, token=zeros,
+            max_nonfinite=settings.max_nonfinite,
+        )  # fmt: skip
         logger.info("unit %d of %d: rows %d to %d", unit + 1, store.meta.n_units, start, stop)
     return store
 
@@ -97,7 +100,6 @@ def _meta(settings: ImportConfig, files: list[Path], rows: int, first: Matrix) -
         dtype=STORED.get(first.dtype, "float32") if settings.dtype == "auto" else settings.dtype,
         text_fingerprint=config.digest([_fingerprint(path) for path in files])[:32],
         seed=settings.seed,
-        max_nonfinite=settings.max_nonfinite,
         extra={"imported_rows": str(rows), "imported_from": ", ".join(path.name for path in files[:8])},
     )
 

@@ -22,6 +22,7 @@ from sae_dist.storage import Storage
 
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MAGIC = b"ARROW1\0\0"  # how an Arrow IPC file begins, padding included
+MAX_NONFINITE = 0.01  # share of rows with a NaN, an infinity or an overflow at which a unit is refused
 logger = logging.getLogger(__name__)
 
 
@@ -56,9 +57,10 @@ def write_unit(
     doc: Integer[np.ndarray | Tensor, " rows"],
     pos: Integer[np.ndarray | Tensor, " rows"],
     token: Integer[np.ndarray | Tensor, " rows"],
+    max_nonfinite: float = MAX_NONFINITE,
 ) -> Commit:
     """Writes the unit and commits it; the commit returned is the one that counts, whoever wrote it."""
-    return write_unit_once(store, unit, activations, doc=doc, pos=pos, token=token).commit
+    return write_unit_once(store, unit, activations, doc=doc, pos=pos, token=token, max_nonfinite=max_nonfinite).commit
 
 
 def write_unit_once(
@@ -69,11 +71,13 @@ def write_unit_once(
     doc: Integer[np.ndarray | Tensor, " rows"],
     pos: Integer[np.ndarray | Tensor, " rows"],
     token: Integer[np.ndarray | Tensor, " rows"],
+    max_nonfinite: float = MAX_NONFINITE,
     producer: str = "",
 ) -> Written:
     """Data objects of all hooks first, under a name nobody else has; then the commit, created only if absent.
 
-    `producer` begins that name, and so says in the commit who wrote it.
+    `producer` begins that name, and so says in the commit who wrote it. `max_nonfinite`: with a larger share of rows
+    that are not finite the unit is refused.
     Rows are stored in a permuted order keyed by (seed, unit), the same for all hooks, so that the rows of a document
     are spread over all slices of the unit.
     """
@@ -86,7 +90,7 @@ def write_unit_once(
     _check_shapes(meta, unit, x, activations.keys(), columns)
     measured = {hook: statistics.measure(part) for hook, part in x.items()}
     finite = torch.stack([measured[hook].finite & _fits(meta, x[hook]) for hook in x]).all(0)
-    kept, dropped = _kept_rows(meta, unit, finite)
+    kept, dropped = _kept_rows(meta, unit, finite, max_nonfinite)
     order = kept[permutation.permutation(len(kept), permutation.key(meta.seed, unit))]
     attempt = f"{producer}{uuid.uuid4().hex}"
     shards = {}
@@ -141,13 +145,15 @@ def _fits(meta: StoreMeta, x: Float[Tensor, "rows width"]) -> Bool[Tensor, " row
     return torch.cat([part.to(view).isfinite().all(1) for part in x.split(statistics.CHUNK_ROWS)])
 
 
-def _kept_rows(meta: StoreMeta, unit: int, finite: Bool[Tensor, " rows"]) -> tuple[Int64[np.ndarray, " kept"], int]:
+def _kept_rows(
+    meta: StoreMeta, unit: int, finite: Bool[Tensor, " rows"], most: float
+) -> tuple[Int64[np.ndarray, " kept"], int]:
     """Rows that are stored and how many are not: a row is dropped in all hooks if it is not finite in one."""
     bad = int((~finite).sum())
-    if bad > meta.max_nonfinite * len(finite):
+    if bad > most * len(finite):
         raise UserError(
             f"unit {unit} has {bad} rows of {len(finite)} with a NaN, an infinity or an overflow, more than "
-            f"max_nonfinite={meta.max_nonfinite}; check the model's dtype (float16 overflows, bfloat16 does not)"
+            f"max_nonfinite={most}; check the model's dtype (float16 overflows, bfloat16 does not)"
         )
     if meta.row_policy == "keep" or bad == 0:
         return np.arange(len(finite)), 0

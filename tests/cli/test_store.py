@@ -1,11 +1,16 @@
 """Activations made elsewhere: import, look, train, verify, copy, as a person types it."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sae_dist import storage
 from sae_dist.cli.main import main
+from sae_dist.shards.imports import ImportConfig, import_store
 
 
 @pytest.fixture
@@ -38,6 +43,37 @@ def test_train_on_activations_made_elsewhere(store, capsys):
     assert "done" in capsys.readouterr().out
     assert main(["pages", "runs/mine"]) == 2
     assert "has no text and no model" in capsys.readouterr().err
+
+
+def test_training_follows_a_store_that_is_being_filled(store, capsys):
+    rows = np.load("acts.npy")
+    rows[-1] = np.nan  # the last unit, which is held out, is refused at first
+    np.save("acts.npy", rows)
+    filling = ["store", "import", "path=acts.npy", "store=stores/growing", "unit_rows=200"]
+    assert main([*filling, "max_nonfinite=0"]) == 2
+    late = sorted((store.parent / "growing" / "commit").glob("*.json"))[6:]
+    away = [path.rename(path.with_suffix(".away")) for path in late]
+
+    def fill() -> None:
+        for path in away:
+            time.sleep(0.1)
+            path.rename(path.with_suffix(".json"))
+        time.sleep(1)
+        import_store(storage.open("stores/growing"), ImportConfig(path="acts.npy", unit_rows=200))
+
+    train = ["train", "store=stores/growing", "sae.n_latents=64", "sae.k=4", "train.steps=60", "train.batch=128",
+             "train.init_rows=256", "order.round_units=2", "wandb.mode=disabled"]  # fmt: skip
+    assert main([*train, "out=runs/refused"]) == 2
+    assert "lacks" in capsys.readouterr().err
+    with ThreadPoolExecutor(1) as pool:
+        filled = pool.submit(fill)
+        assert main([*train, "live=true", "out=runs/live"]) == 0
+        filled.result()
+    assert main([*train, "out=runs/after"]) == 0
+    live, after = (Path("runs", name, "dictionary", "dictionary.safetensors") for name in ("live", "after"))
+    assert live.read_bytes() == after.read_bytes()
+    summaries = [json.loads(Path("runs", name, "summary.json").read_text()) for name in ("live", "after")]
+    assert summaries[0]["eval"] == summaries[1]["eval"] and summaries[0]["eval"]["tokens"] == 199
 
 
 def test_a_flipped_bit_is_found_named_and_mended(store, capsys):

@@ -35,6 +35,7 @@ def test_a_replica_of_two_processes_gives_the_rows_of_one(model, tmp_path):
     assert not replicas()
 
 
+@pytest.mark.slow
 def test_the_units_of_a_killed_replica_are_done_by_others(model, tmp_path, monkeypatch):
     rule = {"point": "writer.before_commit", "action": "kill", "where": {"unit": 3}, "once": str(tmp_path / "killed")}
     monkeypatch.setenv("SAE_DIST_FAULTS", json.dumps([rule]))

@@ -1,17 +1,21 @@
-"""The main job, for real: Ray, processes, what is left, what is refused."""
+"""The main job, for real: Ray, processes, kill -9, what is left, what is refused."""
 
 import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
 from sae_dist.cli.main import main
-from tests.service.main_job import command, order_hashes, start, wait_until
+from sae_dist.service.run_folder import read_status
+from tests.service.main_job import command, files, finish, has_checkpoint, order_hashes, start, units, wait_until
 
 
 def test_a_run_leaves_what_the_design_says(uninterrupted):
@@ -66,8 +70,9 @@ def test_a_run_that_was_copied_is_judged_by_what_is_in_the_copy(uninterrupted, t
 def test_one_harvest_feeds_several_trainings_and_they_do_not_mix(tmp_path, capsys):
     harvest = ["harvest", "model=tiny-llama", "hook=[resid_post.1,mlp_out.2]", "harvest.tokens=8000",
                "harvest.heldout_tokens=2000", "harvest.unit_sequences=8"]  # fmt: skip
-    for name, more in (("a", []), ("b", ["harvest.seed=1"])):
-        assert main([*harvest, *more, f"store={tmp_path / name}", f"out={tmp_path}/harvest-{name}"]) == 0
+    assert main([*harvest, f"store={tmp_path}/a", f"out={tmp_path}/harvest"]) == 0
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).standard_normal((2000, 32), np.float32))
+    assert main(["store", "import", f"path={tmp_path}/rows.npy", "hook=mlp_out.2", f"store={tmp_path}/b"]) == 0
     train = ["train", "hook=mlp_out.2", "sae.n_latents=64", "sae.k=4", "train.steps=20", "train.batch=64",
              "train.init_rows=256", f"out={tmp_path}/run", "wandb.mode=disabled"]  # fmt: skip
     assert main([*train, f"store={tmp_path}/a"]) == 0
@@ -79,6 +84,7 @@ def test_one_harvest_feeds_several_trainings_and_they_do_not_mix(tmp_path, capsy
     assert "choose one of resid_post.1, mlp_out.2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_more_than_the_cluster_has_is_refused(tmp_path, capsys):
     assert main([*command(tmp_path / "run")[3:], "harvest.gpus=1"]) == 2
     assert "the run needs 1 x {CPU: 1, GPU: 1}, one for each of its processes" in capsys.readouterr().err
@@ -96,3 +102,59 @@ def test_the_same_run_twice_at_once_is_refused(tmp_path, capsys):
     assert f"is in use by process {first.pid}" in capsys.readouterr().err
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
+
+
+@pytest.fixture
+def _time_to_strike(monkeypatch):
+    """The training waits after its first checkpoint: it takes two seconds in all, and could be over before the blow."""
+    rule = {"point": "train.step", "where": {"step": 50}, "action": "sleep", "seconds": 4}
+    monkeypatch.setenv("SAE_DIST_FAULTS", json.dumps([rule]))
+
+
+def kill(victim: subprocess.Popen[str], actor: str) -> None:
+    found = [child for child in psutil.Process(victim.pid).children(recursive=True) if actor in child.name()]
+    for child in found:
+        child.kill()
+    assert found, f"no {actor} to kill"
+
+
+@pytest.mark.usefixtures("_time_to_strike")
+def test_a_run_whose_parts_are_killed_one_by_one_ends_in_the_same_dictionary(uninterrupted, tmp_path):
+    """kill -9 of a replica, of the trainer, of the driver; then a request to stop; then it may finish."""
+    out = tmp_path / "killed"
+    victim = start(out, "train.keep_checkpoints=1")
+    wait_until(lambda: units(out) >= 5, victim)
+    kill(victim, "ray::Replica")
+    wait_until(lambda: has_checkpoint(out), victim)
+    kill(victim, "ray::Trainer")
+    wait_until(lambda: max(order_hashes(out)) > 50, victim)  # beyond where it waits
+    family = psutil.Process(victim.pid).children(recursive=True)
+    family = [process for process in family if "Agent" not in process.name()]  # Ray's agents go some minutes later
+    victim.kill()
+    said, _ = victim.communicate()
+    assert "replica 0 died at unit" in said
+    assert "the trainer died; a new one goes on from step_" in said
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, f"left behind: {[process.name() for process in alive]}"
+    again = start(out, "train.keep_checkpoints=1")
+    wait_until(lambda: read_status(out)["pid"] == again.pid and "train" in read_status(out), again)
+    again.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in finish(again, 75)
+    assert json.loads((out / "status.json").read_text())["state"] == "stopped"
+    finish(start(out, "train.keep_checkpoints=1"))
+    assert files(out / "dictionary") == files(uninterrupted / "dictionary")
+    shared = order_hashes(out).items() & order_hashes(uninterrupted).items()
+    assert len(shared) == len(order_hashes(uninterrupted))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_time_to_strike")
+@pytest.mark.parametrize("moment", [lambda out: units(out) >= 6, has_checkpoint])
+def test_the_driver_killed_while_it_harvests_or_trains(uninterrupted, tmp_path, moment):
+    out = tmp_path / "killed"
+    victim = start(out)
+    wait_until(lambda: moment(out), victim)
+    victim.kill()
+    victim.communicate()
+    finish(start(out))
+    assert files(out / "dictionary") == files(uninterrupted / "dictionary")

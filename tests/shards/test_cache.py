@@ -30,8 +30,9 @@ def cached(remote, folder, limit: int = 1 << 30) -> reader.Store:
 
 
 def hashes(store, n: int = 14) -> list[int]:
-    with Loader(store, hook=HOOK, batch=32, seed=1, order=OrderConfig(lanes=2, window=2)) as loader:
-        batches = list(itertools.islice(loader, n))
+    order = OrderConfig(lanes=2, window=2)
+    with Loader(store, hook=HOOK, batch=32, seed=1, order=order, stop_step=n) as loader:  # no read is left under way
+        batches = list(loader)
     assert all(predictable.is_true(HOOK, b.x, b.doc, b.pos) for b in batches)
     return [b.order_hash for b in batches]
 

@@ -117,6 +117,19 @@ def test_what_cannot_be_imported_is_named(tmp_path, name, content, message):
         import_store(storage.open(tmp_path / "store"), ImportConfig(path=str(tmp_path / name)))
 
 
+def test_a_refused_import_goes_on_once_more_bad_rows_are_allowed(tmp_path):
+    x = matrix().numpy()
+    x[-1, 0] = np.inf  # in the last unit only
+    np.save(tmp_path / "x.npy", x)
+    place = storage.open(tmp_path / "store")
+    with pytest.raises(UserError, match="max_nonfinite=0"):
+        import_store(place, ImportConfig(path=str(tmp_path / "x.npy"), max_nonfinite=0))
+    before = {entry.key for entry in place.list("data/")}
+    store = import_store(place, ImportConfig(path=str(tmp_path / "x.npy"), max_nonfinite=1))
+    assert before < {entry.key for entry in place.list("data/")}  # the good units were not written again
+    assert sum(commit.rows for commit in store.committed().values()) == len(x) - 1
+
+
 @pytest.mark.parametrize("name", ["x.npy", "x.safetensors", "x.parquet", "x.pt"])
 @pytest.mark.parametrize("content", [b"", b"no", b"\x80\x04cos\nsystem\n.", b"PK\x03\x04" + bytes(300)])
 def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path, name, content):

@@ -90,13 +90,13 @@ def test_of_many_writers_of_one_unit_one_wins_and_the_others_leave_nothing(every
 
 
 def test_rows_that_are_not_finite_are_dropped_in_all_hooks_and_counted(place):
-    store = writer.create(place, predictable.meta(max_nonfinite=0.1))
+    store = writer.create(place, predictable.meta())
     rows = predictable.rows_of(0, 96)
     x = {h: predictable.activation(rows["doc"], rows["pos"], n) for h, n in predictable.LAYERS.items()}
     x["resid_post.1"][5, 3] = float("nan")
     x["resid_post.2"][50, 0] = float("-inf")
     x["resid_post.2"][5, 0] = 1e30  # its square overflows
-    commit = writer.write_unit(store, 0, x, **rows)
+    commit = writer.write_unit(store, 0, x, **rows, max_nonfinite=0.1)
     assert (commit.rows, commit.dropped) == (94, 2)
     for hook in predictable.LAYERS:
         got = list(reader.unit_rows(store, hook, 0, 100))
@@ -110,11 +110,11 @@ def test_rows_that_are_not_finite_are_dropped_in_all_hooks_and_counted(place):
 
 
 def test_a_cast_that_overflows_is_seen_before_it_is_stored(place):
-    store = writer.create(place, predictable.meta(dtype="float16", hooks={"resid_post.1": 16}, max_nonfinite=0.1))
+    store = writer.create(place, predictable.meta(dtype="float16", hooks={"resid_post.1": 16}))
     rows = predictable.rows_of(0, 96)
     x = predictable.activation(rows["doc"], rows["pos"], 1)
     x[7, 7] = 70_000  # finite, but not in float16
-    assert writer.write_unit(store, 0, {"resid_post.1": x}, **rows).dropped == 1
+    assert writer.write_unit(store, 0, {"resid_post.1": x}, **rows, max_nonfinite=0.1).dropped == 1
 
 
 def test_a_flipped_bit_is_found_and_names_the_unit(tmp_path):
