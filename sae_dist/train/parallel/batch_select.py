@@ -6,8 +6,8 @@ digit, by counts alone. A row whose last candidate is chosen may hide more: such
 and the cut, which they can only raise, is made anew. So any width gives the exact choice, and a good one gives it at
 once; a rank never holds more pairs than are chosen, beside candidates of 2 width places a row.
 
-A cut takes 4 all-reduces of 256 counts, one of a number, and where values tie at the cut one of 256 for each 8 bits of
-batch * n_latents; bytes that a rank of W receives: 2 (W - 1) / W * 8 * (4 * 256 + 2). Widening makes at most
+A cut takes 4 all-reduces of 257 counts and one of a single one, of which a rank of W receives 2 (W - 1) / W * 8 bytes
+each; where values tie at the cut, one more of 257 for each 8 bits of batch * n_latents. Widening makes at most
 log2(latents of a part / width) further cuts.
 """
 
@@ -26,6 +26,8 @@ from sae_dist.train.parallel.mesh import Mesh
 DIGIT = 8  # bits that one all-reduce finds
 VALUE_BITS = 31  # of a float that is not negative
 NAME = "threshold"  # of the exchanges
+WIDTH = 4  # times k / parts candidates a row and part: few rows of a batch choose more
+LEAST_WIDTH = 16
 
 Select = Callable[[Tensor, int], Selected]  # some rows, k -> the k best latents of this part for each
 
@@ -65,6 +67,11 @@ class _Cut(NamedTuple):
         return chosen
 
 
+def candidates(k: int, parts: int) -> int:
+    """How many of a row's best a part selects at first."""
+    return max(-(-WIDTH * k // parts), LEAST_WIDTH)
+
+
 def batch_best(
     mesh: Mesh,
     select: Select,
@@ -84,7 +91,7 @@ def batch_best(
     part is `latents` of `n_latents`. All ranks call it together, with `rows` and `latents` of their places in the mesh.
     """
 
-    def candidates(numbers: Tensor) -> list[_Block]:
+    def selected(numbers: Tensor) -> list[_Block]:
         parts = numbers.split(at_once or max(len(numbers), 1))
         return [_Block(part, select(rows if len(part) == len(rows) else rows[part], width)) for part in parts]
 
@@ -93,7 +100,7 @@ def batch_best(
 
     width, widened = min(width, len(latents)), 0
     every = torch.arange(len(rows), device=rows.device)
-    settled, fresh = _Block(every[:0], Selected(rows.new_empty(0, 1).float(), every.new_empty(0, 1))), candidates(every)
+    settled, fresh = _Block(every[:0], Selected(rows.new_empty(0, 1).float(), every.new_empty(0, 1))), selected(every)
     while True:
         cut = _cut(mesh, [settled, *fresh], position, count=count, bits=(batch * n_latents).bit_length())
         masks = [cut.chosen(block, position) for block in [settled, *fresh]]
@@ -108,7 +115,7 @@ def batch_best(
         again = torch.zeros_like(every, dtype=torch.bool).index_fill_(0, full, True)
         settled = _of(settled, ~again[settled.rows])
         width, widened = min(2 * width, len(latents)), widened + len(full)
-        fresh = candidates(full)
+        fresh = selected(full)
 
 
 def _cut(
@@ -140,19 +147,19 @@ class _Nth(NamedTuple):
 
 
 def _nth_largest(mesh: Mesh, keys: Sequence[Int[Tensor, " some"]], *, bits: int, n: int) -> _Nth | None:
-    """Of all ranks' keys of so many bits the n-th largest positive one, or the smallest; None when there is none."""
+    """Of all ranks' keys of so many bits the n-th largest positive one, or the smallest; None when there is none.
+
+    A key of 0 is none: it comes last in its digit, and n never reaches it. The number of positive keys travels along.
+    """
     prefix, low, equal = 0, bits, 0
+    positive = torch.stack([part.count_nonzero() for part in keys]).sum()[None]
     while low:
         digit = min(DIGIT, low)
         low -= digit
-        counts = torch.stack([torch.bincount(part >> low, minlength=1 << digit) for part in keys]).sum(0)
-        if low + digit == bits:  # what is 0 is no key: it comes last in its digit, and must not be asked for
-            counts = torch.cat([counts, torch.stack([part.count_nonzero() for part in keys]).sum()[None]])
-        found = sum_counts(mesh, mesh.world, counts, name=NAME).tolist()
-        if low + digit == bits:
-            n = min(n, found.pop())
-            if n == 0:
-                return None
+        counts = torch.stack([torch.bincount(part >> low, minlength=1 << DIGIT) for part in keys]).sum(0)
+        *found, all_positive = sum_counts(mesh, mesh.world, torch.cat([counts, positive]), name=NAME).tolist()
+        if (n := min(n, all_positive)) == 0:
+            return None
         here = (1 << digit) - 1
         while n > found[here]:
             n, here = n - found[here], here - 1

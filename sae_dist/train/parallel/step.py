@@ -13,7 +13,8 @@ latents. Exchanges, and bytes that a rank receives for B rows of d dimensions on
 The data axis never reduces a gradient: 8 d n_latents / F bytes twice, where errors and pairs are 4 d B + 12 k B. All
 data ranks work out the same update from the same batch instead, in the order that one rank would: they stay equal bit
 for bit, their number does not show in the result, and dead counters need no exchange. AuxK adds its own candidates,
-sums, errors and pairs while latents are dead.
+sums, errors and pairs while latents are dead. BatchTopK finds its choice by counts instead of candidates (threshold,
+batch_select.py: 16 KiB whatever the sizes), and its pairs travel without empty places: 16 k / F (D - 1) / D B.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,15 +28,13 @@ from sae_kernels.stages import Part, RowGradients, Stages
 from sae_kernels.topk_step import TopKStep, is_finite
 from torch import Tensor
 
-from sae_dist.train.parallel.batch_select import batch_best
+from sae_dist.train.parallel.batch_select import batch_best, candidates
 from sae_dist.train.parallel.exchange import all_gather, gather_rows, sum_rows, total
 from sae_dist.train.parallel.mesh import Mesh, part, parts
 from sae_dist.train.parallel.select import best, pays_two_rounds
 
 Variant = Literal["topk", "batchtopk"]
-WIDTH = 4  # times k / parts candidates a row: few rows of a batch choose more (BatchTopK)
 LINE = 2  # times k places in a line (BatchTopK)
-LEAST_WIDTH = 16  # candidates of a row and part
 SLOWEST = (
     0.01  # weight of a new batch in the running mean of thresholds, which follows what is learned; 1 / steps before
 )
@@ -76,7 +75,7 @@ class MeshStep:
         self.micro_batch, self.clip_norm, self._two_rounds = micro_batch, clip_norm, two_rounds
         self.variant: Variant = variant
         self._fused = mesh.world.size == 1 and micro_batch is None and variant == "topk"
-        self._width = width or max(-(-WIDTH * k // mesh.feature.size), LEAST_WIDTH)
+        self._width = width or candidates(k, mesh.feature.size)
         self.threshold = torch.zeros((), dtype=torch.float64)  # BatchTopK: where a latent is active at inference
         self._smallest: float | None = None  # chosen value of the last forward
         self.widened = 0  # BatchTopK: rows here that had to be selected again, wider
@@ -247,7 +246,8 @@ class MeshStep:
     def _everybodys_lines(self, lines: Lines, of_lines: Sequence[Tensor], *, batch: int) -> tuple[list[Tensor], Lines]:
         """What each pair has, in the lines of the whole batch: pairs travel alone, without the empty places."""
         mesh, data, device = self.mesh, self.mesh.data, lines.row.device
-        counts = all_gather(mesh, data, torch.tensor(len(lines.row), device=device), name="pairs").tolist()
+        told = all_gather(mesh, data, torch.tensor([len(lines.row)], device=device), name="pairs")
+        counts = [n for (n,) in told.tolist()]
         row = (part(batch, data).start + lines.row).int()
         row, *others = (
             gather_rows(mesh, data, pairs, counts, name="pairs")
