@@ -92,7 +92,7 @@ def batch_best(
     """
 
     def selected(numbers: Tensor) -> list[_Block]:
-        parts = numbers.split(at_once or max(len(numbers), 1))
+        parts = numbers.split(at_once or len(numbers)) if len(numbers) else ()
         return [_Block(part, select(rows if len(part) == len(rows) else rows[part], width)) for part in parts]
 
     def position(row: Tensor, latent: Tensor) -> Tensor:
@@ -106,7 +106,8 @@ def batch_best(
         masks = [cut.chosen(block, position) for block in [settled, *fresh]]
         full = every[:0]
         if width < len(latents):
-            full = torch.cat([block.rows[mask[:, -1]] for block, mask in zip(fresh, masks[1:], strict=True)])
+            more = (block.rows[mask[:, -1]] for block, mask in zip(fresh, masks[1:], strict=True))
+            full = torch.cat([full, *more])
         settled = _pairs([settled, *fresh], masks)
         if not int(sum_counts(mesh, mesh.world, every.new_full((1,), len(full)), name=NAME)):
             values, latent = settled.selected
