@@ -38,11 +38,11 @@ def load(cls: type[T], values: Mapping[str, Any]) -> T:
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise UserError("; ".join(_describe(e) for e in error.errors())) from None
+        raise UserError("; ".join(_describe(e, values) for e in error.errors())) from None
 
 
-def _describe(error: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> str:
+    key = ".".join(_keys(error["loc"], values))
     match error["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
             return f"unknown key {key}={error['input']!r}; remove it (--help lists the keys)"
@@ -53,6 +53,17 @@ def _describe(error: ErrorDetails) -> str:
             return f"{key}: {reason}" if key else reason
         case _:
             return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _keys(loc: tuple[int | str, ...], values: object) -> list[str]:
+    """The keys of a place in `values`, without the kinds by which pydantic tells alternatives apart."""
+    keys = []
+    for part in loc:
+        if isinstance(values, Mapping) and part not in values and values.get("kind") == part:
+            continue
+        keys.append(str(part))
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return keys
 
 
 def to_dict(config: object) -> dict[str, Any]:

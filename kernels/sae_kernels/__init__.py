@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_kernels import plain, reference
-from sae_kernels.reference import Selected
+from sae_kernels.reference import Selected, padded
 
-__all__ = ["Selected", "sparse_decode", "topk_encode"]
+__all__ = ["Selected", "sparse_decode", "threshold_encode", "topk_encode"]
 
 
 def topk_encode(
@@ -30,6 +30,25 @@ def topk_encode(
         return triton_ops.topk_encode(x, W_enc, b_enc, b_dec, k=k, product_dtype=product_dtype)
     ops = reference if _wants_gradient(x, W_enc, b_enc, b_dec) else plain
     return ops.topk_encode(x, W_enc, b_enc, b_dec, k=k, product_dtype=product_dtype)
+
+
+def threshold_encode(
+    x: Float[Tensor, "batch d_model"],
+    W_enc: Float[Tensor, "d_model n_latents"],
+    b_enc: Float[Tensor, " n_latents"],
+    b_dec: Float[Tensor, " d_model"],
+    *,
+    theta: Float[Tensor, " n_latents"],
+) -> Selected:
+    """Of (x - b_dec) W_enc + b_enc what exceeds theta >= 0, as many places as the fullest row has; no gradient."""
+    with torch.no_grad():
+        if x.is_cuda:
+            from sae_kernels import triton_active
+
+            active = triton_active.threshold_encode(x, W_enc, b_enc, b_dec, theta=theta)
+        else:
+            active = plain.threshold_encode(x, W_enc, b_enc, b_dec, theta=theta)
+    return padded(active)
 
 
 def sparse_decode(

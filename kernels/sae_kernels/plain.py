@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_kernels.reference import Selected
+from sae_kernels.reference import Active, Selected
 
 TILE = 4096  # latents per product: 64 MiB of pre-activations at a batch of 4,096
 ELEMENTS = 1 << 22  # of gathered rows at once: 16 MiB
@@ -43,6 +43,29 @@ def select(
         best = torch.cat([best, keys(z, torch.arange(start, start + z.shape[1], device=z.device))], 1)
         best = best.topk(min(k, best.shape[1]), dim=-1).values
     return unpacked(best)
+
+
+def threshold_encode(
+    x: Float[Tensor, "batch d_model"],
+    W_enc: Float[Tensor, "d_model n_latents"],
+    b_enc: Float[Tensor, " n_latents"],
+    b_dec: Float[Tensor, " d_model"],
+    *,
+    theta: Float[Tensor, " n_latents"],
+    product_dtype: torch.dtype | None = None,
+) -> Active:
+    """`reference.threshold` of the pre-activations: z where z > theta, for theta >= 0."""
+    rows, found = rounded(x - b_dec, product_dtype), []
+    for start in range(0, W_enc.shape[1], TILE):
+        tile = slice(start, start + TILE)
+        z = torch.addmm(b_enc[tile], rows, rounded(W_enc[:, tile].float(), product_dtype))
+        row, latent = ((z > theta[tile]) & (z > 0)).nonzero(as_tuple=True)
+        found.append((row, latent + start, z[row, latent]))
+    row, latent, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    order = values.argsort(descending=True, stable=True)  # latents ascend where values tie
+    order = order[row[order].argsort(stable=True)]
+    offsets = torch.bincount(row, minlength=len(x)).cumsum(0)
+    return Active(values[order], latent[order], torch.nn.functional.pad(offsets, (1, 0)))
 
 
 def keys(z: Float[Tensor, "batch some"], indices: Tensor) -> Int[Tensor, "batch some"]:

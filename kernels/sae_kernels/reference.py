@@ -5,7 +5,7 @@ latents are selected per row, (values, indices) [batch, k], values in descending
 A NaN pre-activation is never selected; a NaN in x shows in the squared error.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -133,6 +133,15 @@ def _active(z: Float[Tensor, "batch n_latents"], chosen: Bool[Tensor, "batch n_l
     return Active(z[rows, indices], indices, offsets)
 
 
+def padded(active: Active) -> Selected:
+    """The same latents with as many places a row as the fullest one needs, one at least; empty ones last."""
+    counts = active.offsets.diff()
+    most = max(1, int(counts.max())) if len(counts) else 1
+    inside = torch.arange(most, device=counts.device) < counts[:, None]
+    values = active.values.new_zeros(inside.shape).masked_scatter(inside, active.values)
+    return Selected(values, active.indices.new_zeros(inside.shape).masked_scatter(inside, active.indices))
+
+
 def topk_encode(
     x: Float[Tensor, "batch d_model"],
     W_enc: Float[Tensor, "d_model n_latents"],
@@ -205,8 +214,9 @@ def topk_loss(
     k_aux: int,
     aux_coefficient: float,
     product_dtype: torch.dtype | None = None,
+    over: Literal["row", "batch"] = "row",
 ) -> tuple[Float[Tensor, ""], StepStatistics]:
-    """Loss of a TopK dictionary with AuxK, differentiable in the four parameters.
+    """Loss of a dictionary with AuxK, differentiable in the four parameters: TopK `over` a row, BatchTopK over a batch.
 
     loss = [ sum ||x - x_hat||^2 + aux_coefficient * min(n_dead / k_aux, 1) * sum ||e - e_hat||^2 ] / (batch * variance)
 
@@ -214,16 +224,16 @@ def topk_loss(
     (Gao et al. 2024, sec. 2.1 and App. A.2; the scale by n_dead keeps a handful of dead latents from chasing all of e).
     """
     z = pre_activations(x, W_enc, b_enc, b_dec, product_dtype=product_dtype)
-    selected = topk(z, k)
-    x_hat = sparse_decode(selected.values, selected.indices, W_dec, b_dec)
+    values, indices = topk(z, k) if over == "row" else padded(batch_topk(z, k))
+    x_hat = sparse_decode(values, indices, W_dec, b_dec)
     residual = x - x_hat
     squared_error = residual.square().sum()
     aux = aux_k(residual, z, W_dec, dead, k_aux=k_aux)
     scale = aux_coefficient * min(int(dead.sum()) / k_aux, 1.0) if k_aux else 0.0
     loss = (squared_error + scale * aux) / (x.shape[0] * variance)
     fired = torch.zeros(W_dec.shape[0], dtype=torch.bool, device=x.device)
-    fired[selected.indices[selected.values > 0]] = True
-    return loss, StepStatistics(squared_error.detach(), aux.detach(), (selected.values > 0).sum(), fired)
+    fired[indices[values > 0]] = True
+    return loss, StepStatistics(squared_error.detach(), aux.detach(), (values > 0).sum(), fired)
 
 
 def topk_gradients(
@@ -239,13 +249,14 @@ def topk_gradients(
     k_aux: int,
     aux_coefficient: float,
     product_dtype: torch.dtype | None = None,
+    over: Literal["row", "batch"] = "row",
 ) -> tuple[Gradients, StepStatistics]:
     """Gradients of `topk_loss` by autograd: what every fast version must equal."""
     with torch.enable_grad():
         parameters = [p.detach().requires_grad_() for p in (W_enc, W_dec, b_enc, b_dec)]
         loss, statistics = topk_loss(
             x, *parameters, k=k, variance=variance, dead=dead, k_aux=k_aux,
-            aux_coefficient=aux_coefficient, product_dtype=product_dtype,
+            aux_coefficient=aux_coefficient, product_dtype=product_dtype, over=over,
         )  # fmt: skip
         return Gradients(*torch.autograd.grad(loss, parameters)), statistics
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_kernels.reference import Active, Selected
+from sae_kernels.reference import Active, Selected, padded
 from sae_kernels.triton_ops import sparse_decode, topk_encode
 
 
@@ -84,11 +84,7 @@ def active_decode(
     active: Active, W_dec: Float[Tensor, "n_latents d_model"], b_dec: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "batch d_model"]:
     """`reference.active_decode`, by rows padded to the widest."""
-    counts = active.offsets.diff()
-    inside = torch.arange(max(1, int(counts.max())), device=counts.device) < counts[:, None]
-    values = active.values.new_zeros(inside.shape).masked_scatter(inside, active.values)
-    indices = active.indices.new_zeros(inside.shape).masked_scatter(inside, active.indices)
-    return sparse_decode(values, indices, W_dec, b_dec)
+    return sparse_decode(*padded(active), W_dec, b_dec)
 
 
 def _above(

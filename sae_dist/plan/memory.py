@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from sae_dist.plan.machine import Machine
 from sae_dist.plan.workload import Workload
+from sae_dist.train.parallel.batch_select import candidates
 from sae_dist.train.parallel.select import pays_two_rounds
+from sae_dist.train.parallel.step import LINE
 
 TILE = 4096  # latents that plain torch multiplies at a time (sae_kernels.plain)
 KEYS = 24  # bytes a pre-activation of a tile while its keys are made: z, relu(z), and two int64
@@ -59,22 +61,25 @@ def state_bytes(work: Workload) -> float:
 def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
     """For one dictionary, what of the batch lives until its update ends, and what the largest phase needs besides."""
     d, batch, rows, k = work.d_model, work.batch, work.rows, work.k
+    width = places = k  # candidates a row, and places that what is chosen of them takes
+    if work.variant == "batchtopk":
+        width, places = min(candidates(k, work.feature), work.latents), LINE * k
     read, scaled, errors = 2 * batch * d, 4 * batch * d, 4 * batch * d
     exchange = candidate_bytes(work) + (3 * 4 * rows * d if work.ranks > 1 else 0)
     match machine.backend:
         case "torch":
             rounded, pairs = 4 * batch * d, 24 * batch * k // work.feature
-            select = scaled + rows * TILE * KEYS + 6 * TILE * d
+            select = scaled + rows * (TILE + width) * KEYS + 6 * TILE * d
             held = read + rounded + errors + pairs  # the update itself goes a block of latents at a time
             return held, max(select - errors, scaled + exchange - errors)
         case "cpu":
-            room = k + max(k, 64)
-            buffers = 2 * rows * d + 8 * rows * room + 12 * batch * k + 16 * batch * k
+            room = width + max(width, 64)
+            buffers = 2 * rows * d + 8 * rows * room + 12 * batch * places + 16 * batch * places
             rounded = 2 * batch * d + (4 * batch * d if work.ranks == 1 else 0)  # and fp32 rows in the fused step
             partial_sums = 4 * work.latents * d / CHUNK
             return read + scaled + rounded + errors + buffers, exchange + 8 * work.latents + partial_sums
         case "triton":  # keys above the bound, 16 k a row; pairs are sorted as (latent, place)
-            return read + scaled + 2 * batch * d + errors, 8 * 16 * k * rows + 3 * 16 * batch * k + exchange
+            return read + scaled + 2 * batch * d + errors, 8 * 16 * width * rows + 3 * 16 * batch * places + exchange
 
 
 def shared_bytes(work: Workload, machine: Machine) -> float:
@@ -83,8 +88,14 @@ def shared_bytes(work: Workload, machine: Machine) -> float:
 
 
 def candidate_bytes(work: Workload) -> float:
-    """Keys of all parts, as gathered and as put in rows; in two rounds 2 k / parts values each, then k keys a row."""
+    """Keys of all parts, as gathered and as put in rows; in two rounds 2 k / parts values each, then k keys a row.
+
+    BatchTopK: this part's candidates (value, index, mask and digit), and its pairs as gathered and as put in lines.
+    """
     rows, k, parts = work.rows, work.k, work.feature
+    if work.variant == "batchtopk":
+        own = min(candidates(k, parts), work.latents)
+        return max(17 * rows * own, 16 * work.batch * (k // parts + LINE * k))
     if parts == 1:
         return 0
     if pays_two_rounds(k, parts, work.d_model):

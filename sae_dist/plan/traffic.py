@@ -1,12 +1,15 @@
 """Bytes that a rank receives in one step, exchange by exchange, as `train.parallel` makes them and `Mesh.moved` counts.
 
 The figures are those of rank 0, which has the largest part of everything. What a step decides by its data, how many
-keys reach the bound of a selection in two rounds, is taken as k a row in all, evenly over the parts.
+keys reach the bound of a selection in two rounds and how many pairs BatchTopK chooses here, is taken as k a row in all,
+evenly over the parts; of BatchTopK, that no row is selected twice and no value ties at the cut.
 """
 
 from typing import Literal, NamedTuple
 
 from sae_dist.plan.workload import Workload
+from sae_dist.train.parallel.batch_select import DIGIT, VALUE_BITS
+from sae_dist.train.parallel.batch_select import NAME as THRESHOLD
 from sae_dist.train.parallel.select import pays_two_rounds
 
 KEY, VALUE, INDEX, COUNT = 8, 4, 4, 8  # bytes of a (value, index) key, a value or d_z, an index, a count
@@ -25,7 +28,7 @@ def exchanges(work: Workload) -> list[Exchange]:
     """The exchanges of a step on this mesh, none where an axis has one rank; all dictionaries of the pass make them."""
     if work.also:
         return [exchange for member in work.members for exchange in exchanges(member)]
-    found = [*_use(work, work.k, work.latents, "candidates")]
+    found = _batch(work) if work.variant == "batchtopk" else _use(work, work.k, work.latents, "candidates")
     if work.k_aux and work.dead:
         k = min(work.k_aux, work.dead)
         found += _use(work, k, -(-work.dead // work.feature), "aux_candidates")
@@ -40,7 +43,6 @@ def exchanges(work: Workload) -> list[Exchange]:
 def _use(work: Workload, k: int, available: int, name: str) -> list[Exchange]:
     """One use of latents in the loss: who is chosen, the sum of the partial sums, what it leaves, the chosen pairs."""
     found, rows, feature, width = [], work.rows, work.feature, min(k, available)
-    share = -(-rows // feature)  # rows whose sums this rank adds up
     if feature > 1:
         if pays_two_rounds(k, feature, work.d_model):
             told = min(-(-2 * k // feature), width)
@@ -50,22 +52,40 @@ def _use(work: Workload, k: int, available: int, name: str) -> list[Exchange]:
             ]
         else:
             found.append(Exchange(name, "feature", 1, (feature - 1) * rows * KEY * width))
-        found += [
-            Exchange("reconstruction", "feature", 1, (feature - 1) * share * work.d_model * 4),
-            Exchange("errors", "feature", 1, (feature - 1) * share * work.d_model * 4),
-        ]
+    found += _errors(work)
     if work.data > 1:
-        others = work.data - 1
-        chosen = min(k, width * feature)
-        found += [
-            Exchange("errors", "data", 1, others * rows * work.d_model * 4),
-            Exchange("pairs", "data", 3, others * rows * chosen * (VALUE + INDEX + VALUE)),
-        ]
+        pairs = rows * min(k, width * feature)
+        found.append(Exchange("pairs", "data", 3, (work.data - 1) * pairs * (VALUE + INDEX + VALUE)))
+    return found
+
+
+def _batch(work: Workload) -> list[Exchange]:
+    """BatchTopK's choice: counts of the values by their digits, what they leave, the chosen pairs with their rows."""
+    found = []
+    if work.ranks > 1:
+        calls = [COUNT * (1 + (1 << DIGIT))] * -(-VALUE_BITS // DIGIT) + [COUNT]
+        received = sum(2 * (work.ranks - 1) * size // work.ranks for size in calls)
+        found.append(Exchange(THRESHOLD, "world", len(calls), received))
+    found += _errors(work)
+    if work.data > 1:
+        pairs = reaching(work, work.k)
+        found.append(Exchange("pairs", "data", 5, (work.data - 1) * (COUNT + pairs * (INDEX + VALUE + INDEX + VALUE))))
+    return found
+
+
+def _errors(work: Workload) -> list[Exchange]:
+    """The sum of the partial sums, each rank's share of the rows, and what it leaves, to everybody."""
+    found, share = [], -(-work.rows // work.feature)
+    if work.feature > 1:
+        size = (work.feature - 1) * share * work.d_model * 4
+        found += [Exchange("reconstruction", "feature", 1, size), Exchange("errors", "feature", 1, size)]
+    if work.data > 1:
+        found.append(Exchange("errors", "data", 1, (work.data - 1) * work.rows * work.d_model * 4))
     return found
 
 
 def reaching(work: Workload, k: int) -> int:
-    """Keys of one part that reach the bound in the second of two rounds: k a row in all."""
+    """Keys of one part that reach the bound in the second of two rounds, or BatchTopK's pairs: k a row in all."""
     return -(-work.rows * k // work.feature)
 
 

@@ -6,6 +6,7 @@ from sae_dist.config import UserError
 from sae_dist.sae.config import SAEConfig, check_width, resolved_k_aux
 from sae_dist.shards.order import OrderConfig
 from sae_dist.train.config import TrainConfig
+from sae_dist.train.parallel.step import Variant
 
 
 class Workload(NamedTuple):
@@ -30,6 +31,7 @@ class Workload(NamedTuple):
     slice_rows: int = 8192
     stored_bytes: int = 2  # an element of a stored row
     store_rows: int = 0  # rows of the store, 0 where unknown
+    variant: Variant = "topk"
     also: "tuple[Workload, ...]" = ()  # other dictionaries over the same batches
 
     @property
@@ -88,5 +90,5 @@ def workload(
         n_latents=sae.n_latents, d_model=d_model, k=sae.k, k_aux=resolved_k_aux(sae, d_model), batch=train.batch,
         data=data, feature=feature, dead=round(dead_fraction * sae.n_latents), steps=train.n_steps,
         init_rows=train.init_rows, lanes=order.lanes, window=order.window, slice_rows=slice_rows,
-        stored_bytes=stored_bytes, store_rows=store_rows,
+        stored_bytes=stored_bytes, store_rows=store_rows, variant=sae.kind,
     )  # fmt: skip

@@ -21,23 +21,45 @@ class TopK:
     dead_after_tokens: Annotated[int, Field(ge=1)] = 10_000_000  # a latent silent for this long is dead
 
     def __post_init__(self) -> None:
-        if self.k > self.n_latents:
-            raise ValueError(f"k={self.k} exceeds n_latents={self.n_latents}; choose k <= n_latents")
-        if self.k_aux is not None and self.k_aux > self.n_latents:
-            raise ValueError(f"k_aux={self.k_aux} exceeds n_latents={self.n_latents}; choose k_aux <= n_latents")
+        _check_counts(self.n_latents, self.k, self.k_aux)
 
 
-SAEConfig = TopK  # becomes a union, discriminated by `kind`, with the second architecture
+@frozen
+class BatchTopK:
+    """BatchTopK with AuxK (Bussmann et al. 2024): of a batch the batch * k largest pre-activations, wherever they are.
+
+    At inference a token's latents are those above one threshold, the running mean of the smallest that was chosen.
+    """
+
+    kind: Literal["batchtopk"] = "batchtopk"
+    n_latents: Annotated[int, Field(ge=1)] = 16_384
+    k: Annotated[int, Field(ge=1)] = 32  # latents a token, in the mean
+    k_aux: Annotated[int, Field(ge=0)] | None = None  # as TopK's
+    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    dead_after_tokens: Annotated[int, Field(ge=1)] = 10_000_000
+
+    def __post_init__(self) -> None:
+        _check_counts(self.n_latents, self.k, self.k_aux)
 
 
-def resolved_k_aux(sae: TopK, d_model: int) -> int:
+SAEConfig = Annotated[TopK | BatchTopK, Field(discriminator="kind")]
+
+
+def _check_counts(n_latents: int, k: int, k_aux: int | None) -> None:
+    if k > n_latents:
+        raise ValueError(f"k={k} exceeds n_latents={n_latents}; choose k <= n_latents")
+    if k_aux is not None and k_aux > n_latents:
+        raise ValueError(f"k_aux={k_aux} exceeds n_latents={n_latents}; choose k_aux <= n_latents")
+
+
+def resolved_k_aux(sae: SAEConfig, d_model: int) -> int:
     """k_aux as given, else the power of two nearest below d_model / 2 (Gao et al. 2024, App. A.2)."""
     if sae.k_aux is not None:
         return sae.k_aux
     return min(1 << max(d_model // 2, 1).bit_length() - 1, sae.n_latents)
 
 
-def check_width(sae: TopK, d_model: int) -> None:
+def check_width(sae: SAEConfig, d_model: int) -> None:
     """Refuses a dictionary that cannot work on activations of this width."""
     if sae.n_latents <= sae.k:
         raise UserError(f"sae.n_latents={sae.n_latents} leaves sae.k={sae.k} nothing to choose from; use more latents")

@@ -19,15 +19,20 @@ from sae_dist.config import UserError
 from sae_dist.sae.initialize import Parameters
 
 FORMAT = 1
+THRESHOLDS = {"topk": False, "batchtopk": True}  # by variant: whether latents are chosen by one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dictionary:
-    """x_hat = decode(encode(x)) on raw activations; `info` is config.json: variant, model, hook point, provenance."""
+    """x_hat = decode(encode(x)) on raw activations; `info` is config.json: variant, model, hook point, provenance.
+
+    A latent is active where it is among the k largest of its row, or where it is above its `threshold` if there is one.
+    """
 
     parameters: Parameters
     k: int
     info: Mapping[str, Any]
+    threshold: Float[Tensor, " n_latents"] | None = None
 
     @property
     def n_latents(self) -> int:
@@ -38,8 +43,10 @@ class Dictionary:
         return self.parameters.W_dec.shape[1]
 
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Selected:
-        """The active latents of every row, largest first."""
+        """The active latents of every row, largest first; as many places as the fullest row needs."""
         W_enc, _, b_enc, b_dec = self.parameters
+        if self.threshold is not None:
+            return sae_kernels.threshold_encode(x.float(), W_enc, b_enc, b_dec, theta=self.threshold)
         return sae_kernels.topk_encode(x.float(), W_enc, b_enc, b_dec, k=self.k)
 
     def decode(self, selected: Selected) -> Float[Tensor, "batch d_model"]:
@@ -50,26 +57,28 @@ class Dictionary:
 
 def save(dictionary: Dictionary, folder: Path) -> None:
     """Writes both files, each whole or not at all; config.json last, so that a folder with one is complete."""
-    parts = (
-        (name, 0, tensor.t() if name == "W_enc" else tensor) for name, tensor in dictionary.parameters._asdict().items()
-    )
+    tensors: dict[str, Tensor] = dictionary.parameters._asdict()
+    tensors |= {} if dictionary.threshold is None else {"threshold": dictionary.threshold}
+    parts = ((name, 0, tensor.t() if name == "W_enc" else tensor) for name, tensor in tensors.items())
     write(
-        folder, parts, n_latents=dictionary.n_latents, d_model=dictionary.d_model, k=dictionary.k, info=dictionary.info
-    )
+        folder, parts, n_latents=dictionary.n_latents, d_model=dictionary.d_model, k=dictionary.k,
+        thresholds=dictionary.threshold is not None, info=dictionary.info,
+    )  # fmt: skip
 
 
 def write(
     folder: Path, parts: Iterable[tuple[str, int, Tensor]], *, n_latents: int, d_model: int, k: int,
-    info: Mapping[str, Any],
+    thresholds: bool = False, info: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """`save` of a dictionary that comes in parts: a parameter's name, its first latent, fp32 rows that are latents.
+    """`save` of a dictionary that comes in parts: a tensor's name, its first latent, fp32 rows that are latents.
 
-    Of W_enc too, so [latents, d_model]; b_dec is one part. One part is in memory at a time. ValueError when some of the
-    dictionary is missing.
+    Of W_enc too, so [latents, d_model]; b_dec is one part. `thresholds`: it has a threshold for every latent. One part
+    is in memory at a time. ValueError when some of the dictionary is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / "dictionary.safetensors", folder / "config.json"
     shapes = {"W_dec": (n_latents, d_model), "W_enc": (d_model, n_latents), "b_dec": (d_model,), "b_enc": (n_latents,)}
+    shapes |= {"threshold": (n_latents,)} if thresholds else {}
     header, at = {"__metadata__": {"format": str(FORMAT)}}, 0
     for name, shape in shapes.items():
         size = 4 * math.prod(shape)
@@ -119,4 +128,12 @@ def load(folder: Path) -> Dictionary:
     if W_enc.shape != parameters.W_dec.T.shape:
         raise UserError(f"{weights}: W_enc {list(W_enc.shape)} does not fit W_dec {list(parameters.W_dec.shape)}")
     assert all(t.dtype == torch.float32 for t in parameters)
-    return Dictionary(parameters=parameters, k=info["k"], info=info)
+    threshold, variant = tensors.get("threshold"), info.get("variant")
+    if variant not in THRESHOLDS:
+        raise UserError(f"{config} says variant={variant}; this program knows {', '.join(THRESHOLDS)}")
+    if THRESHOLDS[variant] != (threshold is not None):
+        raise UserError(
+            f"{weights} has {'no' if threshold is None else 'a'} threshold, but variant={variant} in {config}; repeat "
+            "the command of the run with another out="
+        )
+    return Dictionary(parameters=parameters, k=info["k"], info=info, threshold=threshold)

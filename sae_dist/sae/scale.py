@@ -21,4 +21,4 @@ def fold_scale(parameters: Parameters, scale: float) -> Parameters:
 
 def folded(name: str, part: Tensor, scale: float) -> Tensor:
     """`fold_scale` of one parameter, or of some of its rows."""
-    return part / scale if name in ("b_enc", "b_dec") else part
+    return part / scale if name in ("b_enc", "b_dec", "threshold") else part

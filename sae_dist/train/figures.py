@@ -31,8 +31,13 @@ def figures(window: Window, learner: Learner, state: TrainState, *, lr: float) -
         "skipped_steps": guard.skipped,
         "loss_spikes": guard.spikes,
         "roll_backs": guard.roll_backs,
-    }
+    } | ({} if learner.sae.variant == "topk" else _of_batches(learner, state.scale))
     return {f"{learner.member.prefix}{name}": value for name, value in own.items()}
+
+
+def _of_batches(learner: Learner, scale: float) -> dict[str, Any]:
+    """BatchTopK: the threshold, in the units of the store, and rows of this rank that were selected twice so far."""
+    return {"threshold": float(learner.sae.threshold) / scale, "widened_rows": learner.sae.widened}
 
 
 def rates(state: TrainState, begun: TrainState, batch: int, starved_s: float, mesh: Mesh) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from sae_dist.train.member import split_name
 
 logger = logging.getLogger(__name__)
 
+EXPORTED = (*Parameters._fields, "threshold")
+
 
 def write_dictionary(storage: Storage, out: Path, learner: Learner, *, step: int, info: Mapping[str, Any]) -> None:
     """One dictionary of a training into its folder under `out`, from a checkpoint of that step.
@@ -40,7 +42,7 @@ def write_dictionary(storage: Storage, out: Path, learner: Learner, *, step: int
             n_latents, d_model = manifest.tensors[f"{member.prefix}W_dec"].shape
             dictionary.write(
                 folder, _parts(storage, manifest, member.prefix), n_latents=n_latents, d_model=d_model, k=member.sae.k,
-                info=own | dict(info),
+                thresholds=f"{member.prefix}threshold" in manifest.tensors, info=own | dict(info),
             )  # fmt: skip
             return
         except DAMAGE as damage:
@@ -52,12 +54,13 @@ def write_dictionary(storage: Storage, out: Path, learner: Learner, *, step: int
 
 
 def _parts(storage: Storage, manifest: Manifest, prefix: str) -> Iterator[tuple[str, int, Tensor]]:
-    """Every block of a parameter, on raw input: its name, its first row (latent), its rows."""
-    scale = manifest.facts["scale"]
-    wanted = {prefix + name for name in Parameters._fields}
+    """Every block of a parameter, on raw input: its name, its first row (latent), its rows; one threshold for all."""
+    scale, n_latents = manifest.facts["scale"], manifest.tensors[f"{prefix}W_dec"].shape[0]
+    wanted = {prefix + name for name in EXPORTED}
     for file in manifest.files:
         if any(block.name in wanted for block in file.blocks):
             for block, rows in checkpoint.read_file(storage, manifest.folder, file).items():
                 if block.name in wanted:
                     name = split_name(block.name)[1]
-                    yield name, block.start, folded(name, rows.float(), scale)
+                    part = folded(name, rows.float(), scale)
+                    yield name, block.start, part.expand(n_latents) if name == "threshold" else part

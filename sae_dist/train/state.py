@@ -119,7 +119,7 @@ def local(saved: Checkpoint, member: Member) -> dict[str, Tensor]:
 
 def _is_split(name: str) -> bool:
     """Whether ranks hold different rows of a tensor."""
-    return not (name == "steps" or name.endswith("b_dec") or name.startswith("second_column."))
+    return not (name in ("steps", "threshold") or name.endswith("b_dec") or name.startswith("second_column."))
 
 
 def _transposed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,6 +151,6 @@ def _step(parameters: Parameters, sae: SAEConfig, config: TrainConfig, mesh: Mes
         product_dtype=getattr(torch, config.product),
     )  # fmt: skip
     return MeshStep(
-        shard, mesh, n_latents=sae.n_latents, k=sae.k, k_aux=k_aux, micro_batch=config.micro_batch,
+        shard, mesh, n_latents=sae.n_latents, k=sae.k, k_aux=k_aux, variant=sae.kind, micro_batch=config.micro_batch,
         clip_norm=config.clip_norm,
     )  # fmt: skip

@@ -46,7 +46,8 @@ def test_yaml_and_dataclass_agree_on_the_defaults(command):
     [
         (["train", "sae.kk=3", "store=s"], "unknown key sae.kk; did you mean sae.k?"),
         (["run", "sae.k=three"], "sae.k='three': input should be a valid integer"),
-        (["run", "sae=topkk"], "sae=topkk is not known; choose one of topk"),
+        (["run", "sae=topkk"], "sae=topkk is not known; choose one of batchtopk, topk"),
+        (["run", "sae=batchtopk", "sae.k=three"], "sae.k='three': input should be a valid integer"),
         (["run", "sae.n_latents=16", "sae.k=32"], "k=32 exceeds n_latents=16"),
         (["run", "train.batch=0"], "train.batch=0: input should be greater than or equal to 1"),
         (["run", "harvest.rows.drop_first=128"], "drops all of harvest.context=128"),
@@ -124,4 +125,7 @@ def test_the_command_line_starts_without_loading_what_it_does_not_need():
 
 def test_a_config_refuses_what_it_does_not_know():
     with pytest.raises(UserError, match="unknown key sae.kk=1"):
-        load(TrainJob, {"out": "o", "store": "s", "sae": {"kk": 1}, "order": {}, "train": {}, "wandb": {}})
+        load(
+            TrainJob,
+            {"out": "o", "store": "s", "sae": {"kind": "topk", "kk": 1}, "order": {}, "train": {}, "wandb": {}},
+        )

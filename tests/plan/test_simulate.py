@@ -11,12 +11,16 @@ from sae_dist.plan.traffic import by_name
 from sae_dist.plan.workload import Workload
 
 MESHES = [(1, 64), (2, 64), (8, 128)]
+VARIANTS = ["topk", "batchtopk"]
 WIDE = [(1, 512), (8, 64), (4, 256)]
 
 
-def check(data, feature):
+def check(data, feature, variant):
     """Shapes, exchanges and memory of rank 0, one step of 34M latents x 4,096."""
-    work = Workload(n_latents=2**25, d_model=4096, k=64, k_aux=0, batch=131_072, data=data, feature=feature, lanes=64)
+    work = Workload(
+        n_latents=2**25, d_model=4096, k=64, k_aux=0, batch=131_072, data=data, feature=feature, lanes=64,
+        variant=variant,
+    )  # fmt: skip
     found = simulate(work)
     assert found.shapes["W_dec"] == (2**25 // feature, 4096)
     assert found.shapes["first.W_enc"] == (4096, 2**25 // feature)
@@ -28,17 +32,20 @@ def check(data, feature):
 
 
 @pytest.mark.parametrize(("data", "feature"), MESHES)
-def test_a_step_of_34_million_latents_does_what_the_plan_says(data, feature):
-    check(data, feature)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_of_34_million_latents_does_what_the_plan_says(data, feature, variant):
+    check(data, feature, variant)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "feature"), WIDE)
-def test_so_does_every_other_mesh_up_to_1024_ranks(data, feature):
-    check(data, feature)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_so_does_every_other_mesh_up_to_1024_ranks(data, feature, variant):
+    check(data, feature, variant)
 
 
 @pytest.mark.parametrize(("data", "feature"), [(1, 2), (2, 3), (3, 1), (2, 2)])
-def test_small_and_uneven_meshes_exchange_what_the_plan_says(data, feature):
-    work = Workload(n_latents=1000, d_model=64, k=4, k_aux=0, batch=130, data=data, feature=feature)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_small_and_uneven_meshes_exchange_what_the_plan_says(data, feature, variant):
+    work = Workload(n_latents=1000, d_model=64, k=4, k_aux=0, batch=130, data=data, feature=feature, variant=variant)
     assert simulate(work).moved == by_name(work)

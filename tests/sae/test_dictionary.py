@@ -79,6 +79,37 @@ def test_a_folder_that_is_not_a_whole_dictionary_is_refused(tmp_path, damage):
         dictionary_file.load(tmp_path)
 
 
+def test_with_thresholds_a_latent_is_active_above_its_own(tmp_path):
+    theta = torch.rand(40, generator=torch.Generator().manual_seed(4))
+    found = Dictionary(parameters=random_parameters(), k=5, info={"variant": "batchtopk"}, threshold=theta)
+    dictionary_file.save(found, tmp_path)
+    loaded = dictionary_file.load(tmp_path)
+    assert loaded.threshold is not None and torch.equal(loaded.threshold, theta)
+    W_enc, W_dec, b_enc, b_dec = found.parameters
+    x = torch.randn(9, 12, generator=torch.Generator().manual_seed(3))
+    z = (x - b_dec) @ W_enc + b_enc
+    values, indices = loaded.encode(x)
+    kept = torch.where(z > theta, z, 0.0)
+    assert torch.allclose(torch.zeros_like(z).scatter_add(1, indices, values), kept, atol=1e-5)
+    assert values.shape[1] == (kept > 0).sum(1).max() and bool((values[:, :-1] >= values[:, 1:]).all())
+    assert torch.allclose(loaded.decode(loaded.encode(x)), kept @ W_dec + b_dec, atol=1e-4)
+    assert loaded.encode(x[:0]).values.shape == (0, 1)
+    silent = Dictionary(parameters=found.parameters, k=5, info=found.info, threshold=torch.full((40,), 1e9))
+    assert torch.allclose(silent.decode(silent.encode(x)), b_dec.expand(9, -1))
+
+
+def test_a_variant_and_a_threshold_that_do_not_go_together_are_refused(tmp_path):
+    for variant, threshold, said in (
+        ("batchtopk", None, "has no threshold, but variant=batchtopk"),
+        ("topk", torch.ones(40), "has a threshold, but variant=topk"),
+        ("other", None, "variant=other; this program knows topk, batchtopk"),
+    ):
+        odd = Dictionary(parameters=random_parameters(), k=5, info={"variant": variant}, threshold=threshold)
+        dictionary_file.save(odd, tmp_path)
+        with pytest.raises(UserError, match=said):
+            dictionary_file.load(tmp_path)
+
+
 def test_k_aux_is_the_power_of_two_below_half_the_width():
     assert resolved_k_aux(TopK(), 576) == 256
     assert resolved_k_aux(TopK(), 512) == 256

@@ -9,7 +9,7 @@ import torch
 from sae_dist import storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.sae import dictionary
-from sae_dist.sae.config import TopK
+from sae_dist.sae.config import BatchTopK, SAEConfig, TopK
 from sae_dist.shards import credits, reader
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.order import OrderConfig
@@ -63,7 +63,7 @@ def store(tmp_path_factory) -> Store:
     return full
 
 
-def train(store: Store, out: Path, *, config: TrainConfig = CONFIG, sae: TopK = SAE, **more):
+def train(store: Store, out: Path, *, config: TrainConfig = CONFIG, sae: SAEConfig = SAE, **more):
     lines: list[tuple[int, dict]] = []
     given = {"seed": 0, "order": ORDER, "provenance": {}, "log": lambda *entry: lines.append(entry)} | more
     given = {"members": (Member(MAIN, sae, given["seed"], config.lr),)} | given
@@ -209,3 +209,30 @@ def test_a_store_that_lost_a_commit_is_not_trained_on(store, tmp_path):
     (tmp_path / "store" / "commit" / "00000003.json").unlink()
     with pytest.raises(UserError, match="3"):
         train(reader.open(storage.open(str(tmp_path / "store"))), tmp_path / "run")
+
+
+BATCHES = BatchTopK(n_latents=96, k=4, dead_after_tokens=1000)
+
+
+def test_batchtopk_learns_and_its_threshold_gives_k_latents_a_row(store, tmp_path):
+    config = TrainConfig(steps=1500, batch=128, lr=3e-3, init_rows=512, checkpoint_every=10_000, threads=1)
+    _, lines = train(store, tmp_path, config=config, order=OrderConfig(lanes=2), sae=BATCHES)
+    assert lines[-1][1]["fvu"] < 0.1 < 0.3 < lines[0][1]["fvu"]
+    assert {line["l0"] for _, line in lines} == {4.0}
+    x, learned = rows_of(UNITS - 1), dictionary.load(tmp_path / "dictionary")
+    assert learned.info["variant"] == "batchtopk" and learned.threshold is not None
+    assert float(learned.threshold.max()) == pytest.approx(lines[-1][1]["threshold"], rel=1e-6)
+    selected = learned.encode(x)
+    per_row = (selected.values > 0).sum(1).double()
+    assert float(per_row.mean()) == pytest.approx(4, rel=0.1) and float(per_row.std()) > 0.3
+    assert float((x - learned.decode(selected)).square().sum() / (x - x.mean(0)).square().sum()) < 0.1
+
+
+@pytest.mark.parametrize("at", [20, 33])
+def test_batchtopk_stopped_and_repeated_is_as_if_never_stopped(store, tmp_path, at):
+    train(store, tmp_path / "whole", sae=BATCHES)
+    seen = iter(range(1, 1000))
+    with pytest.raises(Stopped, match=f"step {at} of 60 is saved"):
+        train(store, tmp_path / "run", sae=BATCHES, stop=lambda: next(seen) == at)
+    train(store, tmp_path / "run", sae=BATCHES)
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")

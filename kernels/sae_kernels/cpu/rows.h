@@ -16,8 +16,9 @@ inline void round_row(const float* a, const float* minus, uint16_t* out, long d,
     }
 }
 
-// out = sum_i values_i W_dec[indices_i].
+// out = sum_i values_i W_dec[indices_i]; empty places at the end are not read.
 inline void row_partial(const float* values, const int* indices, long k, const float* W_dec, float* out, long d) {
+    while (k && values[k - 1] == 0) k--;
     weighted_sum(out, d, k, [&](long i) { return W_dec + indices[i] * d; }, [&](long i) { return values[i]; });
 }
 

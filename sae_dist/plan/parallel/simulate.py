@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sae_dist.plan.traffic import reaching
 from sae_dist.plan.workload import Workload
 from sae_dist.train.config import MeshConfig
+from sae_dist.train.parallel.batch_select import DIGIT
 from sae_dist.train.parallel.mesh import from_process_group
 from sae_dist.train.parallel.step import MeshStep
 
@@ -65,7 +66,7 @@ def _step(work: Workload, n_here: int, mesh: Any) -> MeshStep:
         b_dec=torch.empty(work.d_model), k=min(work.k, n_here), k_aux=0, aux_coefficient=0.0,
         dead_after_tokens=1 << 40, backend="torch",
     )  # fmt: skip
-    return MeshStep(shard, mesh, n_latents=work.n_latents, k=work.k, k_aux=0)
+    return MeshStep(shard, mesh, n_latents=work.n_latents, k=work.k, k_aux=0, variant=work.variant)
 
 
 class _Memory(TorchDispatchMode):
@@ -105,16 +106,25 @@ class _Assumed(TorchFunctionMode):
         self.mine = -(-work.rows * work.k // work.feature)  # the same of the rows of one data rank
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        over_batch = self.work.variant == "batchtopk"
         match func.__name__, args:
             case "tolist", (tensor, *_):
-                if tensor.dim() == 2:  # (active, dead, flaws, the loss's two terms) of every rank
-                    return [[self.mine, 0, 0, 0, 0]] * len(tensor)
+                if tensor.dim() == 2:  # (active, dead, flaws, the loss's two terms) of every rank, or a number of pairs
+                    return [[self.mine, 0, 0, 0, 0][: tensor.shape[1]]] * len(tensor)
+                if over_batch and len(tensor) == 1 + (1 << DIGIT):  # of every digit: all that are chosen have the last
+                    return [self.work.batch * self.work.k] * len(tensor)
                 return [self.reaching if len(tensor) == self.work.feature else 0] * len(tensor)
             case "nonzero", (tensor, *_):  # active places, [k, rows] of the batch or of one data rank's rows
                 found = self.pairs if self.work.batch in tensor.shape else self.mine
-                return tuple(torch.empty(found, dtype=torch.int64) for _ in range(tensor.dim()))
+                return tuple(torch.empty(min(found, tensor.numel()), dtype=torch.int64) for _ in range(tensor.dim()))
             case "__getitem__", (tensor, Tensor() as mask) if mask.dtype == torch.bool:
+                if over_batch and tensor.dtype == torch.int64:  # rows that choose all of their candidates
+                    return tensor.new_empty(0)
                 return tensor.new_empty(self.reaching)
-            case "__int__", _:  # the most keys that reach the bound in a row
-                return self.work.k
+            case "bincount", (tensor, *_):
+                return torch.empty(kwargs["minlength"], dtype=torch.int64)
+            case "repeat_interleave", (tensor, *_) if over_batch:  # rows with more latents than a line has places
+                return tensor.new_empty(0)
+            case "__int__", _:  # the most keys that reach the bound in a row; rows that are selected again
+                return 0 if over_batch else self.work.k
         return func(*args, **(kwargs or {}))

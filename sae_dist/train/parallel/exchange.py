@@ -1,8 +1,8 @@
 """The collectives that training uses: each is exact, the same on every rank, and the same bits every time.
 
-Sums are made in rank order from what was gathered, never inside a reduction whose order depends on the library, the
-buffer or the number of ranks beside it. Tensors travel as bytes: any dtype, no rounding. Every exchange has a name
-under which `mesh.moved` counts calls, bytes received and seconds.
+Sums of floats are made in rank order from what was gathered, never inside a reduction whose order depends on the
+library, the buffer or the number of ranks beside it. Tensors travel as bytes: any dtype, no rounding. Every exchange
+has a name under which `mesh.moved` counts calls, bytes received and seconds.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sae_dist.train.parallel.mesh import Axis, Mesh, Moved
@@ -74,6 +74,17 @@ def sum_rows(
 def total(mesh: Mesh, axis: Axis, addend: Tensor, *, name: str) -> Tensor:
     """The sum over the axis of small tensors, added in rank order."""
     return _in_order(all_gather(mesh, axis, addend, name=name))
+
+
+def sum_counts(mesh: Mesh, axis: Axis, counts: Int[Tensor, " n"], *, name: str) -> Int[Tensor, " n"]:
+    """The sum over the axis of whole numbers, which is exact in whatever order the library adds them."""
+    if axis.group is None:
+        return counts
+    started = time.perf_counter()
+    summed = counts.clone()
+    dist.all_reduce(summed, group=axis.group)
+    _count(mesh, name, 2 * (axis.size - 1) * summed.numel() * summed.element_size() // axis.size, started)
+    return summed
 
 
 def of_first(mesh: Mesh, number: int, *, name: str) -> int:

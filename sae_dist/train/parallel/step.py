@@ -13,29 +13,39 @@ latents. Exchanges, and bytes that a rank receives for B rows of d dimensions on
 The data axis never reduces a gradient: 8 d n_latents / F bytes twice, where errors and pairs are 4 d B + 12 k B. All
 data ranks work out the same update from the same batch instead, in the order that one rank would: they stay equal bit
 for bit, their number does not show in the result, and dead counters need no exchange. AuxK adds its own candidates,
-sums, errors and pairs while latents are dead.
+sums, errors and pairs while latents are dead. BatchTopK finds its choice by counts instead of candidates (threshold,
+batch_select.py: 16 KiB whatever the sizes), and its pairs travel without empty places: 16 k / F (D - 1) / D B.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
+from sae_kernels.lines import Lines, lay
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.stages import Part, RowGradients, Stages
 from sae_kernels.topk_step import TopKStep, is_finite
 from torch import Tensor
 
+from sae_dist.train.parallel.batch_select import batch_best, candidates
 from sae_dist.train.parallel.exchange import all_gather, gather_rows, sum_rows, total
 from sae_dist.train.parallel.mesh import Mesh, part, parts
 from sae_dist.train.parallel.select import best, pays_two_rounds
+
+Variant = Literal["topk", "batchtopk"]
+LINE = 2  # times k places in a line (BatchTopK)
+SLOWEST = (
+    0.01  # weight of a new batch in the running mean of thresholds, which follows what is learned; 1 / steps before
+)
 
 
 class _Errors(NamedTuple):
     """What a part of the loss leaves of its target, for the rows that this data rank encodes, and what it chose."""
 
     errors: Float[Tensor, "mine d_model"]
-    selected: Selected
+    selected: Selected  # of every row, or of every line
+    lines: Lines | None = None  # where rows have different numbers of latents
 
 
 class MeshStep:
@@ -53,15 +63,22 @@ class MeshStep:
         n_latents: int,
         k: int,
         k_aux: int,
+        variant: Variant = "topk",
         micro_batch: int | None = None,
         clip_norm: float | None = None,
         two_rounds: bool | None = None,
+        width: int | None = None,
     ) -> None:
         self.shard, self.mesh, self.n_latents, self.k, self.k_aux = shard, mesh, n_latents, k, k_aux
         self.latents = mesh.latents(n_latents)
         assert len(self.latents) == shard.n_latents, f"{shard.n_latents} latents, not {len(self.latents)}"
         self.micro_batch, self.clip_norm, self._two_rounds = micro_batch, clip_norm, two_rounds
-        self._fused = mesh.world.size == 1 and micro_batch is None
+        self.variant: Variant = variant
+        self._fused = mesh.world.size == 1 and micro_batch is None and variant == "topk"
+        self._width = width or candidates(k, mesh.feature.size)
+        self.threshold = torch.zeros((), dtype=torch.float64)  # BatchTopK: where a latent is active at inference
+        self._smallest: float | None = None  # chosen value of the last forward
+        self.widened = 0  # BatchTopK: rows here that had to be selected again, wider
         shard.join_(n_latents=n_latents, total=lambda part: total(mesh, mesh.feature, part, name="columns"))
         self._dead: list[int] | None = None  # dead latents of each feature rank; None: not counted yet
         self._flaws = 0  # parts of the mesh where d loss / dz is not finite
@@ -91,21 +108,28 @@ class MeshStep:
             return self.shard.forward(x, variance=variance)
         x, stages, scale = x.float(), self.shard.stages, -2 / (len(x) * variance)
         rows = stages.rows(x)
-        main = self._reconstruct(stages, rows, x, None, k=self.k)
-        uses = [self._everybodys(stages, main, batch=len(x), scale=scale)]
-        squared_errors = [uses[0].errors.square().sum(), x.new_zeros(())]
+        match self.variant:
+            case "topk":
+                main = self._reconstruct(stages, rows, x, None, k=self.k)
+            case "batchtopk":
+                main = self._reconstruct_batch(stages, rows, x)
+        use, lines = self._everybodys(stages, main, batch=len(x), scale=scale)
+        uses = [use]
+        squared_errors = [use.errors.square().sum(), x.new_zeros(())]
         n_dead = sum(self._dead_by_rank())
         if self.k_aux and n_dead:
             aux = self._reconstruct(stages, rows, x, main.errors, k=min(self.k_aux, n_dead))
             aux_scale = scale * self.shard.aux_coefficient * min(n_dead / self.k_aux, 1.0)
-            uses.append(self._everybodys(stages, aux, batch=len(x), scale=aux_scale))
+            uses.append(self._everybodys(stages, aux, batch=len(x), scale=aux_scale)[0])
             squared_errors[1] = uses[1].errors.square().sum()
-        stages.hold_(rows, uses)
-        self._through_decoder = scale * uses[0].errors.sum(0)
+        self._hold(stages, rows, uses, lines)
+        self._through_decoder = scale * use.errors.sum(0)
         return self._statistics(uses, torch.stack(squared_errors), tokens=len(x))
 
     def update_(self, *, lr: float) -> None:
         """The update that the last `forward` leads to."""
+        if self._smallest is not None:  # a running mean over batches (Bussmann et al. 2024, sec. 3)
+            self.threshold += max(1 / (self.shard.steps + 1), SLOWEST) * (self._smallest - self.threshold)
         if self._fused:
             gradients = None
             if self.clip_norm is not None:
@@ -135,13 +159,17 @@ class MeshStep:
     def state_dict(self) -> dict[str, Tensor]:
         """Of everything that the next step depends on, this rank's part, as tensors that share memory with this object.
 
-        Split by latents: all but b_dec and its moments and the number of steps, which are the same on all ranks.
+        Split by latents: all but b_dec and its moments, the number of steps and the threshold, which are the same on
+        all ranks.
         """
-        return self.shard.state_dict()
+        return self.shard.state_dict() | ({} if self.variant == "topk" else {"threshold": self.threshold})
 
     def load_state_dict_(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over this rank's part of what `state_dict` gave, on this or any other mesh."""
-        self.shard.load_state_dict_(tensors)
+        rest = dict(tensors)
+        if self.variant == "batchtopk":
+            self.threshold.copy_(rest.pop("threshold"))
+        self.shard.load_state_dict_(rest)
         self._dead = None
 
     def _reconstruct(self, stages: Stages, rows: Tensor, x: Tensor, residual: Tensor | None, *, k: int) -> _Errors:
@@ -161,20 +189,39 @@ class MeshStep:
                 self.mesh, own, latents=self.latents, k=k, width=min(k, max(available)), two_rounds=two_rounds,
                 name=name,
             )  # fmt: skip
-            shares = parts(len(chunk), feature.size)
-            sizes, share = [len(r) for r in shares], shares[feature.rank]
-            summed = sum_rows(self.mesh, feature, stages.partial(selected), sizes, name="reconstruction")
+            partial = stages.partial(selected)
             if residual is None:
-                target = x[chunk.start + share.start : chunk.start + share.stop]
-                left = target - (summed + self.shard.b_dec)
+                errors.append(self._left(x[chunk.start : chunk.stop], partial, self.shard.b_dec))
             else:
-                at = chunk.start - mine.start
-                left = residual[at + share.start : at + share.stop] - summed
-            errors.append(gather_rows(self.mesh, feature, left, sizes, name="errors"))
+                at = range(chunk.start - mine.start, chunk.stop - mine.start)
+                errors.append(self._left(residual[at.start : at.stop], partial, None))
             chosen.append(selected)
         return _Errors(
             torch.cat(errors), Selected(torch.cat([s.values for s in chosen]), torch.cat([s.indices for s in chosen]))
         )
+
+    def _reconstruct_batch(self, stages: Stages, rows: Tensor, x: Tensor) -> _Errors:
+        """What the batch's k best latents a row in the mean leave of x, for this data rank's rows."""
+        mine = part(len(x), self.mesh.data)
+        chosen = batch_best(
+            self.mesh, lambda some, k: stages.select(some, k=k), rows[mine.start : mine.stop], first_row=mine.start,
+            batch=len(x), latents=self.latents, n_latents=self.n_latents, count=len(x) * self.k, width=self._width,
+            at_once=self.micro_batch,
+        )  # fmt: skip
+        self._smallest, self.widened = chosen.smallest, self.widened + chosen.widened
+        lines = lay(chosen.row, rows=len(mine), width=LINE * self.k)
+        selected = Selected(lines.laid(chosen.values), lines.laid(chosen.latent))
+        partial = lines.summed(stages.partial(selected))
+        return _Errors(self._left(x[mine.start : mine.stop], partial, self.shard.b_dec), selected, lines)
+
+    def _left(self, target: Tensor, partial: Tensor, b_dec: Tensor | None) -> Float[Tensor, "rows d_model"]:
+        """The target less the sum of all parts' partial sums (and b_dec), on every rank of this feature axis."""
+        feature = self.mesh.feature
+        shares = parts(len(target), feature.size)
+        sizes, share = [len(r) for r in shares], shares[feature.rank]
+        summed = sum_rows(self.mesh, feature, partial, sizes, name="reconstruction")
+        left = target[share.start : share.stop] - (summed if b_dec is None else summed + b_dec)
+        return gather_rows(self.mesh, feature, left, sizes, name="errors")
 
     def _best_here(self, stages: Stages, rows: Tensor, latents: Tensor | None, *, k: int) -> Selected:
         if k == 0:  # none of the dead is here
@@ -182,17 +229,43 @@ class MeshStep:
             return Selected(nothing, nothing.long())
         return stages.select(rows, k=k, latents=latents)
 
-    def _everybodys(self, stages: Stages, mine: _Errors, *, batch: int, scale: float) -> Part:
-        """The errors of the whole batch and what its rows chose in this part, in the rows' order."""
-        sizes = [len(r) for r in parts(batch, self.mesh.data.size)]
-        values, indices = mine.selected
-        d_z = stages.d_z(mine.errors, mine.selected, scale=scale)
-        errors = gather_rows(self.mesh, self.mesh.data, mine.errors, sizes, name="errors")
-        values, indices, d_z = (
-            gather_rows(self.mesh, self.mesh.data, tensor, sizes, name="pairs")
-            for tensor in (values, indices.int(), d_z)
+    def _everybodys(self, stages: Stages, mine: _Errors, *, batch: int, scale: float) -> tuple[Part, Lines | None]:
+        """The errors of the whole batch and what its rows chose in this part, in the rows' order, perhaps in lines."""
+        mesh, data, lines, selected = self.mesh, self.mesh.data, mine.lines, mine.selected
+        sizes = [len(r) for r in parts(batch, data.size)]
+        of_lines = mine.errors if lines is None else lines.extended(mine.errors)
+        sent = (selected.values, selected.indices.int(), stages.d_z(of_lines, selected, scale=scale))
+        errors = gather_rows(mesh, data, mine.errors, sizes, name="errors")
+        if lines is None:
+            sent = tuple(gather_rows(mesh, data, tensor, sizes, name="pairs") for tensor in sent)
+        elif data.size > 1:
+            sent, lines = self._everybodys_lines(lines, sent, batch=batch)
+        values, indices, d_z = sent
+        return Part(errors, Selected(values, indices.long()), d_z, scale), lines
+
+    def _everybodys_lines(self, lines: Lines, of_lines: Sequence[Tensor], *, batch: int) -> tuple[list[Tensor], Lines]:
+        """What each pair has, in the lines of the whole batch: pairs travel alone, without the empty places."""
+        mesh, data, device = self.mesh, self.mesh.data, lines.row.device
+        told = all_gather(mesh, data, torch.tensor([len(lines.row)], device=device), name="pairs")
+        counts = [n for (n,) in told.tolist()]
+        row = (part(batch, data).start + lines.row).int()
+        row, *others = (
+            gather_rows(mesh, data, pairs, counts, name="pairs")
+            for pairs in (row, *(tensor[lines.line, lines.place] for tensor in of_lines))
         )
-        return Part(errors, Selected(values, indices.long()), d_z, scale)
+        lines = lay(row.long(), rows=batch, width=lines.width)
+        return [lines.laid(pairs) for pairs in others], lines
+
+    def _hold(self, stages: Stages, rows: Tensor, uses: list[Part], lines: Lines | None) -> None:
+        """Leave the pairs to the kernels; of AuxK none are in further lines."""
+        if lines is not None:
+            main, *others = uses
+            uses = [main._replace(errors=lines.extended(main.errors))]
+            for errors, (values, indices), d_z, scale in others:
+                selected = Selected(lines.padded(values), lines.padded(indices))
+                uses.append(Part(lines.padded(errors), selected, lines.padded(d_z), scale))
+            rows = lines.extended(rows)
+        stages.hold_(rows, uses)
 
     def _statistics(self, uses: list[Part], squared_errors: Float[Tensor, " 2"], *, tokens: int) -> StepStatistics:
         """The step's figures, which one exchange makes the whole mesh's.

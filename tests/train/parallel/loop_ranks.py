@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from sae_dist import storage
 from sae_dist.config import Stopped
-from sae_dist.sae.config import TopK
+from sae_dist.sae.config import SAEConfig
 from sae_dist.shards import reader
 from sae_dist.train import loop
 from sae_dist.train.config import MeshConfig, TrainConfig
@@ -29,7 +29,7 @@ class Scenario(NamedTuple):
     data: int = 1
     feature: int = 1
     steps: int = 60
-    sae: TopK = SAE
+    sae: SAEConfig = SAE
     owned: bool = False  # the first latents have all of the top k
     stop_at: int = ALL_STEPS  # the last rank is asked to stop after this step
     poison_at: int = ALL_STEPS  # the last rank's decoder is not a number from this step on

@@ -14,7 +14,7 @@ from sae_kernels.topk_step import TopKStep
 
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.mesh import Mesh, connect
-from sae_dist.train.parallel.step import MeshStep
+from sae_dist.train.parallel.step import MeshStep, Variant
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Case:
     micro_batch: int | None = None
     clip_norm: float | None = None
     two_rounds: bool | None = None
+    variant: Variant = "topk"
+    width: int | None = None  # BatchTopK: candidates of a row and part
     product_dtype: torch.dtype = torch.float32
 
 
@@ -48,6 +50,16 @@ CASES = {
     "two_rounds": Case(steps=12, dead_after_tokens=100, two_rounds=True),
     "two_rounds_owned": Case(steps=12, data="owned", two_rounds=True),
     "two_rounds_ties": Case(n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1, two_rounds=True),
+    "batch": Case(steps=12, dead_after_tokens=100, variant="batchtopk"),
+    "batch_long": Case(steps=60, variant="batchtopk"),
+    "batch_owned": Case(steps=12, data="owned", variant="batchtopk"),
+    "batch_row": Case(steps=12, data="one row", variant="batchtopk", width=2),
+    "batch_few": Case(steps=12, data="few", variant="batchtopk"),
+    "batch_ties": Case(
+        n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1, variant="batchtopk", width=3
+    ),
+    "batch_micro": Case(steps=12, dead_after_tokens=100, variant="batchtopk", micro_batch=7, clip_norm=0.05, width=1),
+    "batch_kernels": Case(steps=12, dead_after_tokens=100, variant="batchtopk", product_dtype=torch.bfloat16),
 }
 
 
@@ -58,6 +70,8 @@ def parameters(case: Case) -> dict[str, torch.Tensor]:
     W_enc = W_dec + 0.1 * torch.randn(case.n_latents, case.d_model, generator=generator)
     if case.data == "owned":
         b_enc[: case.k + 1] += 20  # the first part has all the best
+    if case.data == "few":
+        b_enc -= 2.5
     if case.data == "integers":  # every sum is exact: equal latents tie whoever computes them
         W_enc = torch.randint(-2, 3, (case.n_latents // 4, case.d_model), generator=generator).float().repeat(4, 1)
         b_enc = torch.ones(case.n_latents)
@@ -66,11 +80,17 @@ def parameters(case: Case) -> dict[str, torch.Tensor]:
 
 def batch_of(case: Case, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 + step)
+    if case.data == "integers" and case.variant == "batchtopk":
+        x = torch.randint(-2, 3, (case.batch, case.d_model), generator=generator).float()
+        return torch.cat([x[: case.batch // 2], x[: case.batch - case.batch // 2]])  # rows tie too, across data ranks
     if case.data == "integers":
         return torch.randint(-2, 3, (case.batch, case.d_model), generator=generator).float()
     directions = torch.randn(40, case.d_model, generator=torch.Generator().manual_seed(7))
     strength = torch.rand(case.batch, 40, generator=generator) * (torch.rand(case.batch, 40, generator=generator) < 0.1)
-    return 0.5 + strength @ directions + 0.05 * torch.randn(case.batch, case.d_model, generator=generator)
+    x = 0.5 + strength @ directions + 0.05 * torch.randn(case.batch, case.d_model, generator=generator)
+    if case.data == "one row":
+        x[step % case.batch] *= 50  # nearly all of the batch's best
+    return x
 
 
 def train(case: Case, mesh: Mesh) -> dict[str, object]:
@@ -84,25 +104,34 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
     )  # fmt: skip
     step = MeshStep(
         shard, mesh, n_latents=case.n_latents, k=case.k, k_aux=case.k_aux, micro_batch=case.micro_batch,
-        clip_norm=case.clip_norm, two_rounds=case.two_rounds,
+        clip_norm=case.clip_norm, two_rounds=case.two_rounds, variant=case.variant, width=case.width,
     )  # fmt: skip
     if case.data == "integers":
         shard.tokens_since_fired[::2] = 10
-    chosen, figures, held = [], [], shard.stages.hold_
+    chosen, figures, held, held_in_lines, in_lines = [], [], shard.stages.hold_, step._hold, []
 
     def hold(rows, parts):
+        owner = torch.arange(len(rows))
+        if in_lines and in_lines[-1] is not None:
+            owner = in_lines[-1].extended(torch.arange(in_lines[-1].rows))
         for use, part in enumerate(parts):
-            row, place = (part.selected.values > 0).nonzero(as_tuple=True)
-            latent = part.selected.indices[row, place] + latents.start
-            chosen.append(torch.stack([torch.full_like(row, len(figures)), torch.full_like(row, use), row, latent], 1))
+            line, place = (part.selected.values > 0).nonzero(as_tuple=True)
+            of_step, of_use = torch.full_like(line, len(figures)), torch.full_like(line, use)
+            latent = part.selected.indices[line, place] + latents.start
+            chosen.append(torch.stack([of_step, of_use, owner[line], latent], 1))
         held(rows, parts)
 
-    shard.stages.hold_ = hold  # type: ignore[method-assign]
+    def hold_in_lines(stages, rows, uses, lines):
+        in_lines.append(lines)
+        held_in_lines(stages, rows, uses, lines)
+
+    shard.stages.hold_, step._hold = hold, hold_in_lines  # type: ignore[method-assign]
     for number in range(case.steps):
         s = step.step(batch_of(case, number), lr=case.lr, variance=3.0)
         figures.append([float(s.squared_error), float(s.aux_squared_error), int(s.active), step.dead_fraction()])
     state = {name: tensor.clone() for name, tensor in step.state_dict().items()}
-    return {"state": state, "chosen": torch.cat(chosen), "figures": torch.tensor(figures, dtype=torch.float64)}
+    figures = torch.tensor(figures, dtype=torch.float64)
+    return {"state": state, "chosen": torch.cat(chosen), "figures": figures, "widened": step.widened}
 
 
 def main(rank: str, data: str, feature: str, folder: str, *cases: str) -> None:

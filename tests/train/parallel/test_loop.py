@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_dist.sae.config import TopK
+from sae_dist.sae.config import BatchTopK, TopK
 from sae_dist.train.member import Member
 from sae_dist.train.parallel.mesh import Mesh
 from tests.train.parallel import loop_ranks
@@ -18,6 +18,7 @@ from tests.train.test_loop import UNITS, empty_store, harvest
 PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
 PROCESSES.set_forkserver_preload(["tests.train.parallel.loop_ranks"])
 SMALL = TopK(n_latents=97, k=4, dead_after_tokens=1000)  # divides over none of 2, 3, 4 ranks
+BATCHES = BatchTopK(n_latents=97, k=4, dead_after_tokens=1000)
 ALSO = (
     Member("wide", TopK(n_latents=131, k=6, dead_after_tokens=1000), seed=1, lr=1e-3),
     Member("few", TopK(n_latents=50, k=2, k_aux=0), seed=0),
@@ -91,6 +92,7 @@ def two(folder) -> dict[str, list[dict]]:
         Scenario("broken off", feature=2, sae=SMALL, also=ALSO, stop_at=33),
         Scenario("broken off", feature=2, sae=SMALL, also=ALSO),
         *(Scenario(m.name, feature=2, sae=m.sae, seed=m.seed, lr=m.lr) for m in ALSO),
+        Scenario("batches", feature=2, sae=BATCHES, stop_at=33),
     )
 
 
@@ -118,6 +120,18 @@ def test_one_rank_that_is_asked_stops_all_and_one_process_goes_on(folder, two, r
     assert rest["lines"][-1][1]["fvu"] == pytest.approx(reference["lines"][-1][1]["fvu"], rel=1e-5)
     for parameter, tensor in weights(folder, "alone").items():
         torch.testing.assert_close(weights(folder, "stopped")[parameter], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_batchtopk_on_two_ranks_and_then_on_one_is_a_run_of_one(folder, two):
+    assert [rank["ended"] for rank in two["batches"]] == ["step 33 of 60 is saved"] * 2
+    rest, reference = alone(folder, Scenario("batches", sae=BATCHES)), alone(folder, Scenario("of one", sae=BATCHES))
+    assert rest["ended"] == reference["ended"]
+    for (_, here), (_, there) in zip(two["batches"][0]["lines"], reference["lines"], strict=False):
+        assert (here["l0"], here["dead_fraction"]) == (there["l0"], there["dead_fraction"])
+        assert here["threshold"] == pytest.approx(there["threshold"], rel=1e-6)
+    for name, tensor in weights(folder, "of one").items():
+        torch.testing.assert_close(weights(folder, "batches")[name], tensor, rtol=1e-6, atol=1e-6)
+    assert "threshold" in weights(folder, "batches")
 
 
 def test_a_flaw_on_one_rank_is_skipped_by_all_and_then_they_go_back_to_the_last_checkpoint(folder, two):
