@@ -177,8 +177,8 @@ class MeshStep:
         )
 
     def _best_here(self, stages: Stages, rows: Tensor, latents: Tensor | None, *, k: int) -> Selected:
-        if k == 0:  # none of the dead is here
-            nothing = rows.new_empty(len(rows), 0, dtype=torch.float32)
+        if k == 0 or len(rows) == 0:  # none of the dead is here; fewer rows than data ranks
+            nothing = rows.new_empty(len(rows), k, dtype=torch.float32)
             return Selected(nothing, nothing.long())
         return stages.select(rows, k=k, latents=latents)
 

@@ -13,7 +13,9 @@ from sae_dist.train.parallel.mesh import Mesh
 from tests.train.parallel.mesh_steps import CASES, train
 
 SCRIPT = Path(__file__).with_name("mesh_steps.py")
-FAST = [name for name in CASES if name not in ("long", "kernels")]  # a bf16 product rounds what 1e-8 has moved
+FAST = [  # a bf16 product rounds what 1e-8 has moved
+    name for name, case in CASES.items() if name != "long" and case.product_dtype == torch.float32
+]
 REPLICATED = ("b_dec", "first.b_dec", "second.b_dec", "steps")
 
 
@@ -67,7 +69,7 @@ def check_equal(ranks: list[dict], alone: dict, data: int, feature: int) -> None
 def alone() -> dict[str, dict]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    results = {name: train(case, Mesh.single()) for name, case in CASES.items()}
+    results = {name: train(case, Mesh.single()) for name, case in CASES.items() if case.backend != "triton"}
     torch.set_num_threads(threads)
     return results
 
