@@ -116,7 +116,13 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
         s = step.step(batch_of(case, number).to(mesh.device), lr=case.lr, variance=3.0)
         figures.append([float(s.squared_error), float(s.aux_squared_error), int(s.active), step.dead_fraction()])
     state = {name: tensor.cpu().clone() for name, tensor in step.state_dict().items()}
-    return {"state": state, "chosen": torch.cat(chosen).cpu(), "figures": torch.tensor(figures, dtype=torch.float64)}
+    moved = {name: [m.calls, m.bytes, m.seconds] for name, m in mesh.moved.items()}
+    return {
+        "moved": moved,
+        "state": state,
+        "chosen": torch.cat(chosen).cpu(),
+        "figures": torch.tensor(figures, dtype=torch.float64),
+    }
 
 
 def device_of(rank: int, world: int, cases: list[str]) -> torch.device:

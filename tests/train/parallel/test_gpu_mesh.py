@@ -54,6 +54,7 @@ def test_two_ranks_select_and_learn_what_one_does(tmp_path, device, data, featur
         tolerance = 2e-4 * float(alone["state"][name].double().abs().max())
         torch.testing.assert_close(tensor, alone["state"][name], rtol=1e-3, atol=tolerance, msg=name)
     for number, rank in enumerate(ranks):
+        assert all(calls > 0 and seconds > 0 for calls, _, seconds in rank["moved"].values()), rank["moved"]
         assert torch.equal(rank["figures"], ranks[0]["figures"])
         for name, tensor in rank["state"].items():
             twin = ranks[0] if name in REPLICATED else ranks[number % feature]
