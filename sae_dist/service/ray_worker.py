@@ -22,7 +22,6 @@ from sae_dist.service.devices import of_actor, of_one_process, usable_gpus
 from sae_dist.service.orphan import end_with_parent
 from sae_dist.service.room import Bundle
 from sae_dist.service.trainer import run_training
-from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.joined import joined
 from sae_dist.train.parallel.meeting import Meeting, join
 from sae_dist.train.parallel.pulse import START_S
@@ -37,18 +36,13 @@ class Outcome(NamedTuple):
     told: Any  # the fields of Trained, or a line
 
 
-def mesh_of(config: MeshConfig, workers: int) -> MeshConfig:
-    """What so many workers make: all feature ranks, which memory needs, and as many data ranks as there are then."""
-    return dataclasses.replace(config, data=min(workers // config.feature, config.data), least_data=None)
-
-
 def work(given: dict[str, Any]) -> None:
     """What every worker does: a rank's training, or nothing if it is one too many for the mesh."""
     end_with_parent()
     job, context = load_config(TrainJob, given["job"]), ray.train.get_context()
     rank, bundle, place = context.get_world_rank(), Bundle(*given["bundle"]), Meeting(*given["run"])
     attempt = broadcast_from_rank_zero(secrets.token_hex(4))
-    mesh = mesh_of(job.mesh, context.get_world_size())
+    mesh = job.mesh.of_workers(context.get_world_size())
     world = mesh.data * mesh.feature
     if rank >= world:
         return

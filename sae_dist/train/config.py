@@ -1,5 +1,6 @@
 """How long and how fast to train, and by how many processes."""
 
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -70,3 +71,7 @@ class MeshConfig:
     def __post_init__(self) -> None:
         if self.least_data is not None and self.least_data > self.data:
             raise ValueError(f"mesh.least_data={self.least_data} exceeds mesh.data={self.data}; lower it")
+
+    def of_workers(self, workers: int) -> "MeshConfig":
+        """What so many workers make: all feature ranks, which memory needs, and as many data ranks as that leaves."""
+        return dataclasses.replace(self, data=min(workers // self.feature, self.data), least_data=None)

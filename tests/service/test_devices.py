@@ -74,6 +74,14 @@ def test_a_gpu_that_torch_cannot_use_is_one_line():
         of_actor(GPU)
 
 
+def test_data_ranks_follow_the_workers_and_feature_ranks_stay():
+    asked = MeshConfig(data=3, feature=2, least_data=1)
+    made = [asked.of_workers(workers) for workers in range(2, 8)]
+    assert [(mesh.data, mesh.feature, mesh.least_data) for mesh in made] == [
+        (1, 2, None), (1, 2, None), (2, 2, None), (2, 2, None), (3, 2, None), (3, 2, None)
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def imported(tmp_path) -> Path:
     """A store of made-up rows."""

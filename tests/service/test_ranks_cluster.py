@@ -78,7 +78,7 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(store, uninterrup
 
 
 def test_ray_train_goes_on_with_fewer_data_ranks_when_a_node_is_lost(store, uninterrupted, nodes, tmp_path):
-    """The number of data ranks does not show, to the bits of the compiled kernels; nor does who starts the ranks."""
+    """All rows are still trained on once, in their order."""
     more = ("train.launcher=ray_train", "mesh.feature=1", "mesh.data=2", "mesh.least_data=1")
     driver = begun(store, tmp_path / "run", nodes, *more)
     nodes.lose(nodes.workers[1])
