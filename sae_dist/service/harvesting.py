@@ -53,6 +53,11 @@ def check_harvest_room(config: HarvestConfig, *, others: int = 0) -> None:
     check_room(shape_of(config).bundle, processes, others=others, cure=cure)
 
 
+def least_gpus(config: HarvestConfig) -> float:
+    """GPUs that the least number of replicas reserves."""
+    return config.replica_range.least * config.tensor_parallel * config.gpus
+
+
 class Harvesting:
     """The units still to do and the replicas that do them. Call `poll` until `done`; close it."""
 

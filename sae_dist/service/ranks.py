@@ -21,6 +21,7 @@ from sae_dist import storage
 from sae_dist.config import Stopped, to_dict
 from sae_dist.service.cluster import answer, first_line, reason_of
 from sae_dist.service.config import TrainJob
+from sae_dist.service.room import Bundle
 from sae_dist.service.trainer import Trainer
 from sae_dist.train import checkpoint
 from sae_dist.train.loop import Trained
@@ -35,17 +36,20 @@ CAUSE_S = 15.0  # after one rank failed: for the others to say why, or to be fou
 
 
 class Ranks:
-    """Training in actors. Call `poll` until it gives the result; a `with` ends by asking them to save."""
+    """Training in actors. Call `poll` until it gives the result; a `with` ends by asking them to save.
 
-    def __init__(self, job: TrainJob, *, provenance: Mapping[str, Any]) -> None:
-        self._job, self._provenance = job, dict(provenance)
+    `bundle` is what each of them reserves (devices.bundle_of_rank).
+    """
+
+    def __init__(self, job: TrainJob, *, provenance: Mapping[str, Any], bundle: Bundle) -> None:
+        self._job, self._provenance, self._bundle = job, dict(provenance), bundle
         self._world = job.mesh.data * job.mesh.feature
         self._checkpoints = storage.open(job.train.checkpoints or Path(job.out) / "checkpoints")
         self._group = self._served = self._listener = None
         if self._world > 1:
             self._host = "127.0.0.1" if job.cluster == "local" else ray.util.get_node_ip_address()
             self._served = meeting.serve(self._host)
-            self._group = placement_group([{"CPU": 1}] * self._world, strategy="PACK")
+            self._group = placement_group([bundle.resources()] * self._world, strategy="PACK")
         self._attempts, self._deaths, self._saved = 0, 0, self._newest_checkpoint()
         self._result: Trained | None = None
         self._start()
@@ -94,7 +98,9 @@ class Ranks:
         self._attempts += 1
         attempt = f"attempt{self._attempts}"
         place, values = None, to_dict(self._job)
-        options: dict[str, Any] = {"num_cpus": 1, "max_concurrency": 2}
+        options: dict[str, Any] = {"num_cpus": self._bundle.cpus, "max_concurrency": 2}
+        if self._bundle.gpus:  # of an actor that asks for none Ray hides none
+            options["num_gpus"] = self._bundle.gpus
         if self._served is not None:
             place = meeting.Meeting(self._host, self._served.port, attempt)
             self._listener, self._heard_at = Listener(meeting.names(self._served, attempt), self._world), 0.0
@@ -105,7 +111,7 @@ class Ranks:
                     self._group, placement_group_bundle_index=rank
                 )
             actor: Any = ray.remote(Trainer).options(**options)
-            self._actors.append(actor.remote(values, self._provenance, rank=rank, meeting=place))
+            self._actors.append(actor.remote(values, self._provenance, rank=rank, meeting=place, bundle=self._bundle))
         self._working = {actor.train.remote(): rank for rank, actor in enumerate(self._actors)}
 
     def _again(self, cause: str) -> None:

@@ -18,15 +18,17 @@ from ray.exceptions import RayActorError
 from sae_dist import storage
 from sae_dist.config import UserError, digest, to_dict
 from sae_dist.monitor import write_json
-from sae_dist.service.cluster import answer, cluster, reason_of
+from sae_dist.service.cluster import answer, cluster, nodes, reason_of
 from sae_dist.service.config import RunConfig, config_hash
 from sae_dist.service.describe import describe_elsewhere
+from sae_dist.service.devices import bundle_of_rank
 from sae_dist.service.display import Display, progress
 from sae_dist.service.harvest import harvest_log
-from sae_dist.service.harvesting import Harvesting, check_harvest_room
+from sae_dist.service.harvesting import Harvesting, check_harvest_room, least_gpus
 from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.ranks import Ranks
 from sae_dist.service.replica import ReplicaConfig
+from sae_dist.service.room import Bundle
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.stopping import StopRequest
 from sae_dist.service.summary import read_finished, summarize, weights_digest
@@ -43,6 +45,11 @@ def run(config: RunConfig) -> dict[str, Any]:
         raise UserError(
             f"train.launcher={config.train.launcher}: this command trains in Ray actors; leave it at auto, or harvest "
             "first and use `sae-dist train`"
+        )
+    if config.mesh.least_data is not None:
+        raise UserError(
+            f"mesh.least_data={config.mesh.least_data}: this command trains in Ray actors, as many as mesh.data says; "
+            "use mesh.least_data=null, or harvest first and use `sae-dist train train.launcher=ray_train`"
         )
     folder = RunFolder(config.folder, config)
     with folder.outcome():
@@ -63,7 +70,10 @@ def run(config: RunConfig) -> dict[str, Any]:
             trainers = config.mesh.data * config.mesh.feature
             with cluster(config.cluster, cpus=config.harvest.most_processes + trainers) as request:
                 check_harvest_room(config.harvest, others=trainers)
-                job = _Run(config, prepared, folder=folder, display=display, hashed=hashed, request=request)
+                bundle = bundle_of_rank(config.train.device, config.mesh, nodes(), taken=least_gpus(config.harvest))
+                job = _Run(
+                    config, prepared, folder=folder, display=display, hashed=hashed, request=request, bundle=bundle
+                )
                 summary = job.go() | {"judged": _judgements(config)}
         summary["wall_seconds"] = folder.wall_seconds
         write_json(folder.path / "summary.json", summary)
@@ -97,8 +107,10 @@ class _Run:
         display: Display,
         hashed: str,
         request: StopRequest,
+        bundle: Bundle,
     ) -> None:
         self._config, self._values, self._hashed, self._request = config, to_dict(config), hashed, request
+        self._bundle = bundle  # what a rank of the training reserves
         self._folder, self._out, self._display = folder, folder.path, display
         self._store = reader.open(storage.open(config.store_uri))
         self._replica_config = ReplicaConfig(
@@ -140,7 +152,8 @@ class _Run:
 
     def _stream(self, harvesting: Harvesting) -> Trained:
         """Harvest and training side by side: they meet at the committed units of the store."""
-        with Ranks(self._config.train_job(), provenance={"config_hash": self._hashed}) as ranks:
+        job, provenance = self._config.train_job(), {"config_hash": self._hashed}
+        with Ranks(job, provenance=provenance, bundle=self._bundle) as ranks:
             report = None
             while report is None or not harvesting.done:
                 self._request.check()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,7 +17,9 @@ from sae_dist.config import Stopped, UserError, to_dict
 from sae_dist.config import load as load_config
 from sae_dist.monitor import JsonLines, Log, WandbMirror, tee
 from sae_dist.service.config import TrainJob
+from sae_dist.service.devices import of_actor, of_one_process, usable_gpus
 from sae_dist.service.orphan import end_with_parent
+from sae_dist.service.room import Bundle
 from sae_dist.shards import reader
 from sae_dist.shards.reader import Store
 from sae_dist.train.loop import Trained, train
@@ -95,15 +97,6 @@ def run_training(
         )  # fmt: skip
 
 
-def chosen_device(wanted: Literal["auto", "cpu", "cuda"], world: int) -> torch.device:
-    """Where a rank's part of the dictionary lives; ranks are not given GPUs of their own yet."""
-    if wanted == "cuda" and world > 1:
-        raise UserError(f"train.device=cuda, but the mesh has {world} ranks, which run on CPUs; use train.device=auto")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda, but this process sees no usable GPU; use train.device=auto or cpu")
-    return torch.device("cuda" if wanted != "cpu" and world == 1 and torch.cuda.is_available() else "cpu")
-
-
 @contextmanager
 def _logs(job: TrainJob, out: Path, first: bool, watch: Log | None) -> Iterator[Log]:
     """Where the first rank's figures go; other ranks have nothing to say."""
@@ -140,7 +133,7 @@ def usable_cores() -> int:
 
 
 class Trainer:
-    """A rank's actor class; needs max_concurrency=2, so that `stop` is heard while `train` works."""
+    """A rank's actor class, with what `bundle` reserves; needs max_concurrency=2, so that `stop` is heard meanwhile."""
 
     def __init__(
         self,
@@ -149,10 +142,11 @@ class Trainer:
         *,
         rank: int,
         meeting: Meeting | None,
+        bundle: Bundle,
     ) -> None:
         end_with_parent()
         self._job, self._provenance = load_config(TrainJob, values), provenance
-        self._rank, self._meeting = rank, meeting
+        self._rank, self._meeting, self._bundle = rank, meeting, bundle
         self._stop = threading.Event()
 
     def train(self) -> Trained | None:
@@ -160,7 +154,9 @@ class Trainer:
         mesh = self._job.mesh
         try:
             world = mesh.data * mesh.feature
-            device = chosen_device(self._job.train.device, world)
+            device = (
+                of_actor(self._bundle) if world > 1 else of_one_process(self._job.train.device, there=usable_gpus())
+            )
             with joined(mesh, self._meeting, rank=self._rank, world=world, device=device) as rank:
                 return run_training(self._job, rank, provenance=self._provenance, stop=self._stop.is_set)
         except Stopped:

@@ -1,10 +1,13 @@
 """The train command: a store to a dictionary and its figures, in this process or in those of a mesh."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from sae_dist import storage
 from sae_dist.config import Stopped, UserError
@@ -13,10 +16,11 @@ from sae_dist.evaluate.evaluate import UNMEASURED, evaluate_reconstruction
 from sae_dist.monitor import write_json
 from sae_dist.sae import dictionary
 from sae_dist.service.config import TrainJob, config_hash
+from sae_dist.service.devices import bundle_of_rank, of_local_rank, of_one_process, usable_gpus
 from sae_dist.service.display import Display, progress
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.summary import read_finished, summarize
-from sae_dist.service.trainer import check_heldout, chosen_device, chosen_hook, run_training, wait_for_heldout
+from sae_dist.service.trainer import check_heldout, chosen_hook, run_training, wait_for_heldout
 from sae_dist.shards import reader
 from sae_dist.train.config import Launcher
 from sae_dist.train.loop import Trained
@@ -43,10 +47,12 @@ def train_and_judge(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
     job = job.located()
     match launcher(job):
         case "process":
-            with joined(job.mesh, None, rank=0, world=1, device=chosen_device(job.train.device, 1)) as alone:
+            with joined(job.mesh, None, rank=0, world=1, device=_alone(job)) as alone:
                 return _lead(job, in_process(job, alone, stop), stop)
         case "torchrun":
             return _of_torchrun(job, stop)
+        case "ray_train":
+            return _lead(job, in_ray_train(job, stop), stop)
         case _:
             return _lead(job, in_actors(job, stop), stop)
 
@@ -54,8 +60,11 @@ def train_and_judge(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
 def launcher(job: TrainJob) -> Launcher:
     """What train.launcher=auto comes to; UserError where what was asked for cannot be."""
     asked, world, started = job.train.launcher, job.mesh.data * job.mesh.feature, "TORCHELASTIC_RUN_ID" in os.environ
-    if world > 1:
-        chosen_device(job.train.device, world)  # refuses here what every rank would refuse
+    if job.mesh.least_data is not None and asked != "ray_train":
+        raise UserError(
+            f"mesh.least_data={job.mesh.least_data} with train.launcher={asked}: only ray_train goes on with fewer "
+            "ranks than mesh.data; use train.launcher=ray_train, or mesh.least_data=null"
+        )
     if asked == "auto":
         return "torchrun" if started else "process" if world == 1 else "actors"
     if asked == "process" and world > 1:
@@ -84,16 +93,16 @@ def in_actors(job: TrainJob, stop: Stop) -> Work:
     """Training in Ray actors, one a rank."""
 
     def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
-        from sae_dist.service.cluster import check_room, cluster  # Ray, which other launchers do without
+        from sae_dist.service.cluster import check_room, cluster, nodes  # Ray, which other launchers do without
         from sae_dist.service.ranks import Ranks
-        from sae_dist.service.room import Bundle
 
         world = job.mesh.data * job.mesh.feature
         with cluster(job.cluster, cpus=world) as request:
-            check_room(Bundle(1.0, 0.0), world, cure="lower mesh.data or mesh.feature")
+            bundle = bundle_of_rank(job.train.device, job.mesh, nodes())
+            check_room(bundle, world, cure="lower mesh.data or mesh.feature")
             if stop():  # while Ray started
                 raise Stopped("asked to stop")
-            with Ranks(job, provenance=provenance) as ranks:
+            with Ranks(job, provenance=provenance, bundle=bundle) as ranks:
                 while (trained := ranks.poll(0.5)) is None:
                     request.check()
                     show(ranks.facts())
@@ -102,10 +111,40 @@ def in_actors(job: TrainJob, stop: Stop) -> Work:
     return work
 
 
+def in_ray_train(job: TrainJob, stop: Stop) -> Work:
+    """Training in the workers of Ray Train, which starts them again when some fail."""
+
+    def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
+        from sae_dist.service.cluster import check_room, cluster, nodes
+        from sae_dist.service.ray_train import train_with_ray_train
+
+        least = dataclasses.replace(job.mesh, data=job.mesh.least_data or job.mesh.data)
+        with cluster(job.cluster, cpus=job.mesh.data * job.mesh.feature) as request:
+            bundle = bundle_of_rank(job.train.device, least, nodes())
+            check_room(bundle, least.data * least.feature, cure="lower mesh.data or mesh.feature")
+
+            def check() -> None:
+                request.check()
+                if stop():  # while Ray started
+                    raise Stopped("asked to stop")
+
+            return train_with_ray_train(job, provenance=provenance, bundle=bundle, check=check, show=show)
+
+    return work
+
+
+def _alone(job: TrainJob) -> torch.device:
+    return of_one_process(job.train.device, there=usable_gpus())
+
+
 def _of_torchrun(job: TrainJob, stop: Stop) -> dict[str, Any] | None:
     place, _served = of_torchrun()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with joined(job.mesh, place, rank=rank, world=world, device=chosen_device(job.train.device, world)) as rank:
+    here, together = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    device = (
+        of_local_rank(job.train.device, rank=here, ranks=together, there=usable_gpus()) if world > 1 else _alone(job)
+    )
+    with joined(job.mesh, place, rank=rank, world=world, device=device) as rank:
         work = in_process(job, rank, stop)
         if rank.mesh.first:
             return _lead(job, work, stop, begin=lambda go: of_first(rank.mesh, go, name="begin"))

@@ -1,5 +1,6 @@
 """How long and how fast to train, and by how many processes."""
 
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -8,7 +9,7 @@ from sae_dist.config import frozen
 from sae_dist.train.guard import GuardConfig
 
 # Who starts the processes of a mesh. auto: this one for a mesh of 1, torchrun's where torchrun started it, else actors.
-Launcher = Literal["auto", "process", "actors", "torchrun"]
+Launcher = Literal["auto", "process", "actors", "torchrun", "ray_train"]
 
 
 @frozen
@@ -29,7 +30,7 @@ class TrainConfig:
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the last so many
     keep_every: Annotated[int, Field(ge=0)] = 0  # keep those of every so many steps for good; 0: none
     log_every: Annotated[int, Field(ge=1)] = 20  # steps
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU, if there is one and this is the only rank
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU a rank, if there are so many, else CPUs
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads a rank; 0: the machine's cores, divided among its ranks
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # rows that a rank encodes at once; null: all of its rows
     product: Literal["bfloat16", "float32"] = "bfloat16"  # what the encoder's operands are rounded to
@@ -61,5 +62,16 @@ class MeshConfig:
 
     data: Annotated[int, Field(ge=1)] = 1  # ranks that share a batch's rows; each holds a copy of its feature part
     feature: Annotated[int, Field(ge=1)] = 1  # ranks that share the latents, their weights and their moments
+    least_data: Annotated[int, Field(ge=1)] | None = (
+        None  # of ray_train: goes on with so few data ranks; null: with all
+    )
     collective_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # a rank silent for longer is given up
     checkpoint_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # a rank waits so long for others to have written
+
+    def __post_init__(self) -> None:
+        if self.least_data is not None and self.least_data > self.data:
+            raise ValueError(f"mesh.least_data={self.least_data} exceeds mesh.data={self.data}; lower it")
+
+    def of_workers(self, workers: int) -> "MeshConfig":
+        """What so many workers make: all feature ranks, which memory needs, and as many data ranks as that leaves."""
+        return dataclasses.replace(self, data=min(workers // self.feature, self.data), least_data=None)

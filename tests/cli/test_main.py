@@ -63,6 +63,12 @@ def test_yaml_and_dataclass_agree_on_the_defaults(command):
         ),
         (["train", "store={tmp}/s", "train.launcher=torchrun"], "use `torchrun --standalone --nproc-per-node 1 "),
         (["run", "train.launcher=process", "out={tmp}/f", "model=tiny-llama"], "this command trains in Ray actors"),
+        (
+            ["train", "store={tmp}/s", "mesh.data=2", "mesh.least_data=1", "out={tmp}/f"],
+            "mesh.least_data=1 with train.launcher=auto: only ray_train goes on with fewer ranks than mesh.data",
+        ),
+        (["train", "store={tmp}/s", "mesh.least_data=2", "out={tmp}/f"], "mesh.least_data=2 exceeds mesh.data=1"),
+        (["run", "mesh.data=2", "mesh.least_data=1", "out={tmp}/f", "model=tiny-llama"], "this command trains in Ray"),
         (["run", "harvest.replicas=4..2"], "harvest.replicas=4..2; give a number from 1 on, or two: 1..4"),
         (["run", "harvest.ahead_units=31"], "give 32 or more"),
         (["run", "harvest.retention=ring"], "lower train.tokens to 9425781"),

@@ -81,7 +81,7 @@ def uninterrupted(store, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(10))
 def test_kill_9_of_ranks_is_mended_within_the_run_and_they_are_named(store, uninterrupted, tmp_path, seed):
     """Two kills a seed at random steps, and one of a rank that writes its part of a checkpoint, or commits it."""
     chance = random.Random(seed)
@@ -112,11 +112,15 @@ def test_a_rank_that_hangs_is_named_after_the_stated_time(store, uninterrupted, 
     assert weights(tmp_path / "run") == weights(uninterrupted)
 
 
-def test_kill_9_of_the_driver_and_the_same_command_end_in_the_same_dictionary(store, uninterrupted, tmp_path):
-    victim = start(command(store, tmp_path / "run"), [
-        {"point": "train.step", "where": {"step": 30}, "action": "sleep", "seconds": 5}
+@pytest.mark.parametrize("seed", range(10))
+def test_kill_9_of_the_driver_and_the_same_command_end_in_the_same_dictionary(store, uninterrupted, tmp_path, seed):
+    chance, metrics = random.Random(100 + seed), tmp_path / "run" / "metrics.jsonl"
+    step = chance.randrange(1, STEPS)
+    victim = start(command(store, tmp_path / "run", "train.log_every=1"), [
+        {"point": "train.step", "where": {"step": step}, "action": "sleep", "seconds": 5}
     ])  # fmt: skip
-    wait_until(lambda: any((tmp_path / "run" / "checkpoints").glob("step_*/checkpoint.json")), victim)
+    wait_until(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) >= step, victim)
+    time.sleep(chance.random())  # a checkpoint may be under way
     family = [p for p in psutil.Process(victim.pid).children(recursive=True) if "Agent" not in p.name()]
     victim.kill()
     victim.communicate()
@@ -137,6 +141,31 @@ def test_a_request_to_stop_saves_and_exits_75_and_another_mesh_goes_on(store, un
     assert json.loads((out / "status.json").read_text())["state"] == "stopped"
     finish(start(command(store, out, "mesh.feature=1")))
     assert order_hash(out) == order_hash(uninterrupted)
+
+
+def test_ray_train_mends_a_killed_worker_to_the_same_dictionary(store, uninterrupted, tmp_path):
+    kill = {"point": "train.step", "where": {"step": 25, "rank": 1}, "action": "kill", "once": f"{tmp_path}/killed"}
+    said = finish(start(command(store, tmp_path / "run", "train.launcher=ray_train"), [kill]))
+    assert re.search(r"Ray Train starts the ranks again.*rank 1 \(.*\), last at step \d+ \(.*\) failed", said), said
+    assert weights(tmp_path / "run") == weights(uninterrupted)
+    assert order_hash(tmp_path / "run") == order_hash(uninterrupted)
+    assert not Path("~/ray_results").expanduser().exists()
+
+
+def test_under_ray_train_a_mistake_is_one_line_and_a_request_to_stop_saves(store, uninterrupted, tmp_path):
+    more = ("train.launcher=ray_train",)
+    said = finish(start(command(store, tmp_path / "mistake", "sae.k=25", *more)), 2)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: sae.k=25 exceeds d_model=24: any 24 directions rebuild x; choose a smaller k"]
+    out = tmp_path / "run"
+    process = start(command(store, out, *more), [
+        {"point": "train.step", "where": {"step": 30}, "action": "sleep", "seconds": 5}
+    ])  # fmt: skip
+    wait_until(lambda: any((out / "checkpoints").glob("step_*/checkpoint.json")), process)
+    process.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in finish(process, 75)
+    finish(start(command(store, out)))
+    assert weights(out) == weights(uninterrupted)
 
 
 def test_a_mistake_that_a_rank_finds_is_one_line(store, tmp_path):

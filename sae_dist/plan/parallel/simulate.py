@@ -108,6 +108,8 @@ class _Assumed(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         over_batch = self.work.variant == "batchtopk"
         match func.__name__, args:
+            case "cpu", (tensor,):
+                return tensor
             case "tolist", (tensor, *_):
                 if tensor.dim() == 2:  # (active, dead, flaws, the loss's two terms) of every rank, or a number of pairs
                     return [[self.mine, 0, 0, 0, 0][: tensor.shape[1]]] * len(tensor)

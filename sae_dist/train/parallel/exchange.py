@@ -2,7 +2,8 @@
 
 Sums of floats are made in rank order from what was gathered, never inside a reduction whose order depends on the
 library, the buffer or the number of ranks beside it. Tensors travel as bytes: any dtype, no rounding. Every exchange
-has a name under which `mesh.moved` counts calls, bytes received and seconds.
+has a name under which `mesh.moved` counts calls, bytes received and seconds. On a GPU an exchange is work in its queue,
+for which the process does not wait: its seconds count at the next `settle`.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from sae_dist.train.parallel.mesh import Axis, Mesh, Moved
+from sae_dist.train.parallel.mesh import Axis, Mesh, Moved, OnGpu
 
 _all_gather_bytes = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
 
@@ -24,11 +25,11 @@ def all_gather(mesh: Mesh, axis: Axis, tensor: Tensor, *, name: str) -> Tensor:
     """[size, *shape]: the tensors of all ranks of the axis, which have one shape."""
     if axis.group is None:
         return tensor[None]
-    started = time.perf_counter()
+    started = _now(tensor)
     mine = tensor.contiguous().view(-1).view(torch.uint8)
     out = mine.new_empty(axis.size * mine.numel())
     _all_gather_bytes(out, mine, group=axis.group)
-    _count(mesh, name, (axis.size - 1) * mine.numel(), started)
+    _count(mesh, name, (axis.size - 1) * mine.numel(), started, out)
     return out.view(tensor.dtype).view(axis.size, *tensor.shape)
 
 
@@ -60,14 +61,14 @@ def sum_rows(
     """
     if axis.group is None:
         return addends
-    started = time.perf_counter()
+    started = _now(addends)
     mine, width = sizes[axis.rank], addends.shape[1]
     out = addends.new_empty(axis.size * mine, width)
     dist.all_to_all_single(
         out, addends.contiguous(), output_split_sizes=[mine] * axis.size, input_split_sizes=list(sizes),
         group=axis.group,
     )  # fmt: skip
-    _count(mesh, name, (axis.size - 1) * mine * width * addends.element_size(), started)
+    _count(mesh, name, (axis.size - 1) * mine * width * addends.element_size(), started, out)
     return _in_order(out.view(axis.size, mine, width))
 
 
@@ -80,10 +81,10 @@ def sum_counts(mesh: Mesh, axis: Axis, counts: Int[Tensor, " n"], *, name: str) 
     """The sum over the axis of whole numbers, which is exact in whatever order the library adds them."""
     if axis.group is None:
         return counts
-    started = time.perf_counter()
+    started = _now(counts)
     summed = counts.clone()
     dist.all_reduce(summed, group=axis.group)
-    _count(mesh, name, 2 * (axis.size - 1) * summed.numel() * summed.element_size() // axis.size, started)
+    _count(mesh, name, 2 * (axis.size - 1) * summed.numel() * summed.element_size() // axis.size, started, summed)
     return summed
 
 
@@ -105,8 +106,28 @@ def _in_order(addends: Shaped[Tensor, "size ..."]) -> Shaped[Tensor, "..."]:
     return out
 
 
-def _count(mesh: Mesh, name: str, received: int, started: float) -> None:
+def settle(mesh: Mesh) -> None:
+    """Count the seconds of exchanges on a GPU; call it when all that was given to the GPU is done."""
+    for moved, begun, ended in mesh.on_gpu:
+        moved.seconds += begun.elapsed_time(ended) / 1000
+    mesh.on_gpu.clear()
+
+
+def _now(tensor: Tensor) -> float | torch.cuda.Event:
+    """The time where the tensor is: this process's, or a mark in the queue of its GPU."""
+    if not tensor.is_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _count(mesh: Mesh, name: str, received: int, started: float | torch.cuda.Event, of: Tensor) -> None:
     moved = mesh.moved.setdefault(name, Moved())
     moved.calls += 1
     moved.bytes += received
-    moved.seconds += time.perf_counter() - started
+    ended = _now(of)
+    if isinstance(started, torch.cuda.Event) and isinstance(ended, torch.cuda.Event):
+        mesh.on_gpu.append(OnGpu(moved, started, ended))
+    elif isinstance(started, float) and isinstance(ended, float):
+        moved.seconds += ended - started

@@ -46,7 +46,8 @@ class Feed:
         **options: Any,
     ) -> None:
         self._mesh, rank, readers = mesh, mesh.world.rank, min(mesh.world.size, order.lanes)
-        self._nothing = torch.empty(0, store.meta.hooks[hook], dtype=quantize.batch_dtype(store.meta.dtype))
+        dtype = quantize.batch_dtype(store.meta.dtype)
+        self._nothing = torch.empty(0, store.meta.hooks[hook], dtype=dtype, device=mesh.device)
         self._step = start_step
         self._loader = None  # of more ranks than lanes, the last have nothing to read
         if rank < readers:
@@ -89,10 +90,10 @@ class Feed:
             return None
         assert {step for _, step, *_ in everybody} == {self._step}, f"ranks at steps {[e[1] for e in everybody]}"
         sizes = [rows for _, _, rows, *_ in everybody]
-        x = self._nothing if mine is None else mine.x
-        place = torch.empty(0, dtype=torch.int64) if mine is None else torch.from_numpy(mine.place)
-        x = gather_rows(mesh, mesh.world, x.to(mesh.device, non_blocking=True), sizes, name="batch")
-        place = gather_rows(mesh, mesh.world, place.to(mesh.device), sizes, name="batch")
+        x = self._nothing if mine is None else _sent(mine.x, mesh.device)
+        place = x.new_empty(0, dtype=torch.int64) if mine is None else _sent(torch.from_numpy(mine.place), mesh.device)
+        x = gather_rows(mesh, mesh.world, x, sizes, name="batch")
+        place = gather_rows(mesh, mesh.world, place, sizes, name="batch")
         doc = torch.empty(0, dtype=torch.int64) if mine is None else torch.from_numpy(mine.doc.view("int64"))
         return Fed(
             x=torch.empty_like(x).index_copy_(0, place, x),
@@ -105,9 +106,14 @@ class Feed:
 
 def _alone(batch: Batch, mesh: Mesh) -> Fed:
     return Fed(
-        batch.x.to(mesh.device, non_blocking=True), batch.epoch, batch.order_hash, batch.units_done,
+        _sent(batch.x, mesh.device), batch.epoch, batch.order_hash, batch.units_done,
         lambda: torch.from_numpy(batch.doc.view("int64")),
     )  # fmt: skip
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On its way to a GPU from page-locked memory: nobody waits for the copy, nor for what the GPU does before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _signed(word: int) -> int:

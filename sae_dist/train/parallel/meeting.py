@@ -28,10 +28,11 @@ def serve(host: str) -> TCPStore:
 def join(meeting: Meeting, timeout_s: float) -> Store:
     """A connection of one's own: a call that waits does not hold up calls on another connection.
 
-    Who meets on the loopback also talks on it: gloo would listen where the machine's name points.
+    Who meets on the loopback also talks on it: gloo would listen where the machine's name points, nccl on any network.
     """
     if meeting.host in ("127.0.0.1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=timedelta(seconds=timeout_s))
     return PrefixStore(meeting.attempt, store)
 

@@ -4,8 +4,10 @@ The feature axis splits the latents: a rank holds its rows of W_enc, W_dec and b
 splits the rows that are encoded; what one rank holds is copied on it, bit for bit, at every step. b_dec is everywhere.
 """
 
+import os
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sae_dist.config import UserError
 from sae_dist.train.config import MeshConfig
+from sae_dist.train.parallel.watch import MARGIN_S
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class Moved:
     seconds: float = 0.0  # waiting for others included
 
 
+class OnGpu(NamedTuple):
+    """An exchange in a GPU's queue: its time counts once the GPU has come by."""
+
+    moved: Moved
+    begun: torch.cuda.Event
+    ended: torch.cuda.Event
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
     """The axes, and `world`: both as one axis. `control` carries small facts on the CPU, whatever the device."""
@@ -46,6 +57,7 @@ class Mesh:
     timeout_s: float  # no collective lasts longer
     torch_mesh: DeviceMesh | None  # the same for torch's own tools, dims "data" and "feature"
     moved: dict[str, Moved] = field(default_factory=dict, compare=False)  # by name of the exchange
+    on_gpu: list[OnGpu] = field(default_factory=list, compare=False)  # whose seconds are not in `moved` yet
 
     @staticmethod
     def single(device: str | torch.device = "cpu") -> "Mesh":
@@ -92,7 +104,8 @@ def connect(
 ) -> Mesh:
     """The mesh of `world` processes that all call this; they meet at `store`, which a single one does not need.
 
-    gloo on CPUs; nccl on GPUs, beside gloo for facts on the CPU. Raises UserError when the axes do not fit the world.
+    gloo on CPUs; nccl on GPUs, beside gloo for facts on the CPU. A gloo exchange that takes too long raises, one of
+    nccl ends the process (watch.py). Raises UserError when the axes do not fit the world.
     """
     device = torch.device(device)
     if world != config.data * config.feature:
@@ -103,22 +116,20 @@ def connect(
     if world == 1:
         return Mesh.single(device)
     assert store is not None, "ranks need a store to meet at"
-    timeout = timedelta(seconds=config.collective_timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"  # torch's default: its watchdog ends the process
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # at once, not after minutes of writing traces
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world,
-        timeout=timeout,
-    )
+        backend, store=store, rank=rank, world_size=world, timeout=_timeout(config, device),
+    )  # fmt: skip
     return from_process_group(config, device)
 
 
 def from_process_group(config: MeshConfig, device: str | torch.device) -> Mesh:
     """The mesh over the default process group, which somebody has started (Ray Train, a simulation)."""
-    timeout = timedelta(seconds=config.collective_timeout_s)
+    timeout = _timeout(config, torch.device(device))
     rank, ranks = dist.get_rank(), torch.arange(config.data * config.feature).view(config.data, config.feature)
 
     def axis(groups: list[list[int]]) -> Axis:
@@ -143,3 +154,7 @@ def from_process_group(config: MeshConfig, device: str | torch.device) -> Mesh:
             [data.group, feature.group], torch.device(device).type, mesh=ranks, mesh_dim_names=("data", "feature")
         ),
     )
+
+
+def _timeout(config: MeshConfig, device: torch.device) -> timedelta:
+    return timedelta(seconds=config.collective_timeout_s + (MARGIN_S if device.type == "cuda" else 0.0))

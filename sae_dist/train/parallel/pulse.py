@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 EVERY_S = 1.0
 START_S = 300.0  # until a rank is heard for the first time
 SLOW = 1.5  # times the work of the median of the others: a straggler
+DONE = "done"  # the phase of a rank that has left in peace
 WORK_S = 10.0  # over which work is compared
 
 
@@ -33,7 +34,7 @@ class Beat(NamedTuple):
     pid: int
     number: int  # how often it has said something
     step: int  # steps done
-    phase: str  # connecting, reading, training, saving
+    phase: str  # connecting, reading, training, saving, done
     exchange_s: float  # waiting for other ranks and talking to them, so far
 
     def __str__(self) -> str:
@@ -53,6 +54,16 @@ class Pulse:
 
     def at(self, step: int, phase: str) -> None:
         self._step, self._phase = step, phase
+
+    def done(self) -> None:
+        """The last word: whoever listens does not miss this rank from now on."""
+        self._end.set()
+        self._thread.join(timeout=2 * EVERY_S)
+        self._phase = DONE
+        try:
+            self._say()
+        except RuntimeError:  # who served the store has left before: nobody listens any more
+            return
 
     def close(self) -> None:
         self._end.set()
@@ -96,7 +107,9 @@ class Listener:
             self.beats[rank] = beat
 
     def silence_s(self, rank: int) -> float:
-        """Seconds since something new was heard of a rank."""
+        """Seconds since something new was heard of a rank; 0 for one that is done."""
+        if rank in self.beats and self.beats[rank].phase == DONE:
+            return 0.0
         return time.monotonic() - self._heard.get(rank, self._began)
 
     def silent(self, longer_than_s: float, *, among: Iterable[int] | None = None) -> str | None:

@@ -15,6 +15,10 @@ data ranks work out the same update from the same batch instead, in the order th
 for bit, their number does not show in the result, and dead counters need no exchange. AuxK adds its own candidates,
 sums, errors and pairs while latents are dead. BatchTopK finds its choice by counts instead of candidates (threshold,
 batch_select.py: 16 KiB whatever the sizes), and its pairs travel without empty places: 16 k / F (D - 1) / D B.
+
+On a GPU the process runs ahead of what it has launched, and waits for it once a step: for the counts, which say whether
+the step is sound. It waits once more for AuxK's list of dead latents, once for the norm when clipping, and three times
+for each selection in two rounds. What follows the counts, the update, is under way while the next batch is fetched.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +33,7 @@ from sae_kernels.topk_step import TopKStep, is_finite
 from torch import Tensor
 
 from sae_dist.train.parallel.batch_select import batch_best, candidates
-from sae_dist.train.parallel.exchange import all_gather, gather_rows, sum_rows, total
+from sae_dist.train.parallel.exchange import all_gather, gather_rows, settle, sum_rows, total
 from sae_dist.train.parallel.mesh import Mesh, part, parts
 from sae_dist.train.parallel.select import best, pays_two_rounds
 
@@ -224,8 +228,8 @@ class MeshStep:
         return gather_rows(self.mesh, feature, left, sizes, name="errors")
 
     def _best_here(self, stages: Stages, rows: Tensor, latents: Tensor | None, *, k: int) -> Selected:
-        if k == 0:  # none of the dead is here
-            nothing = rows.new_empty(len(rows), 0, dtype=torch.float32)
+        if k == 0 or len(rows) == 0:  # none of the dead is here; fewer rows than data ranks
+            nothing = rows.new_empty(len(rows), k, dtype=torch.float32)
             return Selected(nothing, nothing.long())
         return stages.select(rows, k=k, latents=latents)
 
@@ -281,13 +285,14 @@ class MeshStep:
         flaw = torch.stack([~torch.isfinite(use.d_z).all() for use in uses]).any()
         counted = torch.stack([(values > 0).sum(), dead, flaw.long()])
         mine = torch.cat([counted, squared_errors.double().view(torch.int64)])
-        everybody = all_gather(self.mesh, self.mesh.world, mine, name="counts")
+        everybody = all_gather(self.mesh, self.mesh.world, mine, name="counts").cpu()  # all at once: see above
+        settle(self.mesh)
         counts = everybody.tolist()
         parts = counts[: self.mesh.feature.size]  # of one data rank
         self._dead = [dead for _, dead, *_ in parts]
         self._flaws = sum(flaw for _, _, flaw, *_ in counts)
         squared_error, aux_squared_error = everybody[0, 3:].contiguous().view(torch.float64).float()
-        active = torch.tensor(sum(active for active, *_ in parts), device=values.device)
+        active = torch.tensor(sum(active for active, *_ in parts))
         return StepStatistics(squared_error, aux_squared_error, active, fired)
 
     def _dead_by_rank(self) -> list[int]:

@@ -1,16 +1,19 @@
 """Steps of a dictionary on one rank or on a mesh, with all that the tests compare; also what a rank's process runs.
 
-python mesh_steps.py RANK DATA FEATURE FOLDER CASE ...: trains every case and leaves FOLDER/CASE.RANK.pt.
+python mesh_steps.py RANK DATA FEATURE FOLDER CASE ...: trains every case and leaves FOLDER/CASE.RANK.pt. Cases of the
+Triton kernels run on the GPU of that number, over nccl, where there are enough; else on CPU tensors, interpreted.
 """
 
+import os
 import sys
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from sae_kernels.reference import unit_norm
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.topk_step import Backend, TopKStep
 
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.mesh import Mesh, connect
@@ -36,8 +39,13 @@ class Case:
     variant: Variant = "topk"
     width: int | None = None  # BatchTopK: candidates of a row and part
     product_dtype: torch.dtype = torch.float32
+    backend: Backend = "auto"
 
 
+TRITON = Case(  # the interpreter is slow
+    n_latents=14, d_model=8, k=2, k_aux=3, batch=4, steps=2, dead_after_tokens=4, product_dtype=torch.bfloat16,
+    backend="triton",
+)  # fmt: skip
 CASES = {
     "long": Case(steps=200),
     "short": Case(steps=12, dead_after_tokens=100),
@@ -60,6 +68,11 @@ CASES = {
     ),
     "batch_micro": Case(steps=12, dead_after_tokens=100, variant="batchtopk", micro_batch=7, clip_norm=0.05, width=1),
     "batch_kernels": Case(steps=12, dead_after_tokens=100, variant="batchtopk", product_dtype=torch.bfloat16),
+    "triton": TRITON,
+    "triton_uneven": replace(
+        TRITON, n_latents=67, d_model=16, k=4, batch=11, steps=3, dead_after_tokens=22, two_rounds=True
+    ),
+    "triton_clipped": replace(TRITON, n_latents=64, d_model=16, clip_norm=0.05, micro_batch=5),
 }
 
 
@@ -95,12 +108,13 @@ def batch_of(case: Case, step: int) -> torch.Tensor:
 
 def train(case: Case, mesh: Mesh) -> dict[str, object]:
     """All steps on this rank: its part of the state, and of every step the selected (use, row, latent) and figures."""
-    latents, whole = mesh.latents(case.n_latents), parameters(case)
+    latents = mesh.latents(case.n_latents)
+    whole = {name: tensor.to(mesh.device) for name, tensor in parameters(case).items()}
     shard = TopKStep(
         whole["W_enc"][:, latents.start : latents.stop], whole["W_dec"][latents.start : latents.stop],
         b_enc=whole["b_enc"][latents.start : latents.stop], b_dec=whole["b_dec"], k=min(case.k, len(latents)),
         k_aux=case.k_aux, aux_coefficient=1 / 32, dead_after_tokens=case.dead_after_tokens,
-        product_dtype=case.product_dtype,
+        product_dtype=case.product_dtype, backend=case.backend,
     )  # fmt: skip
     step = MeshStep(
         shard, mesh, n_latents=case.n_latents, k=case.k, k_aux=case.k_aux, micro_batch=case.micro_batch,
@@ -111,9 +125,9 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
     chosen, figures, held, held_in_lines, in_lines = [], [], shard.stages.hold_, step._hold, []
 
     def hold(rows, parts):
-        owner = torch.arange(len(rows))
+        owner = torch.arange(len(rows), device=rows.device)
         if in_lines and in_lines[-1] is not None:
-            owner = in_lines[-1].extended(torch.arange(in_lines[-1].rows))
+            owner = in_lines[-1].extended(torch.arange(in_lines[-1].rows, device=rows.device))
         for use, part in enumerate(parts):
             line, place = (part.selected.values > 0).nonzero(as_tuple=True)
             of_step, of_use = torch.full_like(line, len(figures)), torch.full_like(line, use)
@@ -127,20 +141,38 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
 
     shard.stages.hold_, step._hold = hold, hold_in_lines  # type: ignore[method-assign]
     for number in range(case.steps):
-        s = step.step(batch_of(case, number), lr=case.lr, variance=3.0)
+        s = step.step(batch_of(case, number).to(mesh.device), lr=case.lr, variance=3.0)
         figures.append([float(s.squared_error), float(s.aux_squared_error), int(s.active), step.dead_fraction()])
-    state = {name: tensor.clone() for name, tensor in step.state_dict().items()}
-    figures = torch.tensor(figures, dtype=torch.float64)
-    return {"state": state, "chosen": torch.cat(chosen), "figures": figures, "widened": step.widened}
+    state = {name: tensor.cpu().clone() for name, tensor in step.state_dict().items()}
+    moved = {name: [m.calls, m.bytes, m.seconds] for name, m in mesh.moved.items()}
+    return {
+        "moved": moved,
+        "state": state,
+        "chosen": torch.cat(chosen).cpu(),
+        "figures": torch.tensor(figures, dtype=torch.float64),
+        "widened": step.widened,
+    }
+
+
+def device_of(rank: int, world: int, cases: list[str]) -> torch.device:
+    """A GPU each for the Triton kernels, where there are as many as ranks."""
+    native = torch.cuda.device_count() >= world and all(CASES[name].backend == "triton" for name in cases)
+    return torch.device("cuda", rank) if native else torch.device("cpu")
 
 
 def main(rank: str, data: str, feature: str, folder: str, *cases: str) -> None:
     torch.set_num_threads(1)
     config, world = MeshConfig(data=int(data), feature=int(feature), collective_timeout_s=120), int(data) * int(feature)
-    store = dist.FileStore(f"{folder}/rendezvous", world)
-    mesh = connect(config, rank=int(rank), world=world, device="cpu", store=store)
-    for name in cases:
-        torch.save(train(CASES[name], mesh), Path(folder) / f"{name}.{rank}.pt")
+    store, device = dist.FileStore(f"{folder}/rendezvous", world), device_of(int(rank), world, list(cases))
+    mesh, interpreted = connect(config, rank=int(rank), world=world, device=device, store=store), nullcontext()
+    if any(CASES[name].backend == "triton" for name in cases) and device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+        from tests.sae_kernels.interpreted import bf16_as_on_a_gpu  # Triton, which is to see that
+
+        interpreted = bf16_as_on_a_gpu()
+    with interpreted:
+        for name in cases:
+            torch.save(train(CASES[name], mesh), Path(folder) / f"{name}.{rank}.pt")
     mesh.close()
 
 

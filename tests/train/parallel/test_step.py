@@ -14,7 +14,9 @@ from tests.train.parallel.mesh_steps import CASES, train
 
 SCRIPT = Path(__file__).with_name("mesh_steps.py")
 SLOW = ["long", "batch_long"]
-FAST = [name for name in CASES if name not in SLOW and "kernels" not in name]  # bf16 rounds what 1e-8 has moved
+FAST = [  # a bf16 product rounds what 1e-8 has moved
+    name for name, case in CASES.items() if name not in SLOW and case.product_dtype == torch.float32
+]
 REPLICATED = ("b_dec", "first.b_dec", "second.b_dec", "steps", "threshold")
 
 
@@ -70,7 +72,7 @@ def check_equal(ranks: list[dict], alone: dict, data: int, feature: int) -> None
 def alone() -> dict[str, dict]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    results = {name: train(case, Mesh.single()) for name, case in CASES.items()}
+    results = {name: train(case, Mesh.single()) for name, case in CASES.items() if case.backend != "triton"}
     torch.set_num_threads(threads)
     return results
 

@@ -1,0 +1,193 @@
+"""Ray Train (v2) as the one that starts a mesh and mends it: its failure policy, its elastic number of workers.
+
+Its checkpoints and its process group are not used: the ranks meet at a store that the driver serves, as actors do, and
+go on from our own checkpoints, on a mesh of as many data ranks as there are workers for (mesh.least_data and more); a
+worker too many is idle. Through the same store the driver asks them to stop, hears what came of it, and shows where
+they are.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Read when Ray Train is imported or its controller starts: look at the workers twice a second, and leave their working
+# directory as it is.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+
+import ray  # noqa: E402
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback  # noqa: E402
+from ray.train.backend import Backend  # noqa: E402
+from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
+from ray.train.v2.api.config import LoggingConfig  # noqa: E402
+from ray.train.v2.api.exceptions import TrainingFailedError  # noqa: E402
+
+from sae_dist.config import Stopped, UserError, to_dict  # noqa: E402
+from sae_dist.service.cluster import first_line  # noqa: E402
+from sae_dist.service.config import TrainJob  # noqa: E402
+from sae_dist.service.ray_worker import LOOK_S, Outcome, work  # noqa: E402
+from sae_dist.service.room import Bundle  # noqa: E402
+from sae_dist.train.loop import Trained  # noqa: E402
+from sae_dist.train.parallel import meeting  # noqa: E402
+from sae_dist.train.parallel.meeting import Meeting, join  # noqa: E402
+from sae_dist.train.parallel.pulse import START_S, Listener  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+RUN = "run"  # names in the store that outlive an attempt
+GRACE_S = 120.0  # for ranks that were asked to stop, or are done: to save and return
+
+
+@dataclass
+class _OwnMeeting(TorchConfig):
+    """Ray Train starts no process group: the ranks have theirs, at a store that listens on one address only."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return Backend
+
+
+class _Failures(UserCallback):
+    """Tells the driver why workers failed; runs in Ray Train's controller."""
+
+    def __init__(self, run: Meeting) -> None:
+        self._run = run
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
+        del run_context
+        told = {rank: first_line(error) for rank, error in worker_exceptions.items()}
+        join(self._run, START_S).set("failures", json.dumps(told))
+
+
+def train_with_ray_train(
+    job: TrainJob,
+    *,
+    provenance: Mapping[str, Any],
+    bundle: Bundle,
+    check: Callable[[], None],
+    show: Callable[[Mapping[str, Any]], None],
+) -> Trained:
+    """Trains in the workers of one TorchTrainer, each with what `bundle` reserves, and returns what rank 0 says.
+
+    `check` raises Stopped once somebody asks to; `show` gets a line a rank now and then. UserError for a user's
+    mistake; RuntimeError when workers failed more than train.max_restarts times, whatever checkpoints came in between.
+    """
+    host = "127.0.0.1" if job.cluster == "local" else ray.util.get_node_ip_address()
+    served = meeting.serve(host)
+    place, run = Meeting(host, served.port, RUN), meeting.names(served, RUN)
+    most, least = job.mesh.data * job.mesh.feature, (job.mesh.least_data or job.mesh.data) * job.mesh.feature
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={
+            "job": to_dict(job), "provenance": dict(provenance), "bundle": tuple(bundle), "run": tuple(place)
+        },
+        torch_config=_OwnMeeting(),
+        scaling_config=ScalingConfig(
+            num_workers=most if least == most else (least, most), use_gpu=bundle.gpus > 0,
+            resources_per_worker=bundle.resources(),
+        ),
+        run_config=RunConfig(
+            name="ray_train", storage_path=str(Path(job.out)), callbacks=[_Failures(place)],
+            failure_config=FailureConfig(max_failures=job.train.max_restarts),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )  # fmt: skip
+    fitted, driven = _begin(trainer), _Driven(job, run, served)
+    asked: tuple[Stopped, float] | None = None
+    while True:
+        ended = fitted.done()  # first: a worker says what came of it before it returns
+        if (outcome := driven.outcome()) is not None:
+            break
+        if ended:
+            raise RuntimeError(_why(fitted, job))
+        if asked is None:
+            try:
+                check()
+            except Stopped as request:
+                asked = request, time.monotonic()
+                run.set("stop", "")
+        elif time.monotonic() - asked[1] > GRACE_S:
+            logger.warning("the ranks did not answer within %.0f s; their last checkpoint counts", GRACE_S)
+            raise asked[0]
+        driven.listen()
+        show(driven.facts())
+        time.sleep(LOOK_S)
+    match outcome.kind:
+        case "refused":
+            raise UserError(outcome.told)
+        case "stopped":
+            raise Stopped(outcome.told)
+    wait([fitted], timeout=GRACE_S)  # the workers return; what else they may say does not matter any more
+    return Trained(*outcome.told)
+
+
+class _Driven:
+    """What the driver knows of the workers: from the store where they meet."""
+
+    def __init__(self, job: TrainJob, run: Any, served: Any) -> None:
+        self._job, self._run, self._served = job, run, served
+        self._attempt, self._listener = "", None
+
+    def outcome(self) -> Outcome | None:
+        """What came of it, once a worker has said so."""
+        return Outcome(*json.loads(self._run.get("outcome"))) if self._run.check(["outcome"]) else None
+
+    def listen(self) -> None:
+        """Takes in where the ranks are; says who is slow, who failed and how it goes on."""
+        if self._listener is not None:
+            self._listener.listen()
+            for slow in self._listener.stragglers():
+                logger.warning("%s", slow)
+        if self._run.check(["failures"]):
+            told = json.loads(self._run.get("failures"))
+            self._run.delete_key("failures")
+            who = "; ".join(f"{self._who(int(rank))} failed: {why}" for rank, why in sorted(told.items()))
+            logger.warning("Ray Train starts the ranks again, from the last checkpoint (%s)", who)
+        if self._run.check(["attempt"]):
+            attempt, data = json.loads(self._run.get("attempt"))
+            if attempt != self._attempt:
+                self._attempt = attempt
+                self._listener = Listener(meeting.names(self._served, attempt), data * self._job.mesh.feature)
+                if data < self._job.mesh.data:
+                    logger.warning("training with %d data ranks of mesh.data=%d", data, self._job.mesh.data)
+
+    def facts(self) -> dict[str, Any]:
+        """A line a rank, for status.json."""
+        return {} if self._listener is None else {"ranks": self._listener.facts()}
+
+    def _who(self, rank: int) -> str:
+        beat = None if self._listener is None else self._listener.beats.get(rank)
+        return f"rank {rank}" if beat is None else str(beat)
+
+
+def _begin(trainer: TorchTrainer) -> Future[None]:
+    """`fit` in a thread of its own: it returns when all is over, and would take Ctrl-C to itself."""
+    fitted: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # whatever it is, the driver raises it
+            fitted.set_exception(error)
+        else:
+            fitted.set_result(None)
+
+    threading.Thread(target=fit, name="ray_train", daemon=True).start()
+    return fitted
+
+
+def _why(fitted: Future[None], job: TrainJob) -> str:
+    """Why Ray Train gave up, in a line."""
+    error = fitted.exception()
+    if not isinstance(error, TrainingFailedError):
+        return f"Ray Train ended before the training did: {error and first_line(error)}"
+    failures = getattr(error, "worker_failures", {})
+    told = "; ".join(f"rank {rank}: {first_line(why)}" for rank, why in sorted(failures.items())) or first_line(error)
+    return f"workers failed more than train.max_restarts={job.train.max_restarts} times; the last time: {told}"

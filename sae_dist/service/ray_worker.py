@@ -1,0 +1,88 @@
+"""What a worker of Ray Train does: a rank's training as under torchrun, on the mesh that so many workers make.
+
+UserError and Stopped end a worker like success, told through the store where the ranks meet: Ray Train would start it
+again after an exception.
+"""
+
+import dataclasses
+import json
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import ray.train
+from ray.train.collective import broadcast_from_rank_zero
+
+from sae_dist.config import Stopped, UserError
+from sae_dist.config import load as load_config
+from sae_dist.service.config import TrainJob
+from sae_dist.service.devices import of_actor, of_one_process, usable_gpus
+from sae_dist.service.orphan import end_with_parent
+from sae_dist.service.room import Bundle
+from sae_dist.service.trainer import run_training
+from sae_dist.train.parallel.joined import joined
+from sae_dist.train.parallel.meeting import Meeting, join
+from sae_dist.train.parallel.pulse import START_S
+
+LOOK_S = 0.5
+
+
+class Outcome(NamedTuple):
+    """What came of the training, as a worker says it."""
+
+    kind: str  # trained, stopped, refused
+    told: Any  # the fields of Trained, or a line
+
+
+def work(given: dict[str, Any]) -> None:
+    """What every worker does: a rank's training, or nothing if it is one too many for the mesh."""
+    end_with_parent()
+    job, context = load_config(TrainJob, given["job"]), ray.train.get_context()
+    rank, bundle, place = context.get_world_rank(), Bundle(*given["bundle"]), Meeting(*given["run"])
+    attempt = broadcast_from_rank_zero(secrets.token_hex(4))
+    mesh = job.mesh.of_workers(context.get_world_size())
+    world = mesh.data * mesh.feature
+    if rank >= world:
+        return
+    run = join(place, START_S)
+    try:
+        alone = job.mesh.data * job.mesh.feature == 1
+        device = of_one_process(job.train.device, there=usable_gpus()) if alone else of_actor(bundle)
+        if rank == 0:
+            run.set("attempt", json.dumps([attempt, mesh.data]))
+        with (
+            joined(mesh, place._replace(attempt=attempt), rank=rank, world=world, device=device) as here,
+            _asked(place) as stop,
+        ):
+            trained = run_training(dataclasses.replace(job, mesh=mesh), here, provenance=given["provenance"], stop=stop)
+        outcome = Outcome("trained", trained)
+    except Stopped as stopped:
+        outcome = Outcome("stopped", str(stopped))
+    except UserError as error:
+        outcome = Outcome("refused", str(error))
+    if rank == 0 or outcome.kind == "refused":  # a mistake may be one rank's alone
+        run.set("outcome", json.dumps(outcome))
+
+
+@contextmanager
+def _asked(place: Meeting) -> Iterator[Callable[[], bool]]:
+    """Whether the driver has asked to stop; a thread looks, so that a step does not wait for the answer."""
+    store, heard, end = join(place, START_S), threading.Event(), threading.Event()
+
+    def look() -> None:
+        while not end.wait(LOOK_S):
+            try:
+                if store.check(["stop"]):
+                    heard.set()
+            except RuntimeError:  # the driver is gone, and this worker goes with it
+                return
+
+    thread = threading.Thread(target=look, name="asked", daemon=True)
+    thread.start()
+    try:
+        yield heard.is_set
+    finally:
+        end.set()
+        thread.join(timeout=2 * LOOK_S)

@@ -1,0 +1,46 @@
+"""A rank's own eye on the others, for ranks on GPUs: what waits in a GPU's queue no exception can end.
+
+An exchange over gloo raises when its time is over. One over nccl is work of the GPU: the process that reads a number
+which depends on it waits in the driver, and only the end of the process lets go of the GPU. So a thread listens to the
+pulse of the others, and ends this process, with a line that names them, once one has been silent for too long; whoever
+started the ranks (Ray, torchrun) then starts all of them again. nccl's own watchdog, which does not know who is
+missing, is given MARGIN_S more, for exchanges that stick although everybody is heard.
+"""
+
+import logging
+import os
+import threading
+
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+
+from sae_dist.train.parallel.pulse import EVERY_S, Listener
+
+logger = logging.getLogger(__name__)
+
+MARGIN_S = 10.0  # that nccl waits longer than mesh.collective_timeout_s
+
+
+class Watch:
+    """Ends this process once another rank has been silent for `timeout_s`; close it when the ranks part."""
+
+    def __init__(self, store: Store, rank: int, world: int, timeout_s: float) -> None:
+        self._listener, self._rank, self._timeout_s = Listener(store, world), rank, timeout_s
+        self._others = [other for other in range(world) if other != rank]
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join(timeout=2 * EVERY_S)
+
+    def _watch(self) -> None:
+        while not self._end.wait(EVERY_S):
+            try:
+                self._listener.listen()
+            except RuntimeError:  # who served the store is gone, and with it all that could be said of the others
+                return
+            silent = self._listener.silent(self._timeout_s, among=self._others)
+            if silent is not None:
+                logger.error("rank %d ends, its GPU waits for others: %s", self._rank, silent)
+                os._exit(1)
