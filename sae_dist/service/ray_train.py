@@ -50,7 +50,7 @@ class _OwnMeeting(TorchConfig):
     """Ray Train starts no process group: the ranks have theirs, at a store that listens on one address only."""
 
     @property
-    def backend_cls(self) -> type[Backend]:
+    def backend_cls(self) -> Any:
         return Backend
 
 
