@@ -17,8 +17,9 @@ sums, errors and pairs while latents are dead. BatchTopK finds its choice by cou
 batch_select.py: 16 KiB whatever the sizes), and its pairs travel without empty places: 16 k / F (D - 1) / D B.
 
 On a GPU the process runs ahead of what it has launched, and waits for it once a step: for the counts, which say whether
-the step is sound. It waits once more for AuxK's list of dead latents, once for the norm when clipping, and three times
-for each selection in two rounds. What follows the counts, the update, is under way while the next batch is fetched.
+the step is sound. It waits once more for AuxK's list of dead latents, once for the norm when clipping, three times for
+each selection in two rounds, and, as the number of a row's latents is not known before, some twenty-five times for
+BatchTopK's cut. What follows the counts, the update, is under way while the next batch is fetched.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -73,6 +73,7 @@ CASES = {
         TRITON, n_latents=67, d_model=16, k=4, batch=11, steps=3, dead_after_tokens=22, two_rounds=True
     ),
     "triton_clipped": replace(TRITON, n_latents=64, d_model=16, clip_norm=0.05, micro_batch=5),
+    "triton_batch": replace(TRITON, variant="batchtopk", width=2),
 }
 
 
@@ -145,13 +146,8 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
         figures.append([float(s.squared_error), float(s.aux_squared_error), int(s.active), step.dead_fraction()])
     state = {name: tensor.cpu().clone() for name, tensor in step.state_dict().items()}
     moved = {name: [m.calls, m.bytes, m.seconds] for name, m in mesh.moved.items()}
-    return {
-        "moved": moved,
-        "state": state,
-        "chosen": torch.cat(chosen).cpu(),
-        "figures": torch.tensor(figures, dtype=torch.float64),
-        "widened": step.widened,
-    }
+    said = {"state": state, "figures": torch.tensor(figures, dtype=torch.float64), "moved": moved}
+    return said | {"chosen": torch.cat(chosen).cpu(), "widened": step.widened}
 
 
 def device_of(rank: int, world: int, cases: list[str]) -> torch.device:
