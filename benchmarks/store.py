@@ -229,7 +229,7 @@ def mosaic(folder: Path, units: int, repeats: int) -> dict[str, object]:
     )
     # The torchvision that comes along is built for another torch and fails on import; Streaming wants these names only.
     stub = folder / "stub" / "torchvision"
-    (stub / "transforms").mkdir(parents=True)
+    (stub / "transforms").mkdir(parents=True, exist_ok=True)
     for name, text in {
         "__init__.py": "",
         "datasets.py": "class VisionDataset: pass\n",
