@@ -178,15 +178,18 @@ def _float(key: int) -> float:
 
 
 def _pairs(blocks: Sequence[_Block], masks: Sequence[Tensor]) -> _Block:
-    """The chosen pairs of all blocks, by row."""
+    """The chosen pairs of all blocks, by row, as the fresh blocks are where nothing is settled yet."""
     row, values, indices = [], [], []
     for block, mask in zip(blocks, masks, strict=True):
         at, place = mask.nonzero(as_tuple=True)
         row.append(block.rows[at])
         values.append(block.selected.values[at, place])
         indices.append(block.selected.indices[at, place])
-    rows, order = torch.cat(row).sort(stable=True)  # a row's pairs are in one block, and there in their order
-    return _Block(rows, Selected(torch.cat(values)[order][:, None], torch.cat(indices)[order][:, None]))
+    rows, pairs = torch.cat(row), Selected(torch.cat(values)[:, None], torch.cat(indices)[:, None])
+    if not len(blocks[0].rows):
+        return _Block(rows, pairs)
+    rows, order = rows.sort(stable=True)  # a row's pairs are in one block, and there in their order
+    return _Block(rows, Selected(pairs.values[order], pairs.indices[order]))
 
 
 def _of(block: _Block, kept: Bool[Tensor, " some"]) -> _Block:

@@ -194,12 +194,13 @@ class MeshStep:
                 self.mesh, own, latents=self.latents, k=k, width=min(k, max(available)), two_rounds=two_rounds,
                 name=name,
             )  # fmt: skip
-            partial = stages.partial(selected)
+            summed = self._summed(stages.partial(selected))
             if residual is None:
-                errors.append(self._left(x[chunk.start : chunk.stop], partial, self.shard.b_dec))
+                errors.append(self._left(x[chunk.start : chunk.stop], summed + self.shard.b_dec))
             else:
                 at = range(chunk.start - mine.start, chunk.stop - mine.start)
-                errors.append(self._left(residual[at.start : at.stop], partial, None))
+                errors.append(self._left(residual[at.start : at.stop], summed))
+            del summed  # not beside the next chunk's candidates
             chosen.append(selected)
         return _Errors(
             torch.cat(errors), Selected(torch.cat([s.values for s in chosen]), torch.cat([s.indices for s in chosen]))
@@ -216,17 +217,22 @@ class MeshStep:
         self._smallest, self.widened = chosen.smallest, self.widened + chosen.widened
         lines = lay(chosen.row, rows=len(mine), width=LINE * self.k)
         selected = Selected(lines.laid(chosen.values), lines.laid(chosen.latent))
-        partial = lines.summed(stages.partial(selected))
-        return _Errors(self._left(x[mine.start : mine.stop], partial, self.shard.b_dec), selected, lines)
+        summed = self._summed(lines.summed(stages.partial(selected)))
+        return _Errors(self._left(x[mine.start : mine.stop], summed + self.shard.b_dec), selected, lines)
 
-    def _left(self, target: Tensor, partial: Tensor, b_dec: Tensor | None) -> Float[Tensor, "rows d_model"]:
-        """The target less the sum of all parts' partial sums (and b_dec), on every rank of this feature axis."""
-        feature = self.mesh.feature
-        shares = parts(len(target), feature.size)
-        sizes, share = [len(r) for r in shares], shares[feature.rank]
-        summed = sum_rows(self.mesh, feature, partial, sizes, name="reconstruction")
-        left = target[share.start : share.stop] - (summed if b_dec is None else summed + b_dec)
-        return gather_rows(self.mesh, feature, left, sizes, name="errors")
+    def _summed(self, partial: Float[Tensor, "rows d_model"]) -> Float[Tensor, "share d_model"]:
+        """The sum of all parts' partial sums, of this rank's share of the rows."""
+        sizes = [len(r) for r in parts(len(partial), self.mesh.feature.size)]
+        return sum_rows(self.mesh, self.mesh.feature, partial, sizes, name="reconstruction")
+
+    def _left(
+        self, target: Float[Tensor, "rows d_model"], rebuilt: Float[Tensor, "share d_model"]
+    ) -> Float[Tensor, "rows d_model"]:
+        """The target less what the shares of all ranks of this feature axis have rebuilt of it, on each of them."""
+        shares, feature = parts(len(target), self.mesh.feature.size), self.mesh.feature
+        share = shares[feature.rank]
+        left = target[share.start : share.stop] - rebuilt
+        return gather_rows(self.mesh, feature, left, [len(r) for r in shares], name="errors")
 
     def _best_here(self, stages: Stages, rows: Tensor, latents: Tensor | None, *, k: int) -> Selected:
         if k == 0 or len(rows) == 0:  # none of the dead is here; fewer rows than data ranks
