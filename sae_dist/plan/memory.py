@@ -66,20 +66,29 @@ def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
         width, places = min(candidates(k, work.feature), work.latents), LINE * k
     read, scaled, errors = 2 * batch * d, 4 * batch * d, 4 * batch * d
     exchange = candidate_bytes(work) + (3 * 4 * rows * d if work.ranks > 1 else 0)
+    after = errors + (4 * rows * d if work.data > 1 else 0)  # the loss's squares, and the errors of this rank's rows
+    if work.variant == "batchtopk":
+        after += (
+            (4 if machine.backend == "torch" else 2) * batch * d
+        )  # errors and rows in lines: copies, once one is full
+    elif work.ranks == 1:
+        after = 0  # one fused step
     match machine.backend:
         case "torch":
             rounded, pairs = 4 * batch * d, 24 * batch * k // work.feature
             select = scaled + rows * (TILE + width) * KEYS + 6 * TILE * d
             held = read + rounded + errors + pairs  # the update itself goes a block of latents at a time
-            return held, max(select - errors, scaled + exchange - errors)
+            chosen = 16 * batch * places  # value, index, d loss / dz
+            return held, max(select - errors, scaled + exchange - errors, scaled + after + chosen)
         case "cpu":
             room = width + max(width, 64)
             buffers = 2 * rows * d + 8 * rows * room + 12 * batch * places + 16 * batch * places
-            rounded = 2 * batch * d + (4 * batch * d if work.ranks == 1 else 0)  # and fp32 rows in the fused step
+            rounded = 2 * batch * d + (0 if after else 4 * batch * d)  # and fp32 rows in the fused step
             partial_sums = 4 * work.latents * d / CHUNK
-            return read + scaled + rounded + errors + buffers, exchange + 8 * work.latents + partial_sums
+            return read + scaled + rounded + errors + buffers, max(exchange, after) + 8 * work.latents + partial_sums
         case "triton":  # keys above the bound, 16 k a row; pairs are sorted as (latent, place)
-            return read + scaled + 2 * batch * d + errors, 8 * 16 * width * rows + 3 * 16 * batch * places + exchange
+            keys = 8 * 16 * width * rows + 3 * 16 * batch * places
+            return read + scaled + 2 * batch * d + errors, keys + max(exchange, after)
 
 
 def shared_bytes(work: Workload, machine: Machine) -> float:

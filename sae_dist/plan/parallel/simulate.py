@@ -117,7 +117,10 @@ class _Assumed(TorchFunctionMode):
                     return [self.work.batch * self.work.k] * len(tensor)
                 return [self.reaching if len(tensor) == self.work.feature else 0] * len(tensor)
             case "nonzero", (tensor, *_):  # active places, [k, rows] of the batch or of one data rank's rows
-                found = self.pairs if self.work.batch in tensor.shape else self.mine
+                whole = not {self.work.batch, self.work.batch + 1}.isdisjoint(
+                    tensor.shape
+                )  # perhaps with a further line
+                found = self.pairs if whole else self.mine
                 return tuple(torch.empty(min(found, tensor.numel()), dtype=torch.int64) for _ in range(tensor.dim()))
             case "__getitem__", (tensor, Tensor() as mask) if mask.dtype == torch.bool:
                 if over_batch and tensor.dtype == torch.int64:  # rows that choose all of their candidates
@@ -125,8 +128,10 @@ class _Assumed(TorchFunctionMode):
                 return tensor.new_empty(self.reaching)
             case "bincount", (tensor, *_):
                 return torch.empty(kwargs["minlength"], dtype=torch.int64)
-            case "repeat_interleave", (tensor, *_) if over_batch:  # rows with more latents than a line has places
-                return tensor.new_empty(0)
+            case "repeat_interleave", (tensor, *_) if over_batch:  # a row has more latents than its line has places
+                return tensor.new_empty(1)
+            case "unique_consecutive", (tensor, *_):
+                return torch.empty_like(tensor), torch.empty_like(tensor)
             case "__int__", _:  # the most keys that reach the bound in a row; rows that are selected again
                 return 0 if over_batch else self.work.k
         return func(*args, **(kwargs or {}))
