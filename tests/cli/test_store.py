@@ -26,13 +26,15 @@ def store(tmp_path, monkeypatch, capsys):
     return tmp_path / "stores" / "mine"
 
 
-def test_train_on_activations_made_elsewhere(store, capsys):
-    command = ["train", "store=stores/mine", "sae=topk", "sae.n_latents=64", "sae.k=4", "train.steps=300",
+@pytest.mark.parametrize("variant", ["topk", "batchtopk"])
+def test_train_on_activations_made_elsewhere(store, capsys, variant):
+    command = ["train", "store=stores/mine", f"sae={variant}", "sae.n_latents=64", "sae.k=4", "train.steps=300",
                "train.batch=256", "train.lr=0.003", "wandb.mode=disabled", "out=runs/mine"]  # fmt: skip
     assert main(command) == 0
     assert "FVU" in capsys.readouterr().out
     summary = json.loads((store.parents[1] / "runs" / "mine" / "summary.json").read_text())
     assert summary["eval"]["fvu"] < 0.3
+    assert summary["eval"]["l0"] == pytest.approx(4, rel=0.05)
     assert summary["eval"]["loss_recovered"] is None
     assert summary["eval"]["tokens"] == 1000  # the last of four units
     assert summary["tokens_trained"] == 300 * 256

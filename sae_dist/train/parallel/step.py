@@ -40,9 +40,7 @@ from sae_dist.train.parallel.select import best, pays_two_rounds
 
 Variant = Literal["topk", "batchtopk"]
 LINE = 2  # times k places in a line (BatchTopK)
-SLOWEST = (
-    0.01  # weight of a new batch in the running mean of thresholds, which follows what is learned; 1 / steps before
-)
+SLOWEST = 0.1  # weight of a batch in the running mean of thresholds, 1 / steps at first: at 0.01 it lags behind
 
 
 class _Errors(NamedTuple):
