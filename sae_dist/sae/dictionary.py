@@ -79,7 +79,8 @@ def write(
     weights, config = folder / "dictionary.safetensors", folder / "config.json"
     shapes = {"W_dec": (n_latents, d_model), "W_enc": (d_model, n_latents), "b_dec": (d_model,), "b_enc": (n_latents,)}
     shapes |= {"threshold": (n_latents,)} if thresholds else {}
-    header, at = {"__metadata__": {"format": str(FORMAT)}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": str(FORMAT)}}
+    at = 0
     for name, shape in shapes.items():
         size = 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": (at, at + size)}

@@ -89,7 +89,8 @@ def _member(place: str, entry: Mapping[str, Any], main: Member) -> Member:
     given = {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", named).strip("-.")[:100], "seed": main.seed, "lr": main.lr}
     try:
         own = load(_Own, given | {key: value for key, value in entry.items() if key in OWN})
-        sae = load(SAEConfig, to_dict(main.sae) | {key: value for key, value in entry.items() if key not in OWN})
+        values = to_dict(main.sae) | {key: value for key, value in entry.items() if key not in OWN}
+        sae = load(SAEConfig, values)  # type: ignore[arg-type]  a union is a type to pydantic
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     return Member(own.name, sae, own.seed, own.lr)
