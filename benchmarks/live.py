@@ -14,7 +14,6 @@ Harvest and training are the two commands, each held to a core of its own (Ray a
 import argparse
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -85,7 +84,7 @@ def side_by_side(folder: Path, latents: int, seconds: float) -> dict[str, Any]:
     while time.monotonic() - began < seconds and producer.poll() is None and reader.poll() is None:
         samples.append({
             "at_s": round(time.monotonic() - began, 1), "harvest_mb": _private(producer), "train_mb": _private(reader),
-            "store_mb": sum(f.stat().st_size for f in _files(folder / "store")) >> 20,
+            "store_mb": _stored(folder / "store"),
         })  # fmt: skip
         time.sleep(2)
     ended = {"harvest": producer.poll(), "train": reader.poll()}
@@ -145,8 +144,15 @@ def _private(process: subprocess.Popen[bytes]) -> int:
     return total >> 20
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("data/**/*.arrow") if path.exists()]
+def _stored(store: Path) -> int:
+    """Size of the store's shards, MB."""
+    total = 0
+    for path in store.glob("data/**/*.arrow"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:
+            continue  # consumed and deleted meanwhile
+    return total >> 20
 
 
 def main() -> None:
@@ -159,15 +165,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/live.json"))
     arguments = parser.parse_args()
     for case in arguments.cases:
-        folder = Path(tempfile.mkdtemp(prefix="live-"))
         before = os.getloadavg()[0]
-        try:
+        with tempfile.TemporaryDirectory(prefix="live-", ignore_cleanup_errors=True) as place:
+            folder = Path(place)
             if case == "overlap":
                 measured = overlap(folder, arguments.units, arguments.latents)
             else:
                 measured = side_by_side(folder, 65536 if case == "slow_reader" else 1024, arguments.seconds)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         machine = {"processor": processor(), "cores": os.cpu_count(), "load_before": round(before, 2)}
         result[case] = {"machine": machine, **measured}

@@ -83,6 +83,11 @@ class HarvestConfig:
         assert_never(self.retention)
 
     @property
+    def least_processes(self) -> int:
+        """Processes of all replicas, when there are as few as there may be."""
+        return self.replica_range.least * self.tensor_parallel
+
+    @property
     def most_processes(self) -> int:
         """Processes of all replicas, when there are as many as there may be."""
         return self.replica_range.most * self.tensor_parallel

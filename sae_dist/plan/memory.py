@@ -68,9 +68,8 @@ def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
     exchange = candidate_bytes(work) + (3 * 4 * rows * d if work.ranks > 1 else 0)
     after = errors + (4 * rows * d if work.data > 1 else 0)  # the loss's squares, and the errors of this rank's rows
     if work.variant == "batchtopk":
-        after += (
-            (4 if machine.backend == "torch" else 2) * batch * d
-        )  # errors and rows in lines: copies, once one is full
+        # errors and rows in lines: copies, once one is full
+        after += (4 if machine.backend == "torch" else 2) * batch * d
     elif work.ranks == 1:
         after = 0  # one fused step
     match machine.backend:

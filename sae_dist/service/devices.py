@@ -41,8 +41,13 @@ def of_local_rank(wanted: Wanted, *, rank: int, ranks: int, there: int) -> torch
     return torch.device("cuda", rank) if wanted != "cpu" and there >= ranks else torch.device("cpu")
 
 
-def of_actor(bundle: Bundle) -> torch.device:
-    """What Ray has given this actor, which asked for `bundle`: of the GPUs it sees only that one."""
+def of_actor(wanted: Wanted, mesh: MeshConfig, bundle: Bundle) -> torch.device:
+    """What Ray has given a rank of `mesh`, which asked for `bundle`: of the GPUs it sees only that one.
+
+    A single rank asks for none (bundle_of_rank): it takes one that it sees.
+    """
+    if mesh.data * mesh.feature == 1:
+        return of_one_process(wanted, there=usable_gpus())
     if not bundle.gpus:
         return torch.device("cpu")
     if not usable_gpus():

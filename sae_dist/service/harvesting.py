@@ -48,14 +48,13 @@ def shape_of(config: HarvestConfig) -> Shape:
 
 def check_harvest_room(config: HarvestConfig, *, others: int = 0) -> None:
     """UserError when the cluster can never have the least number of replicas, with `others` of one CPU beside them."""
-    processes = config.replica_range.least * config.tensor_parallel
     cure = "lower harvest.replicas, harvest.tensor_parallel or harvest.gpus"
-    check_room(shape_of(config).bundle, processes, others=others, cure=cure)
+    check_room(shape_of(config).bundle, config.least_processes, others=others, cure=cure)
 
 
 def least_gpus(config: HarvestConfig) -> float:
     """GPUs that the least number of replicas reserves."""
-    return config.replica_range.least * config.tensor_parallel * config.gpus
+    return config.least_processes * config.gpus
 
 
 class Harvesting:

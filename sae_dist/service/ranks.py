@@ -149,8 +149,7 @@ class Ranks:
         return "; ".join(dead) or "; ".join(first_line(error.cause) for error in failures.values())  # type: ignore[union-attr]
 
     def _who(self, rank: int) -> str:
-        beat = None if self._listener is None else self._listener.beats.get(rank)
-        return f"rank {rank}" if beat is None else str(beat)
+        return f"rank {rank}" if self._listener is None else self._listener.who(rank)
 
     def _listen(self) -> str | None:
         """Who has been silent for too long; says meanwhile who is slow."""

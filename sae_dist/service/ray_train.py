@@ -163,8 +163,7 @@ class _Driven:
         return {} if self._listener is None else {"ranks": self._listener.facts()}
 
     def _who(self, rank: int) -> str:
-        beat = None if self._listener is None else self._listener.beats.get(rank)
-        return f"rank {rank}" if beat is None else str(beat)
+        return f"rank {rank}" if self._listener is None else self._listener.who(rank)
 
 
 def _begin(trainer: TorchTrainer) -> Future[None]:

@@ -18,7 +18,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from sae_dist.config import Stopped, UserError
 from sae_dist.config import load as load_config
 from sae_dist.service.config import TrainJob
-from sae_dist.service.devices import of_actor, of_one_process, usable_gpus
+from sae_dist.service.devices import of_actor
 from sae_dist.service.orphan import end_with_parent
 from sae_dist.service.room import Bundle
 from sae_dist.service.trainer import run_training
@@ -48,8 +48,7 @@ def work(given: dict[str, Any]) -> None:
         return
     run = join(place, START_S)
     try:
-        alone = job.mesh.data * job.mesh.feature == 1
-        device = of_one_process(job.train.device, there=usable_gpus()) if alone else of_actor(bundle)
+        device = of_actor(job.train.device, job.mesh, bundle)
         if rank == 0:
             run.set("attempt", json.dumps([attempt, mesh.data]))
         with (

@@ -17,7 +17,7 @@ from sae_dist.config import Stopped, UserError, to_dict
 from sae_dist.config import load as load_config
 from sae_dist.monitor import JsonLines, Log, WandbMirror, tee
 from sae_dist.service.config import TrainJob
-from sae_dist.service.devices import of_actor, of_one_process, usable_gpus
+from sae_dist.service.devices import of_actor
 from sae_dist.service.orphan import end_with_parent
 from sae_dist.service.room import Bundle
 from sae_dist.shards import reader
@@ -154,9 +154,7 @@ class Trainer:
         mesh = self._job.mesh
         try:
             world = mesh.data * mesh.feature
-            device = (
-                of_actor(self._bundle) if world > 1 else of_one_process(self._job.train.device, there=usable_gpus())
-            )
+            device = of_actor(self._job.train.device, mesh, self._bundle)
             with joined(mesh, self._meeting, rank=self._rank, world=world, device=device) as rank:
                 return run_training(self._job, rank, provenance=self._provenance, stop=self._stop.is_set)
         except Stopped:

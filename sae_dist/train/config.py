@@ -62,9 +62,7 @@ class MeshConfig:
 
     data: Annotated[int, Field(ge=1)] = 1  # ranks that share a batch's rows; each holds a copy of its feature part
     feature: Annotated[int, Field(ge=1)] = 1  # ranks that share the latents, their weights and their moments
-    least_data: Annotated[int, Field(ge=1)] | None = (
-        None  # of ray_train: goes on with so few data ranks; null: with all
-    )
+    least_data: Annotated[int, Field(ge=1)] | None = None  # of ray_train: goes on with so few data ranks; null: all
     collective_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # a rank silent for longer is given up
     checkpoint_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # a rank waits so long for others to have written
 

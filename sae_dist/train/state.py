@@ -97,24 +97,22 @@ def mine(mesh: Mesh, only: Member | None = None) -> "Mine":
     """Of every tensor of a checkpoint, the rows that this rank holds, of `only` one member's alone; None: all."""
 
     def rows(name: str, whole: Layout) -> range | None:
-        prefix, own = split_name(name)
-        if only is not None and prefix != only.prefix and whole.shape:
+        if only is not None and whole.shape and not _is_of(name, only):
             return range(0)
-        return mesh.latents(whole.shape[0]) if _is_split(own) else None
+        return mesh.latents(whole.shape[0]) if _is_split(split_name(name)[1]) else None
 
     return rows
 
 
 def local(saved: Checkpoint, member: Member) -> dict[str, Tensor]:
     """This rank's part of one dictionary of a checkpoint as `MeshStep.load_state_dict_` takes it."""
-    own = {split_name(name): part for name, part in saved.tensors.items()}
-    return _transposed(
-        {
-            name: part.local if isinstance(part, Rows) else part
-            for (prefix, name), part in own.items()
-            if prefix == member.prefix
-        }
-    )
+    own = {name.removeprefix(member.prefix): part for name, part in saved.tensors.items() if _is_of(name, member)}
+    return _transposed({name: part.local if isinstance(part, Rows) else part for name, part in own.items()})
+
+
+def _is_of(name: str, member: Member) -> bool:
+    """Whether a tensor of a checkpoint is this member's."""
+    return split_name(name)[0] == member.prefix
 
 
 def _is_split(name: str) -> bool:

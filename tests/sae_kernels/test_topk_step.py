@@ -72,6 +72,14 @@ def test_gradients_match_autograd_in_double_precision(batch, n_latents, d_model,
     )
 
 
+def optimised_(twin: dict[str, torch.Tensor], gradients: reference.Gradients, *, step: int, lr: float) -> None:
+    """What an update does to a state: projection, Adam, unit norm."""
+    projected = gradients._replace(W_dec=reference.remove_parallel(gradients.W_dec, twin["W_dec"]))
+    for name, gradient in projected._asdict().items():
+        reference.adam_(twin[name], gradient, twin[f"first.{name}"], twin[f"second.{name}"], step=step, lr=lr)
+    twin["W_dec"] = reference.unit_norm(twin["W_dec"])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_is_gradient_projection_adam_and_unit_norm(backend):
     sae, x = state(200, 24, 5, backend=backend), batch_of(40, 24)
@@ -81,10 +89,7 @@ def test_a_step_is_gradient_projection_adam_and_unit_norm(backend):
             x, twin["W_enc"], twin["W_dec"], twin["b_enc"], twin["b_dec"], k=5, variance=torch.tensor(2.0),
             dead=torch.zeros(200, dtype=torch.bool), k_aux=3, aux_coefficient=1 / 32, product_dtype=torch.bfloat16,
         )  # fmt: skip
-        projected = gradients._replace(W_dec=reference.remove_parallel(gradients.W_dec, twin["W_dec"]))
-        for name, gradient in projected._asdict().items():
-            reference.adam_(twin[name], gradient, twin[f"first.{name}"], twin[f"second.{name}"], step=step, lr=1e-3)
-        twin["W_dec"] = reference.unit_norm(twin["W_dec"])
+        optimised_(twin, gradients, step=step, lr=1e-3)
         sae.step(x, lr=1e-3, variance=2.0)
     # Adam divides by |gradient|: where that is near rounding, the two may differ by a fraction of lr a step
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):

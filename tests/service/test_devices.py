@@ -69,9 +69,9 @@ def test_one_process_takes_a_gpu_that_is_there():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
 def test_a_gpu_that_torch_cannot_use_is_one_line():
-    assert of_actor(PROCESSOR).type == "cpu"
+    assert of_actor("auto", MeshConfig(feature=2), PROCESSOR).type == "cpu"
     with pytest.raises(UserError, match="Ray gave a rank a GPU of .*; install a torch with CUDA, or use train.device"):
-        of_actor(GPU)
+        of_actor("auto", MeshConfig(feature=2), GPU)
 
 
 def test_data_ranks_follow_the_workers_and_feature_ranks_stay():

@@ -117,9 +117,7 @@ class _Assumed(TorchFunctionMode):
                     return [self.work.batch * self.work.k] * len(tensor)
                 return [self.reaching if len(tensor) == self.work.feature else 0] * len(tensor)
             case "nonzero", (tensor, *_):  # active places, [k, rows] of the batch or of one data rank's rows
-                whole = not {self.work.batch, self.work.batch + 1}.isdisjoint(
-                    tensor.shape
-                )  # perhaps with a further line
+                whole = not {self.work.batch, self.work.batch + 1}.isdisjoint(tensor.shape)  # or with a further line
                 found = self.pairs if whole else self.mine
                 return tuple(torch.empty(min(found, tensor.numel()), dtype=torch.int64) for _ in range(tensor.dim()))
             case "__getitem__", (tensor, Tensor() as mask) if mask.dtype == torch.bool:

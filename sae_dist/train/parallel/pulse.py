@@ -106,6 +106,10 @@ class Listener:
                 self._heard[rank] = now
             self.beats[rank] = beat
 
+    def who(self, rank: int) -> str:
+        """A rank by what it said last, else by its number."""
+        return str(self.beats.get(rank, f"rank {rank}"))
+
     def silence_s(self, rank: int) -> float:
         """Seconds since something new was heard of a rank; 0 for one that is done."""
         if rank in self.beats and self.beats[rank].phase == DONE:

@@ -7,7 +7,7 @@ from sae_kernels.topk_step import TopKStep
 
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep
-from tests.sae_kernels.test_topk_step import BACKENDS, _Sizes, batch_of, dictionary
+from tests.sae_kernels.test_topk_step import BACKENDS, _Sizes, batch_of, dictionary, optimised_
 
 
 def step_of(
@@ -74,19 +74,14 @@ def test_a_step_is_gradient_projection_adam_and_unit_norm(backend):
     smallest = []
     for number in (1, 2, 3):
         x = batch_of(40, 24, seed=number)
-        z = reference.pre_activations(
-            x, twin["W_enc"], twin["b_enc"], twin["b_dec"], product_dtype=torch.bfloat16
-        )  # fmt: skip
+        z = reference.pre_activations(x, twin["W_enc"], twin["b_enc"], twin["b_dec"], product_dtype=torch.bfloat16)
         smallest.append(float(reference.batch_topk(z, 5).values.min()))
         gradients, _ = reference.topk_gradients(
             x, twin["W_enc"], twin["W_dec"], twin["b_enc"], twin["b_dec"], k=5, variance=torch.tensor(2.0),
             dead=torch.zeros(200, dtype=torch.bool), k_aux=0, aux_coefficient=0, product_dtype=torch.bfloat16,
             over="batch",
         )  # fmt: skip
-        projected = gradients._replace(W_dec=reference.remove_parallel(gradients.W_dec, twin["W_dec"]))
-        for name, gradient in projected._asdict().items():
-            reference.adam_(twin[name], gradient, twin[f"first.{name}"], twin[f"second.{name}"], step=number, lr=1e-3)
-        twin["W_dec"] = reference.unit_norm(twin["W_dec"])
+        optimised_(twin, gradients, step=number, lr=1e-3)
         step.step(x, lr=1e-3, variance=2.0)
         state = step.state_dict()
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):  # Adam divides by |gradient|, which may be near rounding
