@@ -18,7 +18,7 @@ ENCODER, DECODER = 26, 24  # bytes a weight that the fused updates move (kernels
 DENSE = 100  # bytes a weight with plain torch: gradients are stored, and some ten passes run over each matrix
 # What plain torch, which a compact state takes, costs an accelerator: an estimate from data sheets, not measured.
 FP32_PRODUCT = 16  # times a product on matrix units in bf16: 989 to 67 TFLOP/s on an H100, 312 to 19.5 on an A100
-SEARCH = 80  # bytes a pre-activation: written, and read and written again for relu, keys and the top k (KEYS: memory.py)
+SEARCH = 80  # bytes a pre-activation: written, and read and written again for relu, keys and the top k
 
 
 class Phase(NamedTuple):

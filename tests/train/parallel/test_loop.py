@@ -23,6 +23,11 @@ ALSO = (
     Member("wide", TopK(n_latents=131, k=6, dead_after_tokens=1000), seed=1, lr=1e-3),
     Member("few", TopK(n_latents=50, k=2, k_aux=0), seed=0),
 )
+COMPACT = tuple(
+    Member(f"{p}-{m}", SMALL, 0, None, p, m)
+    for p in ("float32", "bfloat16_stochastic")
+    for m in ("float32", "int8", "factored")
+)[1:]
 ALONE = Scenario("alone", sae=SMALL, micro_batch=64)  # micro_batch: the stages of a mesh, so that they can be watched
 
 
@@ -93,6 +98,8 @@ def two(folder) -> dict[str, list[dict]]:
         Scenario("broken off", feature=2, sae=SMALL, also=ALSO),
         *(Scenario(m.name, feature=2, sae=m.sae, seed=m.seed, lr=m.lr) for m in ALSO),
         Scenario("batches", feature=2, sae=BATCHES, stop_at=33),
+        Scenario("compact-1x2", feature=2, sae=SMALL, also=COMPACT, steps=20),
+        Scenario("compact-2x1", data=2, sae=SMALL, also=COMPACT, steps=20),
     )
 
 
