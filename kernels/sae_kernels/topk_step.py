@@ -4,8 +4,6 @@
 update is `remove_parallel`, `adam_`, `unit_norm`; which code computes them (`backend`) is all that differs.
 """
 
-import functools
-import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -23,19 +21,12 @@ from sae_kernels.stages import Stages
 if TYPE_CHECKING:
     from sae_kernels.triton_step import TritonStep
 
-logger = logging.getLogger(__name__)
-
 Backend = Literal["auto", "torch", "cpu", "triton"]
 
 
 def is_finite(statistics: StepStatistics) -> bool:
     """Whether both terms of the loss are finite, and with them all errors, values and gradients that they are of."""
     return bool(torch.isfinite(statistics.squared_error + statistics.aux_squared_error))
-
-
-@functools.cache
-def _say_once(what: str) -> None:
-    logger.info(what)
 
 
 class TopKStep:
@@ -100,8 +91,6 @@ class TopKStep:
         for moment, of_biases in (("first", self._first), ("second", self._second)):
             own.append([*(m.moments[moment] for m in (self._enc, self._dec) if moment in m.moments), *of_biases])
         self._kernels: PlainStep | CpuStep | TritonStep
-        if not state.plain:
-            _say_once(f"weights and moments are stored as {state}: plain torch computes, not the compiled kernels")
         if state.plain and (
             backend == "triton" or (backend == "auto" and W_dec.is_cuda and product_dtype == torch.bfloat16)
         ):

@@ -92,6 +92,7 @@ def _workload(run: RunConfig, job: PlanJob) -> tuple[Workload, Subject | None]:
         workload(
             member.sae, run.train, run.order, d_model=d_model, data=run.mesh.data, feature=run.mesh.feature,
             dead_fraction=job.dead_fraction, store_rows=rows, stored_bytes=stored, slice_rows=run.harvest.slice_rows,
+            state=member.state,
         )
         for member in run.members
     )  # fmt: skip

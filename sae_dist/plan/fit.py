@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from sae_dist.plan.machine import Rates
+from sae_dist.plan.machine import Backend, Rates
 from sae_dist.plan.seconds import amounts
 from sae_dist.plan.workload import Workload
 
@@ -20,7 +20,7 @@ class Measured(NamedTuple):
     seconds: float
 
 
-def rates(measured: Sequence[Measured], backend: str) -> Rates:
+def rates(measured: Sequence[Measured], backend: Backend) -> Rates:
     """The rates whose predictions have the least squared relative error over the measured steps.
 
     A kind of work that the fit finds to cost nothing beside the others gets the largest rate that is still a number.

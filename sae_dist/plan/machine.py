@@ -7,6 +7,7 @@ from pydantic import Field
 
 from sae_dist.config import frozen
 
+Backend = Literal["triton", "cpu", "torch"]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -34,7 +35,7 @@ class Machine:
     """One kind of machine; a run takes as many as its mesh needs. Amounts are in bytes, FLOP and seconds."""
 
     name: str
-    backend: Literal["triton", "cpu", "torch"]  # which kernels a step takes there; memory and traffic depend on it
+    backend: Backend  # which kernels a step takes there; memory and traffic depend on it
     devices: Annotated[int, Field(ge=1)]  # accelerators, 1 where the processor itself computes
     memory: Positive  # bytes of a device
     host_memory: Positive  # bytes beside the devices of a machine

@@ -4,7 +4,10 @@ A step's phases do not overlap: of what each needs for itself only the largest c
 `train.parallel.step` and of the kernels behind it; `parallel.simulate` counts them in the program itself.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from sae_kernels.eight_bit import block_of
 
 from sae_dist.plan.machine import Machine
 from sae_dist.plan.workload import Workload
@@ -14,6 +17,12 @@ from sae_dist.train.parallel.step import LINE
 
 TILE = 4096  # latents that plain torch multiplies at a time (sae_kernels.plain)
 KEYS = 24  # bytes a pre-activation of a tile while its keys are made: z, relu(z), and two int64
+PARAMETERS = {"float32": "parameters, fp32", "bfloat16_stochastic": "parameters, bf16"}  # names of a line
+MOMENTS = {
+    "float32": "Adam's moments, fp32",
+    "int8": "Adam's moments, 8-bit",
+    "factored": "Adam's moments, factored",
+}
 CHUNK = 64  # latents of one partial sum of b_dec's gradient (sae_kernels.cpu)
 
 
@@ -30,20 +39,22 @@ def memory(work: Workload, machine: Machine) -> list[Part]:
 
     The dictionaries of a pass share the program, the loader and the rows, and they learn one after the other.
     """
-    latents, d_model = sum(member.latents for member in work.members), work.d_model
-    matrices = 2 * latents * d_model + latents + len(work.members) * d_model
+    d_model = work.d_model
     accelerator = machine.backend == "triton"
     each = [step_bytes(member, machine) for member in work.members]
-    batch = sum(held for held, _ in each) - len(work.also) * shared_bytes(work, machine)
+    shared = [shared_bytes(member, machine) for member in work.members]
+    batch = sum(held for held, _ in each) - sum(shared) + max(shared)
     phase = max(phase for _, phase in each)
     largest = max(member.latents for member in work.members)
+    kernels = [member for member in work.members if member.kernels(machine.backend) != "torch"]
+    copies = 2 * sum(member.latents for member in kernels) * d_model
     start = 8 * largest * d_model - batch  # the initial weights, before they are let go of; there is no batch
     return [
         Part("program and libraries", machine.runtime),
-        Part("parameters, fp32", 4 * matrices),
-        Part("Adam's moments, fp32", 8 * matrices),
-        *([] if machine.backend == "torch" else [Part("W_enc, bf16 copy", 2 * latents * d_model)]),
-        Part("silence counters", 8 * latents),
+        *_named((PARAMETERS[member.state.parameters], parameter_bytes(member)) for member in work.members),
+        *_named((MOMENTS[member.state.moments], moment_bytes(member)) for member in work.members),
+        *([Part("W_enc, bf16 copy", copies)] if copies else []),
+        Part("silence counters", 8 * sum(member.latents for member in work.members)),
         Part("batch: rows, errors, pairs", batch),
         Part(
             "largest phase of a step" if phase >= start else "the start, when weights are copied in", max(phase, start)
@@ -54,13 +65,31 @@ def memory(work: Workload, machine: Machine) -> list[Part]:
 
 
 def state_bytes(work: Workload) -> float:
-    """What a checkpoint holds of one dictionary on one rank: weights and both moments in fp32, counters."""
-    return 12 * (2 * work.latents * work.d_model + work.latents + work.d_model) + 8 * work.latents
+    """What a checkpoint holds of one dictionary on one rank: weights and moments as they are stored, counters."""
+    return parameter_bytes(work) + moment_bytes(work) + 8 * work.latents
+
+
+def parameter_bytes(work: Workload) -> float:
+    """Two matrices, and two vectors that are always fp32."""
+    each = {"float32": 4, "bfloat16_stochastic": 2}[work.state.parameters]
+    return each * 2 * work.latents * work.d_model + 4 * (work.latents + work.d_model)
+
+
+def moment_bytes(work: Workload) -> float:
+    """Of a row of a matrix: two fp32 a number, or codes and a scale a block; factored, the second is one fp32.
+
+    That and a row of fp32 for all latents together. Of the vectors both are fp32.
+    """
+    coded = work.d_model + 4 * (work.d_model // block_of(work.d_model))
+    row, column = {
+        "float32": (8 * work.d_model, 0), "int8": (2 * coded, 0), "factored": (coded + 4, 4 * work.d_model)
+    }[work.state.moments]  # fmt: skip
+    return 2 * (row * work.latents + column) + 8 * (work.latents + work.d_model)
 
 
 def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
     """For one dictionary, what of the batch lives until its update ends, and what the largest phase needs besides."""
-    d, batch, rows, k = work.d_model, work.batch, work.rows, work.k
+    d, batch, rows, k, kernels = work.d_model, work.batch, work.rows, work.k, work.kernels(machine.backend)
     width = places = k  # candidates a row, and places that what is chosen of them takes
     if work.variant == "batchtopk":
         width, places = min(candidates(k, work.feature), work.latents), LINE * k
@@ -69,10 +98,10 @@ def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
     after = errors + (4 * rows * d if work.data > 1 else 0)  # the loss's squares, and the errors of this rank's rows
     if work.variant == "batchtopk":
         # errors and rows in lines: copies, once one is full
-        after += (4 if machine.backend == "torch" else 2) * batch * d
+        after += (4 if kernels == "torch" else 2) * batch * d
     elif work.ranks == 1:
         after = 0  # one fused step
-    match machine.backend:
+    match kernels:
         case "torch":
             rounded, pairs = 4 * batch * d, 24 * batch * k // work.feature
             select = scaled + rows * (TILE + width) * KEYS + 6 * TILE * d
@@ -92,7 +121,7 @@ def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
 
 def shared_bytes(work: Workload, machine: Machine) -> float:
     """Of what `step_bytes` holds, the rows that all dictionaries are given: as read, and scaled in fp32."""
-    return (2 if machine.backend == "torch" else 6) * work.batch * work.d_model
+    return (2 if work.kernels(machine.backend) == "torch" else 6) * work.batch * work.d_model
 
 
 def candidate_bytes(work: Workload) -> float:
@@ -119,3 +148,11 @@ def loader_bytes(work: Workload) -> float:
     if work.store_rows:
         slices = min(slices, work.store_rows)
     return (slices + work.prefetch * -(-work.batch // readers)) * work.d_model * work.stored_bytes
+
+
+def _named(amounts: Iterable[tuple[str, float]]) -> list[Part]:
+    """A line for every name, in their order, with the sum of its amounts."""
+    sums: dict[str, float] = {}
+    for name, size in amounts:
+        sums[name] = sums.get(name, 0.0) + size
+    return [Part(name, size) for name, size in sums.items()]

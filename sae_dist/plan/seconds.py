@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from sae_dist.plan.machine import Link, Machine
+from sae_dist.plan.machine import Backend, Link, Machine
 from sae_dist.plan.traffic import exchanges, feeding
 from sae_dist.plan.workload import Workload
 
@@ -16,6 +16,9 @@ NAMES: dict[Kind, tuple[str, str]] = {  # what a person reads, and the unit
 }
 ENCODER, DECODER = 26, 24  # bytes a weight that the fused updates move (kernels/README.md)
 DENSE = 100  # bytes a weight with plain torch: gradients are stored, and some ten passes run over each matrix
+# What plain torch, which a compact state takes, costs an accelerator: an estimate from data sheets, not measured.
+FP32_PRODUCT = 16  # times a product on matrix units in bf16: 989 to 67 TFLOP/s on an H100, 312 to 19.5 on an A100
+SEARCH = 80  # bytes a pre-activation: written, and read and written again for relu, keys and the top k
 
 
 class Phase(NamedTuple):
@@ -46,12 +49,13 @@ def phases(work: Workload, machine: Machine) -> list[Phase]:
     return found
 
 
-def amounts(work: Workload, backend: str) -> dict[Kind, float]:
+def amounts(work: Workload, backend: Backend) -> dict[Kind, float]:
     """How much of each kind of work the largest rank has in a step, for all dictionaries of the pass together.
 
     product: 2 rows d_model latents, one dense product, which is what exact selection costs. gather: decode reads k rows
     of W_dec, d_z again, both gradients k rows of errors and of x; a feature rank does so for its own latents, k / F of
-    a row's in the mean. stream: the optimiser's passes over this rank's weights.
+    a row's in the mean. stream: the optimiser's passes over this rank's weights. A compact state is computed by plain
+    torch: on an accelerator that is a product of FP32_PRODUCT times the FLOP, and its search for the top k in memory.
     """
     if work.also:
         each = [amounts(member, backend) for member in work.members]
@@ -59,12 +63,14 @@ def amounts(work: Workload, backend: str) -> dict[Kind, float]:
     weights, d = float(work.latents * work.d_model), work.d_model
     pairs = work.batch * work.k / work.feature
     decoded = work.rows * work.k / work.feature
-    plain = backend == "torch"
+    plain = work.kernels(backend) == "torch"
+    fallen_back = plain and backend == "triton"
     return {
-        "product": 2.0 * work.rows * d * work.latents,
+        "product": 2.0 * work.rows * d * work.latents * (FP32_PRODUCT if fallen_back else 1),
         "select": float(work.rows * work.latents),
         "gather": decoded * 4 * d + pairs * (4 * d + 4 * d + (4 if plain else 2) * d),
-        "stream": weights * (2 * DENSE if plain else ENCODER + DECODER),
+        "stream": weights * (2 * DENSE if plain else ENCODER + DECODER)
+        + (SEARCH * work.rows * work.latents if fallen_back else 0),
         "step": 1.0,
     }
 

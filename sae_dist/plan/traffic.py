@@ -13,6 +13,7 @@ from sae_dist.train.parallel.batch_select import NAME as THRESHOLD
 from sae_dist.train.parallel.select import pays_two_rounds
 
 KEY, VALUE, INDEX, COUNT = 8, 4, 4, 8  # bytes of a (value, index) key, a value or d_z, an index, a count
+SUM = 8  # bytes of a sum of squares
 
 
 class Exchange(NamedTuple):
@@ -35,6 +36,8 @@ def exchanges(work: Workload) -> list[Exchange]:
     if work.feature > 1:
         others = work.feature - 1
         found.append(Exchange("b_dec", "feature", 1, 4 * work.d_model * others))
+        if work.state.moments == "factored":
+            found.append(Exchange("columns", "feature", 2, 2 * SUM * work.d_model * others))
     if work.ranks > 1:
         found.append(Exchange("counts", "world", 1, 5 * COUNT * (work.ranks - 1)))
     return found

@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+from sae_kernels.row_state import StateOptions
+
 from sae_dist.config import UserError
+from sae_dist.plan.machine import Backend
 from sae_dist.sae.config import SAEConfig, check_width, resolved_k_aux
 from sae_dist.shards.order import OrderConfig
 from sae_dist.train.config import TrainConfig
@@ -32,6 +35,7 @@ class Workload(NamedTuple):
     stored_bytes: int = 2  # an element of a stored row
     store_rows: int = 0  # rows of the store, 0 where unknown
     variant: Variant = "topk"
+    state: StateOptions = StateOptions()  # how weights and moments are stored
     also: "tuple[Workload, ...]" = ()  # other dictionaries over the same batches
 
     @property
@@ -58,6 +62,10 @@ class Workload(NamedTuple):
         """Weights of the whole dictionary: W_enc, W_dec, b_enc, b_dec."""
         return 2 * self.n_latents * self.d_model + self.n_latents + self.d_model
 
+    def kernels(self, backend: Backend) -> Backend:
+        """What computes its steps where one of fp32 state is computed by `backend`: plain torch, unless it is fp32."""
+        return backend if self.state.plain else "torch"
+
     def on(self, *, data: int, feature: int) -> "Workload":
         """The same on another mesh."""
         also = tuple(member.on(data=data, feature=feature) for member in self.also)
@@ -82,7 +90,7 @@ def check(work: Workload) -> None:
 
 def workload(
     sae: SAEConfig, train: TrainConfig, order: OrderConfig, *, d_model: int, data: int, feature: int,
-    dead_fraction: float, store_rows: int, stored_bytes: int, slice_rows: int,
+    dead_fraction: float, store_rows: int, stored_bytes: int, slice_rows: int, state: StateOptions,
 ) -> Workload:  # fmt: skip
     """The numbers of a run's configuration; UserError where the dictionary cannot work on this width."""
     check_width(sae, d_model)
@@ -90,5 +98,5 @@ def workload(
         n_latents=sae.n_latents, d_model=d_model, k=sae.k, k_aux=resolved_k_aux(sae, d_model), batch=train.batch,
         data=data, feature=feature, dead=round(dead_fraction * sae.n_latents), steps=train.n_steps,
         init_rows=train.init_rows, lanes=order.lanes, window=order.window, slice_rows=slice_rows,
-        stored_bytes=stored_bytes, store_rows=store_rows, variant=sae.kind,
+        stored_bytes=stored_bytes, store_rows=store_rows, variant=sae.kind, state=state,
     )  # fmt: skip

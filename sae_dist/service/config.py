@@ -71,7 +71,10 @@ class RunConfig:
     @property
     def members(self) -> tuple[Member, ...]:
         """All dictionaries of the pass, the main one first."""
-        return members(self.also, sae=self.sae, seed=self.seed, lr=self.train.lr)
+        return members(
+            self.also, sae=self.sae, seed=self.seed, lr=self.train.lr, parameters=self.train.parameters,
+            moments=self.train.moments,
+        )  # fmt: skip
 
     @property
     def store_uri(self) -> str:
@@ -141,7 +144,10 @@ class TrainJob:
     @property
     def members(self) -> tuple[Member, ...]:
         """All dictionaries of the pass, the main one first."""
-        return members(self.also, sae=self.sae, seed=self.seed, lr=self.train.lr)
+        return members(
+            self.also, sae=self.sae, seed=self.seed, lr=self.train.lr, parameters=self.train.parameters,
+            moments=self.train.moments,
+        )  # fmt: skip
 
     def located(self) -> "TrainJob":
         """The same with absolute places: other processes have other working directories."""

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import Field
+from sae_kernels.row_state import Moments, Parameters
 
 from sae_dist.config import frozen
 from sae_dist.train.guard import GuardConfig
@@ -34,6 +35,9 @@ class TrainConfig:
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads a rank; 0: the machine's cores, divided among its ranks
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # rows that a rank encodes at once; null: all of its rows
     product: Literal["bfloat16", "float32"] = "bfloat16"  # what the encoder's operands are rounded to
+    # How weights and moments lie in memory and in checkpoints between steps; sae_kernels.row_state says what each is.
+    parameters: Parameters = "float32"  # 4 bytes each, or 2
+    moments: Moments = "float32"  # 8 bytes a parameter; int8: 2, factored: 1
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # the most that the whole gradient may measure; null: any
     guard: GuardConfig = GuardConfig()
     launcher: Launcher = "auto"

@@ -34,6 +34,7 @@ def write_dictionary(storage: Storage, out: Path, learner: Learner, *, step: int
         "seed": member.seed,
         "skipped_steps": learner.guard.skipped,
         "kernels": learner.sae.shard.backend_used,
+        "trained_as": {"parameters": member.parameters, "moments": member.moments},  # what is written is fp32
     }
     reasons = []
     for saved in [f for f in checkpoint.folders(storage) if checkpoint.step_of(f) == step]:

@@ -116,6 +116,13 @@ def train(
     def named(member: Member) -> str:
         return f"{member.name}: " if len(members) > 1 else ""
 
+    for member in members if mesh.first else ():
+        if not member.state.plain:
+            logger.warning(
+                "%sparameters=%s moments=%s: plain torch computes such a state, slower than the kernels for float32",
+                named(member), member.parameters, member.moments,
+            )  # fmt: skip
+
     def back(learner: Learner) -> Learner:
         """Its weights of the last checkpoint that it learned before; the rows since then are not trained on again.
 

@@ -1,9 +1,9 @@
 """Which dictionaries one pass over the rows trains: the main one, and `also`, each by what differs from it.
 
-    also: [{n_latents: 8192}, {k: 64, seed: 1}, {name: slow, lr: 1e-4}]
+    also: [{n_latents: 8192}, {k: 64, seed: 1}, {name: slow, lr: 1e-4}, {moments: int8}]
 
-A member has its own initial weights, selection, learning rate and guard. Rows, their order, batch and steps are the
-run's, so a member is the dictionary that training it alone would give.
+A member has its own initial weights, selection, learning rate, state and guard. Rows, their order, batch and steps are
+the run's, so a member is the dictionary that training it alone would give.
 """
 
 import re
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
+from sae_kernels.row_state import Moments, Parameters, StateOptions
 
 from sae_dist.config import UserError, frozen, load, to_dict
 from sae_dist.sae.config import SAEConfig
 from sae_dist.train.schedule import base_lr
 
 MAIN = "main"
-OWN = ("name", "seed", "lr")  # keys of an entry that are not the dictionary's own
+OWN = ("name", "seed", "lr", "parameters", "moments")  # keys of an entry that are not the dictionary's own
 
 
 @frozen
@@ -28,6 +29,8 @@ class _Own:
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # of a folder
     seed: int
     lr: Annotated[float, Field(gt=0)] | None
+    parameters: Parameters
+    moments: Moments
 
 
 class Member(NamedTuple):
@@ -37,6 +40,8 @@ class Member(NamedTuple):
     sae: SAEConfig
     seed: int  # of its initial weights; rows come in the run's order whatever it is
     lr: float | None = None  # the highest; None: the law for its size
+    parameters: Parameters = "float32"
+    moments: Moments = "float32"
 
     @property
     def prefix(self) -> str:
@@ -47,15 +52,21 @@ class Member(NamedTuple):
     def peak_lr(self) -> float:
         return self.lr or base_lr(self.sae.n_latents)
 
+    @property
+    def state(self) -> StateOptions:
+        """How its weights and moments are stored between steps; what is rounded at random is so by its own seed."""
+        return StateOptions(self.parameters, self.moments, self.seed)
+
     def folder(self, out: Path) -> Path:
         return folder(out, self.name)
 
 
 def members(
-    also: Sequence[Mapping[str, Any]], *, sae: SAEConfig, seed: int, lr: float | None = None
-) -> tuple[Member, ...]:
+    also: Sequence[Mapping[str, Any]], *, sae: SAEConfig, seed: int, lr: float | None = None,
+    parameters: Parameters = "float32", moments: Moments = "float32",
+) -> tuple[Member, ...]:  # fmt: skip
     """The main dictionary and those of `also`, checked; UserError names the entry, the value and the cure."""
-    found = [Member(MAIN, sae, seed, lr)]
+    found = [Member(MAIN, sae, seed, lr, parameters, moments)]
     for number, entry in enumerate(also):
         member = _member(f"also.{number}", entry, found[0])
         for other in found:
@@ -64,7 +75,7 @@ def members(
             if member[1:] == other[1:]:
                 raise UserError(
                     f"also.{number}={dict(entry)} is the same dictionary as {other.name}; change its n_latents, k, "
-                    "seed or lr, or leave it out"
+                    "seed, lr or moments, or leave it out"
                 )
         found.append(member)
     return tuple(found)
@@ -84,13 +95,16 @@ def split_name(name: str) -> tuple[str, str]:
 def _member(place: str, entry: Mapping[str, Any], main: Member) -> Member:
     changed = {key: value for key, value in entry.items() if key != "name"}
     if not changed:
-        raise UserError(f"{place}={dict(entry)} changes nothing; give it n_latents, k, seed, lr or another key of sae")
+        raise UserError(
+            f"{place}={dict(entry)} changes nothing; give it n_latents, k, seed, lr, moments or another key of sae"
+        )
     named = "-".join(str(value) if key == "kind" else f"{key}{value}" for key, value in changed.items())
-    given = {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", named).strip("-.")[:100], "seed": main.seed, "lr": main.lr}
+    given = {name: value for name, value in main._asdict().items() if name in OWN}
+    given["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", named).strip("-.")[:100]
     try:
         own = load(_Own, given | {key: value for key, value in entry.items() if key in OWN})
         values = to_dict(main.sae) | {key: value for key, value in entry.items() if key not in OWN}
         sae = load(SAEConfig, values)  # type: ignore[arg-type]  a union is a type to pydantic
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    return Member(own.name, sae, own.seed, own.lr)
+    return Member(own.name, sae, own.seed, own.lr, own.parameters, own.moments)

@@ -16,6 +16,7 @@ from sae_dist.train import guard as guards
 from sae_dist.train.checkpoint import Checkpoint, Layout, Rows
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.guard import Guard
+from sae_dist.train.held import refuse_another
 from sae_dist.train.learner import Learner
 from sae_dist.train.member import Member, split_name
 from sae_dist.train.parallel.exchange import all_gather, total
@@ -55,7 +56,7 @@ def begin(
     x = x * scale
     variance = float((x - x.mean(0)).double().square().sum(-1).mean())
     learners = tuple(
-        Learner(m, _step(_initial(x, m.sae, mesh, seed=m.seed), m.sae, config, mesh), Guard()) for m in members
+        Learner(m, _step(_initial(x, m.sae, mesh, seed=m.seed), m, config, mesh), Guard()) for m in members
     )
     return TrainState(0, learners, scale, variance, 0, 0, source, 0.0)
 
@@ -75,7 +76,7 @@ def to_checkpoint(state: TrainState) -> Checkpoint:
 def from_checkpoint(saved: Checkpoint, members: Sequence[Member], config: TrainConfig, mesh: Mesh) -> TrainState:
     """The state as it was saved, bit for bit; `saved` has of every tensor what `mine` says.
 
-    UserError when it is of other dictionaries.
+    UserError when it is of other dictionaries, or of some that are stored in another way.
     """
     there, wanted = {split_name(name)[0] for name in saved.tensors}, {member.prefix for member in members}
     if there != wanted:
@@ -85,8 +86,9 @@ def from_checkpoint(saved: Checkpoint, members: Sequence[Member], config: TrainC
         )
     facts, learners = dict(saved.facts), []
     for member in members:
+        refuse_another(saved, member)
         tensors = local(saved, member)
-        step = _step(Parameters(*(tensors[name] for name in Parameters._fields)), member.sae, config, mesh)
+        step = _step(Parameters(*(tensors[name] for name in Parameters._fields)), member, config, mesh)
         step.load_state_dict_(tensors)
         learners.append(Learner(member, step, guards.from_facts(facts.pop(f"{member.prefix}guard"))))
     source = Source(*facts.pop("source"))
@@ -140,13 +142,14 @@ def _initial(x: Float[Tensor, "rows d_model"], sae: SAEConfig, mesh: Mesh, *, se
     )  # fmt: skip
 
 
-def _step(parameters: Parameters, sae: SAEConfig, config: TrainConfig, mesh: Mesh) -> MeshStep:
+def _step(parameters: Parameters, member: Member, config: TrainConfig, mesh: Mesh) -> MeshStep:
+    sae = member.sae
     W_enc, W_dec, b_enc, b_dec = (tensor.to(mesh.device) for tensor in parameters)
     here, k_aux = mesh.latents(sae.n_latents), resolved_k_aux(sae, W_dec.shape[1])
     shard = TopKStep(
         W_enc, W_dec, b_enc=b_enc, b_dec=b_dec, k=min(sae.k, len(here)), k_aux=k_aux,
         aux_coefficient=sae.aux_coefficient, dead_after_tokens=sae.dead_after_tokens, first_latent=here.start,
-        product_dtype=getattr(torch, config.product),
+        product_dtype=getattr(torch, config.product), state=member.state,
     )  # fmt: skip
     return MeshStep(
         shard, mesh, n_latents=sae.n_latents, k=sae.k, k_aux=k_aux, variant=sae.kind, micro_batch=config.micro_batch,

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from sae_kernels.row_state import StateOptions
 
 from sae_dist.cli.compose import compose, options
 from sae_dist.cli.main import main
@@ -52,6 +53,37 @@ def test_a_rank_holds_what_its_tensors_are():
     assert parts["parameters, fp32"] == 4 * numbers
     assert parts["Adam's moments, fp32"] == 8 * numbers
     assert parts["W_enc, bf16 copy"] == 2 * 250 * 64
+
+
+def test_a_compact_state_is_what_its_tensors_are_and_plain_torch_keeps_no_copy():
+    """Of 512 dimensions two blocks of 256 have a scale each."""
+    sizes = {"n_latents": 1000, "d_model": 512, "k": 4, "k_aux": 0, "batch": 128, "feature": 4}
+    rows, biases = 2 * 250, 250 + 512
+    for moments, named, by_hand in (
+        ("int8", "Adam's moments, 8-bit", 2 * rows * (512 + 2 * 4)),
+        ("factored", "Adam's moments, factored", rows * (512 + 2 * 4) + 4 * rows + 2 * 4 * 512),
+    ):
+        work = Workload(**sizes, state=StateOptions("bfloat16_stochastic", moments))
+        parts = {part.name: part.bytes for part in memory(work, machine())}
+        assert parts["parameters, bf16"] == 2 * rows * 512 + 4 * biases
+        assert parts[named] == by_hand + 8 * biases
+        assert "W_enc, bf16 copy" not in parts
+        assert parts["checkpoint: copy while written"] == parts["parameters, bf16"] + parts[named] + 8 * 250
+    mixed = work._replace(also=(Workload(**sizes),))
+    parts = {part.name: part.bytes for part in memory(mixed, machine())}
+    assert parts["parameters, fp32"] == 4 * (rows * 512 + biases)
+    assert parts["parameters, bf16"] == 2 * rows * 512 + 4 * biases
+    assert parts["W_enc, bf16 copy"] == 2 * 250 * 512
+
+
+def test_the_keys_of_a_compact_state_are_planned(capsys):
+    found = {}
+    for keys in ([], ["train.parameters=bfloat16_stochastic", "train.moments=factored"]):
+        assert main(["plan", "target=4M", "mesh.feature=16", "json=true", *keys]) == 0
+        found[len(keys)] = json.loads(capsys.readouterr().out)
+    assert found[2]["work"]["state"]["moments"] == "factored"
+    assert found[2]["device_bytes"] < 0.7 * found[0]["device_bytes"]
+    assert found[2]["step_s"] > found[0]["step_s"]
 
 
 def test_the_product_is_two_operations_a_weight_and_row_of_which_each_rank_has_its_share():

@@ -1,6 +1,7 @@
 """The plan's formulas against the program itself, on meshes that no machine here could hold."""
 
 import pytest
+from sae_kernels.row_state import StateOptions
 
 from sae_dist.cli.compose import compose
 from sae_dist.config import load
@@ -15,11 +16,11 @@ VARIANTS = ["topk", "batchtopk"]
 WIDE = [(1, 512), (8, 64), (4, 256)]
 
 
-def check(data, feature, variant):
+def check(data, feature, variant, state=StateOptions()):  # noqa: B008  immutable
     """Shapes, exchanges and memory of rank 0, one step of 34M latents x 4,096."""
     work = Workload(
         n_latents=2**25, d_model=4096, k=64, k_aux=0, batch=131_072, data=data, feature=feature, lanes=64,
-        variant=variant,
+        variant=variant, state=state,
     )  # fmt: skip
     found = simulate(work)
     assert found.shapes["W_dec"] == (2**25 // feature, 4096)
@@ -35,6 +36,17 @@ def check(data, feature, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_of_34_million_latents_does_what_the_plan_says(data, feature, variant):
     check(data, feature, variant)
+
+
+def test_so_does_one_of_a_compact_state():
+    check(8, 128, "topk", StateOptions("bfloat16_stochastic", "factored"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", ["float32", "int8", "factored"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_so_does_one_of_any_compact_state(variant, moments):
+    check(1, 64, variant, StateOptions("bfloat16_stochastic", moments))
 
 
 @pytest.mark.slow

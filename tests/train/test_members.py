@@ -16,7 +16,12 @@ from sae_dist.train.guard import GuardConfig
 from sae_dist.train.member import MAIN, Member, members
 from tests.train.test_loop import CONFIG, SAE, UNITS, empty_store, harvest, train
 
-ALSO = ({"k": 8}, {"n_latents": 160, "seed": 1, "name": "wide"}, {"lr": 1e-3, "k_aux": 16})
+ALSO = (
+    {"k": 8},
+    {"n_latents": 160, "seed": 1, "name": "wide"},
+    {"lr": 1e-3, "k_aux": 16},
+    {"parameters": "bfloat16_stochastic", "moments": "int8"},
+)
 GIVEN = members(ALSO, sae=SAE, seed=0)
 FIGURES = ("fvu", "l0", "dead_fraction", "lr", "skipped_steps", "roll_backs")
 
@@ -175,7 +180,7 @@ def test_the_guard_names_the_member_that_it_gives_up(store, tmp_path):
 
 
 def test_other_members_than_those_of_the_checkpoints_are_refused(store, together):
-    with pytest.raises(UserError, match="holds 4 dictionaries, of which 1 are among the 1 of this training"):
+    with pytest.raises(UserError, match="holds 5 dictionaries, of which 1 are among the 1 of this training"):
         train(store, together[0], members=GIVEN[:1])
 
 
@@ -190,8 +195,11 @@ def test_an_entry_changes_what_it_says_and_nothing_else():
     assert GIVEN[1] == Member("k8", dataclasses.replace(SAE, k=8), 0, None)
     assert GIVEN[2] == Member("wide", dataclasses.replace(SAE, n_latents=160), 1, None)
     assert GIVEN[3] == Member("lr0.001-k_aux16", dataclasses.replace(SAE, k_aux=16), 0, 1e-3)
+    assert GIVEN[4][1:] == (SAE, 0, None, "bfloat16_stochastic", "int8")
     inherited, law = members([{"k": 8}, {"lr": None}], sae=SAE, seed=3, lr=0.1)[1:]
     assert (inherited.lr, inherited.seed) == (0.1, 3)
+    compact, plain = members([{"k": 8}, {"moments": "float32"}], sae=SAE, seed=0, moments="factored")[1:]
+    assert (compact.state.moments, plain.state.plain) == ("factored", True)
     assert law.peak_lr == 2e-4 / (96 / 2**14) ** 0.5
 
 
@@ -200,6 +208,7 @@ def test_an_entry_changes_what_it_says_and_nothing_else():
     [
         ([{"n_latent": 8}], "also.0: unknown key n_latent=8; remove it"),
         ([{"k": 8}, {"k": "many"}], "also.1: k='many': input should be a valid integer"),
+        ([{"moments": "int4"}], "also.0: moments='int4': input should be 'float32', 'int8' or 'factored'"),
         ([{"k": 97}], "also.0: k=97 exceeds n_latents=96"),
         ([{"seed": "x"}], "also.0: seed='x'"),
         ([{"lr": -1}], "also.0: lr=-1: input should be greater than 0"),

@@ -34,7 +34,7 @@ class Simulated(NamedTuple):
 
 
 def simulate(work: Workload) -> Simulated:
-    """A step of rank 0 of work.data x work.feature ranks, without AuxK; plain torch, fp32 state."""
+    """A step of rank 0 of work.data x work.feature ranks, without AuxK; in plain torch, whatever the state."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=work.ranks)
     try:
         mesh = from_process_group(MeshConfig(data=work.data, feature=work.feature), "cpu")
@@ -64,7 +64,7 @@ def _step(work: Workload, n_here: int, mesh: Any) -> MeshStep:
     shard = TopKStep(
         torch.empty(work.d_model, n_here), torch.empty(n_here, work.d_model), b_enc=torch.empty(n_here),
         b_dec=torch.empty(work.d_model), k=min(work.k, n_here), k_aux=0, aux_coefficient=0.0,
-        dead_after_tokens=1 << 40, backend="torch",
+        dead_after_tokens=1 << 40, backend="torch", state=work.state,
     )  # fmt: skip
     return MeshStep(shard, mesh, n_latents=work.n_latents, k=work.k, k_aux=0, variant=work.variant)
 
