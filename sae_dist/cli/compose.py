@@ -45,7 +45,8 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     missing = [key for key, value in _leaves(values) if value == "???"]
     if missing:
         raise UserError(f"{missing[0]} is missing; set {missing[0]}=...")
-    return {str(key): value for key, value in values.items()}
+    left_out = [part[1:] for part in expanded if part.startswith("~")]  # a preset may have put keys of it back
+    return {str(key): None if key in left_out else value for key, value in values.items()}
 
 
 def _leaves(values: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -57,8 +58,10 @@ def _leaves(values: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]
 
 
 def _expand(override: str) -> list[str]:
-    """`model=` and `text=` also take a name or a path: model=gpt2 means model=hf model.name=gpt2."""
+    """`model=` and `text=` also take a name or a path: gpt2 means model=hf model.name=gpt2. Groups may be null."""
     key, equals, value = override.partition("=")
+    if value == "null" and (CONF_DIR / key).is_dir():  # Hydra's own way to leave a group out
+        return [f"~{key}"]
     if value.isdigit() and (CONF_DIR / key).is_dir():  # a group's alternative is a name, even where it looks like 16
         return [f"{key}='{value}'"]
     if not equals or key not in ("model", "text") or value in options(key) or not value:

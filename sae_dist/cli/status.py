@@ -28,7 +28,7 @@ def main(values: Mapping[str, Any]) -> int:
     )
     if status.get("note"):
         print(f"  {status['note']}")
-    for phase in ("harvest", "train"):
+    for phase in ("text", "harvest", "train"):
         if phase in status:
             print("\n".join(f"  {line}" for line in lines(phase, status[phase])))
     return 0

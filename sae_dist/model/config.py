@@ -1,8 +1,12 @@
 """Which language model; apart from load.py, which needs seconds to import what loads one."""
 
+import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from sae_dist.config import frozen
+
+OURS = ("smollm2", "tiny-llama", "tiny-gpt2")  # names that are neither a folder nor on the hub
 
 
 @frozen
@@ -31,3 +35,10 @@ class ModelConfig:
     device_map: Literal["none", "auto", "balanced", "balanced_low_0", "sequential"] = "none"
     quantization: Literal["none", "int8", "nf4"] = "none"
     trust_remote_code: Literal[False] = False
+
+    def located(self) -> "ModelConfig":
+        """The same with a folder's absolute path: other processes have other working directories."""
+        folder = Path(self.name).expanduser()
+        if self.name in OURS or not folder.is_dir():
+            return self
+        return dataclasses.replace(self, name=str(folder.absolute()))

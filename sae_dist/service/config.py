@@ -80,6 +80,14 @@ class RunConfig:
     def store_uri(self) -> str:
         return absolute_uri(self.store) if self.store is not None else str(self.folder / "store")
 
+    def located(self) -> "RunConfig":
+        """The same with absolute places: other processes have other working directories.
+
+        A store that is in the run's folder stays unnamed, so that a copy of the folder is whole.
+        """
+        store = None if self.store is None else absolute_uri(self.store)
+        return dataclasses.replace(self, out=str(self.folder), store=store, model=self.model.located())
+
     def train_job(self) -> "TrainJob":
         """The training part of the run."""
         return TrainJob(
@@ -108,7 +116,9 @@ class HarvestJob:
 
     def located(self) -> "HarvestJob":
         """The same with absolute places: other processes have other working directories."""
-        return dataclasses.replace(self, out=str(Path(self.out).absolute()), store=absolute_uri(self.store))
+        return dataclasses.replace(
+            self, out=str(Path(self.out).absolute()), store=absolute_uri(self.store), model=self.model.located()
+        )
 
 
 @frozen

@@ -47,10 +47,10 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
                         harvesting.poll(0.5)
                         facts = harvesting.facts()
                         display.update("harvest", facts, now=harvesting.done)
-                        folder.status("running", harvest=facts)
+                        folder.status("running", text=prepared.facts, harvest=facts)
         commits = store.committed()
         facts = {"units": len(commits), "rows": sum(commit.rows for commit in commits.values())}
-        folder.status("done", harvest=facts)
+        folder.status("done", text=prepared.facts, harvest=facts)
         return facts
 
 

@@ -51,6 +51,7 @@ def run(config: RunConfig) -> dict[str, Any]:
             f"mesh.least_data={config.mesh.least_data}: this command trains in Ray actors, as many as mesh.data says; "
             "use mesh.least_data=null, or harvest first and use `sae-dist train train.launcher=ray_train`"
         )
+    config = config.located()
     folder = RunFolder(config.folder, config)
     with folder.outcome():
         if (finished := _finished(config, folder.path)) is not None:
@@ -112,7 +113,7 @@ class _Run:
         self._config, self._values, self._hashed, self._request = config, to_dict(config), hashed, request
         self._bundle = bundle  # what a rank of the training reserves
         self._folder, self._out, self._display = folder, folder.path, display
-        self._store = reader.open(storage.open(config.store_uri))
+        self._store, self._text = reader.open(storage.open(config.store_uri)), prepared.facts
         self._replica_config = ReplicaConfig(
             self._values["model"], self._values["harvest"], (config.hook,), config.store_uri, prepared.split
         )
@@ -169,7 +170,7 @@ class _Run:
         harvest, training = harvesting.facts(), progress(self._out, self._config.train)
         self._display.update("harvest", harvest)
         self._display.update("train", training, now=now)
-        self._folder.status("running", harvest=harvest, train=training, **ranks.facts())
+        self._folder.status("running", text=self._text, harvest=harvest, train=training, **ranks.facts())
 
     def _judge(
         self,

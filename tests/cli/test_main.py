@@ -31,6 +31,11 @@ def test_every_yaml_composes_and_loads(command, override):
     assert load(JOBS[command], to_dict(config)) == config
 
 
+@pytest.mark.parametrize("preset", [(), ("preset=tiny",)])
+def test_pages_null_is_no_pages_also_where_a_preset_has_keys_of_it(preset):
+    assert load(RunConfig, compose("run", [*preset, "pages=null"])).pages is None
+
+
 @pytest.mark.parametrize("command", JOBS)
 def test_yaml_and_dataclass_agree_on_the_defaults(command):
     """A default that differs between conf/ and the code would depend on how the code was called."""
@@ -46,6 +51,7 @@ def test_yaml_and_dataclass_agree_on_the_defaults(command):
     [
         (["train", "sae.kk=3", "store=s"], "unknown key sae.kk; did you mean sae.k?"),
         (["run", "sae.k=three"], "sae.k='three': input should be a valid integer"),
+        (["run", "sae=null"], "sae is missing; set sae="),
         (["run", "sae=topkk"], "sae=topkk is not known; choose one of batchtopk, topk"),
         (["run", "sae=batchtopk", "sae.k=three"], "sae.k='three': input should be a valid integer"),
         (["run", "sae.n_latents=16", "sae.k=32"], "k=32 exceeds n_latents=16"),

@@ -189,3 +189,11 @@ def test_quantisation_says_which_package_it_needs(quantization):
 def test_one_way_of_holding_a_model_at_a_time(keys):
     with pytest.raises(UserError, match="harvest.tensor_parallel=2 does not go with"):
         load(ModelConfig(name="tiny-llama", **keys), Group(0, 2))
+
+
+def test_a_folder_is_located_and_a_name_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mine", "smollm2"):
+        Path(folder).mkdir()
+    names = {"mine": str(tmp_path / "mine"), "smollm2": "smollm2", "openai-community/gpt2": "openai-community/gpt2"}
+    assert {name: ModelConfig(name=name).located().name for name in names} == names

@@ -20,7 +20,7 @@ from sae_dist.text.stream import TokenStream
 from sae_dist.text.tokenize import TokenSplit
 from tests.shards import predictable
 
-HOOKS = ("resid_pre.0", "resid_post.2")
+HOOKS = ("resid_pre.0", "mlp_act.1", "resid_post.2")  # the second is split over the processes of a replica
 SETTINGS = {"context": 32, "unit_sequences": 8, "heldout_tokens": 512, "dtype": "float32", "slice_rows": 64}
 WITHIN = 1e-5  # of the row's norm, fp32: sums of two halves round otherwise than one sum
 

@@ -11,6 +11,7 @@ import torch
 from sae_dist.cli.main import main
 from sae_dist.model import tiny
 from sae_dist.shards.reader import unit_rows
+from sae_dist.text import document, files
 from tests.service import stores
 
 
@@ -112,6 +113,24 @@ def test_rows_that_are_nan_infinite_or_huge_are_counted_and_left_out(tmp_path):
     parts = [part for unit in range(22) for part in unit_rows(opened, "resid_pre.0", unit, 64)]
     assert all(torch.equal(part.x, stores.embedding(torch.as_tensor(part.token), 32)) for part in parts)
     assert not {nan, infinite, huge} & {int(token) for part in parts for token in part.token}
+
+
+@pytest.mark.slow
+def test_empty_enormous_and_undecodable_documents_are_counted_and_the_rest_is_harvested(model, tmp_path, monkeypatch):
+    for module in (files, document):
+        monkeypatch.setattr(module, "MAX_CHARS", 400)  # what is enormous
+    (tmp_path / "texts").mkdir()
+    for i in range(16):
+        numbers = " ".join(str(n * n) for n in range(50 * i, 50 * i + 50))  # no two texts alike: those count once
+        texts = {"empty": "", "blank": " \n", "long": f"{i} {numbers} {numbers[::-1]}", "torn": f"{numbers}\udcff"}
+        for name, text in texts.items():
+            (tmp_path / "texts" / f"{name}{i}.txt").write_bytes(text.encode(errors="surrogateescape"))
+    out, store = tmp_path / "out", str(tmp_path / "store")
+    more = ("text=files", f"text.path={tmp_path / 'texts'}")
+    assert main(stores.overrides(model, store, out, *more)) == 0
+    stores.check_every_row(stores.opened(store), model, out)
+    said = json.loads((out / "status.json").read_text())["text"]
+    assert all(said[f"{what} documents"] >= 1 for what in ("empty", "cut", "undecodable"))
 
 
 @pytest.mark.slow

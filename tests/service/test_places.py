@@ -1,6 +1,6 @@
 """The same command in three places: Ray started for it here, a cluster that is there, replicas spread over its nodes.
 
-Nothing but `cluster=` differs in the arguments, and nothing in what comes out.
+Nothing but `cluster=` differs in the arguments, relative paths among them, and nothing in what comes out.
 """
 
 import json
@@ -74,7 +74,7 @@ def test_harvest_and_run_give_the_same_here_on_a_cluster_and_spread_over_nodes(t
     slow = {"point": "harvester.before_forward", "action": "sleep", "seconds": UNIT_S, "nth": 0}
     monkeypatch.setenv("SAE_DIST_FAULTS", json.dumps([slow]))
     model = stores.predictable_model(tmp_path / "model")
-    harvest = stores.overrides(model, "store", Path("out"), *TWO, tokens=TOKENS)
+    harvest = stores.overrides(Path("../../model"), "store", Path("out"), *TWO, tokens=TOKENS)
     run = ["run", "preset=tiny", "out=out", "pages=null", "wandb.mode=disabled", *TWO]
     where = {}
     for place, cpus in PLACES.items():
