@@ -1,6 +1,6 @@
 """What each way of storing weights and moments costs: held-out FVU, seconds of a step, bytes a parameter.
 
-    python -m benchmarks.state --cache ~/.cache/sae_dist/bench [--latents 8192] [--batch 1024] [--steps 300]
+    python -m benchmarks.state --cache ~/.cache/sae_dist/bench [--latents 8192] [--batch 1024] [--steps 200]
 
 Trains all six (train.parameters x train.moments) in one pass of `sae-dist train` over real activations
 (activations.py): the same rows, seed, rates and steps, each bit for bit what training it alone gives. A seventh, of
@@ -94,13 +94,14 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=2**17, help="activations, held-out ones included")
     parser.add_argument("--latents", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "state.json")
     given = parser.parse_args()
     rows = load(given.cache, given.rows)
     x = torch.from_numpy(np.load(rows, mmap_mode="r")[: given.batch].astype(np.float32))
     seconds, held = timed(x, given)
+    sys.stderr.write(f"seconds of a step: {seconds}\n")
     with tempfile.TemporaryDirectory() as place:
         judged = trained(rows, Path(place), given)
     base = name(PLAIN)

@@ -57,19 +57,22 @@ def test_a_rank_holds_what_its_tensors_are():
 
 def test_a_compact_state_is_what_its_tensors_are_and_plain_torch_keeps_no_copy():
     """Of 512 dimensions two blocks of 256 have a scale each."""
-    sizes = {"n_latents": 1000, "d_model": 512, "k": 4, "k_aux": 0, "batch": 128, "feature": 4}
+    plain = Workload(n_latents=1000, d_model=512, k=4, k_aux=0, batch=128, feature=4)
     rows, biases = 2 * 250, 250 + 512
-    for moments, named, by_hand in (
-        ("int8", "Adam's moments, 8-bit", 2 * rows * (512 + 2 * 4)),
-        ("factored", "Adam's moments, factored", rows * (512 + 2 * 4) + 4 * rows + 2 * 4 * 512),
+    for state, named, by_hand in (
+        (StateOptions("bfloat16_stochastic", "int8"), "Adam's moments, 8-bit", 2 * rows * (512 + 2 * 4)),
+        (
+            StateOptions("bfloat16_stochastic", "factored"),
+            "Adam's moments, factored",
+            rows * (512 + 2 * 4) + 4 * rows + 2 * 4 * 512,
+        ),
     ):
-        work = Workload(**sizes, state=StateOptions("bfloat16_stochastic", moments))
-        parts = {part.name: part.bytes for part in memory(work, machine())}
+        parts = {part.name: part.bytes for part in memory(plain._replace(state=state), machine())}
         assert parts["parameters, bf16"] == 2 * rows * 512 + 4 * biases
         assert parts[named] == by_hand + 8 * biases
         assert "W_enc, bf16 copy" not in parts
         assert parts["checkpoint: copy while written"] == parts["parameters, bf16"] + parts[named] + 8 * 250
-    mixed = work._replace(also=(Workload(**sizes),))
+    mixed = plain._replace(state=StateOptions("bfloat16_stochastic"), also=(plain,))
     parts = {part.name: part.bytes for part in memory(mixed, machine())}
     assert parts["parameters, fp32"] == 4 * (rows * 512 + biases)
     assert parts["parameters, bf16"] == 2 * rows * 512 + 4 * biases
