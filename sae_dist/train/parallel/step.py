@@ -23,12 +23,12 @@ each selection in two rounds, and, as the number of a row's latents is not known
 BatchTopK's cut. What follows the counts, the update, is under way while the next batch is fetched.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from sae_kernels.lines import Lines, lay
+from sae_kernels.lines import lay
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.stages import Part, RowGradients, Stages
 from sae_kernels.topk_step import TopKStep, is_finite
@@ -37,19 +37,12 @@ from torch import Tensor
 from sae_dist.train.parallel.batch_select import batch_best, candidates
 from sae_dist.train.parallel.exchange import all_gather, gather_rows, settle, sum_rows, total
 from sae_dist.train.parallel.mesh import Mesh, part, parts
+from sae_dist.train.parallel.pairs import Errors, everybodys, hold_
 from sae_dist.train.parallel.select import best, pays_two_rounds
 
 Variant = Literal["topk", "batchtopk"]
 LINE = 2  # times k places in a line (BatchTopK)
 SLOWEST = 0.1  # weight of a batch in the running mean of thresholds, 1 / steps at first: at 0.01 it lags behind
-
-
-class _Errors(NamedTuple):
-    """What a part of the loss leaves of its target, for the rows that this data rank encodes, and what it chose."""
-
-    errors: Float[Tensor, "mine d_model"]
-    selected: Selected  # of every row, or of every line
-    lines: Lines | None = None  # where rows have different numbers of latents
 
 
 class MeshStep:
@@ -117,16 +110,16 @@ class MeshStep:
                 main = self._reconstruct(stages, rows, x, None, k=self.k)
             case "batchtopk":
                 main = self._reconstruct_batch(stages, rows, x)
-        use, lines = self._everybodys(stages, main, batch=len(x), scale=scale)
+        use, lines = everybodys(self.mesh, stages, main, batch=len(x), scale=scale)
         uses = [use]
         squared_errors = [use.errors.square().sum(), x.new_zeros(())]
         n_dead = sum(self._dead_by_rank())
         if self.k_aux and n_dead:
             aux = self._reconstruct(stages, rows, x, main.errors, k=min(self.k_aux, n_dead))
             aux_scale = scale * self.shard.aux_coefficient * min(n_dead / self.k_aux, 1.0)
-            uses.append(self._everybodys(stages, aux, batch=len(x), scale=aux_scale)[0])
+            uses.append(everybodys(self.mesh, stages, aux, batch=len(x), scale=aux_scale)[0])
             squared_errors[1] = uses[1].errors.square().sum()
-        self._hold(stages, rows, uses, lines)
+        hold_(stages, rows, uses, lines)
         self._through_decoder = scale * use.errors.sum(0)
         return self._statistics(uses, torch.stack(squared_errors), tokens=len(x))
 
@@ -176,7 +169,7 @@ class MeshStep:
         self.shard.load_state_dict_(rest)
         self._dead = None
 
-    def _reconstruct(self, stages: Stages, rows: Tensor, x: Tensor, residual: Tensor | None, *, k: int) -> _Errors:
+    def _reconstruct(self, stages: Stages, rows: Tensor, x: Tensor, residual: Tensor | None, *, k: int) -> Errors:
         """What the k best latents leave of x, or the k best dead ones of the residual, for this data rank's rows."""
         mine, feature = part(len(x), self.mesh.data), self.mesh.feature
         latents, available = None, [len(r) for r in parts(self.n_latents, feature.size)]
@@ -201,11 +194,11 @@ class MeshStep:
                 errors.append(self._left(residual[at.start : at.stop], summed))
             del summed  # not beside the next chunk's candidates
             chosen.append(selected)
-        return _Errors(
+        return Errors(
             torch.cat(errors), Selected(torch.cat([s.values for s in chosen]), torch.cat([s.indices for s in chosen]))
         )
 
-    def _reconstruct_batch(self, stages: Stages, rows: Tensor, x: Tensor) -> _Errors:
+    def _reconstruct_batch(self, stages: Stages, rows: Tensor, x: Tensor) -> Errors:
         """What the batch's k best latents a row in the mean leave of x, for this data rank's rows."""
         mine = part(len(x), self.mesh.data)
         chosen = batch_best(
@@ -217,7 +210,7 @@ class MeshStep:
         lines = lay(chosen.row, rows=len(mine), width=LINE * self.k)
         selected = Selected(lines.laid(chosen.values), lines.laid(chosen.latent))
         summed = self._summed(lines.summed(stages.partial(selected)))
-        return _Errors(self._left(x[mine.start : mine.stop], summed + self.shard.b_dec), selected, lines)
+        return Errors(self._left(x[mine.start : mine.stop], summed + self.shard.b_dec), selected, lines)
 
     def _summed(self, partial: Float[Tensor, "rows d_model"]) -> Float[Tensor, "share d_model"]:
         """The sum of all parts' partial sums, of this rank's share of the rows."""
@@ -238,44 +231,6 @@ class MeshStep:
             nothing = rows.new_empty(len(rows), k, dtype=torch.float32)
             return Selected(nothing, nothing.long())
         return stages.select(rows, k=k, latents=latents)
-
-    def _everybodys(self, stages: Stages, mine: _Errors, *, batch: int, scale: float) -> tuple[Part, Lines | None]:
-        """The errors of the whole batch and what its rows chose in this part, in the rows' order, perhaps in lines."""
-        mesh, data, lines, selected = self.mesh, self.mesh.data, mine.lines, mine.selected
-        sizes = [len(r) for r in parts(batch, data.size)]
-        of_lines = mine.errors if lines is None else lines.extended(mine.errors)
-        sent = (selected.values, selected.indices.int(), stages.d_z(of_lines, selected, scale=scale))
-        errors = gather_rows(mesh, data, mine.errors, sizes, name="errors")
-        if lines is None:
-            sent = tuple(gather_rows(mesh, data, tensor, sizes, name="pairs") for tensor in sent)
-        elif data.size > 1:
-            sent, lines = self._everybodys_lines(lines, sent, batch=batch)
-        values, indices, d_z = sent
-        return Part(errors, Selected(values, indices.long()), d_z, scale), lines
-
-    def _everybodys_lines(self, lines: Lines, of_lines: Sequence[Tensor], *, batch: int) -> tuple[list[Tensor], Lines]:
-        """What each pair has, in the lines of the whole batch: pairs travel alone, without the empty places."""
-        mesh, data, device = self.mesh, self.mesh.data, lines.row.device
-        told = all_gather(mesh, data, torch.tensor([len(lines.row)], device=device), name="pairs")
-        counts = [n for (n,) in told.tolist()]
-        row = (part(batch, data).start + lines.row).int()
-        row, *others = (
-            gather_rows(mesh, data, pairs, counts, name="pairs")
-            for pairs in (row, *(tensor[lines.line, lines.place] for tensor in of_lines))
-        )
-        lines = lay(row.long(), rows=batch, width=lines.width)
-        return [lines.laid(pairs) for pairs in others], lines
-
-    def _hold(self, stages: Stages, rows: Tensor, uses: list[Part], lines: Lines | None) -> None:
-        """Leave the pairs to the kernels; of AuxK none are in further lines."""
-        if lines is not None:
-            main, *others = uses
-            uses = [main._replace(errors=lines.extended(main.errors))]
-            for errors, (values, indices), d_z, scale in others:
-                selected = Selected(lines.padded(values), lines.padded(indices))
-                uses.append(Part(lines.padded(errors), selected, lines.padded(d_z), scale))
-            rows = lines.extended(rows)
-        stages.hold_(rows, uses)
 
     def _statistics(self, uses: list[Part], squared_errors: Float[Tensor, " 2"], *, tokens: int) -> StepStatistics:
         """The step's figures, which one exchange makes the whole mesh's.

@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from sae_kernels.reference import unit_norm
 from sae_kernels.topk_step import Backend, TopKStep
 
 from sae_dist.train.config import MeshConfig
+from sae_dist.train.parallel import step as steps
 from sae_dist.train.parallel.mesh import Mesh, connect
 from sae_dist.train.parallel.step import MeshStep, Variant
 
@@ -123,7 +125,7 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
     )  # fmt: skip
     if case.data == "integers":
         shard.tokens_since_fired[::2] = 10
-    chosen, figures, held, held_in_lines, in_lines = [], [], shard.stages.hold_, step._hold, []
+    chosen, figures, held, held_in_lines, in_lines = [], [], shard.stages.hold_, steps.hold_, []
 
     def hold(rows, parts):
         owner = torch.arange(len(rows), device=rows.device)
@@ -140,10 +142,11 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
         in_lines.append(lines)
         held_in_lines(stages, rows, uses, lines)
 
-    shard.stages.hold_, step._hold = hold, hold_in_lines  # type: ignore[method-assign]
-    for number in range(case.steps):
-        s = step.step(batch_of(case, number).to(mesh.device), lr=case.lr, variance=3.0)
-        figures.append([float(s.squared_error), float(s.aux_squared_error), int(s.active), step.dead_fraction()])
+    shard.stages.hold_ = hold  # type: ignore[method-assign]
+    with patch.object(steps, "hold_", hold_in_lines):
+        for number in range(case.steps):
+            s = step.step(batch_of(case, number).to(mesh.device), lr=case.lr, variance=3.0)
+            figures.append([float(s.squared_error), float(s.aux_squared_error), int(s.active), step.dead_fraction()])
     state = {name: tensor.cpu().clone() for name, tensor in step.state_dict().items()}
     moved = {name: [m.calls, m.bytes, m.seconds] for name, m in mesh.moved.items()}
     said = {"state": state, "figures": torch.tensor(figures, dtype=torch.float64), "moved": moved}
