@@ -171,7 +171,7 @@ def main() -> None:
             if case == "overlap":
                 measured = overlap(folder, arguments.units, arguments.latents)
             else:
-                measured = side_by_side(folder, 262144 if case == "slow_reader" else 1024, arguments.seconds)
+                measured = side_by_side(folder, 131072 if case == "slow_reader" else 1024, arguments.seconds)
         result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
         machine = {"processor": processor(), "cores": os.cpu_count(), "load_before": round(before, 2)}
         result[case] = {"machine": machine, **measured}

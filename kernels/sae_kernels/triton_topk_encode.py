@@ -180,7 +180,7 @@ class Operands(NamedTuple):
 
 def operands(x: Tensor, W: Tensor, tile: Tile) -> Operands:
     """x [rows, d_model] and W [n_latents, d_model] for `encode_stretch_`, with descriptors where they can be had."""
-    leads = triton.cdiv(len(W), tile.latents)
+    leads = -(-len(W) // tile.latents)
     if not (tile.bulk and can_be_bulk(x, W, tile)):
         return Operands(x, W, leads)
     by_lead = W.view(tile.latents, leads * W.shape[1])

@@ -102,7 +102,7 @@ class Gang:
 
     def harvest(self, unit: int, producer: str) -> list[ray.ObjectRef]:
         """Gives the unit to all processes; the first answer has the `UnitReport`, the others are None."""
-        refs = [actor.harvest.remote(unit, self._turn, producer) for actor in self._actors]
+        refs: list[ray.ObjectRef] = [actor.harvest.remote(unit, self._turn, producer) for actor in self._actors]
         self._turn += 1
         return refs
 

@@ -105,6 +105,7 @@ class Ranks:
             place = meeting.Meeting(self._host, self._served.port, attempt)
             self._listener, self._heard_at = Listener(meeting.names(self._served, attempt), self._world), 0.0
         self._actors: list[ActorHandle] = []
+        self._working: dict[ray.ObjectRef, int] = {}  # calls that are not over -> rank
         for rank in range(self._world):
             if self._group is not None:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(

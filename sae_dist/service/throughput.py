@@ -1,7 +1,7 @@
 """What replicas do with their time, from their reports: rates, shares, how long it takes. Times are given."""
 
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -10,6 +10,13 @@ from sae_dist.harvest.harvester import UnitReport
 RECENT = 8  # units that the present rate is taken over
 LATE_S, LATE = 1.0, 4.0  # a process that answers after so long, and so many times the median of the others, is named
 LAGGING = 0.5  # of the median of the others: a replica below it is named
+PARTS: dict[str, Callable[[UnitReport], float]] = {
+    "tokenise": lambda report: report.gather_s,
+    "forward": lambda report: report.forward_s,
+    "copy": lambda report: report.copy_s,
+    "write": lambda report: report.write_s,
+    "blocked": lambda report: report.blocked_s,
+}
 
 
 class Moment(NamedTuple):
@@ -26,7 +33,7 @@ class Throughput:
     def __init__(self, now: float, flop_per_s: float) -> None:
         self.units = self.rows = self.outliers = self.nonfinite = self.duplicates = 0
         self._began, self._flop_per_s = now, flop_per_s
-        self._seconds: Counter[str] = Counter()
+        self._seconds = dict.fromkeys(PARTS, 0.0)
         self._recent = deque([Moment(now, 0, 0.0)], maxlen=RECENT + 1)
 
     @property
@@ -43,10 +50,8 @@ class Throughput:
         self.outliers += report.outliers
         self.nonfinite += report.nonfinite
         self.duplicates += report.duplicate
-        self._seconds.update(
-            tokenise=report.gather_s, forward=report.forward_s, copy=report.copy_s, write=report.write_s,
-            blocked=report.blocked_s,
-        )  # fmt: skip
+        for part, seconds_of in PARTS.items():
+            self._seconds[part] += seconds_of(report)
 
     @property
     def tokens_per_second(self) -> float:
