@@ -71,10 +71,7 @@ class RunConfig:
     @property
     def members(self) -> tuple[Member, ...]:
         """All dictionaries of the pass, the main one first."""
-        return members(
-            self.also, sae=self.sae, seed=self.seed, lr=self.train.lr, parameters=self.train.parameters,
-            moments=self.train.moments,
-        )  # fmt: skip
+        return _members(self)
 
     @property
     def store_uri(self) -> str:
@@ -144,10 +141,7 @@ class TrainJob:
     @property
     def members(self) -> tuple[Member, ...]:
         """All dictionaries of the pass, the main one first."""
-        return members(
-            self.also, sae=self.sae, seed=self.seed, lr=self.train.lr, parameters=self.train.parameters,
-            moments=self.train.moments,
-        )  # fmt: skip
+        return _members(self)
 
     def located(self) -> "TrainJob":
         """The same with absolute places: other processes have other working directories."""
@@ -190,3 +184,10 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
 def config_hash(config: object, store: str) -> str:
     """Equal for two runs that must end in the same dictionary; `store` is the digest of the store's description."""
     return digest([identity(to_dict(config)), store])[:16]
+
+
+def _members(job: RunConfig | TrainJob) -> tuple[Member, ...]:
+    return members(
+        job.also, sae=job.sae, seed=job.seed, lr=job.train.lr, parameters=job.train.parameters,
+        moments=job.train.moments,
+    )  # fmt: skip

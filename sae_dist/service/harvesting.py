@@ -325,8 +325,8 @@ class Harvesting:
 
     def _at_work(self, gang: Gang) -> dict[str, Any]:
         known = self._throughput.get(gang.number)
-        on = ", ".join(sorted({loaded.node for loaded in gang.loaded}))
-        return {"state": gang.state, "on": on} | (known.facts() if known is not None else {})
+        on = {"on": ", ".join(sorted({loaded.node for loaded in gang.loaded}))} if gang.loaded else {}
+        return {"state": gang.state} | on | (known.facts() if known is not None else {})
 
     def _alert(self) -> str | None:
         """Who holds the others up, if somebody does."""

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from sae_dist.config import CONF_DIR, UserError
 from sae_dist.config import load as checked
 from sae_dist.model import smollm2, tiny
-from sae_dist.model.config import ModelConfig
+from sae_dist.model.config import OURS, ModelConfig
 from sae_dist.model.load import fast_dtype, fingerprint, load
 from sae_dist.model.parallel import Group
 
@@ -197,3 +197,7 @@ def test_a_folder_is_located_and_a_name_is_not(tmp_path, monkeypatch):
         Path(folder).mkdir()
     names = {"mine": str(tmp_path / "mine"), "smollm2": "smollm2", "openai-community/gpt2": "openai-community/gpt2"}
     assert {name: ModelConfig(name=name).located().name for name in names} == names
+
+
+def test_the_names_that_are_no_folders_are_those_that_can_be_loaded():
+    assert set(OURS) == {"smollm2", *tiny.TINY}

@@ -55,12 +55,16 @@ def harvest(store: Store, unit: int) -> None:
     write_unit(store, unit, {"x": rows_of(unit)}, doc=ids, pos=ids, token=ids)
 
 
+def full_store(place: Path) -> Store:
+    store = empty_store(place)
+    for unit in range(UNITS):
+        harvest(store, unit)
+    return store
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
-    full = empty_store(tmp_path_factory.mktemp("store"))
-    for unit in range(UNITS):
-        harvest(full, unit)
-    return full
+    return full_store(tmp_path_factory.mktemp("store"))
 
 
 def train(store: Store, out: Path, *, config: TrainConfig = CONFIG, sae: SAEConfig = SAE, **more):

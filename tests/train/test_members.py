@@ -14,7 +14,7 @@ from sae_dist.shards.reader import Store
 from sae_dist.train import loop
 from sae_dist.train.guard import GuardConfig
 from sae_dist.train.member import MAIN, Member, members
-from tests.train.test_loop import CONFIG, SAE, UNITS, empty_store, harvest, train
+from tests.train.test_loop import CONFIG, SAE, full_store, train
 
 ALSO = (
     {"k": 8},
@@ -33,10 +33,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(place) -> Store:
-    full = empty_store(place / "store")
-    for unit in range(UNITS):
-        harvest(full, unit)
-    return full
+    return full_store(place / "store")
 
 
 @pytest.fixture(scope="module")

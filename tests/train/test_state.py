@@ -19,7 +19,7 @@ from sae_dist.train.checkpoint import Rows
 from sae_dist.train.member import MAIN, Member, split_name
 from sae_dist.train.parallel.mesh import Axis, Mesh
 from sae_dist.train.state import from_checkpoint, mine, to_checkpoint
-from tests.train.test_loop import CONFIG, D_MODEL, SAE, UNITS, empty_store, harvest, train, weights
+from tests.train.test_loop import CONFIG, D_MODEL, SAE, full_store, train, weights
 
 OPTIONS = list(product(("float32", "bfloat16_stochastic"), ("float32", "int8", "factored")))
 COMPACT = OPTIONS[1:]
@@ -29,10 +29,7 @@ MEMBERS = [Member(MAIN, SAE, 0), *(Member(f"{p}-{m}", SAE, 0, None, p, m) for p,
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
-    full = empty_store(tmp_path_factory.mktemp("store"))
-    for unit in range(UNITS):
-        harvest(full, unit)
-    return full
+    return full_store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ latents. Exchanges, and bytes that a rank receives for B rows of d dimensions on
     errors           4 d (1 - 1 / (D F)) B        x - x_hat, to everybody
     pairs            12 k (D - 1) / D B           what a data rank's rows chose in this part, with d loss / dz
     b_dec            4 d (F - 1)                  its gradient through the encoder
-    columns          16 d (F - 1)                  factored moments: sums of squared gradients by dimension
+    columns          16 d (F - 1)                 factored moments: sums of squared gradients by dimension
     counts           40 (D F - 1)                 active values, dead latents, flaws; the loss, the same to the bit
 
 The data axis never reduces a gradient: 8 d n_latents / F bytes twice, where errors and pairs are 4 d B + 12 k B. All

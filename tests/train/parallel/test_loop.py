@@ -13,7 +13,7 @@ from sae_dist.train.member import Member
 from sae_dist.train.parallel.mesh import Mesh
 from tests.train.parallel import loop_ranks
 from tests.train.parallel.loop_ranks import Scenario, run
-from tests.train.test_loop import UNITS, empty_store, harvest
+from tests.train.test_loop import full_store
 
 PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
 PROCESSES.set_forkserver_preload(["tests.train.parallel.loop_ranks"])
@@ -34,9 +34,7 @@ ALONE = Scenario("alone", sae=SMALL, micro_batch=64)  # micro_batch: the stages 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("meshes")
-    store = empty_store(place / "store")
-    for unit in range(UNITS):
-        harvest(store, unit)
+    full_store(place / "store")
     return place
 
 
