@@ -37,8 +37,11 @@ class ModelConfig:
     trust_remote_code: Literal[False] = False
 
     def located(self) -> "ModelConfig":
-        """The same with a folder's absolute path: other processes have other working directories."""
+        """The same with a folder's one absolute path: other processes have other working directories.
+
+        The store's description names the model: a way round (`../model`) must not make another store of it.
+        """
         folder = Path(self.name).expanduser()
         if self.name in OURS or not folder.is_dir():
             return self
-        return dataclasses.replace(self, name=str(folder.absolute()))
+        return dataclasses.replace(self, name=str(folder.resolve()))

@@ -201,3 +201,14 @@ def test_a_folder_is_located_and_a_name_is_not(tmp_path, monkeypatch):
 
 def test_the_names_that_are_no_folders_are_those_that_can_be_loaded():
     assert set(OURS) == {"smollm2", *tiny.TINY}
+
+
+def test_a_folder_has_one_name_from_wherever_it_is_named(tmp_path, monkeypatch):
+    for place in ("model", "a", "b/c"):
+        (tmp_path / place).mkdir(parents=True)
+    names = set()
+    for place, name in ((".", "model"), ("a", "../model"), ("b/c", "../../model"), ("a", str(tmp_path / "model"))):
+        monkeypatch.chdir(tmp_path / place)
+        names.add(ModelConfig(name=name).located().name)
+    assert names == {str(tmp_path.resolve() / "model")}
+    assert ModelConfig(name="openai-community/gpt2").located().name == "openai-community/gpt2"
