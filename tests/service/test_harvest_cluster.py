@@ -141,7 +141,7 @@ def committed(store: str) -> int:
 
 def test_killed_hung_lost_split_and_slow_replicas_lose_no_row(place: str, nodes: Nodes, model: Path, tmp_path: Path):
     """P1 at three places, P2, T1, P4, P3, one after the other while two replicas of two processes harvest."""
-    out, log, tokens = tmp_path / "out", tmp_path / "log", 256 * 150
+    out, log, tokens = tmp_path / "out", tmp_path / "log", 256 * 240
     command = stores.overrides(model, place, out, *TWO, f"cluster={nodes.cluster.address}", tokens=tokens)
     driver = drive(command, log)
     took: dict[str, float] = {}
