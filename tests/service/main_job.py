@@ -40,7 +40,8 @@ def units(out: Path) -> int:
 
 
 def has_checkpoint(out: Path) -> bool:
-    return any((out / "checkpoints").glob("step_*"))
+    """Whether one is complete: its folder is there before."""
+    return any((out / "checkpoints").glob("step_*/checkpoint.json"))
 
 
 def files(folder: Path) -> dict[str, bytes]:
