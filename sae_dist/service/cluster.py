@@ -16,7 +16,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would let anyt
 
 import ray  # noqa: E402
 from ray._private.state import available_resources_per_node  # noqa: E402  (a developer API that has no public name)
-from ray.exceptions import RayActorError, RayTaskError  # noqa: E402
+from ray.exceptions import AuthenticationError, RayActorError, RayTaskError  # noqa: E402
 
 from sae_dist.config import Stopped, UserError  # noqa: E402
 from sae_dist.service.room import Bundle, Node, explain, never_fits  # noqa: E402
@@ -40,11 +40,12 @@ def cluster(address: str, *, cpus: int) -> Iterator[StopRequest]:
             ray.init(address=address, **QUIET)
     except SystemExit:  # Ray's own answer to SIGTERM while it starts
         raise Stopped("SIGTERM") from None
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, AuthenticationError) as error:
         if address == "local":
             raise
         raise UserError(
-            f"cluster={address} cannot be joined ({first_line(error)}); check the address, or use cluster=local"
+            f"cluster={address} cannot be joined ({first_line(error)}); check the address and, if the cluster asks for "
+            "a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or use cluster=local"
         ) from None
     try:
         with listening() as request:  # only now: Ray has put its own handlers there
