@@ -45,6 +45,12 @@ def best(times: list[Seconds]) -> Seconds:
     return Seconds(min(t.wall for t in times), min(t.processor for t in times))
 
 
+def features() -> list[str]:
+    """What this processor has that decides how fast it multiplies."""
+    names = ("avx2", "fma", "avx_vnni", "avx512_bf16", "avx512_vnni", "amx")
+    return sorted(flag for flag in cpu_flags() if flag.startswith(names))
+
+
 def faster_dtype(x: torch.Tensor) -> torch.dtype:
     """bf16 or fp32, by a small product: without instructions for it, torch's bf16 is many times slower."""
 
@@ -158,8 +164,7 @@ def main() -> None:
         results.append(measure(x, n_latents, arguments))
         sys.stderr.write(f"{json.dumps(results[-1])}\n")
     machine = {"cores": torch.get_num_threads(), "kernel": platform.release(), "load": os.getloadavg()[0]}
-    features = ("avx2", "fma", "avx_vnni", "avx512_bf16", "avx512_vnni", "amx")
-    machine["features"] = sorted(flag for flag in cpu_flags() if flag.startswith(features))
+    machine["features"] = features()
     sizes = {name: getattr(arguments, name) for name in ("k", "k_aux", "batch", "d_model", "backend", "screen")}
     result = {"machine": machine, "torch": torch.__version__, "sizes": sizes, "results": results}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

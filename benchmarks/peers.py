@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.activations import load
+from benchmarks.kernels import features
 
 
 class Peer(NamedTuple):
@@ -111,8 +112,9 @@ def main() -> None:
 
 def write(runs: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
     """What there is so far: a round takes minutes."""
+    processor = platform.processor() or platform.machine()
     result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {"processor": processor, "cores": os.cpu_count(), "features": features()},
         "load": os.getloadavg()[0],
         "versions": {name: peer.requirements for name, peer in PEERS.items()} | {"torch": _torch_version()},
         "sizes": {name: getattr(arguments, name) for name in ("latents", "k", "batch", "steps", "rounds")},
@@ -134,6 +136,7 @@ def _summary(runs: list[dict], batch: int) -> dict:
         "tokens_per_second": round(batch / seconds),
         "peak_gb": round(max(r["peak_bytes"] for r in good) / 1e9, 3),
         "fvu": round(good[-1]["fvu"], 4),
+        "autocast": good[-1]["autocast"],
     }
 
 

@@ -39,6 +39,7 @@ from sae_dist.train.parallel.step import MeshStep
 
 CORES = os.cpu_count() or 1
 HOST_PARTS = ("loader", "checkpoint")  # parts of a plan that no rank of this benchmark has
+SIZES = (1 << 14, 1 << 16, 1 << 18, 1 << 19, 1 << 20)
 MEMORY_GOAL, TIME_GOAL, OVERHEAD_GOAL = 0.05, 0.25, 0.02
 
 
@@ -181,11 +182,11 @@ def scaling(rounds: int, steps: int) -> dict[str, Any]:
 
 def sizes(steps: int, largest: int) -> list[dict[str, Any]]:
     """Time of a step against n_latents, over both axes of two ranks and on one; the last fits this machine barely."""
-    found, n = [], 16_384
-    while n <= largest:
+    found = []
+    for n in (n for n in SIZES if n <= largest):
         for data, feature in [(1, 1), (1, 2), (2, 1)]:
             work = work_of(n, 512, 32, 512, data, feature)
-            if 34 * n * 512 * data + 0.4e9 * work.ranks > 0.8 * psutil.virtual_memory().available:
+            if 34 * n * 512 * data + 0.4e9 * work.ranks > 0.9 * psutil.virtual_memory().available:
                 continue
             ranks = group(work, steps=steps)
             found.append({
@@ -194,7 +195,6 @@ def sizes(steps: int, largest: int) -> list[dict[str, Any]]:
                 "peak_bytes_a_rank": max(rank.peak_bytes for rank in ranks),
             })  # fmt: skip
             sys.stderr.write(f"{found[-1]}\n")
-        n *= 4
     return found
 
 
