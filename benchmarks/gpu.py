@@ -24,8 +24,14 @@ try:
     import jaxtyping  # noqa: F401
 except ModuleNotFoundError:  # annotations only; GPU machines often have torch and nothing else
     _Shape = type("_Shape", (), {"__class_getitem__": lambda *_: torch.Tensor})
-    sys.modules["jaxtyping"] = ModuleType("jaxtyping")
-    sys.modules["jaxtyping"].__dict__.update(dict.fromkeys(("Float", "Int", "Bool"), _Shape))
+
+    class _Shapes(ModuleType):
+        def __getattr__(self, name: str) -> type:  # whatever a module imports
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return _Shape
+
+    sys.modules["jaxtyping"] = _Shapes("jaxtyping")
 
 import triton  # noqa: E402
 from gpu_checks import checks, dictionary  # noqa: E402
