@@ -9,10 +9,8 @@ they are.
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +21,13 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 
 import ray  # noqa: E402
+from ray.exceptions import RayError  # noqa: E402
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback  # noqa: E402
 from ray.train.backend import Backend  # noqa: E402
 from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
 from ray.train.v2.api.config import LoggingConfig  # noqa: E402
 from ray.train.v2.api.exceptions import TrainingFailedError  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 from sae_dist.config import Stopped, UserError, to_dict  # noqa: E402
 from sae_dist.service.cluster import first_line  # noqa: E402
@@ -102,7 +102,7 @@ def train_with_ray_train(
     fitted, driven = _begin(trainer), _Driven(job, run, served)
     asked: tuple[Stopped, float] | None = None
     while True:
-        ended = fitted.done()  # first: a worker says what came of it before it returns
+        ended, _ = ray.wait([fitted], timeout=0)  # first: a worker says what came of it before it returns
         if (outcome := driven.outcome()) is not None:
             break
         if ended:
@@ -124,7 +124,7 @@ def train_with_ray_train(
             raise UserError(outcome.told)
         case "stopped":
             raise Stopped(outcome.told)
-    wait([fitted], timeout=GRACE_S)  # the workers return; what else they may say does not matter any more
+    ray.wait([fitted], timeout=GRACE_S)  # the workers return; what else they may say does not matter any more
     return Trained(*outcome.told)
 
 
@@ -166,27 +166,31 @@ class _Driven:
         return f"rank {rank}" if self._listener is None else self._listener.who(rank)
 
 
-def _begin(trainer: TorchTrainer) -> Future[None]:
-    """`fit` in a thread of its own: it returns when all is over, and would take Ctrl-C to itself."""
-    fitted: Future[None] = Future()
+def _begin(trainer: TorchTrainer) -> ray.ObjectRef:
+    """`fit` in a process of its own on this machine.
 
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:  # whatever it is, the driver raises it
-            fitted.set_exception(error)
-        else:
-            fitted.set_result(None)
-
-    threading.Thread(target=fit, name="ray_train", daemon=True).start()
-    return fitted
+    It returns when all is over, and a thread of this process that is in it when Ray is shut down would end the process
+    at once, with exit code 1 and before it could say why.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    fit = ray.remote(num_cpus=0, max_retries=0)(_fit)
+    return fit.options(scheduling_strategy=here).remote(trainer)
 
 
-def _why(fitted: Future[None], job: TrainJob) -> str:
+def _fit(trainer: TorchTrainer) -> None:
+    trainer.fit()
+
+
+def _why(fitted: ray.ObjectRef, job: TrainJob) -> str:
     """Why Ray Train gave up, in a line."""
-    error = fitted.exception()
-    if not isinstance(error, TrainingFailedError):
-        return f"Ray Train ended before the training did: {error and first_line(error)}"
+    try:
+        ray.get(fitted)
+    except TrainingFailedError as failed:
+        error = failed
+    except RayError as other:
+        return f"Ray Train ended before the training did: {first_line(getattr(other, 'cause', other))}"
+    else:
+        return "Ray Train ended before the training did"
     failures = getattr(error, "worker_failures", {})
     told = "; ".join(f"rank {rank}: {first_line(why)}" for rank, why in sorted(failures.items())) or first_line(error)
     return f"workers failed more than train.max_restarts={job.train.max_restarts} times; the last time: {told}"

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,12 +93,11 @@ def test_ranks_ask_ray_for_a_gpu_each_and_say_when_torch_cannot_use_it(store, tm
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2, "include_dashboard": False})
     try:
         at = f"cluster={cluster.address}"
-        began = time.monotonic()
         for number, more in enumerate([(), ("train.launcher=ray_train",)]):
             said = finish(start(command(store, tmp_path / str(number), at, *more)), 2)
             (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
             assert "Ray gave a rank a GPU of " in line and line.endswith("or use train.device=cpu")
-        assert time.monotonic() - began < 180
+            assert "died" not in said and "again" not in said  # it would end the same way
         said = finish(start(command(store, tmp_path / "many", at, "mesh.feature=3", "train.device=cuda")), 2)
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert "train.device=cuda needs 3 GPUs for mesh.data=1 x mesh.feature=3, one a rank, but the cluster" in line
