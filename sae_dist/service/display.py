@@ -43,12 +43,12 @@ def progress(out: Path, config: TrainConfig) -> dict[str, Any]:
     newest = newest_metrics(out / "metrics.jsonl")
     facts: dict[str, Any] = {"step": newest.get("step", 0), "of": config.n_steps}
     shown = ("fvu", "l0", "dead_fraction", "tokens_per_second", "starved_fraction")
-    facts |= {key: newest[key] for key in shown if key in newest}
+    facts |= {key: newest[key] for key in shown if newest.get(key) is not None}
     if newest.get("tokens_per_second"):
         facts["eta"] = duration((facts["of"] - facts["step"]) * config.batch / newest["tokens_per_second"])
     for key, value in newest.items():  # of other dictionaries in the same pass
         prefix, figure = split_name(key)
-        if prefix and figure in shown:
+        if prefix and figure in shown and value is not None:
             facts.setdefault(prefix.rstrip("/"), {})[figure] = value
     return facts
 

@@ -13,7 +13,7 @@ import math
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from sae_dist import faults
+from sae_dist.config import UserError
 from sae_dist.shards.format import CorruptData, read_record, seal, xxh3_128
 from sae_dist.storage import Storage, StorageError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 FILE_BYTES = 64 << 20  # of a file, and so of what is read for one row; a single longer row makes a longer file
 MANIFEST = "checkpoint.json"
-DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what reading a damaged checkpoint can raise
+DAMAGE = (CorruptData, FileNotFoundError)  # bytes that are not what was written; that none could be read is no proof
 
 
 class Rows(NamedTuple):
@@ -49,6 +50,7 @@ class Checkpoint(NamedTuple):
     step: int  # steps done
     tensors: Tensors
     facts: dict[str, Any]  # JSON values, the same in every process: input scale, order hash, counters
+    folder: str = ""  # that it was read from
 
 
 class Block(NamedTuple):
@@ -178,11 +180,14 @@ def step_of(folder: str) -> int:
 
 
 def read_manifest(storage: Storage, folder: str) -> Manifest:
-    """checkpoint.json of a folder; ValueError or OSError when it is not what was written."""
+    """checkpoint.json of a folder; one of DAMAGE when it is not what was written, UserError for another format."""
     what = f"{storage.uri}/{folder}/{MANIFEST}"
     record = read_record(storage, f"{folder}/{MANIFEST}", what)
     if record["format"] != FORMAT:
-        raise ValueError(f"{what} has format {record['format']}, this program reads {FORMAT}")
+        raise UserError(
+            f"{what} has format {record['format']}, this program reads {FORMAT}; go on with the program that wrote it, "
+            "or choose another out= (and train.checkpoints=)"
+        )
     files = tuple(File(**(f | {"blocks": tuple(Block(*block) for block in f["blocks"])})) for f in record["files"])
     tensors = {name: Layout(whole["dtype"], tuple(whole["shape"])) for name, whole in record["tensors"].items()}
     return Manifest(folder, record["step"], record["facts"], tensors, files)
@@ -201,7 +206,7 @@ def read_file(storage: Storage, folder: str, file: File) -> dict[Block, Tensor]:
 def read(storage: Storage, folder: str, mine: Callable[[str, Layout], range | None] = lambda *_: None) -> Checkpoint:
     """What one process holds of a checkpoint: of every tensor the rows that `mine` says, all where it says None.
 
-    ValueError, OSError or KeyError when the folder is not what was written.
+    One of DAMAGE when the folder is not what was written.
     """
     manifest = read_manifest(storage, folder)
     parts = {name: empty(whole, mine(name, whole)) for name, whole in manifest.tensors.items()}
@@ -209,7 +214,7 @@ def read(storage: Storage, folder: str, mine: Callable[[str, Layout], range | No
         if any(overlap(block, parts[block.name]) for block in file.blocks):
             for block, content in read_file(storage, folder, file).items():
                 copy_(parts[block.name], block, content)
-    return Checkpoint(manifest.step, parts, manifest.facts)
+    return Checkpoint(manifest.step, parts, manifest.facts, folder)
 
 
 def empty(whole: Layout, rows: range | None) -> Tensor | Rows:
@@ -244,31 +249,80 @@ def latest(
     *,
     among: Callable[[Manifest], bool] | None = None,
 ) -> Checkpoint | None:
-    """The newest checkpoint that verifies, None when there is none; says so when a newer one does not."""
-    for folder in folders(storage, among):
+    """The newest checkpoint that verifies, None when there is none; says so when a newer one does not.
+
+    UserError when there are some and none verifies; what the storage raises when it gives none away.
+    """
+    there = folders(storage, among)
+    for folder in there:
         try:
             return load(storage, folder)
         except DAMAGE as damage:
-            logger.warning("checkpoint %s/%s does not verify (%s); trying the one before", storage.uri, folder, damage)
-    return None
+            passed_over(storage, folder, damage)
+        except OSError as error:
+            raise refusal(storage, folder, error) from None
+    return none_left(storage, there)
 
 
-def prune(storage: Storage, *, newest: int, keep: int, every: int = 0) -> list[Manifest]:
-    """Removes all but the last `keep` checkpoints up to step `newest` and those whose step `every` divides.
+def passed_over(storage: Storage, folder: str, damage: object) -> None:
+    """Says that a checkpoint is damaged and the one before is tried."""
+    logger.warning("checkpoint %s/%s does not verify (%s); trying the one before", storage.uri, folder, damage)
 
-    What is past `newest` did not verify when the run went on from before it: it would hide what is written since. What
-    has no manifest was left by a killed attempt. Returns the manifests of the last `keep`, oldest first.
+
+def refusal(storage: Storage, folder: str, error: OSError) -> StorageError:
+    """What to raise for a checkpoint of which nobody knows whether it is damaged: an older one would undo work."""
+    return StorageError(
+        f"checkpoint {storage.uri}/{folder} cannot be read ({error}); repeat the command when it can, or remove that "
+        "folder to go on from the one before"
+    )
+
+
+def none_left(storage: Storage, there: Collection[str]) -> None:
+    """UserError if there are checkpoints: to begin anew, and remove them, is not for the program to decide."""
+    if there:
+        raise UserError(
+            f"none of the {len(there)} checkpoints in {storage.uri} is what was written there; remove that folder to "
+            "begin anew, or choose another out= (and train.checkpoints=)"
+        )
+
+
+def prune(storage: Storage, *, sound: Collection[str], keep: int, every: int = 0) -> list[Manifest]:
+    """Removes all but the last `keep` sound checkpoints and those of them whose step `every` divides.
+
+    `sound`: the folder that the run went on from, and those that it wrote since. Older ones count as long as their
+    manifest verifies; any other of these steps did not verify when the run went on from before it, and would hide what
+    is written since. Returns the manifests of the last `keep`, oldest first.
     """
-    complete = folders(storage)
-    last = [folder for folder in complete if step_of(folder) <= newest][:keep]
-    kept = {f for f in complete if every and step_of(f) % every == 0 and step_of(f) <= newest} | set(last)
+    since, last, kept = min(map(step_of, sound)), [], set[str]()
+    for folder in folders(storage):
+        if folder not in sound and step_of(folder) >= since:
+            continue
+        if len(last) < keep:
+            try:
+                last.append(read_manifest(storage, folder))
+            except DAMAGE as damage:
+                logger.warning("checkpoint %s/%s does not verify (%s); removing it", storage.uri, folder, damage)
+                continue
+        elif not (every and step_of(folder) % every == 0):
+            continue
+        kept.add(folder)
+    _clear(storage, kept)
+    return last[::-1]
+
+
+def sweep(storage: Storage) -> None:
+    """Removes what is not a checkpoint: the files of attempts that were killed, or had no room, before they ended."""
+    _clear(storage, folders(storage))
+
+
+def _clear(storage: Storage, kept: Collection[str]) -> None:
+    """Removes all folders but those, and what killed writes have left."""
     killed = [leftover for leftover in storage.leftovers() if leftover.key.startswith("step_")]
     for leftover in killed:
         storage.discard(leftover)
     there = {entry.key.partition("/")[0] for entry in [*storage.list("step_"), *killed]}
-    for folder in there - kept:
+    for folder in there - set(kept):
         remove(storage, folder)
-    return [read_manifest(storage, folder) for folder in reversed(last)]
 
 
 def remove(storage: Storage, folder: str) -> None:

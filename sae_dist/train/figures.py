@@ -22,11 +22,11 @@ class Window(NamedTuple):
 
 def figures(window: Window, learner: Learner, state: TrainState, *, lr: float) -> dict[str, Any]:
     """Loss and latents of one dictionary, under its names; all ranks must ask, or none."""
-    rows, guard = max(window.rows, 1), learner.guard
+    rows, guard = window.rows, learner.guard
     own = {
         "lr": lr,
-        "fvu": window.squared_error / (rows * state.variance),
-        "l0": window.active / rows,
+        "fvu": window.squared_error / (rows * state.variance) if rows else None,  # every step was left out
+        "l0": window.active / rows if rows else None,
         "dead_fraction": learner.sae.dead_fraction(),
         "skipped_steps": guard.skipped,
         "loss_spikes": guard.spikes,

@@ -12,7 +12,7 @@ from sae_dist.sae.initialize import Parameters
 from sae_dist.sae.scale import folded
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train import checkpoint
-from sae_dist.train.checkpoint import DAMAGE, Manifest
+from sae_dist.train.checkpoint import Manifest
 from sae_dist.train.learner import Learner
 from sae_dist.train.member import split_name
 
@@ -46,8 +46,8 @@ def write_dictionary(storage: Storage, out: Path, learner: Learner, *, step: int
                 thresholds=f"{member.prefix}threshold" in manifest.tensors, info=own | dict(info),
             )  # fmt: skip
             return
-        except DAMAGE as damage:
-            reasons.append(f"{saved}: {damage}")
+        except (OSError, ValueError) as error:
+            reasons.append(f"{saved}: {error}")
     raise StorageError(
         f"out={folder} was not written from the checkpoints of step {step} in {storage.uri} "
         f"({'; '.join(reasons) or 'there are none'}); see to that and repeat the command"

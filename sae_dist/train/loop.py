@@ -98,10 +98,10 @@ def train(
 
     checkpoints = storage.open(config.checkpoints or out / "checkpoints")
     at(0, "reading")
-    saved = checkpoint.latest(group, checkpoints, mine(mesh))
+    saved, run = checkpoint.latest(group, checkpoints, mine(mesh)), provenance.get("config_hash")
     if saved is None:
         version = None if live else of_first(mesh, store.snapshot().version if mesh.first else 0, name="manifest")
-        state = fresh(Source(store.meta.digest, hook, version), members)
+        state = fresh(Source(store.meta.digest, hook, version, run), members)
     else:
         state = from_checkpoint(saved, members, config, mesh)
         if state.source[:2] != (store.meta.digest, hook):
@@ -109,8 +109,13 @@ def train(
                 f"out={out} was trained on {state.source.hook} of store {state.source.store}, not on {hook} of "
                 f"{store.meta.digest} ({store.storage.uri}); choose another out="
             )
+        if state.source.run != run:
+            raise UserError(
+                f"train.checkpoints={checkpoints.uri} holds another run's checkpoints; give each run a place of its own"
+            )
         if mesh.first:
             logger.info("going on from step %d of %d", state.step, n_steps)
+    went_on_from = "" if saved is None else saved.folder
     del saved
 
     def named(member: Member) -> str:
@@ -133,6 +138,11 @@ def train(
             group, checkpoints, mine(mesh, member),
             among=lambda manifest: not manifest.facts[f"{member.prefix}guard"]["in_a_row"],
         )  # fmt: skip
+        if mesh.first:
+            to = (
+                f"step {earlier.step}" if earlier is not None else "the start: no checkpoint is from before the trouble"
+            )
+            logger.warning("%sgoing back to %s", named(member), to)
         if earlier is None:
             return learner._replace(sae=fresh(state.source, [member]).learners[0].sae)
         learner.sae.load_state_dict_(local(earlier, member))
@@ -146,7 +156,7 @@ def train(
         retention = Retention(config.keep_checkpoints, config.keep_every)
         write, stopping = functools.partial(checkpoint.save, group), False
         with (
-            closing(Saver(checkpoints, retention, write=write, leads=mesh.first)) as saver,
+            closing(Saver(checkpoints, retention, write=write, leads=mesh.first, went_on_from=went_on_from)) as saver,
             feed(state.step, state.order_hash, state.source.manifest, n_steps) as batches,
         ):
             at(state.step, "training")
@@ -190,7 +200,11 @@ def train(
                 if done:
                     break
                 faults.point("train.step", step=state.step, rank=mesh.world.rank)
-                tell(saver.save(to_checkpoint(state)) if state.step % config.checkpoint_every == 0 else saver.poll())
+                # not amid steps that are left out: those before them are what it may have to go back to
+                due = state.step % config.checkpoint_every == 0 and not any(
+                    own.guard.in_a_row for own in state.learners
+                )
+                tell(saver.save(to_checkpoint(state)) if due else saver.poll())
                 stopping = stop()
             at(state.step, "saving")
             tell(saver.finish(to_checkpoint(state)))  # done, or asked to stop, perhaps while no rows came

@@ -28,8 +28,9 @@ class Saver:
     """Saves checkpoints one after the other; `save` waits for the one before. Close it, or use `closing`.
 
     `write` puts what this process holds into the storage, and returns once the checkpoint counts; `leads` is true for
-    the one process of a training that removes old ones. A failed save is an alert, not the end: the next one may
-    succeed. All processes of a training call `save` at the same steps, and so hear of a failure at the same step.
+    the one process of a training that removes old ones; `went_on_from` is the folder that the run was read from. A
+    failed save is an alert, not the end: the next one may succeed. All processes of a training call `save` at the same
+    steps, and so hear of a failure at the same step.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class Saver:
         *,
         write: Callable[[Storage, Checkpoint], str] = checkpoint.save,
         leads: bool = True,
+        went_on_from: str = "",
     ) -> None:
         self._storage, self._retention, self._write, self._leads = storage, retention, write, leads
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[list[Manifest]] | None = None
+        self._sound = [went_on_from] if went_on_from else []
         self._step, self._failures = 0, 0
         self._saved: tuple[int, list[Manifest]] = (-1, [])  # the step of the last save that went well, what it gave
         self._staged: dict[str, Tensor] = {}
@@ -111,12 +114,28 @@ class Saver:
 
     def _save(self, state: Checkpoint) -> list[Manifest]:
         started = time.perf_counter()
-        folder = self._write(self._storage, state)
-        kept = []
+        try:
+            folder = self._write(self._storage, state)
+        except (OSError, ValueError):
+            if self._leads:  # what it wrote would take the next one's room
+                self._tidy(lambda: checkpoint.sweep(self._storage))
+            raise
+        self._sound.append(folder)
+        kept: list[Manifest] = []
         if self._leads:
-            kept = checkpoint.prune(
-                self._storage, newest=state.step, keep=self._retention.keep, every=self._retention.every
-            )
+            self._tidy(lambda: kept.extend(self._prune()))
             logger.info("checkpoint %s: %.2f s", folder, time.perf_counter() - started)
         self._seconds = time.perf_counter() - started
         return kept
+
+    def _prune(self) -> list[Manifest]:
+        return checkpoint.prune(
+            self._storage, sound=self._sound, keep=self._retention.keep, every=self._retention.every
+        )
+
+    def _tidy(self, remove: Callable[[], None]) -> None:
+        """Removes files; that it cannot is no failure to save, and the next save tries again."""
+        try:
+            remove()
+        except (OSError, ValueError) as error:
+            logger.warning("old files were not removed from %s (%s); trying again later", self._storage.uri, error)

@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 
 class Source(NamedTuple):
-    """Where the rows come from; a checkpoint goes on with these rows only."""
+    """Where the rows come from, and for whom; a checkpoint goes on with these rows only."""
 
     store: str  # digest of store.json
     hook: str
     manifest: int | None  # version that the order is pinned to; None while the store grows
+    run: str | None = None  # hash of what was asked for: runs that share a folder for checkpoints are not one
 
 
 class TrainState(NamedTuple):

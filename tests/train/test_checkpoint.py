@@ -10,9 +10,11 @@ import s3fs
 import torch
 
 from sae_dist import storage
+from sae_dist.config import UserError
 from sae_dist.storage import Storage
 from sae_dist.train import checkpoint
 from sae_dist.train.checkpoint import Checkpoint, Manifest, Rows
+from sae_dist.train.saver import Retention, Saver
 from tests.shards import seaweedfs
 from tests.shards.s3_double import S3Double
 
@@ -155,22 +157,20 @@ def test_a_save_that_was_killed_leaves_nothing_that_counts(place, tmp_path, smal
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert same(checkpoint.latest(place), state(1))
-    checkpoint.save(place, state(3))
-    checkpoint.prune(place, newest=3, keep=2)
+    checkpoint.prune(place, sound=[checkpoint.save(place, state(3))], keep=2)
     assert sorted(path.name[:13] for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
 
 
 def test_a_step_that_is_saved_again_has_a_folder_of_its_own(place):
     first, second = checkpoint.save(place, state(5)), checkpoint.save(place, state(5))
     assert first != second
-    checkpoint.prune(place, newest=5, keep=1)
+    checkpoint.prune(place, sound=[first, second], keep=1)
     assert len(checkpoint.folders(place)) == 1
 
 
 def test_pruning_keeps_the_newest_and_the_milestones_and_tells_the_newest(place):
-    for step in (1, 20, 3, 10, 15):
-        checkpoint.save(place, state(step))
-    told = checkpoint.prune(place, newest=20, keep=2, every=10)
+    sound = [checkpoint.save(place, state(step)) for step in (1, 20, 3, 10, 15)]
+    told = checkpoint.prune(place, sound=sound, keep=2, every=10)
     assert [manifest.step for manifest in told] == [15, 20]
     assert [checkpoint.step_of(folder) for folder in checkpoint.folders(place)] == [20, 15, 10]
 
@@ -178,19 +178,85 @@ def test_pruning_keeps_the_newest_and_the_milestones_and_tells_the_newest(place)
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_ones(place, tmp_path):
     damaged: Path = tmp_path / checkpoint.save(place, state(100))
     (damaged / "rank00000-00000.safetensors").write_bytes(b"")
+    sound = []
     for step in (10, 20):
-        checkpoint.save(place, state(step))
-        checkpoint.prune(place, newest=step, keep=1)
+        sound.append(checkpoint.save(place, state(step)))
+        checkpoint.prune(place, sound=sound, keep=1)
     assert same(checkpoint.latest(place), state(20))
+
+
+@pytest.mark.parametrize(
+    "name, at", [("rank00000-00000.safetensors", 2), ("checkpoint.json", 2), ("checkpoint.json", 1)]
+)
+def test_a_damaged_one_of_the_same_or_an_earlier_step_counts_for_nothing(place, tmp_path, name, at):
+    folders = {step: checkpoint.save(place, state(step)) for step in (1, 2, 3)}
+    path: Path = tmp_path / folders[at] / name
+    path.write_bytes(path.read_bytes()[:-4])
+    went_on_from = folders[1 if at == 2 else 2]
+    (tmp_path / folders[3] / "checkpoint.json").unlink()
+    sound = [went_on_from, checkpoint.save(place, state(2 if at == 2 else 3))]
+    told = checkpoint.prune(place, sound=sound, keep=2)
+    assert [manifest.folder for manifest in told] == sound
+    assert checkpoint.folders(place) == sound[::-1]
+
+
+def test_that_nothing_can_be_read_never_means_to_begin_anew(place, tmp_path, monkeypatch):
+    """An older checkpoint, or none, only where bytes are proven to be others; nothing is removed."""
+    folders = [checkpoint.save(place, state(step)) for step in (1, 2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+        with pytest.raises(
+            UserError, match=r"has format \d+, this program reads \d+; go on with the program that wrote"
+        ):
+            checkpoint.latest(place)
+    with monkeypatch.context() as patch:
+
+        def refuse(key: str, *_: object) -> bytes:
+            raise PermissionError(13, "Permission denied", key)
+
+        patch.setattr(place, "read", refuse)
+        with pytest.raises(UserError, match="cannot be read .*Permission denied.* or remove that folder to go on from"):
+            checkpoint.latest(place)
+    assert same(checkpoint.latest(place), state(2))
+    for folder in folders:
+        (tmp_path / folder / "rank00000-00000.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 2 checkpoints in .* remove that folder to begin anew"):
+        checkpoint.latest(place)
+    assert len(checkpoint.folders(place)) == 2
+
+
+def test_a_save_that_fails_leaves_no_files_and_one_that_cannot_tidy_has_not_failed(
+    place, tmp_path, monkeypatch, caplog
+):
+    saver = Saver(place, Retention(1, 0))
+    saver.save(state(1))
+    assert [manifest.step for manifest in saver.wait()] == [1]
+    rule = {"point": "checkpoint.before_commit", "action": "raise", "nth": 0}
+    monkeypatch.setenv("SAE_DIST_FAULTS", json.dumps([rule]))
+    saver.save(state(2))
+    assert saver.wait() == []
+    assert [path.name[:13] for path in tmp_path.iterdir()] == ["step_00000001"]
+    monkeypatch.delenv("SAE_DIST_FAULTS")
+    with monkeypatch.context() as patch:
+
+        def refuse(key: str) -> None:
+            raise PermissionError(13, "Permission denied", key)
+
+        patch.setattr(place, "delete", refuse)
+        assert saver.finish(state(3)) == []
+    assert "old files were not removed" in caplog.text and "step 3 was not saved" not in caplog.text
+    assert same(checkpoint.latest(place), state(3))
+    saver.close()
 
 
 def in_s3(endpoint: str, monkeypatch) -> None:
     for name, value in {**seaweedfs.KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
         monkeypatch.setenv(name, value)
     place = storage.open("s3://bucket/run/checkpoints")
+    sound = []
     for step in (1, 2, 3):
-        checkpoint.save(place, state(step))
-        checkpoint.prune(place, newest=step, keep=2)
+        sound.append(checkpoint.save(place, state(step)))
+        checkpoint.prune(place, sound=sound, keep=2)
     assert same(checkpoint.latest(place), state(3))
     place.write(f"{checkpoint.folders(place)[0]}/rank00000-00001.safetensors", b"torn")
     assert same(checkpoint.latest(place), state(2))

@@ -121,6 +121,36 @@ def test_a_damaged_checkpoint_costs_time_and_nothing_else(store, whole, tmp_path
     assert weights(tmp_path) == weights(whole)
 
 
+def test_runs_that_share_a_place_for_checkpoints_are_not_one(store, tmp_path):
+    config = TrainConfig(**{**vars(CONFIG), "checkpoints": str(tmp_path / "shared")})
+    train(store, tmp_path / "a", config=config, provenance={"config_hash": "a"})
+    there = sorted((tmp_path / "shared").iterdir())
+    with pytest.raises(UserError, match="holds another run's checkpoints; give each run a place of its own"):
+        train(store, tmp_path / "b", config=config, provenance={"config_hash": "b"})
+    assert sorted((tmp_path / "shared").iterdir()) == there and not (tmp_path / "b" / "dictionary").exists()
+
+
+def test_going_back_finds_what_was_learned_before_the_trouble(store, tmp_path, monkeypatch, caplog):
+    """Ten bad steps, a checkpoint due every three, two kept: none within the trouble pushes the good ones out."""
+    step = 0
+
+    def spoilt(learner, config, x, **more):
+        return learn(learner, config, x * torch.nan if 30 < step + 1 <= 40 else x, **more)
+
+    def note(now: int, _: str) -> None:
+        nonlocal step
+        step = now
+
+    learn = loop.learn
+    monkeypatch.setattr(loop, "learn", spoilt)
+    config = TrainConfig(**{**vars(CONFIG), "checkpoint_every": 3, "log_every": 1})
+    _, lines = train(store, tmp_path, config=config, at=note)
+    fvu = {number: line["fvu"] for number, line in lines}
+    assert "going back to step 30" in caplog.text
+    assert all(fvu[number] is None for number in range(31, 41))  # a step that was left out explains nothing
+    assert fvu[41] < 1.1 * fvu[30]
+
+
 def test_live_on_a_growing_store_is_stored(whole, tmp_path):
     growing = empty_store(tmp_path / "store")
     harvest(growing, 0)

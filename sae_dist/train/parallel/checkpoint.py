@@ -50,7 +50,7 @@ def save(group: dist.ProcessGroup | None, storage: Storage, state: Checkpoint) -
     try:
         save_together(dict(state.tensors), storage_writer=writer, planner=RowsSavePlanner(), process_group=group)
     except CheckpointException as failed:
-        raise StorageError(_reasons(failed)) from None
+        raise StorageError(_reasons(failed, (OSError, ValueError))) from None
     return writer.folder
 
 
@@ -67,8 +67,8 @@ def load(group: dist.ProcessGroup | None, storage: Storage, folder: str, mine: "
     try:
         load_together({}, storage_reader=reader, planner=planner, process_group=group)
     except CheckpointException as failed:
-        raise CorruptData(_reasons(failed)) from None
-    return Checkpoint(reader.manifest.step, planner.parts, reader.manifest.facts)
+        raise CorruptData(_reasons(failed, checkpoint.DAMAGE)) from None
+    return Checkpoint(reader.manifest.step, planner.parts, reader.manifest.facts, folder)
 
 
 def latest(
@@ -87,15 +87,15 @@ def latest(
             return load(group, storage, folder, mine)
         except CorruptData as damage:
             if dist.get_rank(group) == 0:
-                logger.warning(
-                    "checkpoint %s/%s does not verify (%s); trying the one before", storage.uri, folder, damage
-                )
-    return None
+                checkpoint.passed_over(storage, folder, damage)
+        except OSError as error:
+            raise checkpoint.refusal(storage, folder, error) from None
+    return checkpoint.none_left(storage, lists[0] or [])
 
 
-def _reasons(failed: "CheckpointException") -> str:
-    """What went wrong, by rank; anything but a failing or damaged storage is our fault and raised as it is."""
+def _reasons(failed: "CheckpointException", expected: tuple[type[Exception], ...]) -> str:
+    """What went wrong, by rank; an error of another kind than those is raised as it is."""
     for _, (error, _) in sorted(failed.failures.items()):
-        if not isinstance(error, checkpoint.DAMAGE):
+        if not isinstance(error, expected):
             raise error
     return "; ".join(f"rank {rank}: {error}" for rank, (error, _) in sorted(failed.failures.items()))
