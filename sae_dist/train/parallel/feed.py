@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
+from sae_dist.config import UserError
 from sae_dist.shards import quantize
 from sae_dist.shards.loader import Batch, Loader
 from sae_dist.shards.order import OrderConfig
@@ -46,6 +47,11 @@ class Feed:
         **options: Any,
     ) -> None:
         self._mesh, rank, readers = mesh, mesh.world.rank, min(mesh.world.size, order.lanes)
+        if options.get("live") and mesh.world.size > readers:  # they could not wait for rows as long as readers may
+            raise UserError(
+                f"order.lanes={order.lanes} are fewer than the {mesh.world.size} ranks of a live=true training; raise "
+                "order.lanes, or use fewer ranks"
+            )
         dtype = quantize.batch_dtype(store.meta.dtype)
         self._nothing = torch.empty(0, store.meta.hooks[hook], dtype=dtype, device=mesh.device)
         self._step = start_step

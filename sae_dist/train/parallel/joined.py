@@ -1,11 +1,15 @@
 """A rank's time in a mesh: it meets the others, says once a second how it is, and names who is gone when one is."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from sae_kernels.cpu.build import library
+from torch.distributed import DistError, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from sae_dist.config import UserError
 from sae_dist.train.config import MeshConfig
@@ -15,6 +19,9 @@ from sae_dist.train.parallel.pulse import START_S, Pulse, who_is_gone
 from sae_dist.train.parallel.watch import Watch
 
 logger = logging.getLogger(__name__)
+
+NO_MEMORY = re.compile("can't allocate memory|not enough memory")
+NETWORK = re.compile("gloo|nccl|connection|socket|peer|time[d ]*out", re.IGNORECASE)  # gloo's errors have no type
 
 
 class PeersLost(RuntimeError):
@@ -35,7 +42,8 @@ def joined(
     """One of `world` processes that all do this, for as long as the context lasts; a world of one meets nobody.
 
     `device` is what this rank has; they take CPUs unless all have a GPU. PeersLost in place of what a failed exchange
-    raises: with the ranks that are gone, after four seconds of listening. UserError where a GPU's memory is too small.
+    raises: with the ranks that are gone, after four seconds of listening. UserError where memory is too small and where
+    data ranks would compute with different kernels. Any other error is raised as it is.
     """
     device = torch.device(device)
     if meeting is None or world == 1:
@@ -49,6 +57,8 @@ def joined(
         if device.type == "cuda" and without:
             logger.warning("rank %d has a GPU, but %d of %d ranks have none: all use CPUs", rank, len(without), world)
             device = torch.device("cpu")
+        if device.type == "cpu" and config.data > 1:
+            _refuse_mixture(store, rank, world)
         mesh = connect(config, rank=rank, world=world, device=device, store=store)
         pulse.exchange_s = lambda: sum(moved.seconds for moved in list(mesh.moved.values()))
         with ExitStack() as meanwhile:
@@ -64,8 +74,32 @@ def joined(
             "mesh.feature ranks, a smaller train.micro_batch or train.batch (sae-dist plan says what they need)"
         ) from None
     except RuntimeError as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        gone = who_is_gone(join(meeting, config.collective_timeout_s), world)
-        raise PeersLost(f"rank {rank} cannot go on: {gone} ({said[:300]})") from error
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+        if NO_MEMORY.search(said):
+            raise UserError(
+                f"rank {rank} needs more memory than there is ({said}); use more mesh.feature ranks on more machines, "
+                "a smaller train.micro_batch or train.batch (sae-dist plan says what they need)"
+            ) from None
+        try:
+            gone = who_is_gone(join(meeting, config.collective_timeout_s), world)
+        except RuntimeError:
+            gone = "the process that served the meeting point is gone"
+        if gone is None and not (isinstance(error, DistError) or NETWORK.search(str(error))):
+            raise  # a mistake of ours: it would come again
+        gone = gone or "every rank still answers; the network between them failed"
+        raise PeersLost(f"rank {rank} cannot go on: {gone} ({said})") from error
     finally:
         pulse.close()
+
+
+def _refuse_mixture(store: Store, rank: int, world: int) -> None:
+    """UserError unless all CPUs compute with the same: data ranks, which hold copies, would drift apart unnoticed."""
+    compiled = library()  # its name is a hash of all that decides its sums
+    store.set(f"kernels/{rank}", "plain torch" if compiled is None else Path(compiled._name).stem)
+    kernels = [store.get(f"kernels/{other}").decode() for other in range(world)]  # waits for those who compile it
+    other = next((rank for rank, own in enumerate(kernels) if own != kernels[0]), None)
+    if other is not None:
+        raise UserError(
+            f"rank 0 computes with {kernels[0]} and rank {other} with {kernels[other]}, so that copies of the "
+            "dictionary would drift apart; use mesh.data=1, or machines with the same processor, compiler and torch"
+        )

@@ -1,4 +1,4 @@
-"""Where the processes of a mesh meet: a TCP store on an address that is said, never on all of the machine's."""
+"""Where the processes of a mesh meet: a TCP store, which listens on an address that is said where it is ours."""
 
 import os
 import socket
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from sae_dist.config import UserError
 from sae_dist.network import let_gloo_listen_towards
 
 
@@ -42,8 +43,16 @@ def join(meeting: Meeting, timeout_s: float) -> Store:
 def of_torchrun() -> tuple[Meeting, TCPStore | None]:
     """The meeting that torchrun's variables name, and its store where this process is to serve it.
 
-    A restart by torchrun is an attempt of its own: torchrun may keep one store over restarts.
+    A restart by torchrun is an attempt of its own: torchrun may keep one store over restarts. UserError for restarts on
+    several machines: only that one whose rank died counts them, so that the others would look for each other elsewhere.
+    Where none but the variables are torchrun's, rank 0's store listens as torch's own does: MASTER_ADDR may be a name
+    that others have for this machine.
     """
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise UserError(
+            f"torchrun --max-restarts={os.environ['TORCHELASTIC_MAX_RESTARTS']} over several machines cannot bring "
+            "ranks together again; use --max-restarts=0 and repeat the command, or train.launcher=actors"
+        )
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0"
     served = TCPStore(host, port, is_master=True, wait_for_workers=False) if serves else None

@@ -158,14 +158,14 @@ class Listener:
         }
 
 
-def who_is_gone(store: Store, world: int, *, patience_s: float = 4 * EVERY_S) -> str:
-    """After an exchange failed: which ranks are not heard any more, in words."""
+def who_is_gone(store: Store, world: int, *, patience_s: float = 4 * EVERY_S) -> str | None:
+    """After an exchange failed: which ranks are not heard any more, in words; None when all still answer."""
     listener = Listener(store, world)
     try:
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             listener.listen()
             time.sleep(EVERY_S / 2)
-        return listener.silent(2.5 * EVERY_S) or "every rank still answers; the network between them failed"
+        return listener.silent(2.5 * EVERY_S)
     except RuntimeError:
         return "the process that served the meeting point is gone"

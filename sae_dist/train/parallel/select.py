@@ -58,7 +58,7 @@ def _two_rounds(mesh: Mesh, keys: Int[Tensor, "rows width"], *, k: int, name: st
     flat[: totals[mesh.feature.rank]] = keys[reaches]
     flats = all_gather(mesh, mesh.feature, flat, name=name)
     starts = torch.nn.functional.pad(counts.cumsum(0), (0, 0, 1, 0))  # places of a row's keys from each part
-    out = keys.new_zeros(rows, max(int(starts[-1].max()), 1))
+    out = keys.new_zeros(rows, max(int(starts[-1].max()), 1) if rows else 1)
     numbers = torch.arange(rows, device=keys.device)
     for part, total in enumerate(totals):
         row = torch.repeat_interleave(numbers, counts[part].long(), output_size=total)

@@ -59,6 +59,7 @@ CASES = {
     "kernels": Case(steps=12, dead_after_tokens=100, micro_batch=7, product_dtype=torch.bfloat16),
     "two_rounds": Case(steps=12, dead_after_tokens=100, two_rounds=True),
     "two_rounds_owned": Case(steps=12, data="owned", two_rounds=True),
+    "two_rounds_one_row": Case(steps=3, batch=1, two_rounds=True),  # of several data ranks, some have none
     "two_rounds_ties": Case(n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1, two_rounds=True),
     "batch": Case(steps=12, dead_after_tokens=100, variant="batchtopk"),
     "batch_long": Case(steps=60, variant="batchtopk"),

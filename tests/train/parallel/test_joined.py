@@ -1,0 +1,111 @@
+"""What a rank says when it cannot go on, or must not begin: real processes that meet."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from sae_kernels.cpu.build import library
+
+from sae_dist.config import UserError
+from sae_dist.shards.order import OrderConfig
+from sae_dist.train.config import MeshConfig
+from sae_dist.train.parallel.feed import Feed
+from sae_dist.train.parallel.joined import joined
+from sae_dist.train.parallel.meeting import Meeting, of_torchrun, serve
+from sae_dist.train.parallel.mesh import Axis, Mesh
+from tests.train.test_loop import full_store
+
+DATA, FEATURE = MeshConfig(data=2, collective_timeout_s=20), MeshConfig(feature=2, collective_timeout_s=20)
+
+
+def rank_of(folder: Path, port: int, config: MeshConfig, rank: int, does: Callable[[int], object]) -> None:
+    try:
+        with joined(config, Meeting("127.0.0.1", port, "a"), rank=rank, world=2):
+            does(rank)
+            dist.barrier()
+        (folder / str(rank)).write_text("done")
+    except Exception as error:
+        (folder / str(rank)).write_text(f"{type(error).__name__}: {error}")
+
+
+def without_a_compiler(folder: Path, port: int, config: MeshConfig, rank: int, does: Callable[[int], object]) -> None:
+    if rank == 1:
+        os.environ["CXX"] = "/nowhere"
+    rank_of(folder, port, config, rank, does)
+
+
+def told(folder: Path, config: MeshConfig, does: Callable[[int], object], start: Callable = rank_of) -> list[str]:
+    """How both ranks ended, in words."""
+    served, processes = serve("127.0.0.1"), multiprocessing.get_context("spawn")
+    ranks = [processes.Process(target=start, args=(folder, served.port, config, rank, does)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    return [path.read_text() if (path := folder / str(rank)).exists() else "" for rank in range(2)]
+
+
+def too_much(rank: int) -> None:
+    if rank == 0:
+        torch.empty(1 << 50)
+
+
+def wrong(rank: int) -> None:
+    if rank == 0:
+        torch.zeros(2) + torch.zeros(3)
+
+
+def dies(rank: int) -> None:
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def goes_on(_: int) -> None: ...
+
+
+def test_copies_that_would_be_computed_with_different_kernels_are_refused(tmp_path):
+    if library() is None:
+        pytest.skip("no compiler here")
+    for said in told(tmp_path, DATA, goes_on, without_a_compiler):
+        assert said.startswith("UserError: rank 0 computes with ") and "rank 1 with plain torch" in said
+        assert said.endswith("use mesh.data=1, or machines with the same processor, compiler and torch")
+
+
+def test_parts_may_be_computed_with_different_kernels(tmp_path):
+    assert told(tmp_path, FEATURE, goes_on, without_a_compiler) == ["done", "done"]
+
+
+def test_memory_that_is_not_there_is_a_mistake_of_the_configuration(tmp_path):
+    first, _ = told(tmp_path, DATA, too_much)
+    assert first.startswith("UserError: rank 0 needs more memory than there is (") and "train.micro_batch" in first
+
+
+def test_a_mistake_of_the_program_is_not_called_a_failing_network(tmp_path):
+    first, second = told(tmp_path, DATA, wrong)
+    assert first.startswith("RuntimeError: The size of tensor a")
+    assert second.startswith("PeersLost: rank 1 cannot go on: rank 0 (")
+
+
+def test_a_dead_rank_is_named(tmp_path):
+    first, second = told(tmp_path, DATA, dies)
+    assert first == "" and second.startswith("PeersLost: rank 1 cannot go on: rank 0 (")
+
+
+def test_restarts_by_torchrun_over_several_machines_are_refused(monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(UserError, match=r"--max-restarts=3 over several machines .* use --max-restarts=0"):
+        of_torchrun()
+
+
+def test_a_live_training_on_more_ranks_than_lanes_is_refused(tmp_path):
+    store = full_store(tmp_path)
+    three = dataclasses.replace(Mesh.single(), world=Axis(0, 3))
+    with pytest.raises(UserError, match="order.lanes=2 are fewer than the 3 ranks of a live=true training; raise"):
+        Feed(three, store, "x", order=OrderConfig(lanes=2), start_step=0, order_hash=0, live=True)
