@@ -3,7 +3,6 @@
 import dataclasses
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,11 +60,6 @@ def wrong(rank: int) -> None:
         torch.zeros(2) + torch.zeros(3)
 
 
-def dies(rank: int) -> None:
-    if rank == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def goes_on(_: int) -> None: ...
 
 
@@ -90,11 +84,6 @@ def test_a_mistake_of_the_program_is_not_called_a_failing_network(tmp_path):
     first, second = told(tmp_path, DATA, wrong)
     assert first.startswith("RuntimeError: The size of tensor a")
     assert second.startswith("PeersLost: rank 1 cannot go on: rank 0 (")
-
-
-def test_a_dead_rank_is_named(tmp_path):
-    first, second = told(tmp_path, DATA, dies)
-    assert first == "" and second.startswith("PeersLost: rank 1 cannot go on: rank 0 (")
 
 
 def test_restarts_by_torchrun_over_several_machines_are_refused(monkeypatch):
