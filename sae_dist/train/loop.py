@@ -33,7 +33,8 @@ from sae_dist.train.parallel import checkpoint
 from sae_dist.train.parallel.exchange import of_first
 from sae_dist.train.parallel.feed import Feed
 from sae_dist.train.parallel.mesh import Mesh
-from sae_dist.train.saver import Retention, Saver
+from sae_dist.train.retention import Retention
+from sae_dist.train.saver import Saver
 from sae_dist.train.schedule import lr_factor
 from sae_dist.train.state import Source, TrainState, begin, from_checkpoint, local, mine, to_checkpoint
 

@@ -4,24 +4,18 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from sae_dist.storage import Storage
-from sae_dist.train import checkpoint
+from sae_dist.train import checkpoint, retention
 from sae_dist.train.checkpoint import Checkpoint, Manifest, Rows
+from sae_dist.train.retention import Retention
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3  # saves in a row that may fail before the training does
-
-
-class Retention(NamedTuple):
-    """Which checkpoints stay."""
-
-    keep: int  # the last so many
-    every: int  # and those whose step it divides; 0: no others
 
 
 class Saver:
@@ -118,7 +112,7 @@ class Saver:
             folder = self._write(self._storage, state)
         except (OSError, ValueError):
             if self._leads:  # what it wrote would take the next one's room
-                self._tidy(lambda: checkpoint.sweep(self._storage))
+                self._tidy(lambda: retention.sweep(self._storage))
             raise
         self._sound.append(folder)
         kept: list[Manifest] = []
@@ -129,9 +123,7 @@ class Saver:
         return kept
 
     def _prune(self) -> list[Manifest]:
-        return checkpoint.prune(
-            self._storage, sound=self._sound, keep=self._retention.keep, every=self._retention.every
-        )
+        return retention.prune(self._storage, sound=self._sound, keep=self._retention.keep, every=self._retention.every)
 
     def _tidy(self, remove: Callable[[], None]) -> None:
         """Removes files; that it cannot is no failure to save, and the next save tries again."""

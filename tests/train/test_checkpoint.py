@@ -12,9 +12,10 @@ import torch
 from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.storage import Storage
-from sae_dist.train import checkpoint
+from sae_dist.train import checkpoint, retention
 from sae_dist.train.checkpoint import Checkpoint, Manifest, Rows
-from sae_dist.train.saver import Retention, Saver
+from sae_dist.train.retention import Retention
+from sae_dist.train.saver import Saver
 from tests.shards import seaweedfs
 from tests.shards.s3_double import S3Double
 
@@ -157,20 +158,20 @@ def test_a_save_that_was_killed_leaves_nothing_that_counts(place, tmp_path, smal
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert same(checkpoint.latest(place), state(1))
-    checkpoint.prune(place, sound=[checkpoint.save(place, state(3))], keep=2)
+    retention.prune(place, sound=[checkpoint.save(place, state(3))], keep=2)
     assert sorted(path.name[:13] for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
 
 
 def test_a_step_that_is_saved_again_has_a_folder_of_its_own(place):
     first, second = checkpoint.save(place, state(5)), checkpoint.save(place, state(5))
     assert first != second
-    checkpoint.prune(place, sound=[first, second], keep=1)
+    retention.prune(place, sound=[first, second], keep=1)
     assert len(checkpoint.folders(place)) == 1
 
 
 def test_pruning_keeps_the_newest_and_the_milestones_and_tells_the_newest(place):
     sound = [checkpoint.save(place, state(step)) for step in (1, 20, 3, 10, 15)]
-    told = checkpoint.prune(place, sound=sound, keep=2, every=10)
+    told = retention.prune(place, sound=sound, keep=2, every=10)
     assert [manifest.step for manifest in told] == [15, 20]
     assert [checkpoint.step_of(folder) for folder in checkpoint.folders(place)] == [20, 15, 10]
 
@@ -181,7 +182,7 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_ones(place, tmp_p
     sound = []
     for step in (10, 20):
         sound.append(checkpoint.save(place, state(step)))
-        checkpoint.prune(place, sound=sound, keep=1)
+        retention.prune(place, sound=sound, keep=1)
     assert same(checkpoint.latest(place), state(20))
 
 
@@ -195,7 +196,7 @@ def test_a_damaged_one_of_the_same_or_an_earlier_step_counts_for_nothing(place, 
     went_on_from = folders[1 if at == 2 else 2]
     (tmp_path / folders[3] / "checkpoint.json").unlink()
     sound = [went_on_from, checkpoint.save(place, state(2 if at == 2 else 3))]
-    told = checkpoint.prune(place, sound=sound, keep=2)
+    told = retention.prune(place, sound=sound, keep=2)
     assert [manifest.folder for manifest in told] == sound
     assert checkpoint.folders(place) == sound[::-1]
 
@@ -256,7 +257,7 @@ def in_s3(endpoint: str, monkeypatch) -> None:
     sound = []
     for step in (1, 2, 3):
         sound.append(checkpoint.save(place, state(step)))
-        checkpoint.prune(place, sound=sound, keep=2)
+        retention.prune(place, sound=sound, keep=2)
     assert same(checkpoint.latest(place), state(3))
     place.write(f"{checkpoint.folders(place)[0]}/rank00000-00001.safetensors", b"torn")
     assert same(checkpoint.latest(place), state(2))
