@@ -10,6 +10,7 @@ import torch.distributed as dist
 from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.train import checkpoint as plain
+from sae_dist.train import retention
 from sae_dist.train.checkpoint import Checkpoint, Rows
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel import checkpoint
@@ -89,7 +90,7 @@ def main(folder: Path, rank: int, world: int) -> None:
         told[f"{data}x{feature} passes over damage"] = holds(read, mesh, 6 + number)
         dist.barrier()
         if mesh.first:
-            plain.remove(place, f"step_{200 + number:08d}-copied")
+            retention.remove(place, f"step_{200 + number:08d}-copied")
         dist.barrier()
         mesh.close()
     (folder / f"rank{rank}.json").write_text(json.dumps(told))
