@@ -14,7 +14,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from sae_dist.cli.main import main
-from sae_dist.service.run_folder import read_status
 from tests.service.main_job import command, files, finish, has_checkpoint, order_hashes, start, units, wait_until
 
 
@@ -67,20 +66,33 @@ def test_a_run_that_was_copied_is_judged_by_what_is_in_the_copy(uninterrupted, t
     assert (copy / "pages" / "index.html").is_file()
 
 
-def test_one_harvest_feeds_several_trainings_and_they_do_not_mix(tmp_path, capsys):
-    harvest = ["harvest", "model=tiny-llama", "hook=[resid_post.1,mlp_out.2]", "harvest.tokens=8000",
-               "harvest.heldout_tokens=2000", "harvest.unit_sequences=8"]  # fmt: skip
-    assert main([*harvest, f"store={tmp_path}/a", f"out={tmp_path}/harvest"]) == 0
+def test_one_harvest_feeds_another_training_and_they_do_not_mix(uninterrupted, tmp_path, capsys):
+    harvested = f"store={uninterrupted}/store"
     np.save(tmp_path / "rows.npy", np.random.default_rng(0).standard_normal((2000, 32), np.float32))
-    assert main(["store", "import", f"path={tmp_path}/rows.npy", "hook=mlp_out.2", f"store={tmp_path}/b"]) == 0
-    train = ["train", "hook=mlp_out.2", "sae.n_latents=64", "sae.k=4", "train.steps=20", "train.batch=64",
+    assert main(["store", "import", f"path={tmp_path}/rows.npy", "hook=resid_post.1", f"store={tmp_path}/b"]) == 0
+    train = ["train", "hook=resid_post.1", "sae.n_latents=64", "sae.k=4", "train.steps=20", "train.batch=64",
              "train.init_rows=256", f"out={tmp_path}/run", "wandb.mode=disabled"]  # fmt: skip
-    assert main([*train, f"store={tmp_path}/a"]) == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["hook"] == "mlp_out.2"
+    assert main([*train, harvested]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["hook"] == "resid_post.1"
     capsys.readouterr()
     assert main([*train, f"store={tmp_path}/b"]) == 2
     assert "choose another out=" in capsys.readouterr().err
-    assert main([*train, f"store={tmp_path}/a", "hook=resid_pre.0", f"out={tmp_path}/other"]) == 2
+    assert main([*train, harvested, "hook=resid_pre.0", f"out={tmp_path}/other"]) == 2
+    assert "choose one of resid_post.1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_one_harvest_at_two_hook_points_feeds_a_training_of_either(tmp_path, capsys):
+    harvest = ["harvest", "model=tiny-llama", "hook=[resid_post.1,mlp_out.2]", "harvest.tokens=8000",
+               "harvest.heldout_tokens=2000", "harvest.unit_sequences=8"]  # fmt: skip
+    assert main([*harvest, f"store={tmp_path}/a", f"out={tmp_path}/harvest"]) == 0
+    train = ["train", "sae.n_latents=64", "sae.k=4", "train.steps=20", "train.batch=64", "train.init_rows=256",
+             f"store={tmp_path}/a", "wandb.mode=disabled"]  # fmt: skip
+    for hook in ("resid_post.1", "mlp_out.2"):
+        assert main([*train, f"hook={hook}", f"out={tmp_path}/{hook}"]) == 0
+        assert json.loads((tmp_path / hook / "summary.json").read_text())["hook"] == hook
+    capsys.readouterr()
+    assert main([*train, "hook=resid_pre.0", f"out={tmp_path}/other"]) == 2
     assert "choose one of resid_post.1, mlp_out.2" in capsys.readouterr().err
 
 
@@ -120,7 +132,7 @@ def kill(victim: subprocess.Popen[str], actor: str) -> None:
 
 @pytest.mark.usefixtures("_time_to_strike")
 def test_a_run_whose_parts_are_killed_one_by_one_ends_in_the_same_dictionary(uninterrupted, tmp_path):
-    """kill -9 of a replica, of the trainer, of the driver; then a request to stop; then it may finish."""
+    """kill -9 of a replica, of the trainer, of the driver; then it may finish."""
     out = tmp_path / "killed"
     victim = start(out, "train.keep_checkpoints=1")
     wait_until(lambda: units(out) >= 5, victim)
@@ -136,15 +148,23 @@ def test_a_run_whose_parts_are_killed_one_by_one_ends_in_the_same_dictionary(uni
     assert "the trainer died; a new one goes on from step_" in said
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive, f"left behind: {[process.name() for process in alive]}"
-    again = start(out, "train.keep_checkpoints=1")
-    wait_until(lambda: read_status(out)["pid"] == again.pid and "train" in read_status(out), again)
-    again.send_signal(signal.SIGTERM)
-    assert "the same command goes on" in finish(again, 75)
-    assert json.loads((out / "status.json").read_text())["state"] == "stopped"
     finish(start(out, "train.keep_checkpoints=1"))
     assert files(out / "dictionary") == files(uninterrupted / "dictionary")
     shared = order_hashes(out).items() & order_hashes(uninterrupted).items()
     assert len(shared) == len(order_hashes(uninterrupted))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_time_to_strike")
+def test_a_request_to_stop_is_granted_and_the_same_command_goes_on(uninterrupted, tmp_path):
+    out = tmp_path / "stopped"
+    first = start(out)
+    wait_until(lambda: has_checkpoint(out), first)
+    first.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in finish(first, 75)
+    assert json.loads((out / "status.json").read_text())["state"] == "stopped"
+    finish(start(out))
+    assert files(out / "dictionary") == files(uninterrupted / "dictionary")
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Real processes that work on a store and can be killed: forked from a server that has imported everything once."""
 
 import json
-import multiprocessing
 import os
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -14,12 +13,11 @@ from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
 from sae_dist.storage.aws import models
 from sae_dist.storage.s3 import S3Config, S3Storage
+from tests.processes import PROCESSES
 from tests.shards import predictable
 
 for part in ("service-2", "endpoint-rule-set-1"):
     models().load_service_model("s3", part)  # parsed once by the fork server, not by each child
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.shards.children"])
 ORDER = OrderConfig(lanes=4, window=2, round_units=2)
 SETTINGS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL")
 
@@ -29,7 +27,7 @@ def start(work: Callable[..., None], *arguments: object, faults: list[dict[str, 
     environment = {name: os.environ[name] for name in SETTINGS if name in os.environ}
     if faults:
         environment["SAE_DIST_FAULTS"] = json.dumps(faults)
-    process = CONTEXT.Process(target=_child, args=(environment, work, arguments), daemon=True)
+    process = PROCESSES.Process(target=_child, args=(environment, work, arguments), daemon=True)
     process.start()
     return process
 

@@ -1,11 +1,10 @@
 """Steps of a dictionary on one rank or on a mesh, with all that the tests compare; also what a rank's process runs.
 
-python mesh_steps.py RANK DATA FEATURE FOLDER CASE ...: trains every case and leaves FOLDER/CASE.RANK.pt. Cases of the
-Triton kernels run on the GPU of that number, over nccl, where there are enough; else on CPU tensors, interpreted.
+Cases of the Triton kernels run on the GPU of a rank's number, over nccl, where there are enough; else on CPU tensors,
+interpreted.
 """
 
 import os
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,11 +159,13 @@ def device_of(rank: int, world: int, cases: list[str]) -> torch.device:
     return torch.device("cuda", rank) if native else torch.device("cpu")
 
 
-def main(rank: str, data: str, feature: str, folder: str, *cases: str) -> None:
+def main(rank: int, data: int, feature: int, folder: Path, cases: list[str]) -> None:
+    """One rank: trains every case and leaves folder/CASE.RANK.pt."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    config, world = MeshConfig(data=int(data), feature=int(feature), collective_timeout_s=120), int(data) * int(feature)
-    store, device = dist.FileStore(f"{folder}/rendezvous", world), device_of(int(rank), world, list(cases))
-    mesh, interpreted = connect(config, rank=int(rank), world=world, device=device, store=store), nullcontext()
+    config, world = MeshConfig(data=data, feature=feature, collective_timeout_s=120), data * feature
+    store, device = dist.FileStore(f"{folder}/rendezvous", world), device_of(rank, world, cases)
+    mesh, interpreted = connect(config, rank=rank, world=world, device=device, store=store), nullcontext()
     if any(CASES[name].backend == "triton" for name in cases) and device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         from tests.sae_kernels.interpreted import bf16_as_on_a_gpu  # Triton, which is to see that
@@ -172,9 +173,5 @@ def main(rank: str, data: str, feature: str, folder: str, *cases: str) -> None:
         interpreted = bf16_as_on_a_gpu()
     with interpreted:
         for name in cases:
-            torch.save(train(CASES[name], mesh), Path(folder) / f"{name}.{rank}.pt")
+            torch.save(train(CASES[name], mesh), folder / f"{name}.{rank}.pt")
     mesh.close()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,16 +1,13 @@
 """Checkpoints of several processes: any mesh reads what any other wrote, and a failure of one is everybody's."""
 
 import json
-import multiprocessing
 
 import pytest
 
 from sae_dist import storage
 from sae_dist.train import checkpoint
+from tests.processes import PROCESSES
 from tests.train.parallel import checkpoint_ranks as ranks
-
-PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
-PROCESSES.set_forkserver_preload(["tests.train.parallel.checkpoint_ranks"])
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])

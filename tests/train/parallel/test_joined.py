@@ -1,7 +1,6 @@
 """What a rank says when it cannot go on, or must not begin: real processes that meet."""
 
 import dataclasses
-import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from sae_dist.train.parallel.feed import Feed
 from sae_dist.train.parallel.joined import joined
 from sae_dist.train.parallel.meeting import Meeting, of_torchrun, serve
 from sae_dist.train.parallel.mesh import Axis, Mesh
+from tests.processes import PROCESSES
 from tests.train.test_loop import full_store
 
 DATA, FEATURE = MeshConfig(data=2, collective_timeout_s=20), MeshConfig(feature=2, collective_timeout_s=20)
@@ -41,8 +41,8 @@ def without_a_compiler(folder: Path, port: int, config: MeshConfig, rank: int, d
 
 def told(folder: Path, config: MeshConfig, does: Callable[[int], object], start: Callable = rank_of) -> list[str]:
     """How both ranks ended, in words."""
-    served, processes = serve("127.0.0.1"), multiprocessing.get_context("spawn")
-    ranks = [processes.Process(target=start, args=(folder, served.port, config, rank, does)) for rank in range(2)]
+    served = serve("127.0.0.1")
+    ranks = [PROCESSES.Process(target=start, args=(folder, served.port, config, rank, does)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:

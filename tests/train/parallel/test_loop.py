@@ -1,7 +1,6 @@
 """Whole trainings on meshes of real processes: the same rows, latents, counters and weights as one process."""
 
 import json
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,11 @@ from safetensors.torch import load_file
 from sae_dist.sae.config import BatchTopK, TopK
 from sae_dist.train.member import Member
 from sae_dist.train.parallel.mesh import Mesh
+from tests.processes import PROCESSES
 from tests.train.parallel import loop_ranks
 from tests.train.parallel.loop_ranks import Scenario, run
 from tests.train.test_loop import full_store
 
-PROCESSES = multiprocessing.get_context("forkserver")  # torch is imported once for all of them
-PROCESSES.set_forkserver_preload(["tests.train.parallel.loop_ranks"])
 SMALL = TopK(n_latents=97, k=4, dead_after_tokens=1000)  # divides over none of 2, 3, 4 ranks
 BATCHES = BatchTopK(n_latents=97, k=4, dead_after_tokens=1000)
 ALSO = (

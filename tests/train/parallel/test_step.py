@@ -1,8 +1,5 @@
 """Steps on a mesh of real processes against one process: the same latents, counters and figures, the same weights."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +7,10 @@ import torch
 from sae_kernels.cpu.build import library
 
 from sae_dist.train.parallel.mesh import Mesh
+from tests.processes import PROCESSES
+from tests.train.parallel import mesh_steps
 from tests.train.parallel.mesh_steps import CASES, train
 
-SCRIPT = Path(__file__).with_name("mesh_steps.py")
 SLOW = ["long", "batch_long"]
 FAST = [  # a bf16 product rounds what 1e-8 has moved
     name for name, case in CASES.items() if name not in SLOW and case.product_dtype == torch.float32
@@ -23,17 +21,15 @@ REPLICATED = ("b_dec", "first.b_dec", "second.b_dec", "steps", "threshold")
 def on_mesh(folder: Path, data: int, feature: int, cases: list[str]) -> dict[str, list[dict]]:
     """What every rank of a mesh of processes says of every case, by rank."""
     folder.mkdir(parents=True)
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), *map(str, (rank, data, feature, folder)), *cases],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
+        PROCESSES.Process(target=mesh_steps.main, args=(rank, data, feature, folder, cases))
         for rank in range(data * feature)
-    ]  # fmt: skip
+    ]
     for rank in ranks:
-        _, errors = rank.communicate(timeout=500)
-        assert rank.returncode == 0, errors
+        rank.start()
+    for rank in ranks:
+        rank.join(500)
+    assert [rank.exitcode for rank in ranks] == [0] * len(ranks)
     return {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in range(data * feature)] for name in cases}
 
 

@@ -1,6 +1,5 @@
 """A rank whose GPU waits for a lost peer ends itself, with a line that names the peer; not for one that is done."""
 
-import multiprocessing
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.joined import joined
 from sae_dist.train.parallel.meeting import Meeting, join, serve
 from sae_dist.train.parallel.pulse import Pulse
+from tests.processes import PROCESSES
 
 STUCK = """
 import sys, time
@@ -74,8 +74,8 @@ def offer(folder: Path, port: int, rank: int) -> None:
 
 
 def test_ranks_of_which_one_has_no_gpu_agree_on_cpus(tmp_path):
-    served, processes = serve("127.0.0.1"), multiprocessing.get_context("spawn")
-    ranks = [processes.Process(target=offer, args=(tmp_path, served.port, rank)) for rank in range(2)]
+    served = serve("127.0.0.1")
+    ranks = [PROCESSES.Process(target=offer, args=(tmp_path, served.port, rank)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
