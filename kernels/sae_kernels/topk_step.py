@@ -85,6 +85,8 @@ class TopKStep:
             raise ValueError(
                 "backend=cpu needs CPU tensors, product_dtype=bfloat16, AVX2 with FMA and a compiler; use auto"
             )
+        if backend == "triton" and product_dtype != torch.bfloat16:
+            raise ValueError(f"backend=triton computes products in bfloat16, not {product_dtype}; use auto or torch")
         if not state.plain and backend not in ("auto", "torch"):
             raise ValueError(f"backend={backend} stores fp32 only; for {state} use auto or torch")
         own = [[self._enc.value, self._dec.value, *biases]]
@@ -103,6 +105,8 @@ class TopKStep:
             self._kernels = PlainStep(
                 self._enc, self._dec, biases, self._first, self._second, product_dtype=product_dtype
             )
+        if screen == "int16" and not isinstance(self._kernels, CpuStep):
+            raise ValueError(f"screen=int16 is of the CPU kernels, and this is backend={self.backend_used}; use auto")
 
     @property
     def backend_used(self) -> Backend:

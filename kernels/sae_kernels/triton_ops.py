@@ -22,7 +22,8 @@ def _encode(
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.bfloat16 if half else torch.float32
     rows, W = (x - b_dec).to(dtype).contiguous(), W_enc.t().to(dtype).contiguous()
-    values, indices, _ = encode_select(rows, W, b_enc.float().contiguous(), k=k, theta=theta)
+    above = None if theta is None else theta.float().contiguous()
+    values, indices, _ = encode_select(rows, W, b_enc.float().contiguous(), k=k, theta=above)
     return values, indices
 
 
@@ -34,7 +35,8 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, theta: Tensor | No
 
 @torch.library.custom_op("sae_kernels::sparse_decode", mutates_args=())
 def _decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    return triton_sparse_decode.decode(values, indices, W_dec.contiguous(), b_dec)
+    bias = None if b_dec is None else b_dec.contiguous()
+    return triton_sparse_decode.decode(values, indices, W_dec.contiguous(), bias)
 
 
 @_decode.register_fake

@@ -65,7 +65,7 @@ class TritonStep:
         """Selection, reconstruction, errors, AuxK, and the pairs by latent that `gradients` and `update_` take."""
         places = dead.nonzero().squeeze(1) if k_aux else dead.new_empty(0)  # waits for the GPU: before it has work
         scale = 2 / (x.shape[0] * variance)
-        main = self._recorded(self._reconstruction, x.float(), k=k, scale=scale)
+        main = self._recorded(self._reconstruction, x.float().contiguous(), k=k, scale=scale)
         rows, error, by_latent = main.rows, main.errors, main.by_latent
         self._through_decoder, self._aux = main.through_decoder, None
         self._through_encoder = main.through_encoder

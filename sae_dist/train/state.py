@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from sae_dist.train.parallel.planner import Mine
 
 
+CONSTANT = 1e-9  # of the mean squared norm: less than fp32 makes of rows that are all the same
+
+
 class Source(NamedTuple):
     """Where the rows come from, and for whom; a checkpoint goes on with these rows only."""
 
@@ -52,10 +55,18 @@ class TrainState(NamedTuple):
 def begin(
     x: Float[Tensor, "rows d_model"], members: Sequence[Member], config: TrainConfig, mesh: Mesh, *, source: Source
 ) -> TrainState:
-    """The state before step 0, from a sample of raw rows: input scale, variance, this rank's initial parameters."""
+    """The state before step 0, from a sample of raw rows: input scale, variance, this rank's initial parameters.
+
+    UserError where all rows are the same.
+    """
     scale = input_scale(float(x.double().square().sum(-1).mean()), x.shape[1])
     x = x * scale
     variance = float((x - x.mean(0)).double().square().sum(-1).mean())
+    if variance < CONSTANT * x.shape[1]:
+        raise UserError(
+            f"hook={source.hook}: the first {len(x)} rows are all the same, so that there is nothing to learn; look at "
+            "what the store holds (sae-dist store stats)"
+        )
     learners = tuple(
         Learner(m, _step(_initial(x, m.sae, mesh, seed=m.seed), m, config, mesh), Guard()) for m in members
     )

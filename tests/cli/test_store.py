@@ -47,6 +47,15 @@ def test_train_on_activations_made_elsewhere(store, capsys, variant):
     assert "has no text and no model" in capsys.readouterr().err
 
 
+def test_rows_that_are_all_the_same_are_refused(store, capsys):
+    np.save("same.npy", np.full((400, 8), 0.7, np.float32))
+    assert main(["store", "import", "path=same.npy", "store=stores/same", "unit_rows=100"]) == 0
+    train = ["train", "store=stores/same", "sae.n_latents=16", "sae.k=2", "train.steps=5", "train.batch=32",
+             "wandb.mode=disabled", "out=runs/same"]  # fmt: skip
+    assert main(train) == 2
+    assert "rows are all the same, so that there is nothing to learn" in capsys.readouterr().err
+
+
 def test_training_follows_a_store_that_is_being_filled(store, capsys):
     rows = np.load("acts.npy")
     rows[-1] = np.nan  # the last unit, which is held out, is refused at first

@@ -11,6 +11,8 @@ import pytest
 import torch
 from sae_kernels import reference
 from sae_kernels.cpu import build, kernels
+from sae_kernels.row_state import StateOptions
+from sae_kernels.stages import Part
 from sae_kernels.topk_step import TopKStep
 
 BACKENDS = ["auto"] if build.library() else []  # without the kernels there is nothing to compare
@@ -136,6 +138,17 @@ def test_rows_that_the_screen_cannot_certify_are_counted_and_selected_all_the_sa
 
 
 @pytest.mark.skipif(not BACKENDS, reason="no kernels")
+@pytest.mark.parametrize("exponent", [-30, -25, -23, -20, -18, -12, -7])
+@pytest.mark.parametrize("of", ["rows", "latents"])
+def test_numbers_whose_squares_are_lost_are_selected_all_the_same(exponent, of):
+    g = torch.Generator().manual_seed(3)
+    x, W_enc = torch.randn(64, 24, generator=g), torch.randn(24, 4000, generator=g)
+    tiny = 10.0**exponent
+    x[:40], W_enc = (x[:40] * tiny, W_enc) if of == "rows" else (x[:40], W_enc * tiny)
+    assert_selects_as_the_reference(x, W_enc, torch.zeros(4000), torch.zeros(24), 16, "int16")
+
+
+@pytest.mark.skipif(not BACKENDS, reason="no kernels")
 @pytest.mark.parametrize("spread", [1, 100])
 def test_a_dimension_that_dwarfs_the_others_is_screened(spread):
     """One dimension decides the scale of int16, as in residual streams; the largest int16 is reached."""
@@ -211,7 +224,56 @@ def _status(name: str) -> int:
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
-@pytest.mark.parametrize("lack", ["compiler", "processor", "working compiler"])
+@pytest.mark.skipif(not BACKENDS, reason="no kernels")
+def test_what_is_held_for_the_gradients_stays_the_callers():
+    g = torch.Generator().manual_seed(0)
+    sae, x = sae_of(torch.randn(24, 100, generator=g), torch.zeros(100), torch.zeros(24), 4), torch.randn(9, 24)
+    rows, errors = sae.stages.rows(x), torch.randn(9, 24, generator=g)
+    selected = sae.stages.select(rows, k=4)
+    part = Part(errors, selected, sae.stages.d_z(errors, selected, scale=-1), -1.0)  # an int would be another register
+    sae.stages.hold_(rows, [part])
+    before = rows.clone(), errors.clone()
+    sae.forward(x + 1, variance=1.0)
+    assert torch.equal(rows, before[0]) and torch.equal(errors, before[1])
+
+
+@pytest.mark.skipif(not BACKENDS, reason="no kernels")
+def test_adams_other_share_is_not_rounded():
+    sae = sae_of(torch.zeros(3, 5), torch.zeros(5), torch.zeros(3), 1, betas=(0.9, 0.999999))
+    gradients = reference.Gradients(torch.ones(3, 5), torch.zeros(5, 3), torch.zeros(5), torch.zeros(3))
+    sae.update_(gradients, lr=1.0)
+    torch.testing.assert_close(sae.W_enc, torch.full((3, 5), -1.0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings, cure",
+    [
+        ({"backend": "triton", "product_dtype": torch.float32}, "use auto or torch"),
+        ({"backend": "torch", "screen": "int16"}, "use auto"),
+        ({"state": StateOptions("float32", "int8"), "screen": "int16"}, "use auto"),
+    ],
+)
+def test_what_a_backend_would_not_do_is_refused(settings, cure):
+    with pytest.raises(ValueError, match=cure):
+        sae_of(torch.zeros(4, 8), torch.zeros(8), torch.zeros(4), 2, **settings)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no library"])
+def test_a_damaged_library_is_compiled_again(damage, monkeypatch, caplog, tmp_path):
+    if not BACKENDS:
+        pytest.skip("no kernels")
+    compiler = build._compiler()
+    assert compiler is not None
+    monkeypatch.setenv("SAE_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", ("-std=c++20", "-O0", "-march=native", "-shared", "-fPIC", "-pthread"))
+    path = build.built(compiler)
+    assert isinstance(path, Path)
+    path.write_bytes(damage)
+    assert build._load() is not None and not isinstance(build._load(), str)
+    assert "compiled again" in caplog.text
+
+
+@pytest.mark.parametrize("lack", ["compiler", "processor", "working compiler", "room"])
 def test_without_its_toolchain_one_warning_says_why_and_torch_takes_over(lack, monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("SAE_KERNELS_CACHE", str(tmp_path))
     match lack:
@@ -221,6 +283,9 @@ def test_without_its_toolchain_one_warning_says_why_and_torch_takes_over(lack, m
             monkeypatch.setattr(build, "cpu_flags", lambda: frozenset({"avx2"}))
         case "working compiler":
             monkeypatch.setenv("CXX", "false")
+        case "room":
+            (tmp_path / "file").touch()
+            monkeypatch.setenv("SAE_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
     if lack != "processor":
         monkeypatch.setattr(build, "cpu_flags", lambda: build.NEEDED)
     build.library.cache_clear()
@@ -231,7 +296,8 @@ def test_without_its_toolchain_one_warning_says_why_and_torch_takes_over(lack, m
                 assert sae.backend_used == "torch"
                 sae.step(torch.randn(3, 4), lr=1e-3, variance=1.0)
         assert len(caplog.records) == 1
-        assert {"compiler": "no C++ compiler", "processor": "no fma", "working compiler": "failed"}[lack] in caplog.text
+        why = {"compiler": "no C++ compiler", "processor": "no fma", "working compiler": "failed"}
+        assert why.get(lack, "SAE_KERNELS_CACHE=FOLDER names a folder") in caplog.text
     finally:
         build.library.cache_clear()
 

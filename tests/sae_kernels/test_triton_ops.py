@@ -71,6 +71,19 @@ def test_a_compiled_graph_holds_the_operators_whole(device):
     torch.testing.assert_close(compiled(x), rebuild(x))
 
 
+def test_a_threshold_or_a_bias_that_is_one_number_expanded_is_read_as_such(device):
+    W_enc, b_enc, _, W_dec = parameters(30, 8, device)
+    x, one, bias = inputs(4, 8, device), torch.full((1,), 1.5, device=device), torch.full((1,), 2.0, device=device)
+    b_dec, theta = bias.expand(8), one.expand(30)
+    expected = reference.threshold(reference.pre_activations(x, W_enc, b_enc, b_dec), theta)
+    ours = triton_active.threshold_encode(x, W_enc, b_enc, b_dec, theta=theta)
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert torch.equal(mine, theirs)
+    places = torch.zeros(4, 2, dtype=torch.int64, device=device)
+    x_hat = triton_ops.sparse_decode(torch.zeros(4, 2, device=device), places, W_dec, b_dec)
+    torch.testing.assert_close(x_hat, b_dec.expand(4, 8).clone())
+
+
 @pytest.mark.parametrize("width", [1, 7])
 def test_threshold_selects_what_the_reference_selects_whatever_the_first_width(device, width):
     W_enc, b_enc, b_dec, W_dec = parameters(30, 8, device)

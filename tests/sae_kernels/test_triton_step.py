@@ -51,6 +51,14 @@ def test_gradients_match_autograd_in_double_precision(device, monkeypatch, batch
         torch.testing.assert_close(ours.double(), theirs, rtol=rtol, atol=0)
 
 
+def test_rows_that_do_not_lie_together_are_read_as_what_they_are(device):
+    gathered, scattered = state(20, 12, 3, device), state(20, 12, 3, device)
+    x = batch_of(5, 12, device)
+    for _ in range(SETTLED + 1):  # a recorded step reads a copy
+        figures = [sae.forward(given, variance=2.0) for sae, given in ((gathered, x), (scattered, x.t().clone().t()))]
+        assert all(torch.equal(a, b) for a, b in zip(*figures, strict=True))
+
+
 def test_steps_equal_those_in_plain_torch_with_and_without_stored_gradients(device):
     fused, stored, plain = (state(20, 12, 3, device, backend=b, dead=6) for b in ("triton", "triton", "torch"))
     for step in range(2):

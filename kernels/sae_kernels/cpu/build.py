@@ -38,13 +38,26 @@ def _load() -> ctypes.CDLL | str:
     compiler = _compiler()
     if compiler is None:
         return "no C++ compiler (g++, clang++ or c++, or CXX=...) is on the path"
+    try:
+        loaded = _loaded(compiler)
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where home is
+        return f"{error}; SAE_KERNELS_CACHE=FOLDER names a folder for them that can be written to"
+    if not isinstance(loaded, str) and not adds_in_documented_order(loaded):
+        return "this processor adds bf16 products in another order than documented, so selections would differ"
+    return loaded
+
+
+def _loaded(compiler: str) -> ctypes.CDLL | str:
     path = built(compiler)
     if isinstance(path, str):
         return path
-    loaded = ctypes.CDLL(str(path))
-    if not adds_in_documented_order(loaded):
-        return "this processor adds bf16 products in another order than documented, so selections would differ"
-    return loaded
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as damage:  # a disk was full, or files were copied from elsewhere
+        logger.warning("the CPU kernels are compiled again: %s", damage)
+        path.unlink(missing_ok=True)
+        again = built(compiler)
+        return again if isinstance(again, str) else ctypes.CDLL(str(again))
 
 
 @functools.cache
@@ -73,7 +86,8 @@ def built(compiler: str) -> Path | str:
 
     The name holds all that decides the content. One process compiles while others wait, and the file appears whole.
     """
-    contents = [*(source.read_bytes() for source in SOURCES), compiler.encode(), " ".join(FLAGS).encode()]
+    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
+    contents = [*(source.read_bytes() for source in SOURCES), version, " ".join(FLAGS).encode()]
     contents += [" ".join(sorted(cpu_flags())).encode(), torch.__version__.encode()]
     digest = hashlib.sha256(b"\0".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
     folder = cache_folder()

@@ -22,7 +22,7 @@ _DENSE = 8  # AuxK takes dense products up to this many times k_aux dead latents
 
 
 class _Adam(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_float) for name in ("lr", "beta1", "beta2", "eps", "unbias1", "unbias2")]
+    _fields_ = [(name, ctypes.c_float) for name in ("lr", "beta2", "new1", "new2", "eps", "unbias1", "unbias2")]
 
 
 class _Parameters(ctypes.Structure):
@@ -82,7 +82,8 @@ def _argument(a: Tensor | int | float | ctypes.Structure | ctypes.Array | None) 
 
 def _adam(hyper: Hyper) -> _Adam:
     beta1, beta2 = hyper.betas
-    return _Adam(hyper.lr, beta1, beta2, hyper.eps, 1 / (1 - beta1**hyper.step), 1 / (1 - beta2**hyper.step))
+    unbias1, unbias2 = 1 / (1 - beta1**hyper.step), 1 / (1 - beta2**hyper.step)
+    return _Adam(hyper.lr, beta2, 1 - beta1, 1 - beta2, hyper.eps, unbias1, unbias2)
 
 
 class Screened(NamedTuple):
@@ -113,6 +114,7 @@ class CpuStep:
         self.rounded = torch.empty(self.n_latents, self.padded, dtype=torch.bfloat16)
         self._buffers: dict[str, Tensor] = {}
         self._none = torch.zeros(self.d_model)
+        self._sources: tuple[Tensor, Tensor] | None = None  # of the pairs: errors, rounded rows
         self._dense: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._screen_from = 0 if screen == "int16" else _SCREEN_FROM if screen == "auto" and screen_pays() else None
         self._rows_screened, self._counts = 0, torch.zeros(2, dtype=torch.int64)
@@ -153,15 +155,15 @@ class CpuStep:
         values, indices = selected.values.contiguous(), selected.indices.int().contiguous()
         out, sizes = torch.empty_like(values), (*values.shape, self.d_model)
         _call(
-            "sae_dots", errors.contiguous(), values, indices, self.parameters[1], *sizes, scale, out,
+            "sae_dots", errors.contiguous(), values, indices, self.parameters[1], *sizes, float(scale), out,
             torch.get_num_threads(),
         )  # fmt: skip
         return out
 
     def hold_(self, rows: Tensor, parts: Sequence[Part]) -> None:
         batch, self._dense = len(rows), None
-        self._buffers["rounded_rows"] = rows
-        self._buffers["errors"] = torch.cat([part.errors for part in parts]) if len(parts) > 1 else parts[0].errors
+        errors = torch.cat([part.errors for part in parts]) if len(parts) > 1 else parts[0].errors.contiguous()
+        self._sources = (errors, rows.contiguous())
         kept = [
             (part.selected.values.contiguous(), part.selected.indices.int().contiguous(), part.d_z.contiguous())
             for part in parts
@@ -208,6 +210,7 @@ class CpuStep:
         rows = self._rows(x)
         chosen = self._select("alive", self.rounded, self.parameters[2], rows=self._buffers["rounded_rows"], k=k)
         errors = self._buffer("errors", (batch if few else 2 * batch, self.d_model))
+        self._sources = (errors, self._buffers["rounded_rows"])
         squares = self._buffer("squares", (2, batch)).zero_()
         described = (_Chosen * (1 if few else 2))(
             self._reconstruct("alive", rows, self.parameters[3], chosen, -scale, errors, squares, 0)
@@ -244,7 +247,7 @@ class CpuStep:
         batch, k = chosen.values.shape
         d_z = self._buffer(f"d_z.{name}", (batch, k))
         _call(
-            "sae_rows", target[:batch], b_dec, *chosen, self.parameters[1], batch, k, self.d_model, scale,
+            "sae_rows", target[:batch], b_dec, *chosen, self.parameters[1], batch, k, self.d_model, float(scale),
             errors[kind * batch :], squares[kind], d_z, torch.get_num_threads(),
         )  # fmt: skip
         return _Chosen(*(t.data_ptr() for t in (*chosen, d_z)), k, kind * batch, scale)
@@ -283,12 +286,12 @@ class CpuStep:
         self.update_b_dec_(d_b_dec, hyper)
 
     def _latents(self, adam: _Adam | None, d_enc: Tensor | None, d_dec: Tensor | None, d_bias: Tensor | None) -> None:
-        buffers = self._buffers
         dense = _Dense(*(t.data_ptr() for t in self._dense)) if self._dense else None
         through_b_dec = self._buffer("through_b_dec", (-(-self.n_latents // _CHUNK), self.d_model))
+        assert self._sources is not None, "no step was begun"
         _call(
-            "sae_latents", buffers["offsets"], buffers["pairs"], buffers["errors"], buffers["rounded_rows"],
-            dense, self._described(), self.n_latents, self.d_model, self.padded, adam, d_enc, d_dec, d_bias,
+            "sae_latents", self._buffers["offsets"], self._buffers["pairs"], *self._sources, dense,
+            self._described(), self.n_latents, self.d_model, self.padded, adam, d_enc, d_dec, d_bias,
             through_b_dec, torch.get_num_threads(),
         )  # fmt: skip
 

@@ -60,12 +60,13 @@ inline void pairs_by_latent(const Chosen* chosen, int kinds, long batch, long n_
 }
 
 struct Adam {
-    float lr, beta1, beta2, eps, unbias1, unbias2;  // unbias = 1 / (1 - beta^step)
+    // new = 1 - beta, which is not rounded from beta in fp32; unbias = 1 / (1 - beta^step)
+    float lr, beta2, new1, new2, eps, unbias1, unbias2;
 
     V operator()(V p, V g, float* first, float* second, Lanes mask) const {
         const V m0 = load(first, mask), v0 = load(second, mask);
-        const V m = fma(splat(1 - beta1), sub(g, m0), m0);
-        const V v = fma(mul(splat(1 - beta2), g), g, mul(splat(beta2), v0));
+        const V m = fma(splat(new1), sub(g, m0), m0);
+        const V v = fma(mul(splat(new2), g), g, mul(splat(beta2), v0));
         store(first, mask, m);
         store(second, mask, v);
         const V root = sqrt(mul(v, splat(unbias2)));

@@ -18,7 +18,7 @@ namespace sae {
 constexpr float NORM = 46000;  // of q: its square, and rounding, stay below 2^31
 
 struct Rounded {
-    float scale, norm, residual;  // a = scale q + the rest; ||a||, ||a - scale q||
+    float scale, norm, residual;  // a = scale q + the rest; ||a|| (0: nothing but zeros), ||a - scale q||
 };
 
 // q = a / scale to the nearest integers, into out (where given); returns the rest's norm.
@@ -43,7 +43,8 @@ inline Rounded rounded(const uint16_t* a, int16_t* out, long n) {
         squares = fma(own, own, squares);
         most = larger(abs(own), most);
     }
-    const float norm = std::sqrt(sum(squares)), scale = std::fmax(norm / NORM, largest(most) / 32766);
+    const float root = std::sqrt(sum(squares)), norm = root < largest(most) ? largest(most) : root;  // NaN stays
+    const float scale = std::fmax(norm / NORM, largest(most) / 32766);
     return {scale, norm, quantise(a, scale, out, n)};
 }
 
@@ -70,12 +71,16 @@ struct Encoder {
     // |z of the product - z of the screen| of any latent with a row x of d numbers. Beside the two roundings: the order of
     // the product's additions, d of them (u = 2^-24 each), the screen's own few, and 0.1 % for the norms' rounding.
     float bound(const Rounded& x, long d) const {
+        if (tiny(x.norm) || tiny(norm)) return INFINITY;
         const float u = 0x1p-24f;
         const float rounding = x.residual * norm + (x.norm + x.residual) * residual;
         return 1.001f * (rounding + (d + 16) * u * x.norm * norm + 8 * u * bias) + 1e-30f;
     }
 
    private:
+    // The rests' squares would be lost.
+    static bool tiny(float norm) { return norm > 0 && norm < 1e-6f; }
+
     static float highest(float a, float b) { return std::isfinite(b) ? std::fmax(a, b) : INFINITY; }
 };
 

@@ -43,7 +43,7 @@ def joined(
 
     `device` is what this rank has; they take CPUs unless all have a GPU. PeersLost in place of what a failed exchange
     raises: with the ranks that are gone, after four seconds of listening. UserError where memory is too small and where
-    data ranks would compute with different kernels. Any other error is raised as it is.
+    data ranks would compute with different kernels or numbers of threads. Any other error is raised as it is.
     """
     device = torch.device(device)
     if meeting is None or world == 1:
@@ -95,11 +95,12 @@ def joined(
 def _refuse_mixture(store: Store, rank: int, world: int) -> None:
     """UserError unless all CPUs compute with the same: data ranks, which hold copies, would drift apart unnoticed."""
     compiled = library()  # its name is a hash of all that decides its sums
-    store.set(f"kernels/{rank}", "plain torch" if compiled is None else Path(compiled._name).stem)
+    kernel = "plain torch" if compiled is None else Path(compiled._name).stem
+    store.set(f"kernels/{rank}", f"{kernel} on {torch.get_num_threads()} threads")  # torch's sums depend on them
     kernels = [store.get(f"kernels/{other}").decode() for other in range(world)]  # waits for those who compile it
     other = next((rank for rank, own in enumerate(kernels) if own != kernels[0]), None)
     if other is not None:
         raise UserError(
             f"rank 0 computes with {kernels[0]} and rank {other} with {kernels[other]}, so that copies of the "
-            "dictionary would drift apart; use mesh.data=1, or machines with the same processor, compiler and torch"
+            "dictionary would drift apart; use mesh.data=1, or the same processor, compiler, torch and OMP_NUM_THREADS"
         )

@@ -12,10 +12,12 @@ latents. Exchanges, and bytes that a rank receives for B rows of d dimensions on
     counts           40 (D F - 1)                 active values, dead latents, flaws; the loss, the same to the bit
 
 The data axis never reduces a gradient: 8 d n_latents / F bytes twice, where errors and pairs are 4 d B + 12 k B. All
-data ranks work out the same update from the same batch instead, in the order that one rank would: they stay equal bit
-for bit, their number does not show in the result, and dead counters need no exchange. AuxK adds its own candidates,
-sums, errors and pairs while latents are dead. BatchTopK finds its choice by counts instead of candidates (threshold,
-batch_select.py: 16 KiB whatever the sizes), and its pairs travel without empty places: 16 k / F (D - 1) / D B.
+data ranks work out the same update from the same batch instead, in the order that one rank of these stages would: they
+stay equal bit for bit, their number does not show in the result, and dead counters need no exchange. (One process alone
+takes the kernels' fused step: its sums are in another order, and its AuxK of few dead latents is a bf16 product.) AuxK
+adds its own candidates, sums, errors and pairs while latents are dead. BatchTopK finds its choice by counts instead of
+candidates (threshold, batch_select.py: 16 KiB whatever the sizes), and its pairs travel without empty places: 16 k / F
+(D - 1) / D B.
 
 On a GPU the process runs ahead of what it has launched, and waits for it once a step: for the counts, which say whether
 the step is sound. It waits once more for AuxK's list of dead latents, once for the norm when clipping, three times for

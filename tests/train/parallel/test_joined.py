@@ -39,6 +39,11 @@ def without_a_compiler(folder: Path, port: int, config: MeshConfig, rank: int, d
     rank_of(folder, port, config, rank, does)
 
 
+def on_more_threads(folder: Path, port: int, config: MeshConfig, rank: int, does: Callable[[int], object]) -> None:
+    torch.set_num_threads(rank + 1)
+    rank_of(folder, port, config, rank, does)
+
+
 def told(folder: Path, config: MeshConfig, does: Callable[[int], object], start: Callable = rank_of) -> list[str]:
     """How both ranks ended, in words."""
     served = serve("127.0.0.1")
@@ -68,7 +73,12 @@ def test_copies_that_would_be_computed_with_different_kernels_are_refused(tmp_pa
         pytest.skip("no compiler here")
     for said in told(tmp_path, DATA, goes_on, without_a_compiler):
         assert said.startswith("UserError: rank 0 computes with ") and "rank 1 with plain torch" in said
-        assert said.endswith("use mesh.data=1, or machines with the same processor, compiler and torch")
+        assert said.endswith("use mesh.data=1, or the same processor, compiler, torch and OMP_NUM_THREADS")
+
+
+def test_copies_whose_sums_would_be_made_by_unequal_numbers_of_threads_are_refused(tmp_path):
+    for said in told(tmp_path, DATA, goes_on, on_more_threads):
+        assert "on 1 threads and rank 1 with" in said and "on 2 threads, so that copies" in said
 
 
 def test_parts_may_be_computed_with_different_kernels(tmp_path):
