@@ -119,7 +119,13 @@ def blocks(tensors: Tensors) -> dict[Block, Tensor]:
 
 
 def write_files(storage: Storage, folder: str, rank: int, parts: Mapping[Block, Tensor]) -> Iterator[File]:
-    """Writes the blocks, several to a file where they are small; each file as it is there."""
+    """Writes the blocks, several to a file where they are small; each file as it is there.
+
+    UserError for numbers that are not finite: a run that goes back must find weights to go back to.
+    """
+    for block, part in parts.items():
+        if part.is_floating_point() and not part.isfinite().all():
+            raise UserError(f"{block.name} holds numbers that are not finite; lower the learning rate")
     for number, group in enumerate(_packed(parts)):
         name = f"rank{rank:05d}-{number:05d}.safetensors"
         faults.point("checkpoint.before_file", rank=rank, number=number)

@@ -151,6 +151,24 @@ def test_going_back_finds_what_was_learned_before_the_trouble(store, tmp_path, m
     assert fvu[41] < 1.1 * fvu[30]
 
 
+def test_weights_that_are_not_finite_are_never_saved(store, tmp_path, monkeypatch, caplog):
+    """An update can overflow where its gradient did not, in the very step whose checkpoint is due."""
+
+    def spoilt(learner, config, x, **more):
+        learned = learn(learner, config, x, **more)
+        if learner.sae.shard.steps == 27 and "going back" not in caplog.text:
+            learner.sae.shard.b_dec[0] = torch.inf
+        return learned
+
+    learn = loop.learn
+    monkeypatch.setattr(loop, "learn", spoilt)
+    config = TrainConfig(**{**vars(CONFIG), "checkpoint_every": 3, "log_every": 1})
+    _, lines = train(store, tmp_path, config=config)
+    assert "the checkpoint of step 27 was not saved (b_dec holds numbers that are not finite" in caplog.text
+    assert "going back to step 24" in caplog.text
+    assert lines[-1][1]["fvu"] < 1.1 * lines[23][1]["fvu"]
+
+
 def test_live_on_a_growing_store_is_stored(whole, tmp_path):
     growing = empty_store(tmp_path / "store")
     harvest(growing, 0)
