@@ -12,7 +12,7 @@ def device() -> torch.device:
     """Where the Triton kernels run."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    assert triton.knobs.runtime.interpret, "Triton was imported before tests/conftest.py chose the interpreter"
+    assert triton.knobs.runtime.interpret, "Triton was imported before tests/conftest.py chose the interpreter"  # pyright: ignore[reportAttributeAccessIssue]
     return torch.device("cpu")
 
 

@@ -29,7 +29,7 @@ def bf16_as_on_a_gpu() -> Iterator[None]:
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
         return interpreter.TensorHandle(rounded.astype(np.uint16), to.scalar)
 
-    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

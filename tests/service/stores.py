@@ -35,7 +35,7 @@ def predictable_model(folder: Path, special: dict[int, float] | None = None) -> 
     model = tiny.model("tiny-llama")
     weight = model.get_input_embeddings().weight
     with torch.no_grad():
-        weight.copy_(embedding(torch.arange(len(weight)), weight.shape[1]))
+        weight.copy_(embedding(torch.arange(len(weight)), weight.shape[1]))  # pyright: ignore[reportCallIssue]
         for token, value in (special or {}).items():
             weight[token, 3] = value
     model.save_pretrained(folder)

@@ -16,8 +16,8 @@ EXPECTED = [Document("one", "data/train:0", "en"), Document("three", "data/train
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))  # pyright: ignore[reportAttributeAccessIssue]
     datasets.disable_progress_bars()
 
 
@@ -70,7 +70,7 @@ def test_a_wrong_split_field_or_folder_is_said(data, tmp_path):
 
 
 def test_a_name_that_cannot_be_reached_is_said(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(UserError, match="nobody/nothing.* cannot be loaded"):
         list(documents(HuggingfaceText(path="nobody/nothing")))
 

@@ -75,7 +75,7 @@ def test_what_any_number_of_processes_wrote_any_other_number_reads(place, small_
 
     def shard(rank: int, world: int) -> dict[str, torch.Tensor | Rows]:
         each = -(-13 // world)
-        cut = {n: Rows(t[rank * each : (rank + 1) * each], rank * each, 13) for n, t in whole.tensors.items() if t.ndim}
+        cut = {n: Rows(t[rank * each : (rank + 1) * each], rank * each, 13) for n, t in whole.tensors.items() if t.ndim}  # pyright: ignore[reportAttributeAccessIssue]
         return cut | {"steps": whole.tensors["steps"]}
 
     folder, files = checkpoint.new_folder(8), []

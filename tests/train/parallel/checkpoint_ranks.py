@@ -78,8 +78,8 @@ def main(folder: Path, rank: int, world: int) -> None:
         os.environ.pop("SAE_DIST_FAULTS", None)
         dist.barrier()
         if mesh.first:
-            newest = place.root / plain.folders(place)[0]
-            copy = place.root / f"step_{200 + number:08d}-copied"
+            newest = place.root / plain.folders(place)[0]  # pyright: ignore[reportAttributeAccessIssue]
+            copy = place.root / f"step_{200 + number:08d}-copied"  # pyright: ignore[reportAttributeAccessIssue]
             copy.mkdir()
             for path in newest.iterdir():
                 (copy / path.name).write_bytes(path.read_bytes())

@@ -62,7 +62,7 @@ def too_much(rank: int) -> None:
 
 def wrong(rank: int) -> None:
     if rank == 0:
-        torch.zeros(2) + torch.zeros(3)
+        torch.add(torch.zeros(2), torch.zeros(3))
 
 
 def goes_on(_: int) -> None: ...
