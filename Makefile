@@ -22,7 +22,7 @@ quickstart: venv
 	$(BIN)/sae-dist run preset=quickstart
 
 test: venv
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: venv
 	$(BIN)/python -m pytest

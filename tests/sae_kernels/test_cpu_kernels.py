@@ -258,17 +258,15 @@ def test_what_a_backend_would_not_do_is_refused(settings, cure):
         sae_of(torch.zeros(4, 8), torch.zeros(8), torch.zeros(4), 2, **settings)
 
 
-@pytest.mark.parametrize("damage", [b"", b"no library"])
-def test_a_damaged_library_is_compiled_again(damage, monkeypatch, caplog, tmp_path):
-    if not BACKENDS:
-        pytest.skip("no kernels")
+@pytest.mark.skipif(not BACKENDS, reason="no kernels")
+def test_a_damaged_library_is_compiled_again(monkeypatch, caplog, tmp_path):
     compiler = build._compiler()
     assert compiler is not None
     monkeypatch.setenv("SAE_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", ("-std=c++20", "-O0", "-march=native", "-shared", "-fPIC", "-pthread"))
     path = build.built(compiler)
     assert isinstance(path, Path)
-    path.write_bytes(damage)
+    path.write_bytes(path.read_bytes()[:1000])
     assert build._load() is not None and not isinstance(build._load(), str)
     assert "compiled again" in caplog.text
 

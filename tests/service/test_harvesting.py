@@ -29,6 +29,7 @@ def replicas() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if "Replica" in child.name()]
 
 
+@pytest.mark.slow
 def test_a_replica_of_two_processes_gives_the_rows_of_one(model, tmp_path):
     out, store = tmp_path / "out", str(tmp_path / "store")
     assert main(stores.overrides(model, store, out, "harvest.tensor_parallel=2", tokens=2048)) == 0

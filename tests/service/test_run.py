@@ -131,24 +131,16 @@ def kill(victim: subprocess.Popen[str], actor: str) -> None:
 
 
 @pytest.mark.usefixtures("_time_to_strike")
-def test_a_run_whose_parts_are_killed_one_by_one_ends_in_the_same_dictionary(uninterrupted, tmp_path):
-    """kill -9 of a replica, of the trainer, of the driver; then it may finish."""
+def test_a_run_whose_replica_and_trainer_are_killed_ends_in_the_same_dictionary(uninterrupted, tmp_path):
     out = tmp_path / "killed"
-    victim = start(out, "train.keep_checkpoints=1")
-    wait_until(lambda: units(out) >= 5, victim)
-    kill(victim, "ray::Replica")
-    wait_until(lambda: has_checkpoint(out), victim)
-    kill(victim, "ray::Trainer")
-    wait_until(lambda: max(order_hashes(out)) > 50, victim)  # beyond where it waits
-    family = psutil.Process(victim.pid).children(recursive=True)
-    family = [process for process in family if "Agent" not in process.name()]  # Ray's agents go some minutes later
-    victim.kill()
-    said, _ = victim.communicate()
+    driver = start(out, "train.keep_checkpoints=1")
+    wait_until(lambda: units(out) >= 5, driver)
+    kill(driver, "ray::Replica")
+    wait_until(lambda: has_checkpoint(out), driver)
+    kill(driver, "ray::Trainer")
+    said = finish(driver)
     assert "replica 0 died at unit" in said
     assert "the trainer died; a new one goes on from step_" in said
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive, f"left behind: {[process.name() for process in alive]}"
-    finish(start(out, "train.keep_checkpoints=1"))
     assert files(out / "dictionary") == files(uninterrupted / "dictionary")
     shared = order_hashes(out).items() & order_hashes(uninterrupted).items()
     assert len(shared) == len(order_hashes(uninterrupted))
@@ -174,7 +166,11 @@ def test_the_driver_killed_while_it_harvests_or_trains(uninterrupted, tmp_path, 
     out = tmp_path / "killed"
     victim = start(out)
     wait_until(lambda: moment(out), victim)
+    family = psutil.Process(victim.pid).children(recursive=True)
+    family = [process for process in family if "Agent" not in process.name()]  # Ray's agents go some minutes later
     victim.kill()
     victim.communicate()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, f"left behind: {[process.name() for process in alive]}"
     finish(start(out))
     assert files(out / "dictionary") == files(uninterrupted / "dictionary")
