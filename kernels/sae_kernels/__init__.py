@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_kernels import plain, reference
-from sae_kernels.reference import Selected, padded
+from sae_kernels.reference import Active, Selected, packed
 
-__all__ = ["Selected", "sparse_decode", "threshold_encode", "topk_encode"]
+__all__ = ["Active", "Selected", "active_decode", "packed", "sparse_decode", "threshold_encode", "topk_encode"]
 
 
 def topk_encode(
@@ -39,16 +39,14 @@ def threshold_encode(
     b_dec: Float[Tensor, " d_model"],
     *,
     theta: Float[Tensor, " n_latents"],
-) -> Selected:
-    """Of (x - b_dec) W_enc + b_enc what exceeds theta >= 0, as many places as the fullest row has; no gradient."""
+) -> Active:
+    """Of (x - b_dec) W_enc + b_enc what exceeds theta >= 0, however many of a row that are; no gradient."""
     with torch.no_grad():
         if x.is_cuda:
             from sae_kernels import triton_active
 
-            active = triton_active.threshold_encode(x, W_enc, b_enc, b_dec, theta=theta)
-        else:
-            active = plain.threshold_encode(x, W_enc, b_enc, b_dec, theta=theta)
-    return padded(active)
+            return triton_active.threshold_encode(x, W_enc, b_enc, b_dec, theta=theta)
+        return plain.threshold_encode(x, W_enc, b_enc, b_dec, theta=theta)
 
 
 def sparse_decode(
@@ -63,6 +61,17 @@ def sparse_decode(
 
         return triton_ops.sparse_decode(values, indices, W_dec, b_dec)
     return plain.sparse_decode(values, indices, W_dec, b_dec)
+
+
+def active_decode(
+    active: Active, W_dec: Float[Tensor, "n_latents d_model"], b_dec: Float[Tensor, " d_model"]
+) -> Float[Tensor, "batch d_model"]:
+    """x_hat = sum over a row's active latents of value * W_dec[index], + b_dec; in memory of their number."""
+    if b_dec.is_cuda:
+        from sae_kernels import triton_active
+
+        return triton_active.active_decode(active, W_dec, b_dec)
+    return plain.bag_sums(W_dec, active.indices, active.values, active.offsets) + b_dec
 
 
 def _wants_gradient(*tensors: Tensor) -> bool:

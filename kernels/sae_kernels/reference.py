@@ -26,6 +26,12 @@ class Active(NamedTuple):
     indices: Int[Tensor, " active"]
     offsets: Int[Tensor, " batch+1"]
 
+    @property
+    def rows(self) -> Int[Tensor, " active"]:
+        """The row of each."""
+        numbers = torch.arange(len(self.offsets) - 1, device=self.offsets.device)
+        return torch.repeat_interleave(numbers, self.offsets.diff())
+
 
 class Gradients(NamedTuple):
     """Gradients of the loss of `topk_gradients`, in the shapes of the parameters."""
@@ -133,6 +139,13 @@ def _active(z: Float[Tensor, "batch n_latents"], chosen: Bool[Tensor, "batch n_l
     return Active(z[rows, indices], indices, offsets)
 
 
+def packed(selected: Selected) -> Active:
+    """The same latents without empty places."""
+    inside = selected.values > 0
+    offsets = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0))
+    return Active(selected.values[inside], selected.indices[inside], offsets)
+
+
 def padded(active: Active) -> Selected:
     """The same latents with as many places a row as the fullest one needs, one at least; empty ones last."""
     counts = active.offsets.diff()
@@ -169,9 +182,8 @@ def active_decode(
     active: Active, W_dec: Float[Tensor, "n_latents d_model"], b_dec: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "batch d_model"]:
     """x_hat = sum over a row's active latents of value * W_dec[index], + b_dec."""
-    rows = torch.repeat_interleave(torch.arange(len(active.offsets) - 1, device=b_dec.device), active.offsets.diff())
     x_hat = b_dec.expand(len(active.offsets) - 1, -1)
-    return x_hat.index_add(0, rows, active.values[:, None] * W_dec[active.indices])
+    return x_hat.index_add(0, active.rows, active.values[:, None] * W_dec[active.indices])
 
 
 def gather_dot(

@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_kernels.reference import Active, Selected, padded
+from sae_kernels.lines import lay
+from sae_kernels.plain import bag_sums
+from sae_kernels.reference import Active, packed
 from sae_kernels.triton_ops import sparse_decode, topk_encode
 
 
@@ -23,7 +25,7 @@ def threshold_encode(
     product_dtype: torch.dtype | None = None,
 ) -> Active:
     """`reference.threshold` of the pre-activations: z where z > theta, for theta >= 0."""
-    return _packed(_above(x, W_enc, b_enc, b_dec, theta, width, product_dtype))
+    return _above(x, W_enc, b_enc, b_dec, theta, width, product_dtype)
 
 
 def batch_topk_encode(
@@ -42,15 +44,20 @@ def batch_topk_encode(
     """
     n_latents = W_enc.shape[1]
     width = min(width or 4 * k, n_latents)
-    selected = topk_encode(x, W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype)
+    found = packed(topk_encode(x, W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype))
+    widths = torch.full_like(found.offsets[1:], width)  # of each row's selection
     while True:
-        chosen = _largest(selected.values.detach(), x.shape[0] * k)
-        full = chosen[:, -1].nonzero().squeeze(1)
-        if width == n_latents or not len(full):
-            return _packed(Selected(torch.where(chosen, selected.values, 0.0), selected.indices))
+        chosen = _largest(found.values.detach(), x.shape[0] * k)
+        filled = (found.offsets.diff() == widths) & (widths < n_latents)
+        full = filled.nonzero().squeeze(1)
+        full = full[chosen[found.offsets[1:][full] - 1]]
+        if not len(full):
+            offsets = torch.nn.functional.pad(chosen.cumsum(0), (1, 0))[found.offsets]
+            return Active(found.values[chosen], found.indices[chosen], offsets)
         width = min(4 * width, n_latents)
-        wider = topk_encode(x[full], W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype)
-        selected = _replaced(selected, full, wider)
+        widths[full] = width
+        wider = packed(topk_encode(x[full], W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype))
+        found = _replaced(found, full, wider)
 
 
 def jumprelu_encode(
@@ -63,63 +70,63 @@ def jumprelu_encode(
     bandwidth: float,
     width: int = 128,
     product_dtype: torch.dtype | None = None,
-) -> tuple[Selected, Float[Tensor, " batch"]]:
+) -> tuple[Active, Float[Tensor, " batch"]]:
     """`reference.jumprelu` of the pre-activations and each row's L0, with its gradients, for theta >= bandwidth / 2.
 
-    The latents within half a bandwidth below theta have the value 0 and are among the places returned: theta's gradient
+    The latents within half a bandwidth below theta have the value 0 and are among those returned: theta's gradient
     needs them. Below bandwidth / 2 the box would reach negative pre-activations, which are not kept.
     """
     if bool((theta < bandwidth / 2).any()):
         raise ValueError(f"theta={float(theta.min())} is below bandwidth/2={bandwidth / 2}; clamp it or narrow the box")
-    z, indices = _above(x, W_enc, b_enc, b_dec, theta.detach() - bandwidth / 2, width, product_dtype)
+    z, indices, offsets = _above(x, W_enc, b_enc, b_dec, theta.detach() - bandwidth / 2, width, product_dtype)
     level = theta[indices]
     gate = ((z > level) & (z > 0)).to(z.dtype)
     near = (((z - level).abs() < bandwidth / 2) & (z > 0)).to(z.dtype).detach()
     box = near * (level - level.detach()) / bandwidth  # 0 in value, carries the gradient
     values = z * gate - level.detach() * box
-    return Selected(values, indices), (gate - box).sum(-1)
+    l0 = bag_sums(z.new_ones(1, 1), torch.zeros_like(indices), gate - box, offsets).squeeze(1)
+    return Active(values, indices, offsets), l0
 
 
 def active_decode(
     active: Active, W_dec: Float[Tensor, "n_latents d_model"], b_dec: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "batch d_model"]:
-    """`reference.active_decode`, by rows padded to the widest."""
-    return sparse_decode(*padded(active), W_dec, b_dec)
+    """`reference.active_decode`, by lines of twice the mean row's latents (lines.py)."""
+    rows = len(active.offsets) - 1
+    lines = lay(active.rows, rows=rows, width=max(1, 2 * len(active.indices) // max(1, rows)))
+    parts = sparse_decode(lines.laid(active.values), lines.laid(active.indices), W_dec, torch.zeros_like(b_dec))
+    return lines.summed(parts) + b_dec
 
 
 def _above(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, theta: Tensor, width: int, product_dtype: torch.dtype | None
-) -> Selected:
-    """All z > max(theta, 0) of every row, descending, padded to the widest row or to `width`."""
+) -> Active:
+    """All z > max(theta, 0) of every row, descending."""
     n_latents = W_enc.shape[1]
     width = min(width, n_latents)
-    selected = topk_encode(x, W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype, theta=theta)
-    while width < n_latents:
-        full = (selected.values[:, -1] > 0).nonzero().squeeze(1)
-        if not len(full):
-            break
+    found = packed(topk_encode(x, W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype, theta=theta))
+    full = (found.offsets.diff() == width).nonzero().squeeze(1)
+    while width < n_latents and len(full):
         width = min(4 * width, n_latents)
-        wider = topk_encode(x[full], W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype, theta=theta)
-        selected = _replaced(selected, full, wider)
-    return selected
+        wider = packed(topk_encode(x[full], W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype, theta=theta))
+        found = _replaced(found, full, wider)
+        full = full[wider.offsets.diff() == width]
+    return found
 
 
-def _replaced(selected: Selected, rows: Tensor, wider: Selected) -> Selected:
-    grown = (0, wider.values.shape[1] - selected.values.shape[1])
-    values, indices = (torch.nn.functional.pad(old, grown) for old in selected)
-    return Selected(values.index_copy(0, rows, wider.values), indices.index_copy(0, rows, wider.indices))
+def _replaced(active: Active, rows: Tensor, wider: Active) -> Active:
+    """With those rows as `wider` has them."""
+    old = ~torch.isin(active.rows, rows)
+    row = torch.cat([active.rows[old], rows[wider.rows]])
+    order = row.argsort(stable=True)
+    values = torch.cat([active.values[old], wider.values])[order]
+    indices = torch.cat([active.indices[old], wider.indices])[order]
+    counts = torch.bincount(row, minlength=len(active.offsets) - 1)
+    return Active(values, indices, torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """A mask of the `count` largest positive values; a stable sort of rows in order keeps the order of ties."""
-    flat = values.flatten()
-    order = torch.sort(flat, descending=True, stable=True).indices[:count]
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen[order] = True
-    return chosen.view_as(values) & (values > 0)
-
-
-def _packed(selected: Selected) -> Active:
-    inside = selected.values > 0
-    offsets = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0))
-    return Active(selected.values[inside], selected.indices[inside], offsets)
+    """A mask of the `count` largest; a stable sort of rows in order keeps the order of ties."""
+    chosen = torch.zeros_like(values, dtype=torch.bool)
+    chosen[torch.sort(values, descending=True, stable=True).indices[:count]] = True
+    return chosen

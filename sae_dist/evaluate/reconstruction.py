@@ -14,14 +14,8 @@ def reconstruction(dictionary: Dictionary, batches: Iterable[Float[Tensor, "batc
     total: ReconstructionSums | None = None
     for x in batches:
         x = x.float()
-        selected = dictionary.encode(x)
-        part = sums(
-            x,
-            dictionary.decode(selected),
-            values=selected.values,
-            indices=selected.indices,
-            n_latents=dictionary.n_latents,
-        )
+        active = dictionary.encode(x)
+        part = sums(x, dictionary.decode(active), active=active.indices, n_latents=dictionary.n_latents)
         total = part if total is None else total + part
     assert total is not None, "no held-out rows"
     return figures(total)

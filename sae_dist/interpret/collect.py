@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import NonNegativeInt, PositiveInt
+from sae_kernels import Active
 from torch import Tensor
 
 from sae_dist.config import frozen
@@ -21,7 +22,7 @@ SAMPLE_BINS = histogram.N_BINS // 2  # samples are kept by these; intervals are 
 UNLABELLED = "unlabelled"
 
 Rows = Iterable[tuple[Tensor, Tensor | np.ndarray, Tensor | np.ndarray]]  # x [rows, d_model], doc [rows], pos [rows]
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]  # x [rows, d_model] -> values, indices [rows, k]
+Encode = Callable[[Float[Tensor, "rows d_model"]], Active]
 
 
 @frozen
@@ -98,10 +99,8 @@ def active_entries(
     encode: Encode, x: Float[Tensor, "rows d_model"]
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]]:
     """Row, latent and value of every activation above zero, by row."""
-    values, indices = encode(x)
-    values, indices = values.float().cpu(), indices.cpu()
-    row, place = (values > 0).nonzero(as_tuple=True)
-    return row, indices[row, place].long(), values[row, place]
+    active = encode(x)
+    return active.rows.cpu(), active.indices.cpu(), active.values.float().cpu()
 
 
 def collect(

@@ -10,7 +10,7 @@ from typing import Any
 import sae_kernels
 import torch
 from jaxtyping import Float
-from sae_kernels.reference import Selected
+from sae_kernels.reference import Active
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,17 +42,17 @@ class Dictionary:
     def d_model(self) -> int:
         return self.parameters.W_dec.shape[1]
 
-    def encode(self, x: Float[Tensor, "batch d_model"]) -> Selected:
-        """The active latents of every row, largest first; as many places as the fullest row needs."""
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> Active:
+        """The active latents of every row, largest first."""
         W_enc, _, b_enc, b_dec = self.parameters
         if self.threshold is not None:
             return sae_kernels.threshold_encode(x.float(), W_enc, b_enc, b_dec, theta=self.threshold)
-        return sae_kernels.topk_encode(x.float(), W_enc, b_enc, b_dec, k=self.k)
+        return sae_kernels.packed(sae_kernels.topk_encode(x.float(), W_enc, b_enc, b_dec, k=self.k))
 
-    def decode(self, selected: Selected) -> Float[Tensor, "batch d_model"]:
+    def decode(self, active: Active) -> Float[Tensor, "batch d_model"]:
         """x_hat from the active latents."""
         _, W_dec, _, b_dec = self.parameters
-        return sae_kernels.sparse_decode(selected.values, selected.indices, W_dec, b_dec)
+        return sae_kernels.active_decode(active, W_dec, b_dec)
 
 
 def save(dictionary: Dictionary, folder: Path) -> None:

@@ -43,11 +43,10 @@ def sums(
     x: Float[Tensor, "batch d_model"],
     x_hat: Float[Tensor, "batch d_model"],
     *,
-    values: Float[Tensor, "batch k"],
-    indices: Int[Tensor, "batch k"],
+    active: Int[Tensor, " active"],
     n_latents: int,
 ) -> ReconstructionSums:
-    """The sums of one batch."""
+    """The sums of one batch; `active` are the latents of all rows that are, in any order."""
     x, x_hat = x.double(), x_hat.double()
     return ReconstructionSums(
         rows=x.shape[0],
@@ -55,7 +54,7 @@ def sums(
         squared_norm=x.square().sum(),
         squared_error=(x - x_hat).square().sum(),
         cosine=torch.cosine_similarity(x, x_hat, dim=-1).sum(),
-        fired=torch.bincount(indices[values > 0], minlength=n_latents),
+        fired=torch.bincount(active, minlength=n_latents),
     )
 
 

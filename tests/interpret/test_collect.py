@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from sae_kernels import Active, Selected, packed
 
 from sae_dist.interpret.collect import UNLABELLED, Collected, PagesConfig, collect, paged_latents
 from sae_dist.interpret.contexts import TOP, choose, shade
@@ -37,8 +38,8 @@ def corpus() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.cat([values, indices], 1)[order], doc, torch.arange(n).remainder(LENGTH)[order].to(torch.uint32)
 
 
-def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x[:, :K], x[:, K:].long()
+def encode(x: torch.Tensor) -> Active:
+    return packed(Selected(x[:, :K], x[:, K:].long()))
 
 
 def batches(corpus, size: int):
@@ -160,7 +161,10 @@ def test_every_firing_is_equally_likely_to_be_sampled():
         config = PagesConfig(
             top_contexts=1, intervals=1, interval_contexts=10, seed=seed, tokens_before=0, tokens_after=0
         )
-        c = collect(rows, lambda x: (x[:, :1], x[:, 1:].long()), n_latents=1, category=lambda doc: None, config=config)
+        c = collect(
+            rows, lambda x: packed(Selected(x[:, :1], x[:, 1:].long())), n_latents=1, category=lambda doc: None,
+            config=config,
+        )  # fmt: skip
         contexts, _ = choose(c, config)
         counts += (contexts.pos[contexts.interval != TOP] // 10).bincount(minlength=n)
     others = counts[:-1]  # the strongest is a top context and not repeated

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from sae_kernels import Active, Selected, packed
 
 from sae_dist.config import CONF_DIR
 from sae_dist.interpret.collect import PagesConfig
@@ -43,9 +44,8 @@ def write(out: Path, decode=PIECES.__getitem__, n_latents: int = N_LATENTS) -> P
     W_dec = torch.randn(n_latents, D_MODEL, generator=g)
     at = torch.arange(DOCS * CONTEXT)
 
-    def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        values, indices = (x @ W_dec.T).topk(K)
-        return values.relu(), indices
+    def encode(x: torch.Tensor) -> Active:
+        return packed(Selected(*(x @ W_dec.T).topk(K)))
 
     return feature_pages(
         out,

@@ -11,6 +11,7 @@ from sae_dist.sae.config import TopK, check_width, resolved_k_aux
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.initialize import Parameters
 from sae_dist.sae.scale import fold_scale, input_scale
+from tests.allocations import Allocations
 
 
 def random_parameters(d_model: int = 12, n_latents: int = 40) -> Parameters:
@@ -79,6 +80,22 @@ def test_a_folder_that_is_not_a_whole_dictionary_is_refused(tmp_path, damage):
         dictionary_file.load(tmp_path)
 
 
+def test_a_row_that_is_active_everywhere_needs_memory_for_itself_alone():
+    """A massive activation: 500 rows with few latents each and one with half of 20,000."""
+    g = torch.Generator().manual_seed(5)
+    W_enc, x = torch.randn(12, 20_000, generator=g), torch.randn(501, 12, generator=g)
+    parameters = Parameters(W_enc, W_enc.T.contiguous(), torch.zeros(20_000), torch.zeros(12))
+    theta = torch.full((20_000,), 14.0)
+    x[7] *= 1000
+    loud = Dictionary(parameters=parameters, k=5, info={"variant": "batchtopk"}, threshold=theta)
+    with Allocations() as seen:
+        active = loud.encode(x)
+        x_hat = loud.decode(active)
+    assert active.offsets.diff()[7] > 9000 and max(seen.bytes) <= 8 * 501 * 4096  # a tile of latents
+    z = (x @ W_enc).double()
+    torch.testing.assert_close(x_hat.double(), torch.where(z > theta, z, 0.0) @ W_enc.T.double(), rtol=1e-4, atol=1e-2)
+
+
 def test_with_thresholds_a_latent_is_active_above_its_own(tmp_path):
     theta = torch.rand(40, generator=torch.Generator().manual_seed(4))
     found = Dictionary(parameters=random_parameters(), k=5, info={"variant": "batchtopk"}, threshold=theta)
@@ -88,12 +105,13 @@ def test_with_thresholds_a_latent_is_active_above_its_own(tmp_path):
     W_enc, W_dec, b_enc, b_dec = found.parameters
     x = torch.randn(9, 12, generator=torch.Generator().manual_seed(3))
     z = (x - b_dec) @ W_enc + b_enc
-    values, indices = loaded.encode(x)
+    active = loaded.encode(x)
     kept = torch.where(z > theta, z, 0.0)
-    assert torch.allclose(torch.zeros_like(z).scatter_add(1, indices, values), kept, atol=1e-5)
-    assert values.shape[1] == (kept > 0).sum(1).max() and bool((values[:, :-1] >= values[:, 1:]).all())
+    assert torch.equal(active.offsets.diff(), (kept > 0).sum(1))
+    assert torch.allclose(active.values, kept[active.rows, active.indices], atol=1e-5)
+    assert all(bool((row[:-1] >= row[1:]).all()) for row in active.values.split(active.offsets.diff().tolist()))
     assert torch.allclose(loaded.decode(loaded.encode(x)), kept @ W_dec + b_dec, atol=1e-4)
-    assert loaded.encode(x[:0]).values.shape == (0, 1)
+    assert loaded.encode(x[:0]).offsets.tolist() == [0]
     silent = Dictionary(parameters=found.parameters, k=5, info=found.info, threshold=torch.full((40,), 1e9))
     assert torch.allclose(silent.decode(silent.encode(x)), b_dec.expand(9, -1))
 

@@ -9,7 +9,7 @@ X = torch.tensor([[1.0, 0], [3, 0], [1, 2], [3, 2]])  # mean (2, 1); sum ||x - m
 
 
 def of(x_hat, values, indices):
-    return sums(x_hat=x_hat, x=X, values=values, indices=indices, n_latents=4)
+    return sums(x_hat=x_hat, x=X, active=indices[values > 0], n_latents=4)
 
 
 def test_figures_worked_by_hand():
@@ -36,7 +36,7 @@ def test_sums_of_parts_are_the_sums_of_the_whole():
     values, indices = torch.rand(30, 3, generator=generator), torch.randint(9, (30, 3), generator=generator)
 
     def part(rows):
-        return sums(x[rows], x_hat[rows], values=values[rows], indices=indices[rows], n_latents=9)
+        return sums(x[rows], x_hat[rows], active=indices[rows][values[rows] > 0.5], n_latents=9)
 
     whole, parts = figures(part(slice(None))), figures(part(slice(0, 11)) + part(slice(11, None)))
     assert parts[:5] == pytest.approx(whole[:5])
@@ -47,7 +47,7 @@ def test_a_constant_offset_of_the_data_does_not_change_the_fvu():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(40, 6, generator=generator)
     x_hat = x + 0.1 * torch.randn(40, 6, generator=generator)
-    nothing = {"values": torch.zeros(40, 1), "indices": torch.zeros(40, 1, dtype=torch.int64), "n_latents": 1}
+    nothing = {"active": torch.zeros(0, dtype=torch.int64), "n_latents": 1}
     assert figures(sums(x + 1000, x_hat + 1000, **nothing)).fvu == pytest.approx(
         figures(sums(x, x_hat, **nothing)).fvu, rel=1e-3
     )

@@ -266,9 +266,11 @@ def test_a_damaged_library_is_compiled_again(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(build, "FLAGS", ("-std=c++20", "-O0", "-march=native", "-shared", "-fPIC", "-pthread"))
     path = build.built(compiler)
     assert isinstance(path, Path)
-    path.write_bytes(path.read_bytes()[:1000])
-    assert build._load() is not None and not isinstance(build._load(), str)
-    assert "compiled again" in caplog.text
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert isinstance(build._load(), ctypes.CDLL)
+    assert "is not what was written; compiling it again" in caplog.text and build.is_sound(path)
+    path.write_bytes(b"")
+    assert not build.is_sound(path)
 
 
 @pytest.mark.parametrize("lack", ["compiler", "processor", "working compiler", "room"])

@@ -5,8 +5,8 @@ import torch
 from sae_kernels import reference
 from sae_kernels.row_state import StateOptions
 from sae_kernels.topk_step import TopKStep
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.allocations import Allocations
 
 SHAPES = [(1, 8, 4, 1), (5, 64, 19, 4), (3, 64, 16, 64), (70, 5000, 33, 7)]  # batch, n_latents, d_model, k
 BACKENDS = ["torch", "auto"]  # auto: the compiled kernels, where the machine can have them
@@ -162,26 +162,9 @@ def test_no_tensor_is_as_large_as_the_dense_activations(backend):
     batch, n_latents = 600, 9000
     sae = state(n_latents, 16, 4, backend=backend)
     sae.tokens_since_fired[::2] = 100
-    with _Sizes() as sizes:
+    with Allocations() as seen:
         sae.step(batch_of(batch, 16), lr=1e-3, variance=1.0)
-    assert 0 < max(sizes.seen) < batch * n_latents
-
-
-class _Sizes(TorchDispatchMode):
-    """Notes how many elements every tensor has that an operation returns, views aside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.seen += [
-            t.untyped_storage().nbytes() // t.element_size()
-            for t in pytree.tree_leaves(out)
-            if isinstance(t, torch.Tensor)
-        ]
-        return out
+    assert 0 < max(seen.bytes) < 4 * batch * n_latents
 
 
 COMPACT = [StateOptions(p, m) for p in ("float32", "bfloat16_stochastic") for m in ("float32", "int8", "factored")]

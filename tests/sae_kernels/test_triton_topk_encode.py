@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-import torch.utils._pytree as pytree
 from sae_kernels import reference
 from sae_kernels.triton_tiles import tile_for
 from sae_kernels.triton_topk_encode import capacity_for, encode_select, spread_of, stretches
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.allocations import Allocations
 
 
 def integers(shape, device, *, low=-3, high=4, seed=0):
@@ -116,23 +116,10 @@ def test_the_buffers_grow_with_k_and_not_with_n_latents(device):
     assert sizes == [256, 512, 1024, 8192, 8192]
 
 
-class _Sizes(TorchDispatchMode):
-    """The bytes of every tensor that an operator returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.sizes += [tensor.nbytes for tensor in pytree.tree_leaves(out) if isinstance(tensor, torch.Tensor)]
-        return out
-
-
 def test_nothing_as_large_as_the_pre_activations_is_ever_allocated(device):
     batch, n_latents, d_model, k = 32, 1500, 8, 3
     x, W = integers((batch, d_model), device), integers((n_latents, d_model), device, seed=1)
-    with _Sizes() as seen:
+    with Allocations() as seen:
         selected = encode_select(x, W, torch.zeros(n_latents, device=device), k=k)
-    assert max(seen.sizes) <= max(8 * batch * capacity_for(k), W.nbytes) < 2 * batch * n_latents  # bf16
+    assert max(seen.bytes) <= max(8 * batch * capacity_for(k), W.nbytes) < 2 * batch * n_latents  # bf16
     assert_same(selected, reference.topk(x @ W.T, k))

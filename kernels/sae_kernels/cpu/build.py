@@ -39,25 +39,15 @@ def _load() -> ctypes.CDLL | str:
     if compiler is None:
         return "no C++ compiler (g++, clang++ or c++, or CXX=...) is on the path"
     try:
-        loaded = _loaded(compiler)
+        path = built(compiler)
+        if isinstance(path, str):
+            return path
+        loaded = ctypes.CDLL(str(path))
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where home is
         return f"{error}; SAE_KERNELS_CACHE=FOLDER names a folder for them that can be written to"
-    if not isinstance(loaded, str) and not adds_in_documented_order(loaded):
+    if not adds_in_documented_order(loaded):
         return "this processor adds bf16 products in another order than documented, so selections would differ"
     return loaded
-
-
-def _loaded(compiler: str) -> ctypes.CDLL | str:
-    path = built(compiler)
-    if isinstance(path, str):
-        return path
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as damage:  # a disk was full, or files were copied from elsewhere
-        logger.warning("the CPU kernels are compiled again: %s", damage)
-        path.unlink(missing_ok=True)
-        again = built(compiler)
-        return again if isinstance(again, str) else ctypes.CDLL(str(again))
 
 
 @functools.cache
@@ -84,7 +74,8 @@ def cache_folder() -> Path:
 def built(compiler: str) -> Path | str:
     """The library of these sources for this processor, compiled unless it is there; or why it could not be.
 
-    The name holds all that decides the content. One process compiles while others wait, and the file appears whole.
+    The name holds all that decides the content. One process compiles while others wait, and the file appears whole,
+    with a hash at its end: to load a file that was cut short or overwritten later would end the process.
     """
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
     contents = [*(source.read_bytes() for source in SOURCES), version, " ".join(FLAGS).encode()]
@@ -92,13 +83,15 @@ def built(compiler: str) -> Path | str:
     digest = hashlib.sha256(b"\0".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
     folder = cache_folder()
     path = folder / f"sae_cpu-{digest[:16]}.so"
-    if path.exists():
+    if is_sound(path):
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{path.stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
+        if is_sound(path):
             return path
+        if path.exists():
+            logger.warning("%s is not what was written; compiling it again", path)
         logger.info("compiling the CPU kernels into %s (some 15 s, once)", path)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             output = Path(scratch) / path.name
@@ -108,8 +101,16 @@ def built(compiler: str) -> Path | str:
             if done.returncode != 0:
                 first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
                 return f"{' '.join(command)} failed: {first}"
+            with output.open("ab") as file:
+                file.write(hashlib.sha256(output.read_bytes()).digest())
             os.replace(output, path)
     return path
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a library is there, and what was written."""
+    content = path.read_bytes() if path.exists() else b""
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def adds_in_documented_order(loaded: ctypes.CDLL) -> bool:

@@ -7,7 +7,8 @@ from sae_kernels.topk_step import TopKStep
 
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep
-from tests.sae_kernels.test_topk_step import BACKENDS, _Sizes, batch_of, dictionary, optimised_
+from tests.allocations import Allocations
+from tests.sae_kernels.test_topk_step import BACKENDS, batch_of, dictionary, optimised_
 
 
 def step_of(
@@ -107,10 +108,10 @@ def test_no_tensor_is_as_large_as_the_dense_activations():
     step.shard.tokens_since_fired[::2] = 100
     x = batch_of(batch, 16)
     x[7] *= 1e4
-    with _Sizes() as sizes:
+    with Allocations() as seen:
         step.step(x, lr=1e-3, variance=1.0)
     assert step.widened > 4
-    assert 0 < max(sizes.seen) < batch * n_latents / 10
+    assert 0 < max(seen.bytes) < 4 * batch * n_latents / 10
 
 
 def test_widening_is_the_same_to_the_bit_as_a_width_that_is_enough():
