@@ -1,7 +1,8 @@
 """Kernels compiled for a processor that need not be there: registers, spills, shared memory and instructions.
 
-`python -m sae_kernels.triton_compiled sm_90 [pattern ...]` prints one JSON object a kernel. It must run in a process of
-its own: Triton's interpreter and its compiler do not mix.
+`python -m sae_kernels.triton_compiled sm_90 [pattern ...]` prints one JSON object a configuration; without arguments it
+prints the table of kernels/README.md. It must run in a process of its own: Triton's interpreter and its compiler do not
+mix.
 """
 
 import json
@@ -86,7 +87,33 @@ def report(target: str, patterns: Sequence[str]) -> Iterator[Compiled]:
             yield compile_for(target, configuration)
 
 
+def table() -> Iterator[str]:
+    """The table of kernels/README.md: of the configurations of one block shape, the most of everything."""
+    shapes: dict[str, dict[str, list[Compiled]]] = {}
+    for target in TARGETS:
+        for compiled in report(target, []):
+            shapes.setdefault(compiled.name.split("/")[0], {}).setdefault(target, []).append(compiled)
+    yield f"| kernel | {' | '.join(TARGETS)} |"
+    yield "|---" * (1 + len(TARGETS)) + "|"
+    for shape, by_target in shapes.items():
+        yield f"| `{shape}` | {' | '.join(_most(by_target.get(target, [])) for target in TARGETS)} |"
+
+
+def _most(compiled: Sequence[Compiled]) -> str:
+    if not compiled:
+        return ""
+    warps, registers, spills, shared = (
+        max(getattr(one, what) for one in compiled) for what in ("warps", "registers", "spills", "shared")
+    )
+    memory = f"{-(-shared // 1024)} KiB" if shared >= 1024 else f"{shared} B" if shared else "0"
+    return f"{warps}: {registers}, {memory}" + (f", **{spills} B spilled**" if spills else "")
+
+
 if __name__ == "__main__":
-    for compiled in report(sys.argv[1], sys.argv[2:]):
-        sys.stdout.write(json.dumps(compiled._asdict()) + "\n")
+    if len(sys.argv) > 1:
+        lines = (json.dumps(compiled._asdict()) for compiled in report(sys.argv[1], sys.argv[2:]))
+    else:
+        lines = table()
+    for line in lines:
+        sys.stdout.write(line + "\n")
         sys.stdout.flush()

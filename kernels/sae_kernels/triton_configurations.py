@@ -1,6 +1,12 @@
-"""Every kernel in every block configuration that the host code can choose, as the compiler wants it."""
+"""Every kernel in every block configuration that the host code can choose, as the compiler wants it.
+
+A configuration is a kernel's constants, its launch, and what its pointers point to; tests/sae_kernels hold the list
+against what is launched. Left out, since it only multiplies an address: the capacity in `encode` and `rank`. Integers
+are compiled as any number, or as a multiple of 16 where '!' says that they usually are one, as d_model is.
+"""
 
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 from sae_kernels import (
@@ -11,16 +17,16 @@ from sae_kernels import (
     triton_sparse_gradient,
     triton_topk_encode,
 )
-from sae_kernels.triton_tiles import GROUP_ROWS, LANES, SINGLE, TILES, UNEVEN, Tile, power_of_two
+from sae_kernels.triton_tiles import GROUP_ROWS, LANES, SINGLE, TILES, UNEVEN, Tile
 
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)  # k up to 16, 32, 64, 128, 256 or 1024, 512 or 2048
-WIDTHS = (128, 256, 512, 768, 2048, 4096, 8192)  # d_model, rounded up to a power of two
+SIZES = tuple(1 << power for power in range(14))  # k up to what is ranked, or d_model up to 8,192, as a power of two
 
 
 class Configuration(NamedTuple):
     """One kernel with its argument types, its constants, which arguments are multiples of 16, and the launch."""
 
-    name: str
+    name: str  # after a '/' what sets it apart from the usual one of its block shape
     kernel: Any
     types: Mapping[str, str]
     constants: Mapping[str, Any]
@@ -40,14 +46,14 @@ def _configuration(
 
 
 def encode(name: str, tile: Tile, *, dtype: str = "bf16", theta: bool = False, even: bool = True,
-           bulk: bool = False, capacity: int = 512) -> Configuration:  # fmt: skip
-    """The encoder product with its selecting epilogue in one tile shape."""
+           aligned: bool = True, bulk: bool = False, capacity: int = 512) -> Configuration:  # fmt: skip
+    """The encoder product with its selecting epilogue in one tile shape; `aligned`: d_model is a multiple of 16."""
     x, W = (f"tensordesc<{dtype}[{rows},{tile.depth}]>" if bulk else f"*{dtype}" for rows in (tile.rows, tile.latents))
     return _configuration(
         name, triton_topk_encode._encode_kernel,
         f"x_ptr:{x} W_ptr:{W} b_ptr:*fp32 theta_ptr:*fp32 least_ptr:*fp32 before_ptr:*i32 "
         "keys_ptr:*i64 count_ptr:*i32 batch:i32 n_latents:i32 leads:i32 spread:i32 start:i32 stop:i32 "
-        + ("d_model:!i32 x_stride:!i32 W_stride:!i32" if even else "d_model:i32 x_stride:i32 W_stride:i32"),
+        + ("d_model:!i32 x_stride:!i32 W_stride:!i32" if aligned else "d_model:i32 x_stride:i32 W_stride:i32"),
         warps=tile.warps, stages=tile.stages, CAPACITY=capacity, HAS_THETA=theta, EVEN=even,
         PRECISION="ieee" if dtype == "fp32" else "tf32", BULK=bulk, RESIDENT=bulk and tile.resident > 0,
         ROWS=tile.rows, LATENTS=tile.latents, DEPTH=tile.depth, FRAGMENTS=tile.fragments, LANES=LANES,
@@ -56,94 +62,122 @@ def encode(name: str, tile: Tile, *, dtype: str = "bf16", theta: bool = False, e
 
 
 def configurations(target: str) -> Iterator[Configuration]:
-    """All configurations that can be chosen on `target`; the default of each kernel comes first."""
-    tile = TILES[target]
-    yield encode("encode", tile, bulk=tile.bulk)
-    yield encode("encode-theta", tile, bulk=tile.bulk, theta=True)
-    if tile.bulk:
-        yield encode("encode-gathered", tile)  # n_latents is no multiple of the tile's
-    if tile.resident:
-        yield encode("encode-long", tile._replace(resident=0), bulk=tile.bulk)  # d_model above RESIDENT_UP_TO
-    yield encode("encode-uneven", UNEVEN, even=False)
-    yield encode("encode-fp32", SINGLE, dtype="fp32", even=False)
-    for capacity in CAPACITIES:
-        warps = triton_select.warps_for(capacity)
-        yield _configuration(
-            f"tighten-{capacity}", triton_select._tighten_kernel,
-            "keys_ptr:*i64 count_ptr:*i32 least_ptr:*fp32 before_ptr:*i32 overflow_ptr:*i32 k:i32",
-            warps=warps, CAPACITY=capacity,
-        )  # fmt: skip
-        yield _configuration(
-            f"rescan-{capacity}", triton_rescan._rescan_kernel,
-            "x_ptr:*bf16 W_ptr:*bf16 b_ptr:*fp32 theta_ptr:*fp32 keys_ptr:*i64 count_ptr:*i32 overflow_ptr:*i32 "
-            "n_latents:!i32 d_model:!i32 x_stride:!i32 W_stride:!i32 k:i32",
-            warps=triton_rescan.rescan_warps(capacity), stages=1, CAPACITY=capacity, HAS_THETA=False,
-            LATENTS=triton_rescan._LATENTS, DEPTH=triton_rescan._DEPTH,
-        )  # fmt: skip
-    for k in (32, 64, 128):
-        yield _configuration(
-            f"rank-{k}", triton_select._rank_kernel, 
-            "keys_ptr:*i64 count_ptr:*i32 values_ptr:*fp32 indices_ptr:*i64 k:i32",
-            warps=1 if k <= 32 else 4, CAPACITY=512, K=k,
-        )  # fmt: skip
-    yield from _gathers()
-    for d_model in WIDTHS:
+    """All that can be chosen on `target` for k up to 2,048 and d_model up to 8,192; what a step takes comes first."""
+    yield from _encodes(target)
+    yield from _selections()
+    for depth in sorted({triton_sparse_decode.blocks_for(d_model)[1] for d_model in SIZES}):
+        yield from _gathers(depth)
+    for d_model in SIZES:
         yield from _updates(d_model)
 
 
-def _gathers() -> Iterator[Configuration]:
-    for d_model in (128, 768):  # blocks of 128 and, from d_model 512 on, of 512 dimensions
-        places, depth = triton_sparse_decode.blocks_for(d_model)
-        pairs, _ = triton_sparse_gradient.blocks_for(d_model)
+def _encodes(target: str) -> Iterator[Configuration]:
+    tile = TILES[target]
+    for theta, end in ((False, ""), (True, "-theta")):
+        yield encode(f"encode{end}", tile, bulk=tile.bulk, theta=theta)
+        if tile.bulk:
+            yield encode(f"encode-gathered{end}", tile, theta=theta)  # n_latents is no multiple of the tile's
+        if tile.resident:  # d_model above RESIDENT_UP_TO
+            yield encode(f"encode-long{end}", tile._replace(resident=0), bulk=tile.bulk, theta=theta)
+        yield encode(f"encode-uneven{end}", UNEVEN, even=False, aligned=False, theta=theta)
+        yield encode(f"encode-uneven{end}/16", UNEVEN, even=False, theta=theta)  # d_model is a multiple of 16, or of 32
+        if tile.depth > UNEVEN.depth:
+            yield encode(f"encode-uneven{end}/32", UNEVEN, theta=theta)
+        yield encode(f"encode-fp32{end}", SINGLE, dtype="fp32", theta=theta)
+        yield encode(f"encode-fp32{end}/16", SINGLE, dtype="fp32", even=False, theta=theta)
+        yield encode(f"encode-fp32{end}/uneven", SINGLE, dtype="fp32", even=False, aligned=False, theta=theta)
+
+
+def _selections() -> Iterator[Configuration]:
+    for capacity in CAPACITIES:
         yield _configuration(
-            f"decode-{depth}", triton_sparse_decode._decode_kernel,
-            "values_ptr:*fp32 indices_ptr:*i64 W_ptr:*fp32 b_ptr:*fp32 minus_ptr:*fp32 out_ptr:*fp32 k:!i32 "
+            f"tighten-{capacity}", triton_select._tighten_kernel,
+            "keys_ptr:*i64 count_ptr:*i32 least_ptr:*fp32 before_ptr:*i32 overflow_ptr:*i32 k:i32",
+            warps=triton_select.warps_for(capacity), CAPACITY=capacity,
+        )  # fmt: skip
+        for dtype, theta in product(("bf16", "fp32"), (False, True)):
+            yield _configuration(
+                _name(f"rescan-{capacity}", fp32=dtype == "fp32", theta=theta), triton_rescan._rescan_kernel,
+                f"x_ptr:*{dtype} W_ptr:*{dtype} b_ptr:*fp32 theta_ptr:*fp32 keys_ptr:*i64 count_ptr:*i32 "
+                "overflow_ptr:*i32 n_latents:!i32 d_model:!i32 x_stride:!i32 W_stride:!i32 k:i32",
+                warps=triton_rescan.rescan_warps(capacity), stages=1, CAPACITY=capacity, HAS_THETA=theta,
+                LATENTS=triton_rescan._LATENTS, DEPTH=triton_rescan._DEPTH,
+            )  # fmt: skip
+    for size in SIZES:
+        if size <= triton_select.RANKED_IN_KERNEL:
+            yield _configuration(
+                f"rank-{size}", triton_select._rank_kernel,
+                "keys_ptr:*i64 count_ptr:*i32 values_ptr:*fp32 indices_ptr:*i64 k:i32",
+                warps=triton_select.rank_warps(size), CAPACITY=triton_topk_encode.capacity_for(size), K=size,
+            )  # fmt: skip
+
+
+def _gathers(depth: int) -> Iterator[Configuration]:
+    """What takes blocks of `depth` dimensions."""
+    places, _ = triton_sparse_decode.blocks_for(depth)
+    pairs, _ = triton_sparse_gradient.blocks_for(depth)
+    for bias, residual, dtype in (
+        (True, True, "fp32"), (False, True, "fp32"), (False, False, "fp32"), (False, False, "bf16"),
+        (True, False, "fp32"), (True, False, "bf16"),
+    ):  # fmt: skip
+        yield _configuration(
+            _name(f"decode-{depth}", bf16=dtype == "bf16", unbiased=not bias, sum=not residual),
+            triton_sparse_decode._decode_kernel,
+            f"values_ptr:*fp32 indices_ptr:*i64 W_ptr:*{dtype} b_ptr:*fp32 minus_ptr:*fp32 out_ptr:*fp32 k:!i32 "
             "d_model:!i32 W_stride:!i32 minus_stride:!i32",
-            warps=4, PLACES=places, DEPTH=depth, HAS_BIAS=True, RESIDUAL=True,
+            warps=4, PLACES=places, DEPTH=depth, HAS_BIAS=bias, RESIDUAL=residual,
         )  # fmt: skip
+    for where, dtype in ((True, "fp32"), (False, "fp32"), (False, "bf16")):
         yield _configuration(
-            f"gather-dot-{depth}", triton_sparse_decode._gather_dot_kernel,
-            "e_ptr:*fp32 W_ptr:*fp32 indices_ptr:*i64 where_ptr:*fp32 out_ptr:*fp32 scale:fp32 k:!i32 d_model:!i32 "
+            _name(f"gather-dot-{depth}", bf16=dtype == "bf16", all=not where), triton_sparse_decode._gather_dot_kernel,
+            f"e_ptr:*fp32 W_ptr:*{dtype} indices_ptr:*i64 where_ptr:*fp32 out_ptr:*fp32 scale:fp32 k:!i32 d_model:!i32 "
             "e_stride:!i32 W_stride:!i32",
-            warps=4, PLACES=places, DEPTH=depth, WHERE=True,
+            warps=4, PLACES=places, DEPTH=depth, WHERE=where,
         )  # fmt: skip
+    for sums, dtype in ((True, "bf16"), (True, "fp32"), (False, "fp32")):
         yield _configuration(
-            f"gradient-{depth}", triton_sparse_gradient._gradient_kernel,
-            "rows_ptr:*bf16 weights_ptr:*fp32 pairs_ptr:*i32 offsets_ptr:*i32 out_ptr:*fp32 sum_ptr:*fp32 k:!i32 "
+            _name(f"gradient-{depth}", fp32=dtype == "fp32", rows=not sums), triton_sparse_gradient._gradient_kernel,
+            f"rows_ptr:*{dtype} weights_ptr:*fp32 pairs_ptr:*i32 offsets_ptr:*i32 out_ptr:*fp32 sum_ptr:*fp32 k:!i32 "
             "split:!i32 shift:!i32 d_model:!i32 stride:!i32",
-            warps=4, PAIRS=pairs, DEPTH=depth, HAS_SUM=True,
+            warps=4, PAIRS=pairs, DEPTH=depth, HAS_SUM=sums,
         )  # fmt: skip
+    for dtype in ("bf16", "fp32"):
         yield _configuration(
-            f"gradient-atomic-{depth}", triton_sparse_gradient._scatter_kernel,
-            "rows_ptr:*bf16 weights_ptr:*fp32 indices_ptr:*i64 out_ptr:*fp32 k:!i32 d_model:!i32 stride:!i32",
+            _name(f"gradient-atomic-{depth}", fp32=dtype == "fp32"), triton_sparse_gradient._scatter_kernel,
+            f"rows_ptr:*{dtype} weights_ptr:*fp32 indices_ptr:*i64 out_ptr:*fp32 k:!i32 d_model:!i32 stride:!i32",
             warps=4, DEPTH=depth,
         )  # fmt: skip
 
 
 def _updates(d_model: int) -> Iterator[Configuration]:
-    depth, warps = power_of_two(d_model), triton_latents.warps_for(d_model)
+    warps = triton_latents.warps_for(d_model)
+    aligned = "!" if d_model >= 16 else ""
     types = (
         "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 rounded_ptr:*bf16 gradient_ptr:*fp32 norm_ptr:*fp32 bias_ptr:*fp32 "
         "bias_m_ptr:*fp32 bias_v_ptr:*fp32 bias_gradient_ptr:*fp32 slots_ptr:*i32 extra_ptr:*fp32 "
         "extra_bias_ptr:*fp32 rows_ptr:*{} weights_ptr:*fp32 pairs_ptr:*i32 "
         "offsets_ptr:*i32 done_ptr:*i32 schedule_ptr:*fp32 step:i32 beta2:fp32 eps:fp32 k:i32 split:i32 "
-        "shift:!i32 d_model:!i32 row_stride:!i32"
+        f"shift:!i32 d_model:{aligned}i32 row_stride:{aligned}i32"
     )
-    for name, rows, dense, encoder, lazy in (
-        ("encoder", "bf16", False, True, False),
-        ("decoder", "fp32", False, False, False),
-        ("decoder-lazy", "fp32", False, False, True),
-        ("decoder-dense", "fp32", True, False, False),
-    ):
+    for parameter, source in (
+        ("encoder", ""), ("encoder", "extra"), ("encoder", "dense"),
+        ("decoder", ""), ("decoder", "extra"), ("decoder", "dense"), ("decoder", "lazy"), ("b_dec", "dense"),
+    ):  # fmt: skip
+        encoder, dense = parameter == "encoder", source == "dense"
         yield _configuration(
-            f"update-{name}-{depth}", triton_latents._update_kernel, types.format(rows),
-            warps=warps, DENSE=dense, UNIT=not encoder, ROUND=encoder, BIAS=encoder, LAZY=lazy,
-            EXTRA=not lazy and not dense,
-            PAIRS=triton_latents.PAIRS, DEPTH=depth,
+            _name(f"update-{parameter}-{d_model}", **({source: True} if source else {})),
+            triton_latents._update_kernel, types.format("bf16" if encoder and not dense else "fp32"), warps=warps,
+            DENSE=dense, UNIT=parameter == "decoder", ROUND=encoder, BIAS=encoder, LAZY=source == "lazy",
+            EXTRA=source == "extra", PAIRS=triton_latents.PAIRS, DEPTH=d_model,
         )  # fmt: skip
-    yield _configuration(
-        f"catch-up-{depth}", triton_latents._catch_up_kernel,
-        "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 offsets_ptr:*i32 done_ptr:*i32 schedule_ptr:*fp32 step:i32 "
-        "beta2:fp32 eps:fp32 d_model:!i32",
-        warps=warps, ALL=False, DEPTH=depth,
-    )  # fmt: skip
+    for everything in (False, True):
+        yield _configuration(
+            _name(f"catch-up-{d_model}", all=everything), triton_latents._catch_up_kernel,
+            "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 offsets_ptr:*i32 done_ptr:*i32 schedule_ptr:*fp32 step:i32 "
+            f"beta2:fp32 eps:fp32 d_model:{aligned}i32",
+            warps=warps, ALL=everything, DEPTH=d_model,
+        )  # fmt: skip
+
+
+def _name(shape: str, **differences: bool) -> str:
+    return "/".join([shape, *(name for name, differs in differences.items() if differs)])

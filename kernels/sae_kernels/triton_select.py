@@ -81,6 +81,11 @@ def warps_for(capacity: int) -> int:
     return min(max(capacity // 512, 1), 16)
 
 
+def rank_warps(size: int) -> int:
+    """One warp up to 32 places: a lane has one of them."""
+    return 1 if size <= 32 else 4
+
+
 class Buffers:
     """What an encode keeps on the device between its kernels: [rows, capacity] keys and four numbers a row."""
 
@@ -110,7 +115,7 @@ def ordered(keys: Tensor, count: Tensor, values: Tensor, indices: Tensor) -> Non
     (rows, capacity), k = keys.shape, values.shape[1]
     if k <= RANKED_IN_KERNEL:
         size = power_of_two(k)
-        _rank_kernel[(rows,)](keys, count, values, indices, k, CAPACITY=capacity, K=size, num_warps=1 if k <= 32 else 4)
+        _rank_kernel[(rows,)](keys, count, values, indices, k, CAPACITY=capacity, K=size, num_warps=rank_warps(size))
         return
     kept = torch.arange(k, device=keys.device) < count[:, :1]
     key = torch.where(kept, keys[:, :k], 0).sort(dim=1, descending=True).values
