@@ -17,7 +17,7 @@ from sae_kernels import (
     triton_sparse_gradient,
     triton_topk_encode,
 )
-from sae_kernels.triton_tiles import GROUP_ROWS, LANES, SINGLE, TILES, UNEVEN, Tile
+from sae_kernels.triton_tiles import GROUP_ROWS, LANES, SINGLE, TILES, UNEVEN, Tile, with_thresholds
 
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)  # k up to 16, 32, 64, 128, 256 or 1024, 512 or 2048
 SIZES = tuple(1 << power for power in range(14))  # k up to what is ranked, or d_model up to 8,192, as a power of two
@@ -72,17 +72,17 @@ def configurations(target: str) -> Iterator[Configuration]:
 
 
 def _encodes(target: str) -> Iterator[Configuration]:
-    tile = TILES[target]
     for theta, end in ((False, ""), (True, "-theta")):
+        tile, uneven = (with_thresholds(t, target) if theta else t for t in (TILES[target], UNEVEN))
         yield encode(f"encode{end}", tile, bulk=tile.bulk, theta=theta)
         if tile.bulk:
             yield encode(f"encode-gathered{end}", tile, theta=theta)  # n_latents is no multiple of the tile's
         if tile.resident:  # d_model above RESIDENT_UP_TO
             yield encode(f"encode-long{end}", tile._replace(resident=0), bulk=tile.bulk, theta=theta)
-        yield encode(f"encode-uneven{end}", UNEVEN, even=False, aligned=False, theta=theta)
-        yield encode(f"encode-uneven{end}/16", UNEVEN, even=False, theta=theta)  # d_model is a multiple of 16, or of 32
-        if tile.depth > UNEVEN.depth:
-            yield encode(f"encode-uneven{end}/32", UNEVEN, theta=theta)
+        yield encode(f"encode-uneven{end}", uneven, even=False, aligned=False, theta=theta)
+        yield encode(f"encode-uneven{end}/16", uneven, even=False, theta=theta)  # d_model is a multiple of 16, or of 32
+        if tile.depth > uneven.depth:
+            yield encode(f"encode-uneven{end}/32", uneven, theta=theta)
         yield encode(f"encode-fp32{end}", SINGLE, dtype="fp32", theta=theta)
         yield encode(f"encode-fp32{end}/16", SINGLE, dtype="fp32", even=False, theta=theta)
         yield encode(f"encode-fp32{end}/uneven", SINGLE, dtype="fp32", even=False, aligned=False, theta=theta)

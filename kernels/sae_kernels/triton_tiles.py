@@ -33,16 +33,24 @@ RESIDENT_UP_TO = 2048  # d_model: with longer sums the epilogue is not worth hid
 LANES = 4  # threads that share a row of a matrix unit's result, each with two columns of eight (NVIDIA's)
 
 
-def tile_for(x: torch.Tensor) -> Tile:
-    """The default tile for operands [rows, d_model] like x, on the device that holds it."""
+def tile_for(x: torch.Tensor, *, theta: bool = False) -> Tile:
+    """The default tile for operands [rows, d_model] like x, on the device that holds it; `theta`: with thresholds."""
     if x.device.type != "cuda":
         return INTERPRETED
     if x.dtype == torch.float32:
         return SINGLE
-    tile = TILES[target_of(x.device)]
+    target = target_of(x.device)
+    tile = TILES[target]
     if x.shape[1] % tile.depth:
-        return UNEVEN
-    return tile if x.shape[1] <= RESIDENT_UP_TO else tile._replace(resident=0)
+        tile = UNEVEN
+    elif x.shape[1] > RESIDENT_UP_TO:
+        tile = tile._replace(resident=0)
+    return with_thresholds(tile, target) if theta else tile
+
+
+def with_thresholds(tile: Tile, target: str) -> Tile:
+    """The tile where columns have thresholds: on Blackwell half as wide, since a thread has half a row's columns."""
+    return tile._replace(latents=tile.latents // 2) if target == "sm_100" else tile
 
 
 def target_of(device: torch.device) -> str:

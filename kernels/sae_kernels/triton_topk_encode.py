@@ -219,7 +219,7 @@ def encode_select(
     """
     batch = x.shape[0]
     capacity = capacity or capacity_for(k)
-    tile = tile or tile_for(x)
+    tile = tile or tile_for(x, theta=theta is not None)
     values = torch.empty(batch, k, dtype=torch.float32, device=x.device)
     indices = torch.empty(batch, k, dtype=torch.int64, device=x.device)
     overflowed = torch.empty(batch, dtype=torch.int32, device=x.device)
