@@ -1,17 +1,20 @@
 """BatchTopK and JumpReLU without [batch, n_latents]: rows with different numbers of active latents.
 
 Both come from the per-row selection with a width: a row that fills its width may have more, and is selected again four
-times as wide. The result is exact, whatever the width; a good guess saves the second selection.
+times as wide, or, beyond what a program can rank, in plain torch. The result is exact, whatever the width; a good guess
+saves the second selection.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_kernels import plain
 from sae_kernels.lines import lay
-from sae_kernels.plain import bag_sums
 from sae_kernels.reference import Active, packed
 from sae_kernels.triton_ops import sparse_decode, topk_encode
+
+WIDEST = 2048  # latents of a row that a program selects: beyond, its keys do not fit registers
 
 
 def threshold_encode(
@@ -55,8 +58,12 @@ def batch_topk_encode(
             offsets = torch.nn.functional.pad(chosen.cumsum(0), (1, 0))[found.offsets]
             return Active(found.values[chosen], found.indices[chosen], offsets)
         width = min(4 * width, n_latents)
+        if width > WIDEST:
+            width, anything = n_latents, torch.zeros_like(b_enc)
+            wider = plain.threshold_encode(x[full], W_enc, b_enc, b_dec, theta=anything, product_dtype=product_dtype)
+        else:
+            wider = packed(topk_encode(x[full], W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype))
         widths[full] = width
-        wider = packed(topk_encode(x[full], W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype))
         found = _replaced(found, full, wider)
 
 
@@ -84,7 +91,7 @@ def jumprelu_encode(
     near = (((z - level).abs() < bandwidth / 2) & (z > 0)).to(z.dtype).detach()
     box = near * (level - level.detach()) / bandwidth  # 0 in value, carries the gradient
     values = z * gate - level.detach() * box
-    l0 = bag_sums(z.new_ones(1, 1), torch.zeros_like(indices), gate - box, offsets).squeeze(1)
+    l0 = plain.bag_sums(z.new_ones(1, 1), torch.zeros_like(indices), gate - box, offsets).squeeze(1)
     return Active(values, indices, offsets), l0
 
 
@@ -108,6 +115,9 @@ def _above(
     full = (found.offsets.diff() == width).nonzero().squeeze(1)
     while width < n_latents and len(full):
         width = min(4 * width, n_latents)
+        if width > WIDEST:
+            wider = plain.threshold_encode(x[full], W_enc, b_enc, b_dec, theta=theta, product_dtype=product_dtype)
+            return _replaced(found, full, wider)
         wider = packed(topk_encode(x[full], W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype, theta=theta))
         found = _replaced(found, full, wider)
         full = full[wider.offsets.diff() == width]

@@ -84,8 +84,10 @@ def test_a_threshold_or_a_bias_that_is_one_number_expanded_is_read_as_such(devic
     torch.testing.assert_close(x_hat, b_dec.expand(4, 8).clone())
 
 
+@pytest.mark.parametrize("widest", [5, 2048])
 @pytest.mark.parametrize("width", [1, 7])
-def test_threshold_selects_what_the_reference_selects_whatever_the_first_width(device, width):
+def test_threshold_selects_what_the_reference_selects_whatever_the_first_width(device, monkeypatch, width, widest):
+    monkeypatch.setattr(triton_active, "WIDEST", widest)
     W_enc, b_enc, b_dec, W_dec = parameters(30, 8, device)
     x, theta = inputs(4, 8, device), torch.arange(30, device=device).float() / 4
     expected = reference.threshold(reference.pre_activations(x, W_enc, b_enc, b_dec), theta)
@@ -96,8 +98,9 @@ def test_threshold_selects_what_the_reference_selects_whatever_the_first_width(d
     torch.testing.assert_close(x_hat, reference.active_decode(expected, W_dec, b_dec))
 
 
-@pytest.mark.parametrize("k, width", [(2, None), (3, 3), (30, None)])
-def test_batch_topk_selects_what_the_reference_selects(device, k, width):
+@pytest.mark.parametrize("k, width, widest", [(2, None, 2048), (3, 3, 2048), (3, 3, 5), (30, None, 2048)])
+def test_batch_topk_selects_what_the_reference_selects(device, monkeypatch, k, width, widest):
+    monkeypatch.setattr(triton_active, "WIDEST", widest)
     W_enc, b_enc, b_dec, _ = parameters(30, 8, device)
     x = inputs(4, 8, device) * torch.tensor([[1.0], [4.0], [1.0], [0.0]], device=device)  # a loud row and a mute one
     expected = reference.batch_topk(reference.pre_activations(x, W_enc, b_enc, b_dec), k)
@@ -106,7 +109,9 @@ def test_batch_topk_selects_what_the_reference_selects(device, k, width):
         assert torch.equal(mine, theirs)
 
 
-def test_jumprelu_matches_the_reference_in_values_l0_and_gradients(device):
+@pytest.mark.parametrize("widest", [5, 2048])
+def test_jumprelu_matches_the_reference_in_values_l0_and_gradients(device, monkeypatch, widest):
+    monkeypatch.setattr(triton_active, "WIDEST", widest)
     W_enc, b_enc, b_dec, W_dec = parameters(30, 8, device)
     x, theta = inputs(4, 8, device), 1.0 + torch.arange(30, device=device).remainder(5) / 2
     weight = torch.randn(4, 30, generator=torch.Generator().manual_seed(2)).to(device)
