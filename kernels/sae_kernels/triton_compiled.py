@@ -88,15 +88,22 @@ def report(target: str, patterns: Sequence[str]) -> Iterator[Compiled]:
 
 
 def table() -> Iterator[str]:
-    """The table of kernels/README.md: of the configurations of one block shape, the most of everything."""
-    shapes: dict[str, dict[str, list[Compiled]]] = {}
+    """The table of kernels/README.md: of the configurations of one row, the most of everything."""
+    rows: dict[str, dict[str, list[Compiled]]] = {}
     for target in TARGETS:
         for compiled in report(target, []):
-            shapes.setdefault(compiled.name.split("/")[0], {}).setdefault(target, []).append(compiled)
+            rows.setdefault(row_of(compiled.name), {}).setdefault(target, []).append(compiled)
     yield f"| kernel | {' | '.join(TARGETS)} |"
     yield "|---" * (1 + len(TARGETS)) + "|"
-    for shape, by_target in shapes.items():
-        yield f"| `{shape}` | {' | '.join(_most(by_target.get(target, [])) for target in TARGETS)} |"
+    for row, by_target in rows.items():
+        yield f"| {row} | {' | '.join(_most(by_target.get(target, [])) for target in TARGETS)} |"
+
+
+def row_of(name: str) -> str:
+    """The row of a configuration: one for a block shape, and one for all shapes of 64 numbers and less."""
+    kind, _, size = name.split("/")[0].rpartition("-")
+    small = kind.startswith(("rank", "update", "catch-up")) and int(size) <= 64
+    return f"`{kind}-64` and less" if small else f"`{name.split('/')[0]}`"
 
 
 def _most(compiled: Sequence[Compiled]) -> str:

@@ -12,8 +12,8 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942":
 DEFAULTS = ("encode", "tighten-512", "rank-32", "decode-512", "gather-dot-512", "gradient-512", "update-encoder-1024",
             "update-decoder-1024")  # fmt: skip
 SPILLS = {
-    ("sm_100", "rescan-8192"),  # k above 1,024: 24 bytes in a kernel that a row in 10^15 needs
-    ("sm_100", "encode-theta"),  # 32 bytes
+    ("sm_100", "rescan-8192"),  # k above 1,024: 16 bytes in a kernel that a row in 10^15 needs
+    ("sm_90", "rescan-1024/fp32"),  # 8 bytes there too
 }
 
 
@@ -30,12 +30,14 @@ def compiled(target, names, cache):
 
 def check(target, kernels):
     for kernel in kernels:
-        assert kernel["spills"] == 0 or (target, kernel["name"]) in SPILLS, kernel
+        known = any(kernel["name"].startswith(name) for at, name in SPILLS if at == target)
+        assert kernel["spills"] == 0 or known, kernel
         assert kernel["shared"] <= SHARED[target], kernel
-        if kernel["name"].startswith("encode") and kernel["name"] != "encode-fp32":
+        if kernel["name"].startswith("encode") and "fp32" not in kernel["name"]:
             assert PRODUCT[target] in kernel["instructions"], kernel
             assert "atomic" in kernel["instructions"], kernel
-        if kernel["name"].startswith(("decode", "gather", "gradient-5", "gradient-1", "update")):
+        kind, _, width = kernel["name"].split("/")[0].rpartition("-")
+        if kind.startswith(("decode", "gather", "gradient", "update")) and "atomic" not in kind and int(width) >= 128:
             assert "load128" in kernel["instructions"], kernel  # 16 bytes a thread and load
         if kernel["name"] == "encode" and target != "gfx942":
             assert "cp.async" in kernel["instructions"], kernel  # the next operands arrive during the product
@@ -55,5 +57,5 @@ def test_default_configurations_do_not_spill_and_use_the_matrix_units(target, tm
 @pytest.mark.parametrize("target", PRODUCT)
 def test_every_configuration_that_can_be_chosen_compiles_without_spills(target, tmp_path):
     kernels = compiled(target, [], tmp_path)
-    assert len(kernels) > 45
+    assert len(kernels) > 200
     check(target, kernels)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sae_kernels import triton_active, triton_latents, triton_select
 from sae_kernels.topk_step import TopKStep
-from sae_kernels.triton_compiled import TARGETS
+from sae_kernels.triton_compiled import TARGETS, row_of
 from sae_kernels.triton_configurations import configurations
 from sae_kernels.triton_topk_encode import encode_select
 
@@ -100,10 +100,10 @@ def test_updates_of_every_width_are_listed(listed):
 
 
 def test_names_are_unique_and_the_table_has_a_row_for_each_shape():
-    shapes = []
+    rows = []
     for target in TARGETS:
         names = [one.name for one in configurations(target)]
         assert len(set(names)) == len(names)
-        shapes += [name.split("/")[0] for name in names]
-    rows = [line.split("`")[1] for line in README.read_text().split("### Compiled")[1].splitlines() if "| `" in line]
-    assert rows == list(dict.fromkeys(shapes))
+        rows += map(row_of, names)
+    table = README.read_text().split("### Compiled")[1].splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table if "| `" in line] == list(dict.fromkeys(rows))
