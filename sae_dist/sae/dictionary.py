@@ -9,16 +9,19 @@ from typing import Any
 
 import sae_kernels
 import torch
+import xxhash
 from jaxtyping import Float
 from sae_kernels.reference import Active
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_dist.config import UserError
+from sae_dist.config import UserError, digest
 from sae_dist.sae.initialize import Parameters
 
 FORMAT = 1
+WEIGHTS = "weights_xxh3_128"  # the key of config.json that holds the hash of dictionary.safetensors
+CURE = "repeat the run's command, which makes it again, or take another copy of the dictionary"
 THRESHOLDS = {"topk": False, "batchtopk": True}  # by variant: whether latents are chosen by one
 
 
@@ -102,28 +105,53 @@ def write(
             missing[name] -= rows.numel()
     if any(missing.values()):
         raise ValueError(f"{folder} would lack some of {', '.join(name for name, n in missing.items() if n)}")
+    about = {**info, "format": FORMAT, "k": k, WEIGHTS: _xxh3_128(weights.with_suffix(".part"))}
     weights.with_suffix(".part").replace(weights)
     config.with_suffix(".part").write_text(
-        json.dumps({**info, "format": FORMAT, "k": k}, indent=2, sort_keys=True) + "\n"
+        json.dumps({**about, "digest": digest(about)}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
     config.with_suffix(".part").replace(config)
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """config.json of the dictionary in `folder`; UserError when one of the files is gone, damaged or of another format.
+
+    The weights are read once, never held: their hash must be the one in config.json, and config.json's its own.
+    """
+    config, weights = folder / "config.json", folder / "dictionary.safetensors"
+    for path in (config, weights):
+        if not path.is_file():
+            raise UserError(f"dictionary={folder} has no {path.name}; give the dictionary/ folder of a finished run")
+    try:
+        info = json.loads(config.read_text(encoding="utf-8"))
+        sealed, found = info.pop("digest"), digest(info)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{config} is not what was written there; {CURE}") from None
+    if info.get("format") != FORMAT:
+        raise UserError(f"dictionary={folder} is of format {info.get('format')}, this program reads {FORMAT}")
+    if sealed != found:
+        raise UserError(f"{config} does not match its own digest; {CURE}")
+    if _xxh3_128(weights) != info.get(WEIGHTS):
+        raise UserError(f"{weights} is damaged: it does not match {WEIGHTS} in config.json; {CURE}")
+    return info
+
+
+def _xxh3_128(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            state.update(piece)
+    return state.hexdigest()
 
 
 def load(folder: Path) -> Dictionary:
     """The dictionary in `folder`; raises UserError when it is missing, torn or of another format."""
     config, weights = folder / "config.json", folder / "dictionary.safetensors"
-    for path in (config, weights):
-        if not path.is_file():
-            raise UserError(f"dictionary={folder} has no {path.name}; give the dictionary/ folder of a finished run")
-    info = json.loads(config.read_text())
-    if info.get("format") != FORMAT:
-        raise UserError(f"dictionary={folder} is of format {info.get('format')}, this program reads {FORMAT}")
+    info = check(folder)
     try:
         tensors = load_file(weights)
     except SafetensorError as error:
-        raise UserError(
-            f"{weights} is damaged ({error}); remove dictionary/ and summary.json and repeat the run's command"
-        ) from error
+        raise UserError(f"{weights} is damaged ({error}); {CURE}") from error
     W_enc = tensors["W_enc"].T.contiguous().T
     parameters = Parameters(W_enc, tensors["W_dec"], tensors["b_enc"], tensors["b_dec"])
     if W_enc.shape != parameters.W_dec.T.shape:

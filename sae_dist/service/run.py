@@ -87,7 +87,7 @@ def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
     if not (out / "summary.json").is_file():
         return None
     store = reader.open(storage.open(config.store_uri))
-    found = read_finished(out, config_hash(config, store.meta.digest))
+    found = read_finished(out, config_hash(config, store.meta.digest), config.members)
     return found if found is not None and found.get("judged") == _judgements(config) else None
 
 

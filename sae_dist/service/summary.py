@@ -1,14 +1,18 @@
 """summary.json: the final figures of a run. A figure that was not measured is null, never a guess."""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import xxhash
-
+from sae_dist.config import UserError
+from sae_dist.sae.dictionary import WEIGHTS, check
 from sae_dist.service.config import TrainJob
 from sae_dist.shards.reader import Store
+from sae_dist.train.member import Member
+
+logger = logging.getLogger(__name__)
 
 
 class Finished(Protocol):
@@ -24,16 +28,27 @@ class Finished(Protocol):
     def seconds(self) -> float: ...
 
 
-def read_finished(out: Path, hashed: str) -> dict[str, Any] | None:
-    """The summary that a finished run of the same configuration left in `out`, None when there is none."""
+def read_finished(out: Path, hashed: str, members: Iterable[Member]) -> dict[str, Any] | None:
+    """The summary that a finished run of the same configuration left in `out`, with all of its dictionaries sound.
+
+    None when there is none; what is gone or damaged is said in the log, and is made again by going on.
+    """
     path = out / "summary.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if found.get("config_hash") == hashed else None
+    if found.get("config_hash") != hashed:
+        return None
+    try:
+        for member in members:
+            check(member.folder(out))
+    except UserError as damage:
+        logger.warning("this run had finished, but %s; making what is missing again", damage)
+        return None
+    return found
 
 
 def weights_digest(dictionary: Path) -> str:
-    """What judgements of a dictionary hang on: the hash of its weights."""
-    return xxhash.xxh3_128_hexdigest((dictionary / "dictionary.safetensors").read_bytes())
+    """What judgements of a dictionary hang on: the hash of its weights, which are what it says."""
+    return check(dictionary)[WEIGHTS]
 
 
 def summarize(

@@ -163,7 +163,7 @@ def _lead(job: TrainJob, work: Work, stop: Stop, *, begin: Callable[[bool], obje
         hashed = config_hash(job, store.meta.digest)
         folder = RunFolder(out, job)
         with folder.outcome():
-            if (finished := read_finished(out, hashed)) is not None:
+            if (finished := read_finished(out, hashed, job.members)) is not None:
                 return finished
             if not job.live:
                 check_heldout(store)

@@ -63,7 +63,10 @@ def test_a_saved_dictionary_loads_bit_for_bit(tmp_path):
     assert (loaded.k, loaded.info["hook"]) == (5, "resid_post.1")
 
 
-@pytest.mark.parametrize("damage", ["no config", "no weights", "cut weights", "other format"])
+@pytest.mark.parametrize(
+    "damage",
+    ["no config", "no weights", "cut weights", "a bit of the weights", "k", "no JSON", "no object", "other format"],
+)
 def test_a_folder_that_is_not_a_whole_dictionary_is_refused(tmp_path, damage):
     dictionary_file.save(dictionary(random_parameters()), tmp_path)
     weights, config = tmp_path / "dictionary.safetensors", tmp_path / "config.json"
@@ -74,6 +77,16 @@ def test_a_folder_that_is_not_a_whole_dictionary_is_refused(tmp_path, damage):
             weights.unlink()
         case "cut weights":
             weights.write_bytes(weights.read_bytes()[:-100])
+        case "a bit of the weights":
+            data = bytearray(weights.read_bytes())
+            data[len(data) // 2] ^= 64
+            weights.write_bytes(data)
+        case "k":
+            config.write_text(config.read_text().replace('"k": 5', '"k": 6'))
+        case "no JSON":
+            config.write_bytes(b"\xff{")
+        case "no object":
+            config.write_text("[1]")
         case "other format":
             config.write_text(json.dumps(json.loads(config.read_text()) | {"format": 99}))
     with pytest.raises(UserError, match=str(tmp_path)):

@@ -11,9 +11,9 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from safetensors.torch import load_file, save_file
 
 from sae_dist.cli.main import main
+from sae_dist.sae import dictionary
 from tests.service.main_job import command, files, finish, has_checkpoint, order_hashes, start, units, wait_until
 
 
@@ -56,9 +56,9 @@ def test_a_run_that_was_copied_is_judged_by_what_is_in_the_copy(uninterrupted, t
     again = json.loads((copy / "summary.json").read_text())
     assert again["eval"]["fvu"] == pytest.approx(summary["eval"]["fvu"], rel=1e-6)
     assert again["eval"]["ce_tokens"] == 8 * 127
-    weights = load_file(copy / "dictionary" / "dictionary.safetensors")
-    weights["W_dec"] *= 0.5
-    save_file(weights, copy / "dictionary" / "dictionary.safetensors")
+    other = dictionary.load(copy / "dictionary")
+    other.parameters.W_dec.mul_(0.5)
+    dictionary.save(other, copy / "dictionary")
     assert main(["evaluate", str(copy)]) == 0
     assert json.loads((copy / "summary.json").read_text())["eval"]["fvu"] > 1.5 * summary["eval"]["fvu"]
     assert json.loads((uninterrupted / "summary.json").read_text()) == summary
