@@ -26,6 +26,7 @@ from sae_dist.train.loop import Trained, train
 from sae_dist.train.parallel.exchange import ranks_here
 from sae_dist.train.parallel.joined import Joined, joined
 from sae_dist.train.parallel.meeting import Meeting
+from sae_dist.train.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +91,12 @@ def run_training(
     origin = {"model": meta.model, "model_fingerprint": meta.model_fingerprint, "tokenizer": meta.tokenizer}
     origin |= {"store": job.store, "text_fingerprint": meta.text_fingerprint}
     with _one_trainer(out) if rank.mesh.first else nullcontext(), _logs(job, out, rank.mesh.first, watch) as log:
-        return train(
+        task = Task(
             store, hook=chosen_hook(store, job.hook), members=job.members, config=job.train, order=job.order,
-            seed=job.seed, out=out, log=log, mesh=rank.mesh, checkpoint_timeout_s=job.mesh.checkpoint_timeout_s,
-            live=job.live, stop=stop, at=rank.at, provenance={**origin, **provenance},
+            seed=job.seed, out=out, live=job.live, provenance={**origin, **provenance},
+            checkpoint_timeout_s=job.mesh.checkpoint_timeout_s,
         )  # fmt: skip
+        return train(task, rank.mesh, log=log, stop=stop, at=rank.at)
 
 
 @contextmanager

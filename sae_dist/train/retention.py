@@ -24,7 +24,8 @@ def prune(storage: Storage, *, sound: Collection[str], keep: int, every: int = 0
 
     `sound`: the folder that the run went on from, and those that it wrote since. Older ones count as long as their
     manifest verifies; any other of these steps did not verify when the run went on from before it, and would hide what
-    is written since. Returns the manifests of the last `keep`, oldest first.
+    is written since. Returns the manifests of the last `keep`, oldest first; nothing where there are fewer: were one of
+    them damaged, the run would begin anew.
     """
     since, last, kept = min(map(checkpoint.step_of, sound)), [], set[str]()
     for folder in checkpoint.folders(storage):
@@ -40,7 +41,7 @@ def prune(storage: Storage, *, sound: Collection[str], keep: int, every: int = 0
             continue
         kept.add(folder)
     _clear(storage, kept)
-    return last[::-1]
+    return last[::-1] if len(last) == keep else []
 
 
 def sweep(storage: Storage) -> None:

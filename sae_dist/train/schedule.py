@@ -1,21 +1,23 @@
 """The learning rate as a pure function of the step."""
 
+from sae_dist.train.config import TrainConfig
+
 
 def base_lr(n_latents: int) -> float:
     """lr = 2e-4 / sqrt(n_latents / 2^14): wider dictionaries want smaller steps (Gao et al. 2024, App. A.3)."""
     return 2e-4 / (n_latents / 2**14) ** 0.5
 
 
-def lr_factor(step: int, *, n_steps: int, warmup_fraction: float, decay_fraction: float) -> float:
+def lr_factor(step: int, config: TrainConfig) -> float:
     """Linear warm-up, constant, linear decay at the end (Templeton et al. 2024); steps count from 0.
 
     The first step has 1 / warm-up steps and the last 1 / decay steps of the peak: no step is wasted on a rate of zero.
     """
-    warmup = round(warmup_fraction * n_steps)
-    decay = round(decay_fraction * n_steps)
+    warmup = round(config.warmup_fraction * config.n_steps)
+    decay = round(config.decay_fraction * config.n_steps)
     factor = 1.0
     if step < warmup:
         factor = (step + 1) / warmup
-    if step >= n_steps - decay:
-        factor = min(factor, (n_steps - step) / decay)
+    if step >= config.n_steps - decay:
+        factor = min(factor, (config.n_steps - step) / decay)
     return factor

@@ -19,6 +19,7 @@ from sae_dist.train import loop
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.consumer import consumer_name
 from sae_dist.train.member import MAIN, Member
+from sae_dist.train.task import Task
 
 N_TRUE, D_MODEL, ROWS, UNITS = 48, 24, 600, 8
 CONFIG = TrainConfig(steps=60, batch=64, init_rows=256, checkpoint_every=20, log_every=10, threads=1)
@@ -67,12 +68,15 @@ def store(tmp_path_factory) -> Store:
     return full_store(tmp_path_factory.mktemp("store"))
 
 
-def train(store: Store, out: Path, *, config: TrainConfig = CONFIG, sae: SAEConfig = SAE, **more):
+def train(
+    store: Store, out: Path, *, config: TrainConfig = CONFIG, sae: SAEConfig = SAE, stop=lambda: False,
+    at=lambda *_: None, **more,
+):  # fmt: skip
     lines: list[tuple[int, dict]] = []
-    given = {"seed": 0, "order": ORDER, "provenance": {}, "log": lambda *entry: lines.append(entry)} | more
-    given = {"members": (Member(MAIN, sae, given["seed"], config.lr),)} | given
-    trained = loop.train(store, hook="x", config=config, out=out, **given)
-    return trained, lines
+    seed = more.get("seed", 0)
+    given = {"seed": seed, "order": ORDER, "members": (Member(MAIN, sae, seed, config.lr),)} | more
+    task = Task(store, hook="x", config=config, out=out, **given)
+    return loop.train(task, log=lambda *entry: lines.append(entry), stop=stop, at=at), lines
 
 
 def weights(out: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sae_dist.train.config import TrainConfig
 from sae_dist.train.schedule import base_lr, lr_factor
 
 
@@ -12,10 +13,12 @@ def test_the_law_halves_the_rate_for_four_times_the_latents():
 
 
 def test_warm_up_plateau_and_decay():
-    factors = [lr_factor(s, n_steps=20, warmup_fraction=0.2, decay_fraction=0.25) for s in range(20)]
+    config = TrainConfig(steps=20, warmup_fraction=0.2, decay_fraction=0.25)
+    factors = [lr_factor(step, config) for step in range(20)]
     assert factors[:5] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert factors[14:] == pytest.approx([1, 1, 0.8, 0.6, 0.4, 0.2])
 
 
 def test_without_warm_up_and_decay_it_is_constant():
-    assert {lr_factor(s, n_steps=7, warmup_fraction=0, decay_fraction=0) for s in range(7)} == {1.0}
+    config = TrainConfig(steps=7, warmup_fraction=0, decay_fraction=0)
+    assert {lr_factor(step, config) for step in range(7)} == {1.0}

@@ -6,7 +6,7 @@ torch.distributed.checkpoint plans and agrees (planner.py); a single process has
 import logging
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
 
@@ -24,73 +24,73 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def group_of(mesh: Mesh, timeout_s: float) -> dist.ProcessGroup | None:
-    """A group for checkpoints alone, so that a thread may use it while the mesh trains; every rank calls this once.
+class Checkpoints:
+    """The checkpoints in one place, as all ranks of a mesh write and read them together: all call the same methods."""
 
-    `timeout_s` is how long a rank that has written its part waits for the others.
-    """
-    if mesh.world.group is None:
-        return None
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))  # type: ignore[return-value]
+    def __init__(self, mesh: Mesh, storage: Storage, *, timeout_s: float) -> None:
+        """`timeout_s` is how long a rank that has written its part waits for the others."""
+        self.storage = storage
+        self._group: dist.ProcessGroup | None = None
+        if mesh.world.group is not None:  # one for checkpoints alone: a thread may use it while the mesh trains
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            self._group = cast(dist.ProcessGroup, group)  # every rank is in it
 
+    def save(self, state: Checkpoint) -> str:
+        """Writes what each rank holds; returns on every rank once the checkpoint counts, with its folder.
 
-def save(group: dist.ProcessGroup | None, storage: Storage, state: Checkpoint) -> str:
-    """Writes what each rank holds; returns on every rank once the checkpoint counts, with its folder.
+        StorageError on all ranks when one could not write.
+        """
+        if self._group is None:
+            return checkpoint.save(self.storage, state)
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.state_dict_saver import save as save_together
 
-    StorageError on all ranks when one could not write.
-    """
-    if group is None:
-        return checkpoint.save(storage, state)
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_saver import save as save_together
+        from sae_dist.train.parallel.planner import RowsSavePlanner, Writer
 
-    from sae_dist.train.parallel.planner import RowsSavePlanner, Writer
-
-    writer = Writer(storage, state, dist.get_rank(group))
-    try:
-        save_together(dict(state.tensors), storage_writer=writer, planner=RowsSavePlanner(), process_group=group)
-    except CheckpointException as failed:
-        raise StorageError(_reasons(failed, (OSError, ValueError))) from None
-    return writer.folder
-
-
-def load(group: dist.ProcessGroup | None, storage: Storage, folder: str, mine: "Mine") -> Checkpoint:
-    """What this rank holds of a checkpoint; CorruptData on all ranks when one found it damaged."""
-    if group is None:
-        return checkpoint.read(storage, folder, mine)
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_loader import load as load_together
-
-    from sae_dist.train.parallel.planner import Reader, RowsLoadPlanner
-
-    planner, reader = RowsLoadPlanner(mine), Reader(storage, folder)
-    try:
-        load_together({}, storage_reader=reader, planner=planner, process_group=group)
-    except CheckpointException as failed:
-        raise CorruptData(_reasons(failed, checkpoint.DAMAGE)) from None
-    return Checkpoint(reader.manifest.step, planner.parts, reader.manifest.facts, folder)
-
-
-def latest(
-    group: dist.ProcessGroup | None, storage: Storage, mine: "Mine", *, among: Callable[[Manifest], bool] | None = None
-) -> Checkpoint | None:
-    """The newest checkpoint that verifies on all ranks, the same on all; None when there is none.
-
-    `among` says which ones count; those whose manifest is damaged do not.
-    """
-    if group is None:
-        return checkpoint.latest(storage, lambda place, folder: checkpoint.read(place, folder, mine), among=among)
-    lists: list[list[str] | None] = [checkpoint.folders(storage, among) if dist.get_rank(group) == 0 else None]
-    dist.broadcast_object_list(lists, group_src=0, group=group)  # one list: storages may show a new file late
-    for folder in lists[0] or []:
+        writer = Writer(self.storage, state, dist.get_rank(self._group))
         try:
-            return load(group, storage, folder, mine)
-        except CorruptData as damage:
-            if dist.get_rank(group) == 0:
-                checkpoint.passed_over(storage, folder, damage)
-        except OSError as error:
-            raise checkpoint.refusal(storage, folder, error) from None
-    return checkpoint.none_left(storage, lists[0] or [])
+            save_together(
+                dict(state.tensors), storage_writer=writer, planner=RowsSavePlanner(), process_group=self._group
+            )
+        except CheckpointException as failed:
+            raise StorageError(_reasons(failed, (OSError, ValueError))) from None
+        return writer.folder
+
+    def latest(self, mine: "Mine", *, among: Callable[[Manifest], bool] | None = None) -> Checkpoint | None:
+        """What this rank holds of the newest checkpoint that verifies on all ranks; None when there is none.
+
+        `among` says which ones count; those whose manifest is damaged do not.
+        """
+        if self._group is None:
+            return checkpoint.latest(
+                self.storage, lambda place, folder: checkpoint.read(place, folder, mine), among=among
+            )
+        first = dist.get_rank(self._group) == 0
+        lists: list[list[str] | None] = [checkpoint.folders(self.storage, among) if first else None]
+        dist.broadcast_object_list(lists, group_src=0, group=self._group)  # one list: a storage may show a file late
+        for folder in lists[0] or []:
+            try:
+                return self._load(folder, mine)
+            except CorruptData as damage:
+                if first:
+                    checkpoint.passed_over(self.storage, folder, damage)
+            except OSError as error:
+                raise checkpoint.refusal(self.storage, folder, error) from None
+        return checkpoint.none_left(self.storage, lists[0] or [])
+
+    def _load(self, folder: str, mine: "Mine") -> Checkpoint:
+        """What this rank holds of a checkpoint; CorruptData on all ranks when one found it damaged."""
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.state_dict_loader import load as load_together
+
+        from sae_dist.train.parallel.planner import Reader, RowsLoadPlanner
+
+        planner, reader = RowsLoadPlanner(mine), Reader(self.storage, folder)
+        try:
+            load_together({}, storage_reader=reader, planner=planner, process_group=self._group)
+        except CheckpointException as failed:
+            raise CorruptData(_reasons(failed, checkpoint.DAMAGE)) from None
+        return Checkpoint(reader.manifest.step, planner.parts, reader.manifest.facts, folder)
 
 
 def _reasons(failed: "CheckpointException", expected: tuple[type[Exception], ...]) -> str:

@@ -13,7 +13,7 @@ from sae_dist.train import checkpoint as plain
 from sae_dist.train import retention
 from sae_dist.train.checkpoint import Checkpoint, Rows
 from sae_dist.train.config import MeshConfig
-from sae_dist.train.parallel import checkpoint
+from sae_dist.train.parallel.checkpoint import Checkpoints
 from sae_dist.train.parallel.mesh import Mesh, connect
 
 N = 13
@@ -61,18 +61,18 @@ def main(folder: Path, rank: int, world: int) -> None:
             MeshConfig(data=data, feature=feature), rank=rank, world=world, device="cpu",
             store=dist.PrefixStore(str(number), shared),
         )  # fmt: skip
-        group = checkpoint.group_of(mesh, 60)
-        previous = checkpoint.latest(group, place, mine(mesh))
+        checkpoints = Checkpoints(mesh, place, timeout_s=60)
+        previous = checkpoints.latest(mine(mesh))
         told[f"{data}x{feature} reads"] = holds(previous, mesh, 5 if number == 0 else 6 + number - 1)
-        checkpoint.save(group, place, shard(mesh, 6 + number))
+        checkpoints.save(shard(mesh, 6 + number))
         dist.barrier()
-        told[f"{data}x{feature} reads its own"] = holds(checkpoint.latest(group, place, mine(mesh)), mesh, 6 + number)
+        told[f"{data}x{feature} reads its own"] = holds(checkpoints.latest(mine(mesh)), mesh, 6 + number)
         if rank == world - 1:
             os.environ["SAE_DIST_FAULTS"] = json.dumps(
                 [{"point": "checkpoint.before_file", "action": "raise", "nth": 0}]
             )
         try:
-            checkpoint.save(group, place, shard(mesh, 100 + number))
+            checkpoints.save(shard(mesh, 100 + number))
         except UserError as error:
             told[f"{data}x{feature} fails"] = str(error)
         os.environ.pop("SAE_DIST_FAULTS", None)
@@ -86,7 +86,7 @@ def main(folder: Path, rank: int, world: int) -> None:
             torn = copy / "rank00000-00000.safetensors"
             torn.write_bytes(torn.read_bytes()[:-1])
         dist.barrier()
-        read = checkpoint.latest(group, place, mine(mesh))
+        read = checkpoints.latest(mine(mesh))
         told[f"{data}x{feature} passes over damage"] = holds(read, mesh, 6 + number)
         dist.barrier()
         if mesh.first:

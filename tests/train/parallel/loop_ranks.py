@@ -11,12 +11,13 @@ from sae_dist import storage
 from sae_dist.config import Stopped
 from sae_dist.sae.config import SAEConfig
 from sae_dist.shards import reader
-from sae_dist.train import loop
+from sae_dist.train import loop, resume
 from sae_dist.train.config import MeshConfig, TrainConfig
 from sae_dist.train.guard import GuardConfig
 from sae_dist.train.learner import Learner
 from sae_dist.train.member import MAIN, Member
 from sae_dist.train.parallel.mesh import Mesh, connect
+from sae_dist.train.task import Task
 from tests.train.test_loop import CONFIG, ORDER, SAE
 
 ALL_STEPS = 10_000
@@ -55,7 +56,7 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
     """Trains `folder`/`name` on the store `folder`/store: the lines of its log, what was selected, how it ended."""
     lines: list[tuple[int, dict]] = []
     chosen: list[torch.Tensor] = []
-    learn, begin = loop.learn, loop.begin
+    learn, begin = loop.learn, resume.begin
     last = mesh.world.rank == mesh.world.size - 1
     done = 0
 
@@ -88,12 +89,12 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
         return state
 
     patch(loop, "learn", watched)
-    patch(loop, "begin", started)
+    patch(resume, "begin", started)
     store = reader.open(storage.open(str(folder / "store")))
     try:
+        task = Task(store, "x", scenario.members, scenario.config, ORDER, seed=0, out=folder / scenario.name)
         trained = loop.train(
-            store, hook="x", members=scenario.members, config=scenario.config, order=ORDER, seed=0,
-            out=folder / scenario.name, log=lambda *entry: lines.append(entry), mesh=mesh, provenance={}, at=at,
+            task, mesh, log=lambda *entry: lines.append(entry), at=at,
             stop=lambda: last and done >= scenario.stop_at,
         )  # fmt: skip
         ended = trained.order_hash
@@ -101,7 +102,7 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
         ended = str(stopped)
     finally:
         patch(loop, "learn", learn)
-        patch(loop, "begin", begin)
+        patch(resume, "begin", begin)
     return {"lines": lines, "chosen": torch.cat(chosen) if chosen else None, "ended": ended}
 
 

@@ -1,0 +1,48 @@
+"""The batches of a training, from any step on."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_dist.config import Stopped
+from sae_dist.train.parallel.feed import Feed
+from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.state import TrainState
+from sae_dist.train.task import Task
+
+
+class Batches(NamedTuple):
+    """Opens the task's rows, in their order, on this rank of the mesh; reading ends early once `stop()` is true."""
+
+    task: Task
+    mesh: Mesh
+    stop: Callable[[], bool]
+
+    def after(self, state: TrainState) -> Feed:
+        """What is still to be trained on; use it in a `with`."""
+        return self._feed(state.step, state.order_hash, state.source.manifest, until=self.task.config.n_steps)
+
+    def sample(self, manifest: int | None) -> Float[Tensor, "rows d_model"]:
+        """The first `train.init_rows` rows of the order itself: shuffled, and there as soon as training can begin.
+
+        Raises Stopped when reading was asked to end before.
+        """
+        parts: list[Tensor] = []
+        n_rows, batch = self.task.config.init_rows, self.task.config.batch
+        with self._feed(0, 0, manifest, until=-(-n_rows // batch)) as feed:
+            while sum(map(len, parts)) < n_rows:
+                if (fed := feed.next()) is None:
+                    raise Stopped("nothing was trained yet")
+                parts.append(fed.x.float().clone())
+        return torch.cat(parts)[:n_rows]
+
+    def _feed(self, step: int, order_hash: int, manifest: int | None, *, until: int) -> Feed:
+        task = self.task
+        return Feed(
+            self.mesh, task.store, task.hook, batch=task.config.batch, seed=task.seed, order=task.order,
+            start_step=step, order_hash=order_hash, live=task.live,
+            manifest=None if manifest is None else task.store.pinned(manifest), stop=self.stop, stop_step=until,
+        )  # fmt: skip
