@@ -5,7 +5,7 @@ Each dataclass lives beside the code that it configures; this file has only what
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
+SHOWN = 200  # characters of a value in a message
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())  # wheel, else checkout
@@ -38,31 +39,46 @@ def load(cls: type[T], values: Mapping[str, Any]) -> T:
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise UserError("; ".join(_describe(e, values) for e in error.errors())) from None
+        raise UserError("; ".join(_problems(error.errors(), values))) from None
 
 
-def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> str:
-    key = ".".join(_keys(error["loc"], values))
+def _problems(errors: Sequence[ErrorDetails], values: Mapping[str, Any]) -> list[str]:
+    """One problem a place: where a value may be of several kinds, all that it may be."""
+    problems: dict[str, list[str]] = {}
+    for error in errors:
+        place, reason = _describe(error, values)
+        problems.setdefault(place, []).append(reason)
+    return [f"{place}{', or '.join(dict.fromkeys(reasons))}" for place, reasons in problems.items()]
+
+
+def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> tuple[str, str]:
+    """Where and what: the key, with its value where that helps, and the reason."""
+    key, shown = ".".join(_keys(error["loc"], values)), repr(error["input"])
+    shown = f"{shown[:SHOWN]}..." if len(shown) > SHOWN else shown
     match error["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
-            return f"unknown key {key}={error['input']!r}; remove it (--help lists the keys)"
+            return f"unknown key {key}={shown}; ", "remove it (--help lists the keys)"
         case "missing" | "missing_argument":
-            return f"{key} is missing; set {key}=..."
+            return f"{key} is missing; ", f"set {key}=..."
         case "value_error":
-            reason = error["msg"].removeprefix("Value error, ")
-            return f"{key}: {reason}" if key else reason
+            return f"{key}: " if key else "", error["msg"].removeprefix("Value error, ")
         case _:
-            return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+            return f"{key}={shown}: ", f"{error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _keys(loc: tuple[int | str, ...], values: object) -> list[str]:
     """The keys of a place in `values`, without the kinds by which pydantic tells alternatives apart."""
     keys = []
     for part in loc:
-        if isinstance(values, Mapping) and part not in values and values.get("kind") == part:
-            continue
+        if isinstance(values, Mapping):
+            if part not in values and values.get("kind") == part:
+                continue
+            values = values.get(part)
+        elif isinstance(values, list | tuple) and isinstance(part, int) and part < len(values):
+            values = values[part]
+        else:
+            break  # the value itself is at fault, as each of the kinds that it may be
         keys.append(str(part))
-        values = values.get(part) if isinstance(values, Mapping) else None
     return keys
 
 

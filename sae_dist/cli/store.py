@@ -8,6 +8,7 @@ sae-dist store import  path=X store=S     a store of activations made elsewhere
 sae-dist store copy    store=S to=T       between folders and s3://, resumable and verified
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, assert_never
 
@@ -20,12 +21,12 @@ from sae_dist.config import UserError, frozen, load
 from sae_dist.service.display import quantity
 from sae_dist.shards import copy as copying
 from sae_dist.shards import gc, imports, reader, summary, verify
-from sae_dist.shards.format import DType
 from sae_dist.shards.imports import ImportConfig
 from sae_dist.shards.reader import Store
 
 POSITIONAL = ("action", "store")
 HOUR_S = 3600.0
+IMPORT_KEYS = [field.name for field in dataclasses.fields(ImportConfig)]  # type: ignore[arg-type]
 BAD_INPUT = 2
 
 
@@ -36,35 +37,25 @@ class StoreJob:
     action: Literal["ls", "stats", "verify", "gc", "import", "copy"]
     store: str
     to: str | None = None
-    path: str | None = None
-    hook: str = "imported"
-    key: str = ""
-    dtype: DType | Literal["auto"] = "auto"
-    unit_rows: int = 0
-    slice_rows: int = 0
-    heldout_fraction: float = 0.05
-    max_nonfinite: float = 0.01
-    model: str = "imported"
-    seed: int = 0
     withdraw: bool = False
     delete: bool = False
     age_hours: Annotated[float, Field(ge=0)] = 48.0
 
-    def needed(self, key: Literal["to", "path"]) -> str:
-        """A key that this action cannot do without."""
-        value = getattr(self, key)
-        if value is None:
-            raise UserError(f"{key} is missing; sae-dist store {self.action} needs {key}=...")
-        return value
+    def needed_to(self) -> str:
+        """Where a copy goes."""
+        if self.to is None:
+            raise UserError(f"to is missing; sae-dist store {self.action} needs to=...")
+        return self.to
 
 
 def main(values: Mapping[str, Any]) -> int:
-    job = load(StoreJob, values)
+    job = load(StoreJob, {key: value for key, value in values.items() if key not in IMPORT_KEYS})
     match job.action:
         case "import":
-            _ls(_import(job))
+            given = {key: values[key] for key in IMPORT_KEYS if key != "path" or values[key] is not None}
+            _ls(imports.import_store(storage.open(job.store), load(ImportConfig, given)))
         case "copy":
-            target = storage.open(job.needed("to"))
+            target = storage.open(job.needed_to())
             done = copying.copy(_open(job), target)
             print(f"{target.uri}: {done.units} units, {_size(done.bytes)} copied, {done.skipped} were there")
         case "ls":
@@ -84,15 +75,6 @@ def _open(job: StoreJob) -> Store:
     return reader.open(storage.open(job.store))
 
 
-def _import(job: StoreJob) -> Store:
-    settings = ImportConfig(
-        path=job.needed("path"), hook=job.hook, key=job.key, dtype=job.dtype, unit_rows=job.unit_rows,
-        slice_rows=job.slice_rows, heldout_fraction=job.heldout_fraction, max_nonfinite=job.max_nonfinite,
-        model=job.model, seed=job.seed,
-    )  # fmt: skip
-    return imports.import_store(storage.open(job.store), settings)
-
-
 def _ls(store: Store) -> None:
     found = summary.summarize(store)
     hooks = ", ".join(f"{hook} [{width}]" for hook, width in found.hooks.items())
@@ -100,7 +82,7 @@ def _ls(store: Store) -> None:
     print(f"  model {found.model}, hook points {hooks}, {found.dtype}")
     units = f"{len(found.units)} of {found.n_units} units ({found.heldout_units} held out)"
     dropped = sum(unit.dropped for unit in found.units)
-    left_out = f" ({dropped:,} more were not finite and left out)" if dropped else ""
+    left_out = f" ({dropped:,} more are left out: not finite, or far longer than the others)" if dropped else ""
     print(f"  {units}, {found.rows:,} rows{left_out}, {_size(found.bytes)}")
     for hook, error in found.relative_error.items():
         if error:

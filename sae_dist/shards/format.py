@@ -132,7 +132,7 @@ class Commit(NamedTuple):
     attempt: str
     store: str  # digest of store.json
     rows: int
-    dropped: int  # rows left out because they were not finite
+    dropped: int  # rows left out: not finite, or (of an import) far longer than the others
     shards: dict[str, Shard]
     digest: str  # of the whole record, statistics and all
 

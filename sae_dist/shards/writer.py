@@ -58,9 +58,12 @@ def write_unit(
     pos: Integer[np.ndarray | Tensor, " rows"],
     token: Integer[np.ndarray | Tensor, " rows"],
     max_nonfinite: float = MAX_NONFINITE,
+    left_out: int = 0,
 ) -> Commit:
     """Writes the unit and commits it; the commit returned is the one that counts, whoever wrote it."""
-    return write_unit_once(store, unit, activations, doc=doc, pos=pos, token=token, max_nonfinite=max_nonfinite).commit
+    return write_unit_once(
+        store, unit, activations, doc=doc, pos=pos, token=token, max_nonfinite=max_nonfinite, left_out=left_out
+    ).commit
 
 
 def write_unit_once(
@@ -72,12 +75,13 @@ def write_unit_once(
     pos: Integer[np.ndarray | Tensor, " rows"],
     token: Integer[np.ndarray | Tensor, " rows"],
     max_nonfinite: float = MAX_NONFINITE,
+    left_out: int = 0,
     producer: str = "",
 ) -> Written:
     """Data objects of all hooks first, under a name nobody else has; then the commit, created only if absent.
 
     `producer` begins that name, and so says in the commit who wrote it. `max_nonfinite`: with a larger share of rows
-    that are not finite the unit is refused.
+    that are not finite the unit is refused. `left_out`: rows that the caller has dropped already, for the record.
     Rows are stored in a permuted order keyed by (seed, unit), the same for all hooks, so that the rows of a document
     are spread over all slices of the unit.
     """
@@ -102,7 +106,7 @@ def write_unit_once(
         faults.point("writer.before_hook", unit=unit, hook=hook)
         store.storage.write(key, data)
         faults.point("writer.after_hook", unit=unit, hook=hook)
-    commit = Commit(unit, attempt, meta.digest, len(order), dropped, shards, digest="")
+    commit = Commit(unit, attempt, meta.digest, len(order), left_out + dropped, shards, digest="")
     faults.point("writer.before_commit", unit=unit)
     told = {hook: statistics.to_json(measured[hook].statistics) for hook in meta.hooks}
     store.storage.create(format.commit_key(unit), format.commit_bytes(commit, told))
@@ -130,7 +134,7 @@ def _check_shapes(meta: StoreMeta, unit: int, x: dict[str, Tensor], given: Any, 
             f"hooks={sorted(given)} given for unit {unit}, the store has {sorted(meta.hooks)}; give them all"
         )
     rows = {name: len(column) for name, column in columns.items()} | {hook: len(part) for hook, part in x.items()}
-    if len(set(rows.values())) != 1 or not 0 < len(columns["doc"]) <= meta.unit_rows:
+    if len(set(rows.values())) != 1 or len(columns["doc"]) > meta.unit_rows:
         raise UserError(f"unit {unit} has rows {rows}; all alike and at most unit_rows={meta.unit_rows}")
     for hook, part in x.items():
         if part.shape[1] != meta.hooks[hook]:

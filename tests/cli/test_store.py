@@ -11,6 +11,7 @@ import pytest
 from sae_dist import storage
 from sae_dist.cli.main import main
 from sae_dist.shards.imports import ImportConfig, import_store
+from sae_dist.shards.imports.plan import Plan
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def store(tmp_path, monkeypatch, capsys):
     directions = rng.standard_normal((32, 16)).astype(np.float32)
     chosen = np.argsort(rng.random((4000, 32)), axis=1)[:, :2]
     np.save("acts.npy", ((1 + rng.random((4000, 2, 1))) * directions[chosen]).sum(1).astype(np.float32))
-    assert main(["store", "import", "path=acts.npy", "store=stores/mine"]) == 0
+    assert main(["store", "import", "path=acts.npy", "store=stores/mine", "heldout_fraction=0.25"]) == 0
     assert "4,000 rows" in capsys.readouterr().out
     return tmp_path / "stores" / "mine"
 
@@ -36,7 +37,7 @@ def test_train_on_activations_made_elsewhere(store, capsys, variant):
     assert summary["eval"]["fvu"] < 0.3
     assert summary["eval"]["l0"] == pytest.approx(4, rel=0.05)
     assert summary["eval"]["loss_recovered"] is None
-    assert summary["eval"]["tokens"] == 1000  # the last of four units
+    assert summary["eval"]["tokens"] == 1000  # a quarter, as asked
     assert summary["tokens_trained"] == 300 * 256
     metrics = (store.parents[1] / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(metrics[-1])["shuffle_inflation"] == 1  # every imported row is a document of its own
@@ -58,7 +59,8 @@ def test_rows_that_are_all_the_same_are_refused(store, capsys):
 
 def test_training_follows_a_store_that_is_being_filled(store, capsys):
     rows = np.load("acts.npy")
-    rows[-1] = np.nan  # the last unit, which is held out, is refused at first
+    plan = Plan(4000, unit_rows=200, heldout_fraction=0.05, seed=0)
+    rows[plan.ranges(plan.units - 1)[0][0]] = np.nan  # the last unit, which is held out, is refused at first
     np.save("acts.npy", rows)
     filling = ["store", "import", "path=acts.npy", "store=stores/growing", "unit_rows=200"]
     assert main([*filling, "max_nonfinite=0"]) == 2
@@ -99,7 +101,7 @@ def test_a_flipped_bit_is_found_named_and_mended(store, capsys):
     assert main(["train", "store=stores/mine", "sae.n_latents=64", "sae.k=4", "train.steps=500", "out=runs/bad"]) == 2
     assert "unit" in capsys.readouterr().err
     assert main(["store", "verify", "stores/mine", "withdraw=true"]) == 2
-    assert main(["store", "import", "path=acts.npy", "store=stores/mine"]) == 0
+    assert main(["store", "import", "path=acts.npy", "store=stores/mine", "heldout_fraction=0.25"]) == 0
     assert main(["store", "verify", "stores/mine"]) == 0
 
 
@@ -123,6 +125,12 @@ def test_copies_are_the_same_store(store, capsys):
         (["store", "import", "store=s"], "path is missing"),
         (["store", "copy", "store=stores/mine"], "to is missing"),
         (["store", "import", "path=nothing.npy", "store=s"], "nothing.npy"),
+        (
+            ["store", "import", "path=nothing.npy", "store=s", "hook='../../x'"],
+            "hook='../../x' cannot be part of a key",
+        ),
+        (["store", "import", "path=nothing.npy", "store=s", "hook=''"], "hook='' cannot be part of a key"),
+        (["store", "import", "path=x.npy", "store=s", "dtype=bf16"], "dtype='bf16': input should be 'bfloat16'"),
         (["store", "frob", "store=s"], "action='frob'"),
         (["store", "ls", "nowhere"], "nowhere"),
     ],

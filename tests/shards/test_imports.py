@@ -1,5 +1,8 @@
 """Activations made elsewhere become a store whose rows are the rows of the file, bit for bit."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +14,9 @@ from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.shards import reader
 from sae_dist.shards.imports import ImportConfig, import_store
+from sae_dist.shards.imports.plan import Plan, numbers
+from sae_dist.shards.imports.sources import Source
+from sae_dist.shards.loader import Loader
 
 ROWS, WIDTH = 1003, 5
 
@@ -77,12 +83,72 @@ def test_more_axes_are_rows_and_other_orders_of_memory_are_read(tmp_path):
         assert torch.equal(rows_of(store), expected)
 
 
-def test_parquet_lists_of_any_kind_across_row_groups(tmp_path):
-    pq.write_table(pa.table({"x": matrix().tolist()}), tmp_path / "x.parquet", row_group_size=77)
-    store = import_store(
-        storage.open(tmp_path / "s"), ImportConfig(path=str(tmp_path / "x.parquet"), unit_rows=100, dtype="float32")
-    )
-    assert torch.equal(rows_of(store), matrix())
+def parquet_columns() -> dict[str, pa.Array]:
+    """`matrix()[:1000]` as the libraries write it; some put several rows into a cell."""
+    flat, cells = pa.array(matrix()[:1000].flatten().numpy()), matrix()[:1000].view(-1, 4, WIDTH)
+    return {
+        "list": pa.array(matrix()[:1000].tolist(), pa.list_(pa.float32())),
+        "large_list": pa.array(matrix()[:1000].tolist(), pa.large_list(pa.float32())),  # polars
+        "fixed_size_list": pa.FixedSizeListArray.from_arrays(flat, WIDTH),
+        "array_2d": pa.array(cells.tolist(), pa.list_(pa.list_(pa.float32()))),  # datasets
+        "array_of_arrays": pa.array(cells.tolist(), pa.list_(pa.list_(pa.float32(), WIDTH), 4)),
+        "tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(cells.numpy()),
+        "a.name.with.dots": pa.array(matrix()[:1000].tolist(), pa.list_(pa.float32())),
+    }
+
+
+@pytest.mark.parametrize("name", parquet_columns())
+def test_parquet_columns_of_any_kind_of_list_across_row_groups(tmp_path, name):
+    column = parquet_columns()[name]
+    table = pa.table({name: column, "n": range(len(column))})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=1 + len(column) // 13)
+    store = import_store(storage.open(tmp_path / "s"), ImportConfig(path=str(tmp_path / "x.parquet"), unit_rows=100))
+    assert torch.equal(rows_of(store), matrix()[:1000])
+
+
+def test_a_parquet_row_group_is_not_read_again_for_every_unit(tmp_path):
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    x = np.random.default_rng(0).standard_normal((20_000, 16), np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), 16)
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"x": column}), path)
+    before = bytes_read()
+    store = import_store(storage.open(tmp_path / "s"), ImportConfig(path=str(path), unit_rows=500))
+    assert store.meta.n_units == 40
+    assert bytes_read() - before < 6 * path.stat().st_size  # hash, sample, training rows, held-out rows
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([[1.0, 2], [3]]), "lists of different lengths"),
+        (pa.array([[1.0, 2], None]), "lists of different lengths, or nulls"),
+        (pa.array([[1.0, 2], [3, None]]), "1 nulls"),
+        (pa.array([[1, 2], [3, 4]]), "int64"),
+    ],
+)
+def test_parquet_cells_that_are_no_rows_are_named(tmp_path, column, message):
+    pq.write_table(pa.table({"x": column}), tmp_path / "x.parquet", row_group_size=1)
+    with pytest.raises(UserError, match=f"column x holds .*(arrays of shape|{message})"):
+        import_store(storage.open(tmp_path / "s"), ImportConfig(path=str(tmp_path / "x.parquet")))
+
+
+@pytest.mark.parametrize(("rows", "heldout"), [(40, 8), (3000, 150), (10_241, 512), (100_000, 5000)])
+def test_held_out_rows_are_a_sample_of_the_whole_source(rows, heldout):
+    plan = Plan(rows, unit_rows=0, heldout_fraction=0.05, seed=1)
+    units = [numbers(plan.ranges(unit)) for unit in range(plan.units)]
+    assert np.array_equal(np.sort(np.concatenate(units)), np.arange(rows))
+    held = np.concatenate(units[plan.train_units :])
+    assert len(held) == heldout
+    assert max(map(len, units)) <= plan.unit_rows
+    if heldout >= 64:
+        eighths = np.bincount(8 * held // rows, minlength=8)
+        assert eighths.min() > 0.6 * heldout / 8 and eighths.max() < 1.4 * heldout / 8
+    other = Plan(rows, unit_rows=0, heldout_fraction=0.05, seed=2)
+    assert rows == 40 or other.ranges(plan.units - 1) != plan.ranges(plan.units - 1)
+    assert Plan(rows, unit_rows=0, heldout_fraction=0, seed=1).heldout_units == 0
 
 
 def test_importing_again_continues_and_a_changed_file_is_noticed(tmp_path):
@@ -95,6 +161,62 @@ def test_importing_again_continues_and_a_changed_file_is_noticed(tmp_path):
     np.save(tmp_path / "x.npy", matrix().numpy() + 1)
     with pytest.raises(UserError, match="text_fingerprint"):
         import_store(place, settings)
+
+
+def test_a_file_that_was_edited_anywhere_is_another_source(tmp_path):
+    x = np.random.default_rng(0).standard_normal((40_000, 16), np.float32)  # 2.5 MB
+    np.save(tmp_path / "x.npy", x)
+    place, settings = storage.open(tmp_path / "store"), ImportConfig(path=str(tmp_path / "x.npy"))
+    import_store(place, settings)
+    x[20_000] *= -1
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(UserError, match="text_fingerprint"):
+        import_store(place, settings)
+
+
+def test_another_tensor_of_the_file_is_another_source(tmp_path):
+    safetensors.torch.save_file({"a": matrix(), "b": matrix() + 1}, tmp_path / "x.safetensors")
+    place = storage.open(tmp_path / "store")
+    import_store(place, ImportConfig(path=str(tmp_path / "x.safetensors"), key="a"))
+    with pytest.raises(UserError, match="text_fingerprint"):
+        import_store(place, ImportConfig(path=str(tmp_path / "x.safetensors"), key="b"))
+
+
+def test_a_file_that_changes_while_it_is_imported_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", matrix().numpy())
+    source = Source(str(tmp_path / "x.npy"), "")
+    source.fingerprint()
+    source.check_unchanged()
+    np.save(tmp_path / "x.npy", matrix().numpy() + 1)
+    with pytest.raises(UserError, match=r"x\.npy was changed while it was imported"):
+        source.check_unchanged()
+
+
+@pytest.mark.parametrize("where", [slice(None, None, 100), slice(300, 349)])  # spread, and a unit of nothing else
+def test_rows_far_longer_than_the_others_are_left_out_and_counted(tmp_path, where, caplog):
+    x = matrix().numpy()
+    x[where] *= 3000
+    np.save(tmp_path / "x.npy", x)
+    path = str(tmp_path / "x.npy")
+    store = import_store(storage.open(tmp_path / "s"), ImportConfig(path=path, unit_rows=25))
+    n = len(x[where])
+    assert f"{n} rows are longer than max_norm_ratio=10 times the median norm" in caplog.text
+    commits = store.committed().values()
+    assert (sum(c.rows for c in commits), sum(c.dropped for c in commits)) == (len(x) - n, n)
+    assert store.statistics("imported").max_abs < 100
+    with Loader(store, hook="imported", batch=32, seed=0) as loader:
+        assert max(float(next(loader).x.abs().max()) for _ in range(30)) < 100
+    kept = import_store(storage.open(tmp_path / "all"), ImportConfig(path=path, max_norm_ratio=None))
+    assert sum(c.rows for c in kept.committed().values()) == len(x)
+
+
+def test_a_source_with_many_long_rows_is_refused_before_anything_is_written(tmp_path):
+    x = matrix().numpy()
+    x[::10] *= 3000
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(UserError, match="101 of 1003 sampled rows are longer than max_norm_ratio=10 times the median"):
+        import_store(storage.open(tmp_path / "s"), ImportConfig(path=str(tmp_path / "x.npy")))
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(
@@ -136,6 +258,23 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path, name, content)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"path={tmp_path / name} (cannot be read as|is not an array)"):
         import_store(storage.open(tmp_path / "store"), ImportConfig(path=str(tmp_path / name)))
+
+
+def test_what_is_found_wrong_only_while_rows_are_read_is_one_line_too(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"x": matrix().tolist()}), path, row_group_size=500, compression="gzip")
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 2000] = bytes(2000)  # in the second row group
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"x\.parquet cannot be read as \.parquet"):
+        import_store(storage.open(tmp_path / "store"), ImportConfig(path=str(path)))
+
+
+def test_a_named_pipe_is_refused_rather_than_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.npy")
+    for path in (tmp_path / "x.npy", tmp_path):
+        with pytest.raises(UserError, match=r"x\.npy is not a file \(a pipe"):
+            import_store(storage.open(tmp_path / "store"), ImportConfig(path=str(path)))
 
 
 def test_files_of_other_things_than_activations_are_named(tmp_path):

@@ -1,0 +1,81 @@
+"""The import itself: a store is made for the source, and every unit that is not there yet is written."""
+
+import logging
+
+import numpy as np
+import torch
+
+from sae_dist import config
+from sae_dist.shards import writer
+from sae_dist.shards.format import DType, StoreMeta
+from sae_dist.shards.imports.config import ImportConfig
+from sae_dist.shards.imports.outliers import Bound, bound
+from sae_dist.shards.imports.plan import Plan, numbers
+from sae_dist.shards.imports.sources import Source
+from sae_dist.shards.reader import Store
+from sae_dist.storage import Storage
+
+logger = logging.getLogger(__name__)
+STORED: dict[torch.dtype, DType] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def import_store(storage: Storage, settings: ImportConfig) -> Store:
+    """A store of the rows at `settings.path`; run it again to resume. UserError for a source that was changed."""
+    source = Source(settings.path, settings.key)
+    plan = Plan(
+        source.rows, unit_rows=settings.unit_rows, heldout_fraction=settings.heldout_fraction, seed=settings.seed
+    )
+    meta = _meta(source, plan, settings)
+    kept = bound(source, settings)
+    store = writer.create(storage, meta)
+    left_out = sum(
+        _write_unit(store, unit, source, plan.ranges(unit), kept, settings)
+        for unit in range(plan.units)
+        if store.commit(unit) is None
+    )
+    if left_out:
+        logger.warning(
+            "%d rows are longer than max_norm_ratio=%g times the median norm and are left out (null keeps all)",
+            left_out, settings.max_norm_ratio,
+        )  # fmt: skip
+    return store
+
+
+def _write_unit(
+    store: Store, unit: int, source: Source, ranges: list[tuple[int, int]], kept: Bound, settings: ImportConfig
+) -> int:
+    """Commits the unit; returns how many of its rows are too long."""
+    x, doc = source.read(ranges), numbers(ranges)
+    keeps = kept.keeps(x)
+    too_long = int((~keeps).sum())
+    if too_long:
+        x, doc = x[keeps], doc[keeps.numpy()]
+    zeros = np.zeros(len(doc), np.uint32)
+    source.check_unchanged()
+    writer.write_unit(
+        store, unit, {settings.hook: x}, doc=doc, pos=zeros, token=zeros, max_nonfinite=settings.max_nonfinite,
+        left_out=too_long,
+    )  # fmt: skip
+    logger.info("unit %d of %d: %d rows", unit + 1, store.meta.n_units, len(doc))
+    return too_long
+
+
+def _meta(source: Source, plan: Plan, settings: ImportConfig) -> StoreMeta:
+    values = dict(
+        model=settings.model,
+        hooks={settings.hook: source.width},
+        n_units=plan.units,
+        unit_rows=plan.unit_rows,
+        heldout_units=plan.heldout_units,
+        slice_rows=settings.slice_rows or min(8192, -(-plan.unit_rows // 8)),
+        dtype=STORED.get(source.dtype, "float32") if settings.dtype == "auto" else settings.dtype,
+        text_fingerprint=source.fingerprint(),
+        seed=settings.seed,
+        extra={
+            "imported_rows": str(source.rows),
+            "imported_from": ", ".join(file.name for file in source.files[:8]),
+            "heldout_fraction": f"{settings.heldout_fraction}",
+            "max_norm_ratio": f"{settings.max_norm_ratio}",
+        },
+    )
+    return config.load(StoreMeta, values)
