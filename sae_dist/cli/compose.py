@@ -4,7 +4,6 @@ import difflib
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -15,8 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sae_dist.config import CONF_DIR, UserError
-
-_TEXT_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+from sae_dist.text.detect import detect
 
 
 def options(group: str) -> list[str]:
@@ -69,11 +67,8 @@ def _expand(override: str) -> list[str]:
     quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     if key == "model":
         return ["model=hf", f"model.name={quoted}"]
-    path = Path(value.removesuffix(".gz"))
-    kind = _TEXT_SUFFIXES.get(path.suffix, "files" if Path(value).exists() or path.suffix or "/" not in value else "")
-    if not kind:  # owner/name, and no such path here
-        return ["text=huggingface", f"text.path={quoted}"]
-    return [f"text={kind}", f"text.path={quoted}"]
+    kind, suffixes = detect(value)
+    return [f"text={kind}", f"text.path={quoted}", *([f"text.suffixes=[{','.join(suffixes)}]"] if suffixes else [])]
 
 
 def _explain(command: str, message: str) -> str:

@@ -1,16 +1,21 @@
 """A document: the unit of text that has an origin, a category, and a place on one side of the held-out split."""
 
+import itertools
 import logging
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeVar
+
+import xxhash
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_CHARS = 1_000_000  # a tokenizer needs some 50 bytes a character, so one document must not be a whole library
+SIDE_CHARS = 100_000  # of a document's beginning decide its side: what streams past cannot be hashed to its end first
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -18,6 +23,23 @@ class Document(NamedTuple):
     text: str
     source: str  # where it was read, relative to the corpus, e.g. "notes/a.txt[1]" or "web.jsonl:17"
     category: str | None
+    whole: int | None = None  # of a piece: the `side_key` of the document that it was cut from
+
+
+def normal(text: str) -> str:
+    """What two copies of a text have in common: white space is one space, letters have one case and one form."""
+    folded = text if text.isascii() else unicodedata.normalize("NFKC", text.replace("\ufeff", ""))
+    return " ".join(folded.casefold().split())
+
+
+def doc_id(text: str) -> int:
+    """A document's name: equal for copies that differ in white space, letter case or Unicode form only."""
+    return xxhash.xxh3_64_intdigest(normal(text).encode())
+
+
+def side_key(text: str) -> int:
+    """The hash that decides the side of a document: of the first `SIDE_CHARS` characters of its `normal` form."""
+    return xxhash.xxh3_64_intdigest(normal(text)[:SIDE_CHARS].encode())
 
 
 def shuffled_parts(parts: Iterable[T], seed: int | None) -> list[T]:
@@ -39,7 +61,7 @@ def pieces(chunks: Iterable[str], limit: int) -> Iterator[str]:
         held += chunk
         start = 0
         while len(held) - start > limit:
-            end = _cut(held, start, start + limit)
+            end = _end(held, start, start + limit)
             yield held[start:end]
             start = end
         held = held[start:]
@@ -47,7 +69,50 @@ def pieces(chunks: Iterable[str], limit: int) -> Iterator[str]:
         yield held
 
 
-def _cut(text: str, start: int, end: int) -> int:
+def divided(chunks: Iterable[str], separator: str) -> Iterator[tuple[int, Iterator[str]]]:
+    """(number from 0, chunks) of each document in the text that `chunks` spell, wherever chunks end.
+
+    As with `itertools.groupby`, a document's chunks are gone once the next document is asked for.
+    """
+    for number, parts in itertools.groupby(_numbered(chunks, separator), key=lambda part: part[0]):
+        yield number, (text for _, text in parts)
+
+
+def _numbered(chunks: Iterable[str], separator: str) -> Iterator[tuple[int, str]]:
+    """(number of the document, part of it); a part may be empty, and every document has one."""
+    number, held = 0, ""
+    for chunk in chunks:
+        *ended, held = (held + chunk).split(separator) if separator else [chunk]
+        for text in ended:
+            yield number, text
+            number += 1
+        whole = max(0, len(held) - max(0, len(separator) - 1))  # the rest may be the beginning of a separator
+        yield number, held[:whole]
+        held = held[whole:]
+    yield number, held
+
+
+def cut(chunks: Iterable[str], limit: int) -> Iterator[tuple[str, int | None]]:
+    """(piece, `whole`) for the pieces of one document; `whole` is None where the only piece is the document."""
+    arriving, head, n_chars = iter(chunks), [], 0
+    for chunk in arriving:
+        head.append(chunk)
+        n_chars += len(normal(chunk))
+        if n_chars > SIDE_CHARS:
+            break
+    found = pieces(itertools.chain(head, arriving), limit)
+    first, second = next(found, None), next(found, None)
+    if first is None:
+        return
+    if second is None:
+        yield first, None
+        return
+    whole = side_key("".join(head))
+    for piece in itertools.chain([first, second], found):
+        yield piece, whole
+
+
+def _end(text: str, start: int, end: int) -> int:
     for separator in ("\n\n", "\n", " "):
         found = text.rfind(separator, (start + end) // 2, end)
         if found >= 0:
@@ -71,6 +136,6 @@ def clean(document: Document, counts: Counter[str]) -> Iterator[Document]:
         yield document._replace(text=text)
         return
     counts["cut"] += 1
-    for i, piece in enumerate(pieces([text], MAX_CHARS)):
+    for i, (piece, whole) in enumerate(cut([text], MAX_CHARS)):
         if not piece.isspace():
-            yield Document(piece, f"{document.source}[{i}]", document.category)
+            yield Document(piece, f"{document.source}[{i}]", document.category, whole)

@@ -40,13 +40,21 @@ def documents(config: HuggingfaceText, seed: int | None) -> Iterator[Document]:
     for wanted in filter(None, (config.field, config.category)):
         if columns is not None and wanted not in columns:
             raise UserError(f"{config.path} has no column {wanted!r}; it has {', '.join(columns)}; set text.field=")
-    for i, row in _numbered(rows, seed):
+    for i, row in _readable(config, _numbered(rows, seed)):
         source = f"{Path(config.path).name}/{config.split}:{i}"
         text = row.get(config.field, 0)
         if not isinstance(text, str | None):
             raise UserError(f"{source} has no text in {config.field!r}; its columns: {', '.join(row)}; set text.field=")
         label = row.get(config.category) if config.category else None
         yield Document(text or "", source, None if label is None else str(label))
+
+
+def _readable(
+    config: HuggingfaceText, rows: Iterator[tuple[int, dict[str, Any]]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`rows`; a damaged file among them is said."""
+    with _plainly(config):
+        yield from rows
 
 
 def _numbered(
@@ -116,6 +124,6 @@ def _plainly(config: HuggingfaceText) -> Iterator[None]:
 
     try:
         yield
-    except (DatasetsError, ConnectionError, FileNotFoundError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"text.path={config.path!r} cannot be loaded: {reason}; check text.path, name, split") from None

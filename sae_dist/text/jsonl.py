@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from sae_dist.config import UserError, digest, frozen
-from sae_dist.text import local
+from sae_dist.text import local, reading
 from sae_dist.text.document import Document, shuffled_parts
 
 
@@ -17,7 +17,7 @@ class JsonlText:
     path: str = ""
     """A file or a folder, searched below."""
     suffixes: tuple[str, ...] = (".jsonl", ".ndjson")
-    """Which files of a folder are read; each also with .gz, .bz2 or .xz behind it."""
+    """Which files of a folder are read; each also with .gz, .bz2, .xz or .zst behind it."""
     field: str = "text"
     """The field that holds the text."""
     category: str = ""
@@ -26,7 +26,11 @@ class JsonlText:
 
 def documents(config: JsonlText, seed: int | None) -> Iterator[Document]:
     for name, path in shuffled_parts(local.find(config.path, config.suffixes), seed):
-        for number, line in local.read_lines(path, name):
+        if reading.first_bytes(path, name).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            raise UserError(
+                f"text file {name} is a JSON array; make it an object a line: jq -c '.[]' IN.json > OUT.jsonl"
+            )
+        for number, line in reading.read_lines(path, name):
             if line.isspace():
                 continue
             source = f"{name}:{number}"
@@ -46,6 +50,8 @@ def _parse(line: bytes, source: str) -> dict[str, object]:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{source} is not JSON ({error.msg}, column {error.colno}); one object a line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(f"{source} cannot be read as JSON ({error}); take the line out") from None
     if not isinstance(record, dict):
         raise UserError(f"{source} holds a {type(record).__name__}, not an object; one object a line")
     return record

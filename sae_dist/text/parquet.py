@@ -39,21 +39,28 @@ def documents(config: ParquetText, seed: int | None) -> Iterator[Document]:
                 groups.append((name, path, group, row))
                 row += file.metadata.row_group(group).num_rows
     for name, path, group, row in shuffled_parts(groups, seed):
+        for batch in _batches(path, name, config, group):
+            texts = batch.column(config.column).to_pylist()
+            labels = batch.column(config.category).to_pylist() if config.category else [None] * len(texts)
+            for text, label in zip(texts, labels, strict=True):
+                yield Document(text or "", f"{name}:{row}", None if label is None else str(label))
+                row += 1
+
+
+def _batches(path: Path, name: str, config: ParquetText, group: int) -> Iterator[pa.RecordBatch]:
+    try:
         with _open(path, name) as file:
-            yield from _row_group(file, config, group, f"{name}:", row)
+            yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=_columns(config))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"text file {name} is damaged ({_first_line(error)}); replace it") from None
 
 
-def _row_group(file: pq.ParquetFile, config: ParquetText, group: int, prefix: str, row: int) -> Iterator[Document]:
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=_columns(config)):
-        texts = batch.column(config.column).to_pylist()
-        labels = batch.column(config.category).to_pylist() if config.category else [None] * len(texts)
-        for text, label in zip(texts, labels, strict=True):
-            yield Document(text or "", f"{prefix}{row}", None if label is None else str(label))
-            row += 1
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _columns(config: ParquetText) -> list[str]:
-    return [config.column] + ([config.category] if config.category else [])
+    return list(dict.fromkeys(filter(None, (config.column, config.category))))
 
 
 def fingerprint(config: ParquetText) -> str:
@@ -64,8 +71,8 @@ def fingerprint(config: ParquetText) -> str:
 def _open(path: Path, name: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"text file {name} is not Parquet ({str(error).splitlines()[0]}); replace it") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"text file {name} is not Parquet ({_first_line(error)}); replace it") from None
 
 
 def _check(schema: pa.Schema, columns: list[str], name: str) -> None:
@@ -73,5 +80,8 @@ def _check(schema: pa.Schema, columns: list[str], name: str) -> None:
         if column not in schema.names:
             raise UserError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}; set text.column=")
     kind = schema.field(columns[0]).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
+    types = pa.types
+    if not any(
+        is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_string_view, types.is_dictionary)
+    ):
         raise UserError(f"{name}: column {columns[0]!r} holds {kind}, not text; set text.column= to a text column")

@@ -69,6 +69,13 @@ def test_a_wrong_split_field_or_folder_is_said(data, tmp_path):
         list(documents(HuggingfaceText()))
 
 
+def test_a_damaged_data_file_is_said(data):
+    (data / "train.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    for streaming in (True, False):
+        with pytest.raises(UserError, match="cannot be loaded"):
+            list(documents(HuggingfaceText(path=str(data), streaming=streaming)))
+
+
 def test_a_name_that_cannot_be_reached_is_said(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(UserError, match="nobody/nothing.* cannot be loaded"):

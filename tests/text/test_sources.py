@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sae_dist.config import CONF_DIR, UserError, load, to_dict
-from sae_dist.text import files, local
+from sae_dist.text import files, local, reading
 from sae_dist.text.builtin import BuiltinText
 from sae_dist.text.corpus import Document, TextConfig, documents, fingerprint
 from sae_dist.text.files import FilesText
@@ -70,7 +70,7 @@ def test_undecodable_bytes_are_replaced_one_by_one_and_counted_by_file(tmp_path,
 
 
 def test_a_character_is_never_torn_between_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "CHUNK_CHARS", 1)
+    monkeypatch.setattr(reading, "CHUNK_CHARS", 1)
     text = "é€😀\r\nx" * 3
     (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # a byte-order mark is not text
     assert [d.text for d in documents(FilesText(path=str(tmp_path / "x.txt")))] == [text.replace("\r\n", "\n")]
@@ -84,6 +84,35 @@ def test_an_enormous_file_streams_in_documents_of_a_million_characters(tmp_path)
     assert next(stream).text[:20] == "000000000\n000000001\n"
     found = [len("x" * 1_000_000), *(len(d.text) for d in stream)]
     assert found == [1_000_000] * 3
+
+
+def test_a_separator_makes_many_documents_of_a_file(tmp_path):
+    (tmp_path / "x.txt").write_text("one\n\ntwo\nlines\n\n\n\nfour")
+    texts = {"x.txt#0": "one", "x.txt#1": "two\nlines", "x.txt#3": "four"}
+    for separator in ("\n\n", "\\n\\n"):  # YAML's and the command line's way to spell it
+        config = FilesText(path=str(tmp_path / "x.txt"), separator=separator)
+        assert {d.source: d.text for d in documents(config)} == texts
+    assert fingerprint(config) != fingerprint(FilesText(path=config.path))
+
+
+def test_json_lines_are_no_plain_text_unless_that_is_said(tmp_path, caplog):
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(b'{"text": "a", "url": "b"}\n' * 3))
+    config = FilesText(path=str(tmp_path / "c.json.gz"))
+    with pytest.raises(UserError, match=r"c\.json\.gz holds JSON lines; set text=jsonl .* text.suffixes=\[\.json\]"):
+        list(documents(config))
+    assert len(list(documents(FilesText(path=config.path, suffixes=(".json",))))) == 1
+    assert "c.json.gz looks like JSON lines" in caplog.text
+
+
+def test_the_folders_of_runs_and_stores_are_no_text(library):
+    before = fingerprint(FilesText(path=str(library)))
+    for marks in (["config.yaml", "status.json"], ["store.json"]):
+        folder = library / "runs" / marks[0]
+        (folder / "wandb").mkdir(parents=True)
+        (folder / "wandb" / "requirements.txt").write_text("torch")
+        for mark in marks:
+            (folder / mark).write_text("{}")
+    assert fingerprint(FilesText(path=str(library))) == before
 
 
 def test_bad_files_are_counted_by_what_became_of_them(tmp_path, monkeypatch):
@@ -111,10 +140,14 @@ def test_a_missing_path_is_said(kind):
 def test_a_folder_without_text_is_said(tmp_path):
     with pytest.raises(UserError, match=r"has no file that ends in \.txt, \.md, \.rst"):
         next(documents(FilesText(path=str(tmp_path))))
+    for name in ("a.pdf", "b.pdf.gz", "LICENSE"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=r"it has 2 \.pdf, 1 LICENSE; set text\.suffixes.* text=jsonl"):
+        next(documents(FilesText(path=str(tmp_path))))
 
 
 def test_a_damaged_archive_is_said_by_name(library):
-    whole = gzip.compress(bytes(range(256)) * 400)
+    whole = gzip.compress("".join(map(str, range(20_000))).encode())
     (library / "c.txt.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"library/c\.txt\.gz cannot be read"):
         list(documents(FilesText(path=str(library))))
@@ -154,12 +187,20 @@ def test_json_lines_are_documents_with_their_line_numbers(tmp_path):
         (b'["a"]', r"w\.jsonl:2 holds a list"),
         (b'{"body": "a", "id": 1}', r"w\.jsonl:2 has no text in field 'text'; its fields: body, id"),
         (b'{"text": 3}', r"w\.jsonl:2 has no text in field 'text'"),
+        (b'{"text": ' + b"[" * 100_000, r"w\.jsonl:2 cannot be read as JSON"),
+        (b'{"text": ' + b"7" * 10_000 + b"}", r"w\.jsonl:2 cannot be read as JSON"),
     ],
 )
 def test_a_bad_line_is_said_by_number(tmp_path, line, said):
     (tmp_path / "w.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(UserError, match=said):
         list(documents(JsonlText(path=str(tmp_path / "w.jsonl"))))
+
+
+def test_a_json_array_is_refused_before_it_is_read(tmp_path):
+    (tmp_path / "w.json").write_bytes(b'\xef\xbb\xbf\n[{"text": "a"},\n{"text": "b"}]')
+    with pytest.raises(UserError, match=r"w\.json is a JSON array; make it an object a line: jq"):
+        list(documents(JsonlText(path=str(tmp_path / "w.json"))))
 
 
 def test_broken_bytes_and_surrogates_in_json_become_replacement_characters(tmp_path, caplog):
@@ -173,6 +214,9 @@ def test_parquet_rows_are_documents_across_row_groups(tmp_path):
     table = pa.table({"content": ["a", None, "c", "d", "e"], "n": [1, 2, 3, None, 5], "other": [0.0] * 5})
     pq.write_table(table, tmp_path / "p.parquet", row_group_size=2)
     config = ParquetText(path=str(tmp_path / "p.parquet"), column="content", category="n")
+    assert [d.category for d in documents(ParquetText(path=config.path, column="content", category="content"))][
+        0
+    ] == "a"
     assert list(documents(config)) == [
         Document("a", "p.parquet:0", "1"),
         Document("c", "p.parquet:2", "3"),
@@ -181,12 +225,24 @@ def test_parquet_rows_are_documents_across_row_groups(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_text_may_lie_in_parquet_in_any_of_arrows_ways(tmp_path, kind):
+    pq.write_table(pa.table({"text": pa.array(["a", "b"]).cast(kind)}), tmp_path / "p.parquet")
+    assert [d.text for d in documents(ParquetText(path=str(tmp_path / "p.parquet")))] == ["a", "b"]
+
+
 def test_a_wrong_column_and_a_wrong_file_are_said(tmp_path):
     pq.write_table(pa.table({"text": [1], "words": ["x"]}), tmp_path / "p.parquet")
     with pytest.raises(UserError, match="no column 'body'; it has text, words"):
         list(documents(ParquetText(path=str(tmp_path / "p.parquet"), column="body")))
     with pytest.raises(UserError, match="column 'text' holds int64, not text"):
         list(documents(ParquetText(path=str(tmp_path / "p.parquet"))))
+    pq.write_table(pa.table({"text": ["word " * 500] * 50}), tmp_path / "torn.parquet", use_dictionary=False)
+    whole = bytearray((tmp_path / "torn.parquet").read_bytes())
+    whole[4:60] = b"\xff" * 56  # the header of its first page
+    (tmp_path / "torn.parquet").write_bytes(whole)
+    with pytest.raises(UserError, match=r"torn\.parquet is damaged \(.*\); replace it"):
+        list(documents(ParquetText(path=str(tmp_path / "torn.parquet"))))
     (tmp_path / "q.parquet").write_bytes(json.dumps({}).encode() * 20)
     with pytest.raises(UserError, match=r"q\.parquet is not Parquet"):
         list(documents(ParquetText(path=str(tmp_path / "q.parquet"))))

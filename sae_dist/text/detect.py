@@ -1,0 +1,80 @@
+"""Which kind of text lies at a path: by names, and by first bytes where names do not say."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from sae_dist.config import UserError
+from sae_dist.text import local, reading
+
+_KINDS = {
+    ".txt": "files",
+    ".md": "files",
+    ".rst": "files",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+_TABLES_AND_MARKUP = (".csv", ".tsv", ".html", ".htm", ".xml")
+_LOOKED_INTO = 8  # files of a folder of plain text, which may be JSON lines after all
+
+
+class Detected(NamedTuple):
+    """The configuration of `text` that reads a path: the kind, and `text.suffixes` where its own do not fit."""
+
+    kind: str
+    suffixes: tuple[str, ...] = ()
+
+
+def detect(path: str) -> Detected:
+    """How to read what is at `path`; raises `UserError` where it is no text, or text of several kinds.
+
+    Where nothing is, `owner/name` is a Hugging Face dataset, and anything else is judged by its name.
+    """
+    place = Path(path).expanduser()
+    suffix = local.plain_name(place).suffix
+    if "://" not in path and not os.path.exists(place):
+        if suffix or "/" not in path:
+            return Detected("jsonl" if suffix == ".json" else _KINDS.get(suffix, "files"))
+        return Detected("huggingface")
+    place = local.located(path)
+    return _folder(place, path) if place.is_dir() else Detected(_kind_of_file(place, path, suffix))
+
+
+def _kind_of_file(file: Path, path: str, suffix: str) -> str:
+    head = reading.first_bytes(file, file.name)
+    if suffix == ".parquet" or head.startswith(b"PAR1"):
+        return "parquet"
+    reading.check_text(head, file.name)
+    if suffix in _TABLES_AND_MARKUP:
+        raise UserError(
+            f"text={path} ends in {suffix}, which is not plain text; make it JSON lines or Parquet, or set "
+            f"text=files text.path={path} to take it as it stands"
+        )
+    known = "jsonl" if suffix == ".json" else _KINDS.get(suffix, "files")
+    return "jsonl" if known == "files" and _holds_json_lines(file) else known
+
+
+def _folder(folder: Path, path: str) -> Detected:
+    if (folder / "dataset_dict.json").is_file() or {"state.json", "dataset_info.json"} <= set(os.listdir(folder)):
+        return Detected("huggingface")  # what save_to_disk wrote
+    files = sorted(local.walk(folder.resolve()))
+    suffixes = Counter(local.plain_name(file).suffix for file in files)
+    kinds = sorted({_KINDS[suffix] for suffix in suffixes if suffix in _KINDS})
+    if len(kinds) > 1:
+        held = ", ".join(f"{n} {suffix}" for suffix, n in suffixes.items() if suffix in _KINDS)
+        raise UserError(
+            f"text={path} holds files of several kinds ({held}); say which of them are the text: "
+            + " or ".join(f"text={kind} text.path={path}" for kind in kinds)
+        )
+    if kinds in ([], ["files"]):  # .json is text only where there is no other: most of it is settings
+        candidates = [file for file in files if local.suffix_of(file, tuple(_KINDS) if kinds else (".json",))]
+        looked_into = candidates[:_LOOKED_INTO]
+        if looked_into and all(map(_holds_json_lines, looked_into)):
+            return Detected("jsonl", tuple(sorted({local.plain_name(file).suffix for file in candidates})))
+    return Detected(kinds[0] if kinds else "files")
+
+
+def _holds_json_lines(file: Path) -> bool:
+    return reading.holds_json_lines(reading.first_bytes(file, file.name).decode("utf-8", "replace"))
