@@ -56,7 +56,7 @@ def prepare(
         heldout_fraction=n_heldout * per_unit / wanted, seed=harvest.seed, folder=folder,
         progress=lambda done, total: progress({"tokens": done, "of": total}),
     )  # fmt: skip
-    meta = _meta(description, tokenizer, text_fingerprint=text_fingerprint, harvest=harvest)
+    meta = _meta(description, tokenizer, text_fingerprint=text_fingerprint, tokens=split.digest, harvest=harvest)
     create(storage.open(store_uri), meta)
     facts = {
         "tokens": len(split.train.tokens),
@@ -69,7 +69,7 @@ def prepare(
 
 
 def _meta(
-    description: Description, tokenizer: Tokenizer, *, text_fingerprint: str, harvest: HarvestConfig
+    description: Description, tokenizer: Tokenizer, *, text_fingerprint: str, tokens: str, harvest: HarvestConfig
 ) -> StoreMeta:
     n_train, n_heldout = counts(harvest)
     return StoreMeta(
@@ -90,5 +90,6 @@ def _meta(
             "tokens": str(harvest.tokens),
             "heldout_tokens": str(harvest.heldout_tokens),
             "unit_sequences": str(harvest.unit_sequences),
+            "token_streams": tokens,
         },
     )

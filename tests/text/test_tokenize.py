@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_dist.config import UserError
-from sae_dist.text import stream_writer
+from sae_dist.text import document, files, stream_writer
 from sae_dist.text import tokenize as module
 from sae_dist.text.corpus import documents
-from sae_dist.text.document import Document
+from sae_dist.text.document import Document, doc_id
+from sae_dist.text.files import FilesText
 from sae_dist.text.stream import TokenStream
 from sae_dist.text.tokenize import tokenize, tokenizer_fingerprint
 
@@ -104,6 +105,33 @@ def test_the_side_of_a_text_depends_on_nothing_but_the_text(write_jsonl, build):
         assert not set(first.doc_ids.tolist()) & set(second.doc_ids.tolist())
 
 
+def test_copies_of_a_document_are_one_document(write_jsonl, build):
+    texts = some_texts(100)
+    config = write_jsonl([*texts, *(text.replace(" ", "\n ") + "\n" for text in texts)])
+    split = build(config, n_tokens=1000, heldout_fraction=0.3)
+    assert split.counts["repeated"] > 0
+    for stream in split:
+        assert len(set(stream.doc_ids.tolist())) == len(stream.doc_ids)
+    again = build(write_jsonl([f"\n{text}\n" for text in texts], "copies.jsonl"), n_tokens=1000, heldout_fraction=0.3)
+    for one, other in ((split.train, again.heldout), (again.train, split.heldout)):
+        assert not set(one.doc_ids.tolist()) & set(other.doc_ids.tolist())
+
+
+def test_all_pieces_of_a_document_are_on_one_side(tmp_path, write_jsonl, build, monkeypatch):
+    for owner in (document, files):
+        monkeypatch.setattr(owner, "MAX_CHARS", 40)
+    texts = some_texts(300)
+    (tmp_path / "books").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "books" / f"{i}.txt").write_text(text)
+    for config in (write_jsonl(texts), FilesText(path=str(tmp_path / "books"))):
+        split = build(config, n_tokens=1600, heldout_fraction=0.4)
+        train, heldout = ({s.partition("[")[0] for s in side.documents["source"].to_pylist()} for side in split)
+        assert train and heldout and not train & heldout
+        sources = split.train.documents["source"].to_pylist()
+        assert len({s.partition("[")[0] for s in sources}) < len(sources)  # some are in pieces
+
+
 def test_a_larger_heldout_share_keeps_what_a_smaller_one_held_out(write_jsonl, build):
     config = write_jsonl(some_texts(300))
     few = set(build(config, n_tokens=1200, heldout_fraction=0.2).heldout.doc_ids.tolist())
@@ -139,7 +167,7 @@ def test_locate_and_window_invert_sequences(tmp_path_factory, numbers, data, con
             before, after = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 4))
             window = stream.window(doc, pos, before, after)
             assert window.tokens[window.at] == found.tokens[s, o]
-            text = next(t for t in texts if module.xxhash.xxh3_64_intdigest(t.encode()) == doc)
+            text = next(t for t in texts if doc_id(t) == doc)
             whole = [1, *(int(word) + 2 for word in text.split())]
             kept = whole[: len(whole) if doc != int(stream.doc_ids[-1]) else int(np.diff(stream.starts)[-1])]
             assert window.tokens.tolist() == kept[max(0, pos - before) : pos + after + 1]
@@ -203,6 +231,18 @@ def test_a_text_that_is_too_short_is_said_with_a_number_that_works(write_jsonl, 
         build(write_jsonl(["1 2"], "short.jsonl"), n_tokens=4000, heldout_fraction=0.9)
 
 
+def test_too_few_documents_for_two_sides_are_said_to_be_that(write_jsonl, build):
+    book = " ".join(["7"] * 5000)
+    with pytest.raises(UserError, match=r"heldout_tokens.*its one document cannot be on both sides.*text\.separator"):
+        build(write_jsonl([book]), n_tokens=400)
+    books = [f"{book} {i}" for i in range(3)]
+    for share in (0.001, 0.999):  # of three documents none is on the small side, whichever that is
+        with pytest.raises(UserError, match="each of its 3 documents is on one side as a whole") as error:
+            build(write_jsonl(books), n_tokens=4000, heldout_fraction=share)
+        assert "too short" not in str(error.value)
+        assert ("to train on" if share > 0.5 else "held out") in str(error.value)
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
@@ -237,7 +277,7 @@ def test_batch_and_table_sizes_leave_the_stream_as_it_is(write_jsonl, build, tmp
     monkeypatch.setattr(stream_writer, "TABLE_ROWS", 3)
     stream = build(config, folder=tmp_path / "b").train
     a, b = tree(tmp_path / "a"), tree(tmp_path / "b")
-    assert {k: v for k, v in a.items() if not k.endswith("arrow")} == {k: v for k, v in b.items() if "arrow" not in k}
+    assert {k: v for k, v in a.items() if k.endswith("npy")} == {k: v for k, v in b.items() if k.endswith("npy")}
     assert stream.documents.equals(TokenStream(next((tmp_path / "a").glob("*/train"))).documents)
 
 
@@ -260,8 +300,8 @@ def test_the_shuffle_is_a_permutation_that_holds_no_more_than_its_budget(monkeyp
             yield Document(f"{i:010d}", str(i), None)
 
     out = []
-    for document in module._shuffled(source(), 5):
-        out.append(int(document.source))
+    for found in module._shuffled(source(), 5):
+        out.append(int(found.source))
         assert len(pulled) - len(out) <= budget // 10 or len(pulled) == 300
     assert sorted(out) == list(range(300))
     assert out != list(range(300))
@@ -323,6 +363,35 @@ def test_what_a_killed_build_left_is_invisible_and_is_swept_by_the_next(write_js
     assert len(left) == 2 and all(name.startswith(".") for name in left)  # the lock and the unfinished folder
     split = build(config)
     assert sorted(p.name for p in (tmp_path / "t").iterdir() if p.is_dir()) == [split.train.folder.parent.name]
+
+
+DAMAGE = {
+    "a bit": lambda content: content[:150] + bytes([content[150] ^ 1]) + content[151:],
+    "the end": lambda content: content[:-8],
+    "all": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("name", ["train/tokens.npy", "heldout/starts.npy", "train/documents.arrow", "checksums.json"])
+@pytest.mark.parametrize("what", DAMAGE)
+def test_tokens_that_are_not_what_was_written_are_made_again(write_jsonl, build, tmp_path, caplog, name, what):
+    config = write_jsonl(some_texts(80))
+    folder = build(config, context=1).train.folder.parent
+    before = tree(tmp_path / "t")
+    (folder / name).write_bytes(DAMAGE[what]((folder / name).read_bytes()))
+    build(config, context=1)
+    assert tree(tmp_path / "t") == before
+    assert "made again" in caplog.text
+
+
+def test_a_file_of_the_tokens_that_is_gone_is_made_again(write_jsonl, build, tmp_path, caplog):
+    config = write_jsonl(some_texts())
+    folder = build(config).train.folder.parent
+    before = tree(tmp_path / "t")
+    (folder / "train" / "starts.npy").unlink()
+    split = build(config)
+    assert tree(tmp_path / "t") == before and "train/starts.npy: not what was written" in caplog.text
+    assert len(split.digest) == 32 != build(config, seed=1).digest != split.digest
 
 
 def test_a_stream_travels_by_its_folder(write_jsonl, build):

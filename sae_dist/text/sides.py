@@ -1,0 +1,98 @@
+"""Which documents are held out, and what to do when too few of them are.
+
+A side is a function of what a document says, so neither the order of a corpus nor a copy of a document, nor another
+piece of it, can carry text from one side to the other.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import xxhash
+
+from sae_dist.text.document import Document, doc_id, side_key
+from sae_dist.text.stream_writer import StreamWriter
+
+HELDOUT_SALT = 0x5AE0  # not the run's seed: what one run holds out, no other run trains on
+
+
+class Item(NamedTuple):
+    """A document with its id and the stream that it is for."""
+
+    document: Document
+    doc: int
+    side: StreamWriter
+
+
+@dataclasses.dataclass
+class Tally:
+    """What was read so far, and how much of it was tokenised."""
+
+    docs: set[int] = dataclasses.field(default_factory=set)
+    cut: set[int] = dataclasses.field(default_factory=set)  # the wholes of pieces
+    n_whole: int = 0  # documents that are in one piece
+    n_chars: int = 0
+    n_repeated: int = 0
+    tokenised_chars: int = 0
+    tokens: int = 0
+
+    @property
+    def n_documents(self) -> int:
+        return self.n_whole + len(self.cut)
+
+
+def is_heldout(whole: int, heldout_fraction: float) -> bool:
+    """The side of the document with that `side_key`; a larger share holds out what a smaller one does, and more."""
+    return xxhash.xxh3_64_intdigest(whole.to_bytes(8, "little"), HELDOUT_SALT) < heldout_fraction * 2**64
+
+
+def needed(
+    found: Iterable[Document], tally: Tally, *, train: StreamWriter, heldout: StreamWriter, heldout_fraction: float
+) -> Iterator[Item]:
+    """Each new document, as long as its side has room."""
+    for document in found:
+        if train.full and heldout.full:
+            return
+        tally.n_chars += len(document.text)
+        doc = doc_id(document.text)
+        if doc in tally.docs:
+            tally.n_repeated += 1
+            continue
+        tally.docs.add(doc)
+        if document.whole is None:
+            tally.n_whole += 1
+        else:
+            tally.cut.add(document.whole)
+        whole = side_key(document.text) if document.whole is None else document.whole
+        side = heldout if is_heldout(whole, heldout_fraction) else train
+        if not side.full:
+            yield Item(document, doc, side)
+
+
+def shortage(train: StreamWriter, heldout: StreamWriter, *, tally: Tally, heldout_fraction: float) -> str:
+    """Why a side is not full when all is read, and the cure: too little text, or documents too long to be dealt out."""
+    all_tokens = tally.tokens * tally.n_chars / max(tally.tokenised_chars, 1)
+    if all_tokens >= train.wanted + heldout.wanted:
+        return _too_few_documents(train, heldout, tally=tally)
+    # a side that is full says nothing of how much there is; the training side, being larger, says it more exactly
+    there = heldout.done / heldout_fraction if train.full else train.done / (1 - heldout_fraction)
+    enough = int(0.9 * there) - heldout.wanted  # 0.9: shares are by documents, which are not equally long
+    cure = f"ask for fewer (try harvest.tokens={enough}) or give more text" if enough > 0 else "give more text"
+    return (
+        f"the text is too short: {train.done:,} of {train.wanted:,} training tokens and {heldout.done:,} of "
+        f"{heldout.wanted:,} held-out ones in {tally.n_documents:,} documents of {tally.n_chars:,} characters; {cure}"
+    )
+
+
+def _too_few_documents(train: StreamWriter, heldout: StreamWriter, *, tally: Tally) -> str:
+    short, what = (train, "to train on") if heldout.full else (heldout, "held out (harvest.heldout_tokens)")
+    why = (
+        "its one document cannot be on both sides"
+        if tally.n_documents == 1
+        else f"each of its {tally.n_documents:,} documents is on one side as a whole, and too few are on that one"
+    )
+    return (
+        f"the text has {tally.n_chars:,} characters, but gave {short.done:,} of {short.wanted:,} tokens {what}: {why}; "
+        "give more and shorter documents (plain text: set text.separator to what stands between them, such as "
+        "'\\n\\n'), or change the share by harvest.heldout_tokens"
+    )
