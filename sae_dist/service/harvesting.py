@@ -1,7 +1,7 @@
 """Replicas at work: units are leased to them in order, and a unit whose replica is gone is leased to another.
 
-One driver at a time fills a store (run_lease.py). Which copy of a unit counts is decided by the store alone, so nothing
-here has to be sure that a replica which it gave up is really dead.
+One driver at a time fills a store (shards/lease.py). Which copy of a unit counts is decided by the store alone, so
+nothing here has to be sure that a replica which it gave up is really dead.
 """
 
 import logging
@@ -22,11 +22,11 @@ from sae_dist.service.gang import Gang, Lost, Shape, heard
 from sae_dist.service.leases import Leases
 from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.room import Bundle
-from sae_dist.service.run_lease import RunLease, run_lease
 from sae_dist.service.scaling import INTERVAL_S, Observed, Scale, decide
 from sae_dist.service.throughput import Throughput, laggard, late, remaining_s
 from sae_dist.service.trainer import usable_cores
 from sae_dist.shards.credits import Flow, Position, positions, starved_share
+from sae_dist.shards.lease import Lease, lease
 from sae_dist.shards.reader import Store
 from sae_dist.shards.retention import retire
 from sae_dist.storage import StorageError
@@ -86,9 +86,9 @@ class Harvesting:
         self._scale = Scale(self._bounds.least)
         self._observed = (self._polled, 0.0, self._readers)  # when, held_s, readers at the last observation
         self._held_open = ExitStack()
-        self._lease: RunLease | None = None
+        self._lease: Lease | None = None
         if todo:
-            self._lease = self._held_open.enter_context(run_lease(store.storage, out))
+            self._lease = self._held_open.enter_context(lease(store.storage, out, key="store", folder="producers"))
 
     @property
     def done(self) -> bool:

@@ -23,7 +23,7 @@ from sae_dist.service.cluster import answer, first_line, reason_of
 from sae_dist.service.config import TrainJob
 from sae_dist.service.room import Bundle
 from sae_dist.service.trainer import Trainer
-from sae_dist.train import checkpoint
+from sae_dist.train.folders import folders
 from sae_dist.train.loop import Trained
 from sae_dist.train.parallel import meeting
 from sae_dist.train.parallel.joined import PeersLost
@@ -168,5 +168,5 @@ class Ranks:
         self._working = {}
 
     def _newest_checkpoint(self) -> str | None:
-        complete = checkpoint.folders(self._checkpoints)
+        complete = folders(self._checkpoints)
         return complete[0] if complete else None

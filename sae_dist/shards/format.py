@@ -166,9 +166,10 @@ def unseal(data: Bytes, what: str) -> dict[str, Any]:
     try:
         record = json.loads(bytes(data))
         content = {k: v for k, v in record.items() if k != "digest"}
-    except (ValueError, AttributeError):
+        digest = config.digest(content)
+    except (ValueError, AttributeError, RecursionError):
         raise CorruptData(f"{what} is not the JSON record that was written there") from None
-    if config.digest(content) != record.get("digest"):
+    if digest != record.get("digest"):
         raise CorruptData(f"{what} does not match its own digest")
     return record
 

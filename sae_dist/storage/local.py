@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,20 +90,22 @@ class LocalStorage:
             except FileNotFoundError:
                 continue
             for child in children:
+                key = Path(child.path).relative_to(self.root).as_posix()
+                if not key.startswith(prefix):
+                    continue
                 if child.is_dir(follow_symlinks=False):
                     pending.append(Path(child.path))
                     continue
-                key = Path(child.path).relative_to(self.root).as_posix()
-                if key.startswith(prefix):
-                    try:
-                        status = child.stat()
-                    except FileNotFoundError:
-                        continue  # renamed or deleted since the folder was read
+                try:
+                    status = child.stat()
+                except FileNotFoundError:
+                    continue  # renamed or deleted since the folder was read
+                if stat.S_ISREG(status.st_mode):  # a link to a folder is not an object
                     found.append(Entry(key, status.st_size, status.st_mtime))
         return iter(sorted(found))
 
     def delete(self, key: str) -> None:
-        _remove(self.root / checked_key(key))
+        self._remove(checked_key(key))
 
     def exists(self, key: str) -> bool:
         return (self.root / checked_key(key)).is_file()
@@ -111,7 +114,16 @@ class LocalStorage:
         return (self.root / checked_key(key)).stat().st_size
 
     def discard(self, leftover: Entry) -> None:
-        _remove(self.root / leftover.key)
+        self._remove(leftover.key)
+
+    def _remove(self, key: str) -> None:
+        path = self.root / key
+        for folder in path.parents[: len(Path(key).parts) - 1]:
+            if folder.is_symlink():
+                raise StorageError(
+                    f"{path} is not removed: {folder} is a link, and what it leads to is not of this place"
+                )
+        _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -5,7 +5,7 @@ Harvesting ahead of it is bounded by the first, deleting behind it by the second
 
 import logging
 import re
-import time
+import threading
 from pathlib import Path
 
 from sae_dist.config import digest
@@ -26,43 +26,57 @@ def consumer_name(out: Path) -> str:
 class Consumer:
     """Reports to the store whenever something changed, every two seconds at most; `None` as storage reports nothing.
 
-    A report that fails costs a warning: the next one says the same and more.
+    A thread reports: the training may be waiting for rows which nobody makes before he knows how far it is. A report
+    that fails costs a warning: the next one says the same and more. Close it, or use `closing`.
     """
 
-    def __init__(self, storage: Storage | None, name: str, *, taken: int, saved: int) -> None:
+    def __init__(self, storage: Storage | None, name: str, *, taken: int) -> None:
         self._storage, self._name = storage, name
-        self._taken, self._saved = max(taken, saved), saved
-        self._starved_s = 0.0
-        self._told: tuple[int, int, float] | None = None
-        self._told_at = -REPORT_EVERY_S
+        self._position = credits.Position(name, taken, 0)
+        self._told: credits.Position | None = None
+        self._telling, self._end = threading.Lock(), threading.Event()
         self._report()  # before anything is read: a producer must not take the store for one that nobody reads
+        self._thread = threading.Thread(target=self._keep, name="consumer", daemon=True)
+        if storage is not None:
+            self._thread.start()
 
     def take(self, units: int, *, starved_s: float = 0.0) -> None:
         """The first `units` units of the first pass are not needed any more, unless a checkpoint is gone back to.
 
         `starved_s`: seconds that the training has waited for rows so far.
         """
-        self._taken, self._starved_s = max(units, self._taken), max(starved_s, self._starved_s)
-        if time.monotonic() - self._told_at >= REPORT_EVERY_S:
-            self._report()
+        now = self._position
+        self._position = now._replace(taken=max(units, now.taken), starved_s=max(starved_s, now.starved_s))
 
     def save(self, units: int) -> None:
-        """The oldest checkpoint that may be gone back to is through with the first `units` units."""
-        self._saved = max(self._saved, min(units, self._taken))
+        """The oldest checkpoint that may be gone back to is through with the first `units` units; told at once."""
+        now = self._position
+        self._position = now._replace(saved=max(now.saved, min(units, now.taken)))
         self._report()
 
     def sign_off(self) -> None:
         """Everything is trained: nothing is kept for this training and nobody waits for it."""
+        self.close()
         if self._storage is not None:
             credits.sign_off(self._storage, self._name)
 
+    def close(self) -> None:
+        """Ends the reports; what was told last stays."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _keep(self) -> None:
+        while not self._end.wait(REPORT_EVERY_S):
+            self._report()
+
     def _report(self) -> None:
-        now = (self._taken, self._saved, round(self._starved_s, 3))
-        if self._storage is None or self._told == now:
-            return
-        self._told_at = time.monotonic()
-        try:
-            credits.report(self._storage, credits.Position(self._name, *now))
-            self._told = now
-        except (StorageError, OSError) as error:
-            logger.warning("the store does not take the report of consumer %s (%s)", self._name, error)
+        with self._telling:
+            position = self._position
+            if self._storage is None or self._told == position:
+                return
+            try:
+                credits.report(self._storage, position)
+                self._told = position
+            except (StorageError, OSError) as error:
+                logger.warning("the store does not take the report of consumer %s (%s)", self._name, error)

@@ -11,9 +11,10 @@ from sae_dist.sae import dictionary
 from sae_dist.sae.initialize import Parameters
 from sae_dist.sae.scale import folded
 from sae_dist.storage import Storage, StorageError
-from sae_dist.train import checkpoint
-from sae_dist.train.checkpoint import Manifest
+from sae_dist.train.checkpoint import read_file
+from sae_dist.train.folders import folders, step_of
 from sae_dist.train.learner import Learner
+from sae_dist.train.manifest import Manifest, read_manifest
 from sae_dist.train.member import split_name
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,10 @@ logger = logging.getLogger(__name__)
 EXPORTED = (*Parameters._fields, "threshold")
 
 
-def write_dictionary(storage: Storage, out: Path, learner: Learner, *, step: int, info: Mapping[str, Any]) -> None:
-    """One dictionary of a training into its folder under `out`, from a checkpoint of that step.
+def write_dictionary(
+    storage: Storage, mark: str, out: Path, learner: Learner, *, step: int, info: Mapping[str, Any]
+) -> None:
+    """One dictionary of a training into its folder under `out`, from a checkpoint of that step with its mark.
 
     `info` is what all dictionaries of the training have in common. StorageError when no checkpoint can be read or
     nothing written.
@@ -37,9 +40,9 @@ def write_dictionary(storage: Storage, out: Path, learner: Learner, *, step: int
         "trained_as": {"parameters": member.parameters, "moments": member.moments},  # what is written is fp32
     }
     reasons = []
-    for saved in [f for f in checkpoint.folders(storage) if checkpoint.step_of(f) == step]:
+    for saved in [folder for folder in folders(storage, mark) if step_of(folder) == step]:
         try:
-            manifest = checkpoint.read_manifest(storage, saved)
+            manifest = read_manifest(storage, saved)
             n_latents, d_model = manifest.tensors[f"{member.prefix}W_dec"].shape
             dictionary.write(
                 folder, _parts(storage, manifest, member.prefix), n_latents=n_latents, d_model=d_model, k=member.sae.k,
@@ -60,7 +63,7 @@ def _parts(storage: Storage, manifest: Manifest, prefix: str) -> Iterator[tuple[
     wanted = {prefix + name for name in EXPORTED}
     for file in manifest.files:
         if any(block.name in wanted for block in file.blocks):
-            for block, rows in checkpoint.read_file(storage, manifest.folder, file).items():
+            for block, rows in read_file(storage, manifest, file).items():
                 if block.name in wanted:
                     name = split_name(block.name)[1]
                     part = folded(name, rows.float(), scale)

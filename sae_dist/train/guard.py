@@ -11,12 +11,16 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from sae_dist.config import frozen
+from sae_dist.config import frozen, load
 
 Decision = Literal["step", "skip", "roll_back", "stop"]
 
 MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution times this is its standard deviation
 LEAST_SPREAD = 1e-3  # of the median: a loss that stands still has no spread of its own
+# Adam squares gradients, and an infinite square never leaves its moments. A pair's gradient is at most 2 / (batch var)
+# |z| ||error||; of a row, |z| is about ||x|| at most and ||error|| at least 2^-24 ||x||, for that is how fp32 rounds.
+# So no element of a gradient is above 2^25 loss, and 2^24 of them squared sum up to less than 2^127 for losses below:
+LARGEST_LOSS = 2.0**26  # in units of the rows' variance, so that anything near it is no data to learn from
 
 
 @frozen
@@ -49,29 +53,37 @@ class Verdict(NamedTuple):
     alert: str | None = None  # what a person should be told
 
 
-def judge(guard: Guard, config: GuardConfig, *, loss: float, finite: bool = True) -> Verdict:
+def judge(guard: Guard, config: GuardConfig, *, loss: float, aux_loss: float = 0.0, finite: bool = True) -> Verdict:
     """The verdict on a step before its update; `finite`: that nothing in the gradients is NaN or infinite.
 
-    Every rank must give the same figures: the loss of the whole mesh, and `finite` of all ranks together.
+    Every rank must give the same figures: the losses of the whole mesh, and `finite` of all ranks together.
     """
-    finite = finite and math.isfinite(loss)
-    spike = finite and _is_spike(guard, config, loss)
+    flaw = _flaw(loss, aux_loss, finite)
+    spike = flaw is None and _is_spike(guard, config, loss)
     counted = guard._replace(spikes=guard.spikes + spike, spiking=spike)
-    if finite and not (spike and config.on_spike == "skip"):
+    if flaw is None and not (spike and config.on_spike == "skip"):
         losses = (*guard.losses, loss)[-config.spike_window :] if config.spike_window else ()
         alert = f"{_spike(guard, loss)}; it was learned from" if spike and not guard.spiking else None
         return Verdict("step", counted._replace(losses=losses, in_a_row=0), alert)
-    what = _spike(guard, loss) if spike else "the loss or a gradient is not finite"
+    what = flaw or _spike(guard, loss)
     in_a_row = guard.in_a_row + 1
     counted = counted._replace(in_a_row=in_a_row, skipped=guard.skipped + 1)
     if in_a_row < config.max_skipped:
         return Verdict("skip", counted, f"{what}; the step is left out" if in_a_row == 1 else None)
+    return _back(counted, config, f"{what}, for {in_a_row} steps in a row")
+
+
+def judge_state(guard: Guard, config: GuardConfig) -> Verdict:
+    """The verdict on a dictionary in whose weights or moments there is a number that is not finite."""
+    return _back(guard, config, "a weight or a moment is not finite")
+
+
+def _back(guard: Guard, config: GuardConfig, what: str) -> Verdict:
+    """To go back, or to stop where that did not help."""
     if guard.roll_backs < config.max_roll_backs:
-        back = counted._replace(in_a_row=0, roll_backs=guard.roll_backs + 1)
-        return Verdict(
-            "roll_back", back, f"{what}, for {in_a_row} steps in a row; going back (roll-back {back.roll_backs})"
-        )
-    return Verdict("stop", counted, f"{what}, for {in_a_row} steps in a row, after {guard.roll_backs} roll-backs")
+        back = guard._replace(in_a_row=0, roll_backs=guard.roll_backs + 1)
+        return Verdict("roll_back", back, f"{what}; going back (roll-back {back.roll_backs})")
+    return Verdict("stop", guard, f"{what}, after {guard.roll_backs} roll-backs")
 
 
 def to_facts(guard: Guard) -> dict[str, Any]:
@@ -80,7 +92,17 @@ def to_facts(guard: Guard) -> dict[str, Any]:
 
 
 def from_facts(facts: Mapping[str, Any]) -> Guard:
-    return Guard(**{**facts, "losses": tuple(facts["losses"])})
+    """UserError where these are not the facts of a guard."""
+    return load(Guard, facts)
+
+
+def _flaw(loss: float, aux_loss: float, finite: bool) -> str | None:
+    """Why nothing can be learned from a step, None where it can."""
+    if not (finite and math.isfinite(loss) and math.isfinite(aux_loss)):
+        return "the loss or a gradient is not finite"
+    if max(loss, aux_loss) > LARGEST_LOSS:
+        return f"the loss of {max(loss, aux_loss):.4g} is too large: its gradients have no finite squares"
+    return None
 
 
 def _is_spike(guard: Guard, config: GuardConfig, loss: float) -> bool:

@@ -56,8 +56,11 @@ def learn(
     sae = learner.sae
     said = sae.forward(x, variance=variance)
     squared_error = float(said.squared_error)
-    loss = squared_error / (len(x) * variance)
-    verdict = judge(learner.guard, config.guard, loss=loss, finite=sae.is_sound(said))
+    unit = len(x) * variance
+    verdict = judge(
+        learner.guard, config.guard, loss=squared_error / unit, aux_loss=float(said.aux_squared_error) / unit,
+        finite=sae.is_sound(said),
+    )  # fmt: skip
     if verdict.decision == "step":
         sae.update_(lr=lr)
         sae.count_(said.fired, tokens=len(x))

@@ -4,10 +4,11 @@ All dictionaries of a run learn from the same batches, which are read, moved and
 mesh runs this page, and they do the same at the same time. Rank 0 does whatever must happen once.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
 import torch
@@ -15,22 +16,27 @@ import torch
 from sae_dist import faults
 from sae_dist.config import Stopped
 from sae_dist.monitor import Log
+from sae_dist.shards import lease as leases
+from sae_dist.shards.lease import Lease
 from sae_dist.train.batches import Batches
+from sae_dist.train.config import TrainConfig
 from sae_dist.train.consumer import Consumer, consumer_name
 from sae_dist.train.finish import write_dictionary
 from sae_dist.train.learner import check, learn
 from sae_dist.train.parallel.checkpoint import Checkpoints
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.report import Report
-from sae_dist.train.resume import resume
+from sae_dist.train.resume import Begun, resume
 from sae_dist.train.retention import Retention
-from sae_dist.train.roll_back import roll_back
+from sae_dist.train.roll_back import is_sound, judge_states, roll_back
 from sae_dist.train.saver import Saver
 from sae_dist.train.schedule import lr_factor
 from sae_dist.train.state import TrainState, to_checkpoint
 from sae_dist.train.task import Task
 
 logger = logging.getLogger(__name__)
+
+PLACE = "train.checkpoints"  # the key that names it
 
 
 class Trained(NamedTuple):
@@ -57,61 +63,89 @@ def train(
     of that member alone. Raises `Stopped`, after a checkpoint, once `stop()` is true on any rank, and `UserError` when
     a member's guard gives up. `at` is told where this rank is; `log` is called on rank 0 alone.
     """
-    mesh, config = mesh or Mesh.single(), task.config
+    mesh, n_steps = mesh or Mesh.single(), task.config.n_steps
     for member in task.members:
         check(member, task.d_model, mesh)
-    checkpoints = Checkpoints(mesh, task.checkpoints, timeout_s=task.checkpoint_timeout_s)
-    batches = Batches(task, mesh, stop)
     if mesh.first:
         _warn_of_slow_states(task)
-    at(0, "reading")
-    state, folder = resume(batches, checkpoints)
-    reports_to = task.store.storage if task.live and mesh.first else None
-    consumer = Consumer(reports_to, consumer_name(task.out), taken=state.units_done, saved=0)
-    if state.step < config.n_steps:
-        report, began, before = Report(task, mesh, state, log=log), time.monotonic(), state.seconds
-        saver = Saver(
-            checkpoints.storage, Retention(config.keep_checkpoints, config.keep_every), write=checkpoints.save,
-            leads=mesh.first, resumed_from=folder, tell=lambda kept: consumer.save(kept[0].facts["units_done"]),
-        )  # fmt: skip
-        stopping = False
-        with closing(saver), batches.after(state) as feed:
-            at(state.step, "training")
-            while (batch := feed.next(stop=stopping)) is not None:
-                factor = lr_factor(state.step, config)
-                x = batch.x.float() * state.scale
-                learned = [
-                    learn(one, config, x, lr=one.member.peak_lr * factor, variance=state.variance)
-                    for one in state.learners
-                ]
-                state = state._replace(
-                    step=state.step + 1, learners=tuple(one.learner for one in learned), order_hash=batch.order_hash,
-                    units_done=batch.units_done, seconds=before + time.monotonic() - began,
-                )  # fmt: skip
-                at(state.step, "training")
-                if any(one.decision in ("roll_back", "stop") for one in learned):
-                    saver.wait()  # what is being saved may be what to go back to
-                    state = roll_back(learned, state, batches, checkpoints)
-                consumer.take(state.units_done, starved_s=feed.starved_s())
-                report.add(state, learned, batch, feed, lr_factor=factor, more=saver.figures)
-                if state.step == config.n_steps:
-                    break
-                faults.point("train.step", step=state.step, rank=mesh.world.rank)
-                # not amid steps that are left out: those before them are what it may have to go back to
-                if state.step % config.checkpoint_every == 0 and not any(one.guard.in_a_row for one in state.learners):
-                    saver.save(to_checkpoint(state))
-                else:
-                    saver.poll()
-                stopping = stop()
-            at(state.step, "saving")
-            saver.finish(to_checkpoint(state))  # done, or asked to stop, perhaps while no rows came
-        if state.step < config.n_steps:
-            raise Stopped(f"step {state.step} of {config.n_steps} is saved")
-    if mesh.first:
-        for learner in state.learners:
-            write_dictionary(checkpoints.storage, task.out, learner, step=state.step, info=_info(task, state))
-        consumer.sign_off()
-    return Trained(state.step, state.step * config.batch, f"{state.order_hash:016x}", state.seconds)
+    with ExitStack() as held:
+        place = task.checkpoints
+        lease = (
+            held.enter_context(leases.lease(place, str(task.out), key=PLACE, folder="lease")) if mesh.first else None
+        )
+        batches = Batches(task, mesh, stop)
+        checkpoints = Checkpoints(mesh, place, task.mark, timeout_s=task.checkpoint_timeout_s)
+        at(0, "reading")
+        begun = resume(batches, checkpoints)
+        state, told = begun.state, task.store.storage if task.live and mesh.first else None
+        consumer = held.enter_context(closing(Consumer(told, consumer_name(task.out), taken=state.units_done)))
+        if state.step < n_steps:
+            state = _take_steps(begun, batches, checkpoints, consumer, lease, log=log, at=at)
+        if state.step < n_steps:
+            raise Stopped(f"step {state.step} of {n_steps} is saved")
+        if mesh.first:
+            for learner in state.learners:
+                write_dictionary(place, task.mark, task.out, learner, step=n_steps, info=_info(task, state))
+            consumer.sign_off()
+    return Trained(n_steps, n_steps * task.config.batch, f"{state.order_hash:016x}", state.seconds)
+
+
+def _take_steps(
+    begun: Begun,
+    batches: Batches,
+    checkpoints: Checkpoints,
+    consumer: Consumer,
+    lease: Lease | None,
+    *,
+    log: Log,
+    at: Callable[[int, str], None],
+) -> TrainState:
+    """Takes all steps that are left, or those until some rank is asked to stop; the state after them, saved."""
+    task, mesh, config, state = batches.task, batches.mesh, batches.task.config, begun.state
+    report, started, stopping = Report(task, mesh, state, log=log), time.monotonic(), False
+    fits = [functools.partial(is_sound, member=member) for member in task.members]
+    saver = Saver(
+        checkpoints.storage, task.mark, Retention(config.keep_checkpoints, config.keep_every, fits),
+        write=checkpoints.save, leads=mesh.first, resumed_from=begun.folder,
+        tell=lambda kept: consumer.save(kept[0].facts["units_done"]),
+    )  # fmt: skip
+    with closing(saver), batches.after(state) as feed:
+        at(state.step, "training")
+        while (batch := feed.next(stop=stopping)) is not None:
+            factor, x = lr_factor(state.step, config), batch.x.float() * state.scale
+            learned = [
+                learn(one, config, x, lr=one.member.peak_lr * factor, variance=state.variance) for one in state.learners
+            ]
+            step, last = state.step + 1, state.step + 1 == config.n_steps
+            if _is_due(step, config):
+                learned = judge_states(learned, config.guard, mesh, last=last)
+            state = state._replace(
+                step=step, learners=tuple(one.learner for one in learned), order_hash=batch.order_hash,
+                units_done=batch.units_done, seconds=begun.state.seconds + time.monotonic() - started,
+            )  # fmt: skip
+            at(step, "training")
+            if any(one.decision in ("roll_back", "stop") for one in learned):
+                saver.wait()  # what is being saved may be what to go back to
+                state = roll_back(learned, state, batches, checkpoints)
+            consumer.take(state.units_done, starved_s=feed.starved_s())
+            report.add(state, learned, batch, feed, lr_factor=factor, more=saver.figures)
+            if last:
+                break
+            faults.point("train.step", step=step, rank=mesh.world.rank)
+            if lease is not None:
+                lease.check()
+            if _is_due(step, config):
+                saver.save(to_checkpoint(state))
+            saver.poll()
+            stopping = batches.stop()
+        at(state.step, "saving")  # done, or asked to stop, perhaps while no rows came
+        saver.finish(to_checkpoint(state)._replace(scheduled=_is_due(state.step, config)))
+    return state
+
+
+def _is_due(step: int, config: TrainConfig) -> bool:
+    """Whether a checkpoint of this step is saved in any case: where a run goes back to must not depend on its stops."""
+    return step % config.checkpoint_every == 0 or step == config.n_steps
 
 
 def _warn_of_slow_states(task: Task) -> None:

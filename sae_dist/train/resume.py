@@ -1,41 +1,80 @@
 """Where a training begins: at its newest checkpoint, else with untrained dictionaries."""
 
 import logging
+from typing import Annotated, NamedTuple
 
-from sae_dist.config import UserError
+from pydantic import Field
+
+from sae_dist.config import UserError, load
+from sae_dist.shards.format import CorruptData
+from sae_dist.train import guard as guards
 from sae_dist.train.batches import Batches
+from sae_dist.train.checkpoint import Checkpoint
 from sae_dist.train.parallel.checkpoint import Checkpoints
 from sae_dist.train.parallel.exchange import of_first
-from sae_dist.train.state import TrainState, begin, from_checkpoint, mine
+from sae_dist.train.state import Source, TrainState, begin, from_checkpoint, mine
 
 logger = logging.getLogger(__name__)
 
 
-def resume(batches: Batches, checkpoints: Checkpoints) -> tuple[TrainState, str]:
-    """The state to train on from, and the folder of the checkpoint that it was read from ("" without one).
+class Begun(NamedTuple):
+    """What an attempt begins with."""
 
-    UserError when the checkpoints are of another training.
+    state: TrainState
+    folder: str = ""  # of the checkpoint that it was read from
+
+
+def resume(batches: Batches, checkpoints: Checkpoints) -> Begun:
+    """The newest checkpoint's state, or that of untrained dictionaries.
+
+    UserError when the place holds another run's checkpoints and none of this one.
     """
     task, mesh = batches.task, batches.mesh
     saved = checkpoints.latest(mine(mesh))
-    if saved is None:
-        manifest = None
-        if not task.live:
-            manifest = of_first(mesh, task.store.snapshot().version if mesh.first else 0, name="manifest")
-        x = batches.sample(manifest)
-        return begin(x, task.members, task.config, mesh, source=task.source(manifest)), ""
-    state = from_checkpoint(saved, task.members, task.config, mesh)
-    here, there = task.source(None), state.source
-    if (there.store, there.hook) != (here.store, here.hook):
-        raise UserError(
-            f"out={task.out} was trained on {there.hook} of store {there.store}, not on {here.hook} of {here.store} "
-            f"({task.store.storage.uri}); choose another out="
-        )
-    if there.run != here.run:
+    if saved is not None:
+        _check_facts(saved, checkpoints)
+        state = from_checkpoint(saved, task.members, task.config, mesh)
+        if mesh.first:
+            logger.info("resuming at step %d of %d", state.step, task.config.n_steps)
+        return Begun(state, saved.folder)
+    if (facts := checkpoints.anothers()) is not None:
+        here, there = task.source(None), Source(*facts["source"])
+        if (there.store, there.hook) != (here.store, here.hook):
+            raise UserError(
+                f"out={task.out} was trained on {there.hook} of store {there.store}, not on {here.hook} of "
+                f"{here.store} ({task.store.storage.uri}); choose another out="
+            )
         raise UserError(
             f"train.checkpoints={checkpoints.storage.uri} holds another run's checkpoints; give each run a place of "
             "its own"
         )
-    if mesh.first:
-        logger.info("resuming at step %d of %d", state.step, task.config.n_steps)
-    return state, saved.folder
+    manifest = None
+    if not task.live:
+        manifest = of_first(mesh, task.store.snapshot().version if mesh.first else 0, name="manifest")
+    x = batches.sample(manifest)
+    return Begun(begin(x, task.members, task.config, mesh, source=task.source(manifest)))
+
+
+class _Facts(NamedTuple):
+    """What a checkpoint says besides its tensors and guards."""
+
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    variance: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    order_hash: Annotated[int, Field(ge=0, lt=1 << 64)]
+    units_done: Annotated[int, Field(ge=0)]
+    source: Source
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _check_facts(saved: Checkpoint, checkpoints: Checkpoints) -> None:
+    """CorruptData where the facts of a checkpoint are none that a training writes."""
+    facts = dict(saved.facts)
+    try:
+        for name in [name for name in facts if name.endswith("guard")]:
+            guards.from_facts(facts.pop(name))
+        load(_Facts, facts)
+    except UserError as error:
+        raise CorruptData(
+            f"checkpoint {checkpoints.storage.uri}/{saved.folder}: {error}; remove that folder to resume from the one "
+            "before"
+        ) from None

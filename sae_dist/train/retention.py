@@ -1,69 +1,99 @@
-"""Which checkpoints stay: the last ones that are sound, and milestones. Everything else goes."""
+"""Which checkpoints stay: the newest, the last ones that each dictionary may go back to, and milestones.
 
+Only what this run wrote is ever removed: folders with its mark, and in them files with the names of its files. Folders
+that somebody copied or renamed, files that somebody put there and what lies behind a link are left alone.
+"""
+
+import contextlib
 import logging
-import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-from sae_dist.storage import Storage
-from sae_dist.train import checkpoint
-from sae_dist.train.checkpoint import Manifest
+from sae_dist.shards.format import read_record
+from sae_dist.storage import Entry, Storage
+from sae_dist.train.checkpoint import DAMAGE
+from sae_dist.train.folders import MANIFEST, OWN_FILE, folders, is_of, step_of
+from sae_dist.train.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
 
 class Retention(NamedTuple):
-    """Which checkpoints stay."""
+    """Which checkpoints stay besides the newest one."""
 
-    keep: int  # the last so many
+    keep: int  # the last so many that fit, for each of `fits`
     every: int  # and those whose step it divides; 0: no others
+    fits: Sequence[Callable[[Manifest], bool]] = (lambda _: True,)  # for each dictionary: may it go back to this one?
 
 
-def prune(storage: Storage, *, sound: Collection[str], keep: int, every: int = 0) -> list[Manifest]:
-    """Removes all but the last `keep` sound checkpoints and those of them whose step `every` divides.
+def prune(storage: Storage, mark: str, retention: Retention, *, sound: Collection[str]) -> list[Manifest]:
+    """Removes the checkpoints of the run with this mark that `retention` does not keep, and what killed saves left.
 
-    `sound`: the folder that the run went on from, and those that it wrote since. Older ones count as long as their
-    manifest verifies; any other of these steps did not verify when the run went on from before it, and would hide what
-    is written since. Returns the manifests of the last `keep`, oldest first; nothing where there are fewer: were one of
-    them damaged, the run would begin anew.
+    `sound`: the folder that the run was resumed from, and those that it wrote since. Older ones count as long as their
+    manifest verifies; any other of these steps did not verify when the run was resumed from before it, and would hide
+    what is written since. Returns the manifests of those that the run may resume from or go back to, oldest first, but
+    none while there are fewer than `keep` for some dictionary: it might have to begin anew.
     """
-    since, last, kept = min(map(checkpoint.step_of, sound)), [], set[str]()
-    for folder in checkpoint.folders(storage):
-        if folder not in sound and checkpoint.step_of(folder) >= since:
+    since, last, kept = min(map(step_of, sound)), list[Manifest](), set[str]()
+    counts = [0] * len(retention.fits)
+    for folder in folders(storage, mark):
+        if folder not in sound and step_of(folder) >= since:
             continue
-        if len(last) < keep:
+        if not last or min(counts) < retention.keep:
             try:
-                last.append(checkpoint.read_manifest(storage, folder))
-            except checkpoint.DAMAGE as damage:
-                logger.warning("checkpoint %s/%s does not verify (%s); removing it", storage.uri, folder, damage)
+                manifest = read_manifest(storage, folder)
+            except DAMAGE as damage:
+                logger.warning("checkpoint %s/%s does not verify (%s)", storage.uri, folder, damage)
                 continue
-        elif not (every and checkpoint.step_of(folder) % every == 0):
-            continue
-        kept.add(folder)
-    _clear(storage, kept)
-    return last[::-1] if len(last) == keep else []
+            wanted = [fits(manifest) and n < retention.keep for fits, n in zip(retention.fits, counts, strict=True)]
+            counts = [n + more for n, more in zip(counts, wanted, strict=True)]
+            if not last or any(wanted):
+                last.append(manifest)
+                kept.add(folder)
+        if retention.every and step_of(folder) % retention.every == 0:
+            kept.add(folder)
+    _clear(storage, mark, kept)
+    return last[::-1] if min(counts) == retention.keep else []
 
 
-def sweep(storage: Storage) -> None:
-    """Removes what is not a checkpoint: the files of attempts that were killed, or had no room, before they ended."""
-    _clear(storage, checkpoint.folders(storage))
-
-
-def _clear(storage: Storage, kept: Collection[str]) -> None:
-    """Removes all folders but those, and what killed writes have left."""
-    killed = [leftover for leftover in storage.leftovers() if leftover.key.startswith("step_")]
-    for leftover in killed:
-        storage.discard(leftover)
-    there = {entry.key.partition("/")[0] for entry in [*storage.list("step_"), *killed]}
-    for folder in there - set(kept):
-        remove(storage, folder)
+def sweep(storage: Storage, mark: str) -> None:
+    """Removes what killed saves of the run left, or such as had no room."""
+    _clear(storage, mark, folders(storage, mark))
 
 
 def remove(storage: Storage, folder: str) -> None:
-    """Deletes a checkpoint, the manifest first: what is left of it in between is not one."""
-    storage.delete(f"{folder}/{checkpoint.MANIFEST}")
-    for entry in list(storage.list(f"{folder}/")):
+    """Deletes what a run wrote into a checkpoint, the manifest first: what is left of it in between is not one."""
+    storage.delete(f"{folder}/{MANIFEST}")
+    for entry in [entry for entry in storage.list(f"{folder}/") if _is_own(entry)]:
         storage.delete(entry.key)
     path = storage.local_path(folder)
     if path is not None:
-        shutil.rmtree(path, ignore_errors=True)  # with what a killed write left in it
+        with contextlib.suppress(OSError):  # somebody put a file of his own there
+            path.rmdir()
+
+
+def _clear(storage: Storage, mark: str, kept: Collection[str]) -> None:
+    """Removes all checkpoints of the run but those, and what killed saves have left."""
+    killed = [leftover for leftover in storage.leftovers() if is_of(_folder(leftover), mark)]
+    for leftover in killed:
+        storage.discard(leftover)
+    there = {_folder(entry) for entry in storage.list("step_") if _is_own(entry)} | {_folder(entry) for entry in killed}
+    for folder in sorted(there - set(kept)):
+        if is_of(folder, mark) and not _was_renamed(storage, folder):
+            remove(storage, folder)
+
+
+def _folder(entry: Entry) -> str:
+    return entry.key.partition("/")[0]
+
+
+def _is_own(entry: Entry) -> bool:
+    return OWN_FILE.fullmatch(entry.key.partition("/")[2]) is not None
+
+
+def _was_renamed(storage: Storage, folder: str) -> bool:
+    """Whether somebody gave a checkpoint this name: it is not what the run wrote here."""
+    try:
+        return read_record(storage, f"{folder}/{MANIFEST}", folder).get("folder") != folder
+    except DAMAGE:
+        return False

@@ -1,19 +1,52 @@
 """Going back: a dictionary whose guard says so takes the weights of its last sound checkpoint; the others go on.
 
-The rows since then are not trained on again. The result is not saved at once: a run that is killed here and repeated
-comes to the same step, and goes back to the same checkpoint.
+Sound is a checkpoint of a step that was due, with no steps left out just before it and only finite numbers in it. So
+where a run goes back to depends on the run alone: not on where it was stopped, nor on what else is trained beside. The
+rows since then are not trained on again.
 """
 
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from sae_dist.config import UserError
+from sae_dist.train import guard as guards
 from sae_dist.train.batches import Batches
+from sae_dist.train.guard import GuardConfig
 from sae_dist.train.learner import Learned, Learner
+from sae_dist.train.manifest import Manifest
+from sae_dist.train.member import Member
 from sae_dist.train.parallel.checkpoint import Checkpoints
+from sae_dist.train.parallel.exchange import all_gather
+from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.state import TrainState, begin, local, mine
 
 logger = logging.getLogger(__name__)
+
+
+def is_sound(manifest: Manifest, member: Member) -> bool:
+    """Whether the member may go back to this checkpoint; `judge_states` saw to it that its numbers are finite."""
+    guard = manifest.facts.get(f"{member.prefix}guard")
+    return manifest.scheduled and isinstance(guard, dict) and guard.get("in_a_row") == 0
+
+
+def judge_states(learned: Sequence[Learned], config: GuardConfig, mesh: Mesh, *, last: bool) -> list[Learned]:
+    """The learned before their checkpoint is saved: one that holds a number that is not finite goes back at once.
+
+    One amid steps that are left out is left to its guard, unless this is the `last` step. All ranks call this.
+    """
+    here = torch.stack([_is_finite(one.learner) for one in learned])
+    finite = all_gather(mesh, mesh.control, here.to(torch.uint8), name="finite").bool().all(0).tolist()
+    judged = []
+    for one, sound in zip(learned, finite, strict=True):
+        if not sound and (one.decision == "step" or last):
+            verdict = guards.judge_state(one.learner.guard, config)
+            one = one._replace(
+                learner=one.learner._replace(guard=verdict.guard), decision=verdict.decision, alert=verdict.alert
+            )
+        judged.append(one)
+    return judged
 
 
 def roll_back(learned: Sequence[Learned], state: TrainState, batches: Batches, checkpoints: Checkpoints) -> TrainState:
@@ -30,10 +63,13 @@ def roll_back(learned: Sequence[Learned], state: TrainState, batches: Batches, c
 
 
 def _earlier(learner: Learner, state: TrainState, batches: Batches, checkpoints: Checkpoints) -> Learner:
-    """The learner with the weights of its last checkpoint before the trouble, else with those that it began with."""
+    """The learner with the weights of its last sound checkpoint, else with those that it began with.
+
+    A checkpoint of a later step, which a run that resumed before a damaged one may find, is not gone back to.
+    """
     task, mesh, member = batches.task, batches.mesh, learner.member
     earlier = checkpoints.latest(
-        mine(mesh, member), among=lambda manifest: not manifest.facts[f"{member.prefix}guard"]["in_a_row"]
+        mine(mesh, member), among=lambda manifest: manifest.step < state.step and is_sound(manifest, member)
     )
     if mesh.first:
         to = f"step {earlier.step}" if earlier is not None else "the start: no checkpoint is from before the trouble"
@@ -43,3 +79,10 @@ def _earlier(learner: Learner, state: TrainState, batches: Batches, checkpoints:
         return learner._replace(sae=begin(x, [member], task.config, mesh, source=state.source).learners[0].sae)
     learner.sae.load_state_dict_(local(earlier, member))
     return learner
+
+
+def _is_finite(learner: Learner) -> torch.Tensor:
+    """Whether all numbers are that this rank holds of a dictionary and its moments; one pass, without a copy."""
+    floats = [tensor for tensor in learner.sae.state_dict().values() if tensor.is_floating_point() and tensor.numel()]
+    ends = torch.stack([end.double().cpu() for tensor in floats for end in torch.aminmax(tensor)])
+    return ends.isfinite().all()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sae_dist.storage import Storage
 from sae_dist.train import retention
-from sae_dist.train.checkpoint import Checkpoint, Manifest, Rows
+from sae_dist.train.checkpoint import Checkpoint, Rows
+from sae_dist.train.manifest import Manifest
 from sae_dist.train.retention import Retention
 
 logger = logging.getLogger(__name__)
@@ -21,16 +22,17 @@ MAX_FAILURES = 3  # saves in a row that may fail before the training does
 class Saver:
     """Saves checkpoints one after the other; `save` waits for the one before. Close it, or use `closing`.
 
-    `write` puts what this process holds into the storage, and returns its folder once the checkpoint counts; `leads` is
-    true for the one process of a training that removes old ones; `resumed_from` is the folder that the run was read
-    from; `tell` hears, in the thread of the training, which checkpoints the run may go back to, oldest first. A failed
-    save is an alert, not the end: the next one may succeed. All processes of a training call `save` at the same steps,
-    and so hear of a failure at the same step.
+    `write` puts what this process holds into the storage, and returns its folder once the checkpoint counts; `mark` is
+    in the names of the run's folders; `leads` is true for the one process of a training that removes old ones;
+    `resumed_from` is the folder that the run was read from; `tell` hears, in the thread of the training, which
+    checkpoints the run may need again (retention.prune). A failed save is an alert, not the end: the next one may
+    succeed. All processes of a training call `save` at the same steps, and so hear of a failure at the same step.
     """
 
     def __init__(
         self,
         storage: Storage,
+        mark: str,
         retention: Retention,
         *,
         write: Callable[[Checkpoint], str],
@@ -38,8 +40,8 @@ class Saver:
         resumed_from: str = "",
         tell: Callable[[list[Manifest]], None] = lambda _: None,
     ) -> None:
-        self._storage, self._retention, self._write, self._leads = storage, retention, write, leads
-        self._tell = tell
+        self._storage, self._mark, self._retention = storage, mark, retention
+        self._write, self._leads, self._tell = write, leads, tell
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[list[Manifest]] | None = None
         self._sound = [resumed_from] if resumed_from else []
@@ -113,7 +115,7 @@ class Saver:
             folder = self._write(state)
         except (OSError, ValueError):
             if self._leads:  # what it wrote would take the next one's room
-                self._tidy(lambda: retention.sweep(self._storage))
+                self._tidy(lambda: retention.sweep(self._storage, self._mark))
             raise
         self._sound.append(folder)
         kept: list[Manifest] = []
@@ -124,7 +126,7 @@ class Saver:
         return kept
 
     def _prune(self) -> list[Manifest]:
-        return retention.prune(self._storage, sound=self._sound, keep=self._retention.keep, every=self._retention.every)
+        return retention.prune(self._storage, self._mark, self._retention, sound=self._sound)
 
     def _tidy(self, remove: Callable[[], None]) -> None:
         """Removes files; when it cannot, the save has not failed, and the next one tries again."""

@@ -1,7 +1,7 @@
 """What a training is made of between two steps: all of it is in a checkpoint, nothing else is anywhere."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,19 +13,16 @@ from sae_dist.sae.config import SAEConfig, resolved_k_aux
 from sae_dist.sae.initialize import Parameters, initialize
 from sae_dist.sae.scale import input_scale
 from sae_dist.train import guard as guards
-from sae_dist.train.checkpoint import Checkpoint, Layout, Rows
+from sae_dist.train.checkpoint import Checkpoint, Mine, Rows
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.guard import Guard
 from sae_dist.train.held import refuse_another
 from sae_dist.train.learner import Learner
+from sae_dist.train.manifest import Layout
 from sae_dist.train.member import Member, split_name
 from sae_dist.train.parallel.exchange import all_gather, total
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep
-
-if TYPE_CHECKING:
-    from sae_dist.train.parallel.planner import Mine
-
 
 CONSTANT = 1e-9  # of the mean squared norm: less than fp32 makes of rows that are all the same
 
@@ -107,7 +104,7 @@ def from_checkpoint(saved: Checkpoint, members: Sequence[Member], config: TrainC
     return TrainState(saved.step, tuple(learners), source=source, **facts)
 
 
-def mine(mesh: Mesh, only: Member | None = None) -> "Mine":
+def mine(mesh: Mesh, only: Member | None = None) -> Mine:
     """Of every tensor of a checkpoint, the rows that this rank holds, of `only` one member's alone; None: all."""
 
     def rows(name: str, whole: Layout) -> range | None:

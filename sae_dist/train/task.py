@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_dist import storage
+from sae_dist.config import digest
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
 from sae_dist.storage import Storage
@@ -34,6 +35,11 @@ class Task(NamedTuple):
     @property
     def checkpoints(self) -> Storage:
         return storage.open(self.config.checkpoints or self.out / "checkpoints")
+
+    @property
+    def mark(self) -> str:
+        """In the names of this training's checkpoints: equal for two that must end in the same dictionaries."""
+        return digest([*self.source(None)])[:8]
 
     def source(self, manifest: int | None) -> Source:
         """What a checkpoint says of its rows, with the version of the store's manifest that they are pinned to."""

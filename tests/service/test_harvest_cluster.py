@@ -207,7 +207,7 @@ def test_a_killed_driver_a_second_driver_and_a_killed_head(nodes: Nodes, model: 
         [sys.executable, "-m", "sae_dist", *command(tmp_path / "other", nodes)], capture_output=True, text=True
     )
     (line,) = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
-    assert second.returncode == 2 and f"is being filled by process {driver.pid}" in line
+    assert second.returncode == 2 and f"is in use by process {driver.pid}" in line
     assert driver.poll() is None
     driver.kill()
     driver.wait()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from sae_dist.train.guard import Guard, GuardConfig, from_facts, judge, to_facts
+from sae_dist.train.guard import Guard, GuardConfig, from_facts, judge, judge_state, to_facts
 
 CONFIG = GuardConfig(max_skipped=3, max_roll_backs=1, spike_window=8, spike_deviations=10.0)
 
@@ -38,6 +38,19 @@ def test_a_gradient_that_is_not_finite_is_left_out_whatever_the_loss():
     assert (verdict.decision, verdict.guard.losses) == ("skip", ())
 
 
+@pytest.mark.parametrize("losses", [{"loss": 5e33}, {"loss": 1.0, "aux_loss": 1e9}])
+def test_a_finite_loss_whose_gradients_have_no_finite_squares_is_left_out(losses):
+    verdict = judge(Guard(), CONFIG, **losses)
+    assert verdict.decision == "skip" and verdict.alert is not None
+    assert "is too large: its gradients have no finite squares; the step is left out" in verdict.alert
+    assert judge(Guard(), CONFIG, loss=1e6).decision == "step"
+
+
+def test_a_state_that_is_not_finite_goes_back_at_once():
+    assert judge_state(Guard(in_a_row=1), CONFIG).guard == Guard(roll_backs=1)
+    assert judge_state(Guard(roll_backs=1), CONFIG).decision == "stop"
+
+
 def test_no_roll_backs_means_stop():
     assert decisions(run([math.nan] * 3, GuardConfig(max_skipped=3, max_roll_backs=0))) == ["skip", "skip", "stop"]
 
@@ -60,7 +73,7 @@ def test_one_alert_a_spike_and_a_lasting_change_becomes_usual():
 
 def test_nothing_is_a_spike_before_the_window_is_half_full_nor_with_a_window_of_zero():
     assert not any(verdict.alert for verdict in run([1.0, 1.0, 1.0, 100.0]))
-    assert not any(verdict.alert for verdict in run([1.0] * 50 + [1e9], GuardConfig(spike_window=0)))
+    assert not any(verdict.alert for verdict in run([1.0] * 50 + [1e7], GuardConfig(spike_window=0)))
 
 
 def test_skipped_spikes_do_not_enter_the_window_and_count_in_a_row():

@@ -10,8 +10,8 @@ from sae_dist import storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import BatchTopK, SAEConfig, TopK
-from sae_dist.shards import credits, reader
-from sae_dist.shards.format import StoreMeta
+from sae_dist.shards import credits, lease, reader
+from sae_dist.shards.format import StoreMeta, seal, unseal
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
 from sae_dist.shards.writer import create, write_unit
@@ -128,18 +128,18 @@ def test_a_damaged_checkpoint_costs_time_and_nothing_else(store, whole, tmp_path
 def test_runs_that_share_a_place_for_checkpoints_are_not_one(store, tmp_path):
     config = TrainConfig(**{**vars(CONFIG), "checkpoints": str(tmp_path / "shared")})
     train(store, tmp_path / "a", config=config, provenance={"config_hash": "a"})
-    there = sorted((tmp_path / "shared").iterdir())
+    there = sorted((tmp_path / "shared").glob("step_*"))
     with pytest.raises(UserError, match="holds another run's checkpoints; give each run a place of its own"):
         train(store, tmp_path / "b", config=config, provenance={"config_hash": "b"})
-    assert sorted((tmp_path / "shared").iterdir()) == there and not (tmp_path / "b" / "dictionary").exists()
+    assert sorted((tmp_path / "shared").glob("step_*")) == there and not (tmp_path / "b" / "dictionary").exists()
 
 
-def test_going_back_finds_what_was_learned_before_the_trouble(store, tmp_path, monkeypatch, caplog):
-    """Ten bad steps, a checkpoint due every three, two kept: none within the trouble pushes the good ones out."""
+def spoil(monkeypatch, bad, factor: float = torch.nan):
+    """Multiplies the rows of a step where `bad(member's name, step)`; gives what notes the steps, for `at`."""
     step = 0
 
     def spoilt(learner, config, x, **more):
-        return learn(learner, config, x * torch.nan if 30 < step + 1 <= 40 else x, **more)
+        return learn(learner, config, x * factor if bad(learner.member.name, step + 1) else x, **more)
 
     def note(now: int, _: str) -> None:
         nonlocal step
@@ -147,6 +147,12 @@ def test_going_back_finds_what_was_learned_before_the_trouble(store, tmp_path, m
 
     learn = loop.learn
     monkeypatch.setattr(loop, "learn", spoilt)
+    return note
+
+
+def test_going_back_finds_what_was_learned_before_the_trouble(store, tmp_path, monkeypatch, caplog):
+    """Ten bad steps, a checkpoint due every three, two kept: none within the trouble pushes the good ones out."""
+    note = spoil(monkeypatch, lambda _, step: 30 < step <= 40)
     config = TrainConfig(**{**vars(CONFIG), "checkpoint_every": 3, "log_every": 1})
     _, lines = train(store, tmp_path, config=config, at=note)
     fvu = {number: line["fvu"] for number, line in lines}
@@ -155,21 +161,80 @@ def test_going_back_finds_what_was_learned_before_the_trouble(store, tmp_path, m
     assert fvu[41] < 1.1 * fvu[30]
 
 
-def test_weights_that_are_not_finite_are_never_saved(store, tmp_path, monkeypatch, caplog):
-    """An update can overflow where its gradient did not, in the very step whose checkpoint is due."""
+@pytest.mark.parametrize("stops", [(37,), (43, 46), (51,)])
+def test_stopped_anywhere_a_run_goes_back_to_where_the_uninterrupted_one_does(
+    store, tmp_path, monkeypatch, caplog, stops
+):
+    """Bad steps from 42 to 51; stopped before, twice amid them and just after going back."""
+    note = spoil(monkeypatch, lambda _, step: 41 < step <= 51)
+    train(store, tmp_path / "whole", at=note)
+    assert "going back to step 40" in caplog.text
+    seen = 0
+
+    def at(now: int, what: str) -> None:
+        nonlocal seen
+        note(now, what)
+        seen = now
+
+    for stop in stops:
+        with pytest.raises(Stopped, match=f"step {stop} of 60"):
+            train(store, tmp_path / "cut", at=at, stop=lambda stop=stop: seen == stop)
+    train(store, tmp_path / "cut", at=at)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_a_member_goes_back_as_if_it_were_alone(store, tmp_path, monkeypatch):
+    """The other one leaves steps out just when the checkpoint is due that this one will go back to."""
+    note = spoil(monkeypatch, lambda name, step: 38 < step < 43 if name == "other" else 45 < step <= 55)
+    other = Member("other", SAE, seed=7)
+    train(store, tmp_path / "alone", at=note)
+    train(store, tmp_path / "both", at=note, members=(Member(MAIN, SAE, 0, CONFIG.lr), other))
+    assert weights(tmp_path / "both") == weights(tmp_path / "alone")
+
+
+def test_finite_rows_that_are_enormous_are_not_learned_from(store, tmp_path, monkeypatch, caplog):
+    """Their squared gradients would be infinite, and stay so in Adam's second moment: nothing could be saved again."""
+    note = spoil(monkeypatch, lambda _, step: step == 31, factor=1e13)
+    train(store, tmp_path, at=note)
+    assert "is too large: its gradients have no finite squares; the step is left out" in caplog.text
+    assert "not saved" not in caplog.text and "going back" not in caplog.text
+
+
+def test_one_run_at_a_time_works_in_a_place_for_checkpoints(store, tmp_path):
+    config = TrainConfig(**{**vars(CONFIG), "checkpoints": str(tmp_path / "shared")})
+    with (
+        lease.lease(storage.open(tmp_path / "shared"), "runs/other", key="train.checkpoints", folder="lease"),
+        pytest.raises(UserError, match=r"^train.checkpoints=\S+ is in use by process \d+ .*\(out=runs/other\)"),
+    ):
+        train(store, tmp_path / "mine", config=config)
+
+
+@pytest.mark.parametrize("change", [{"scale": "x"}, {"units_done": -1}, {"guard": {"in_a_row": []}}, {"source": 1}])
+def test_senseless_facts_of_a_checkpoint_are_one_line(store, tmp_path, change):
+    with pytest.raises(Stopped):
+        train(store, tmp_path, stop=iter([False, True]).__next__)
+    (path,) = (tmp_path / "checkpoints").glob("step_*/checkpoint.json")
+    record = {name: value for name, value in unseal(path.read_bytes(), "").items() if name != "digest"}
+    path.write_bytes(seal(record | {"facts": record["facts"] | change}))
+    with pytest.raises(UserError, match=f"checkpoint {path.parent}: .*; remove that folder to resume from the one"):
+        train(store, tmp_path)
+
+
+def test_what_is_not_finite_when_a_checkpoint_is_due_goes_back_at_once(store, tmp_path, monkeypatch, caplog):
+    """An update can overflow where its gradient did not: no loss tells of it, and nothing could be gone back to."""
 
     def spoilt(learner, config, x, **more):
         learned = learn(learner, config, x, **more)
         if learner.sae.shard.steps == 27 and "going back" not in caplog.text:
-            learner.sae.shard.b_dec[0] = torch.inf
+            learner.sae.state_dict()["second.W_dec"][0, 0] = torch.inf
         return learned
 
     learn = loop.learn
     monkeypatch.setattr(loop, "learn", spoilt)
     config = TrainConfig(**{**vars(CONFIG), "checkpoint_every": 3, "log_every": 1})
     _, lines = train(store, tmp_path, config=config)
-    assert "the checkpoint of step 27 was not saved (b_dec holds numbers that are not finite" in caplog.text
-    assert "going back to step 24" in caplog.text
+    assert "step 27: a weight or a moment is not finite; going back (roll-back 1)" in caplog.text
+    assert "going back to step 24" in caplog.text and "not saved" not in caplog.text
     assert lines[-1][1]["fvu"] < 1.1 * lines[23][1]["fvu"]
 
 
@@ -191,7 +256,7 @@ def test_live_on_a_growing_store_is_stored(whole, tmp_path):
 def test_checkpoints_go_where_they_are_told_and_say_what_they_cost(store, whole, tmp_path):
     config = TrainConfig(**{**vars(CONFIG), "checkpoints": str(tmp_path / "elsewhere"), "keep_every": 40})
     _, lines = train(store, tmp_path / "run", config=config)
-    kept = [path.name[:13] for path in sorted((tmp_path / "elsewhere").iterdir())]
+    kept = [path.name[:13] for path in sorted((tmp_path / "elsewhere").glob("step_*"))]
     assert kept == ["step_00000040", "step_00000060"]
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert lines[-1][1]["checkpoint_seconds"] > 0
@@ -208,7 +273,7 @@ def test_a_save_that_fails_is_an_alert_and_the_last_one_must_not(store, whole, t
     monkeypatch.setenv(
         "SAE_DIST_FAULTS", '[{"point": "checkpoint.before_commit", "where": {"step": 60}, "action": "raise"}]'
     )
-    with pytest.raises(OSError, match="checkpoint.before_commit"):
+    with pytest.raises(UserError, match="checkpoint.before_commit"):
         train(store, tmp_path / "b")
 
 
@@ -217,10 +282,9 @@ def test_live_training_tells_its_store_how_far_it_is_and_leaves_it_in_the_end(st
     for unit in range(UNITS):
         harvest(growing, unit)
     seen = iter(range(1, 1000))
-    with pytest.raises(
-        Stopped
-    ):  # 45 steps of 64 rows: past the first two of three rounds of 1,200, a checkpoint in each
-        train(growing, tmp_path / "run", live=True, stop=lambda: next(seen) == 45)
+    config = TrainConfig(**{**vars(CONFIG), "checkpoint_every": 2})
+    with pytest.raises(Stopped):  # 45 steps of 64 rows: past the first two of three rounds of 1,200
+        train(growing, tmp_path / "run", config=config, live=True, stop=lambda: next(seen) == 45)
     (position,) = credits.positions(growing.storage)
     assert (position.consumer, position.saved) == (consumer_name(tmp_path / "run"), 4)
     assert position.taken >= position.saved

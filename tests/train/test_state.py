@@ -16,6 +16,7 @@ from sae_dist.sae.config import BatchTopK, TopK
 from sae_dist.shards.reader import Store
 from sae_dist.train import checkpoint
 from sae_dist.train.checkpoint import Rows
+from sae_dist.train.folders import folders
 from sae_dist.train.member import MAIN, Member, split_name
 from sae_dist.train.parallel.mesh import Axis, Mesh
 from sae_dist.train.state import from_checkpoint, mine, to_checkpoint
@@ -45,9 +46,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def newest(out: Path) -> checkpoint.Checkpoint:
-    saved = checkpoint.latest(storage.open(out / "checkpoints"))
-    assert saved is not None
-    return saved
+    return checkpoint.read(storage.open(out / "checkpoints"), newest_folder(out))
 
 
 def tensor(saved: checkpoint.Checkpoint, name: str) -> torch.Tensor:
@@ -108,7 +107,7 @@ def test_every_rank_of_any_mesh_takes_over_its_latents_bit_for_bit(whole, featur
 
 
 def newest_folder(out: Path) -> str:
-    return checkpoint.folders(storage.open(out / "checkpoints"))[0]
+    return folders(storage.open(out / "checkpoints"))[0]
 
 
 def test_a_state_that_is_rounded_at_random_is_so_by_the_seed_of_its_dictionary(store, tmp_path):
@@ -162,5 +161,5 @@ def test_the_keys_reach_the_training_and_a_wrong_one_or_another_checkpoint_is_on
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
     assert "train.moments='int4': input should be 'float32', 'int8' or 'factored'" in errors[0]
-    assert "train.parameters=bfloat16_stochastic there, float32 here" in errors[1]
+    assert f"train.checkpoints={tmp_path}/a/checkpoints holds another run's checkpoints" in errors[1]
     assert "train.moments=factored there, float32 here" in errors[2]

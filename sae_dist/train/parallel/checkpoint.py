@@ -1,35 +1,39 @@
 """Checkpoints of a mesh: any mesh reads what any other wrote, and one rank's failure is everybody's.
 
-torch.distributed.checkpoint plans and agrees (planner.py); a single process has nothing to agree on.
+Ranks tell each other which blocks of rows they hold; what several hold is written by the one with the least to write.
+Then each writes its files, and rank 0, once it knows of all of them, the manifest. For reading, each takes the blocks
+that overlap with what it wants. A single process does the same, with nobody to tell.
 """
 
+import contextlib
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 
+from sae_dist.config import UserError
 from sae_dist.shards.format import CorruptData
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train import checkpoint
-from sae_dist.train.checkpoint import Checkpoint, Manifest
+from sae_dist.train.checkpoint import DAMAGE, Checkpoint, Mine
+from sae_dist.train.folders import folders, is_of, new_folder
+from sae_dist.train.manifest import Block, File, Manifest, commit, read_manifest
 from sae_dist.train.parallel.mesh import Mesh
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    from sae_dist.train.parallel.planner import Mine
 
 logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints in one place, as all ranks of a mesh write and read them together: all call the same methods."""
+    """The checkpoints of one run in one place; all ranks of its mesh call the same methods, each for its part."""
 
-    def __init__(self, mesh: Mesh, storage: Storage, *, timeout_s: float) -> None:
-        """`timeout_s` is how long a rank that has written its part waits for the others."""
-        self.storage = storage
+    def __init__(self, mesh: Mesh, storage: Storage, mark: str, *, timeout_s: float = 1800.0) -> None:
+        """`mark` is in the names of this run's folders; a rank that has written waits `timeout_s` for the others."""
+        self.storage, self.mark = storage, mark
+        self._rank, self._world = mesh.world.rank, mesh.world.size
         self._group: dist.ProcessGroup | None = None
         if mesh.world.group is not None:  # one for checkpoints alone: a thread may use it while the mesh trains
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -40,62 +44,145 @@ class Checkpoints:
 
         StorageError on all ranks when one could not write.
         """
-        if self._group is None:
-            return checkpoint.save(self.storage, state)
-        from torch.distributed.checkpoint.api import CheckpointException
-        from torch.distributed.checkpoint.state_dict_saver import save as save_together
-
-        from sae_dist.train.parallel.planner import RowsSavePlanner, Writer
-
-        writer = Writer(self.storage, state, dist.get_rank(self._group))
+        parts = checkpoint.blocks(state.tensors)
+        sizes = [[*block, part.nbytes] for block, part in parts.items()]
+        told = self._exchange([new_folder(state.step, self.mark), sizes])
+        folder = told[0][0]
+        mine = share([{Block(*block): size for *block, size in sizes} for _, sizes in told], self._rank)
+        files, failure = [], None
         try:
-            save_together(
-                dict(state.tensors), storage_writer=writer, planner=RowsSavePlanner(), process_group=self._group
+            files = list(checkpoint.write_files(self.storage, folder, self._rank, {b: parts[b] for b in mine}))
+        except (OSError, ValueError) as error:  # a StorageError is a ValueError
+            failure = str(error)
+        told = self._exchange([failure, files])
+        _raise_any(StorageError, [failure for failure, _ in told])
+        if self._rank == 0:
+            written = tuple(
+                File(name, size, xxh3, tuple(Block(*block) for block in blocks))
+                for _, files in told
+                for name, size, xxh3, blocks in files
             )
-        except CheckpointException as failed:
-            raise StorageError(_reasons(failed, (OSError, ValueError))) from None
-        return writer.folder
-
-    def latest(self, mine: "Mine", *, among: Callable[[Manifest], bool] | None = None) -> Checkpoint | None:
-        """What this rank holds of the newest checkpoint that verifies on all ranks; None when there is none.
-
-        `among` says which ones count; those whose manifest is damaged do not.
-        """
-        if self._group is None:
-            return checkpoint.latest(
-                self.storage, lambda place, folder: checkpoint.read(place, folder, mine), among=among
-            )
-        first = dist.get_rank(self._group) == 0
-        lists: list[list[str] | None] = [checkpoint.folders(self.storage, among) if first else None]
-        dist.broadcast_object_list(lists, group_src=0, group=self._group)  # one list: a storage may show a file late
-        for folder in lists[0] or []:
+            tensors = {name: checkpoint.layout(tensor) for name, tensor in state.tensors.items()}
             try:
-                return self._load(folder, mine)
+                commit(self.storage, Manifest(folder, state.step, state.scheduled, state.facts, tensors, written))
+            except (OSError, ValueError) as error:
+                failure = str(error)
+        _raise_any(StorageError, self._exchange(failure))
+        return folder
+
+    def latest(
+        self, mine: Mine = lambda *_: None, *, among: Callable[[Manifest], bool] | None = None
+    ) -> Checkpoint | None:
+        """What this rank holds of the run's newest checkpoint that verifies on all ranks; None when there is none.
+
+        `among` says which ones count; those whose manifest is damaged do not. Says so when a newer one does not verify.
+        UserError when there are some and none verifies: to begin anew, and remove them, is not for the program to
+        decide. So it is where nobody knows whether one is damaged, because the storage does not give it away.
+        """
+        there = self._exchange(self._candidates(among) if self._rank == 0 else None)[
+            0
+        ]  # one list: others may see a file late
+        for folder in there:
+            try:
+                return self._read(folder, mine)
             except CorruptData as damage:
-                if first:
-                    checkpoint.passed_over(self.storage, folder, damage)
-            except OSError as error:
-                raise checkpoint.refusal(self.storage, folder, error) from None
-        return checkpoint.none_left(self.storage, lists[0] or [])
+                if self._rank == 0:
+                    logger.warning(
+                        "checkpoint %s/%s does not verify (%s); trying the one before", self.storage.uri, folder, damage
+                    )
+        if there:
+            raise UserError(
+                f"none of the {len(there)} checkpoints in {self.storage.uri} is what was written there; remove that "
+                "folder to begin anew, or choose another out= (and train.checkpoints=)"
+            )
+        return None
 
-    def _load(self, folder: str, mine: "Mine") -> Checkpoint:
-        """What this rank holds of a checkpoint; CorruptData on all ranks when one found it damaged."""
-        from torch.distributed.checkpoint.api import CheckpointException
-        from torch.distributed.checkpoint.state_dict_loader import load as load_together
+    def anothers(self) -> dict[str, Any] | None:
+        """The facts of the newest checkpoint that another run has in this place, None when there is none.
 
-        from sae_dist.train.parallel.planner import Reader, RowsLoadPlanner
+        UserError where that is of another format.
+        """
+        facts = refusal = None
+        if self._rank == 0:
+            try:
+                facts = next(self._readable_facts(), None)
+            except UserError as error:
+                refusal = str(error)
+        facts, refusal = self._exchange([facts, refusal])[0]
+        _raise_any(UserError, [refusal])
+        return facts
 
-        planner, reader = RowsLoadPlanner(mine), Reader(self.storage, folder)
+    def _readable_facts(self) -> Iterator[dict[str, Any]]:
+        for folder in folders(self.storage):
+            if not is_of(folder, self.mark):
+                with contextlib.suppress(*DAMAGE):  # nobody resumes from it
+                    yield read_manifest(self.storage, folder).facts
+
+    def _candidates(self, among: Callable[[Manifest], bool] | None) -> list[str]:
+        return [folder for folder in folders(self.storage, self.mark) if among is None or self._fits(folder, among)]
+
+    def _fits(self, folder: str, among: Callable[[Manifest], bool]) -> bool:
         try:
-            load_together({}, storage_reader=reader, planner=planner, process_group=self._group)
-        except CheckpointException as failed:
-            raise CorruptData(_reasons(failed, checkpoint.DAMAGE)) from None
-        return Checkpoint(reader.manifest.step, planner.parts, reader.manifest.facts, folder)
+            return among(read_manifest(self.storage, folder))
+        except DAMAGE as damage:
+            logger.warning(
+                "checkpoint %s/%s does not verify (%s); not going back to it", self.storage.uri, folder, damage
+            )
+            return False
+
+    def _read(self, folder: str, mine: Mine) -> Checkpoint:
+        """CorruptData on all ranks when one found it damaged, UserError when one could not read it."""
+        read, damage, refusal = None, None, None
+        try:
+            read = checkpoint.read(self.storage, folder, mine)
+        except DAMAGE as error:
+            damage = str(error)
+        except OSError as error:  # perhaps it is sound: going on from an older one would undo work
+            refusal = (
+                f"checkpoint {self.storage.uri}/{folder} cannot be read ({error}); repeat the command when it can, or "
+                "remove that folder to resume from the one before"
+            )
+        except UserError as error:
+            refusal = str(error)
+        told = self._exchange([damage, refusal])
+        _raise_any(CorruptData, [damage for damage, _ in told])
+        _raise_any(StorageError, [refusal for _, refusal in told])
+        assert read is not None
+        return read
+
+    def _exchange(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks, in rank order."""
+        if self._group is None:
+            return [value]
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self._world)]
+        dist.all_gather(sizes, torch.tensor([len(mine)]), group=self._group)
+        longest = max(int(size) for size in sizes)
+        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - len(mine))), group=self._group)
+        return [json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)]
 
 
-def _reasons(failed: "CheckpointException", expected: tuple[type[Exception], ...]) -> str:
-    """What went wrong, by rank; an error of another kind than those is raised as it is."""
-    for _, (error, _) in sorted(failed.failures.items()):
-        if not isinstance(error, expected):
-            raise error
-    return "; ".join(f"rank {rank}: {error}" for rank, (error, _) in sorted(failed.failures.items()))
+def share(held: Sequence[Mapping[Block, int]], rank: int) -> list[Block]:
+    """Those blocks that `rank` writes, of the blocks that each rank holds and their bytes: every block has one writer.
+
+    What several ranks hold goes to the one of them that has the least to write.
+    """
+    holders: dict[Block, list[int]] = {}
+    for holder, blocks in enumerate(held):
+        for block in blocks:
+            holders.setdefault(block, []).append(holder)
+    load, mine = [0] * len(held), []
+    for block, ranks in sorted(holders.items(), key=lambda item: len(item[1])):  # those without a choice first
+        writer = min(ranks, key=lambda holder: load[holder])
+        load[writer] += held[writer][block]
+        if writer == rank:
+            mine.append(block)
+    return mine
+
+
+def _raise_any(kind: type[UserError], reasons: Sequence[str | None]) -> None:
+    """Raises what went wrong on any rank, with the ranks where there are several."""
+    if any(reasons):
+        alone = len(reasons) == 1
+        raise kind("; ".join(reason if alone else f"rank {r}: {reason}" for r, reason in enumerate(reasons) if reason))

@@ -17,6 +17,7 @@ from sae_dist.train.parallel.checkpoint import Checkpoints
 from sae_dist.train.parallel.mesh import Mesh, connect
 
 N = 13
+MARK = "1f2e3d4c"
 
 
 def whole(step: int) -> dict[str, torch.Tensor]:
@@ -61,7 +62,7 @@ def main(folder: Path, rank: int, world: int) -> None:
             MeshConfig(data=data, feature=feature), rank=rank, world=world, device="cpu",
             store=dist.PrefixStore(str(number), shared),
         )  # fmt: skip
-        checkpoints = Checkpoints(mesh, place, timeout_s=60)
+        checkpoints = Checkpoints(mesh, place, MARK, timeout_s=60)
         previous = checkpoints.latest(mine(mesh))
         told[f"{data}x{feature} reads"] = holds(previous, mesh, 5 if number == 0 else 6 + number - 1)
         checkpoints.save(shard(mesh, 6 + number))
@@ -77,20 +78,17 @@ def main(folder: Path, rank: int, world: int) -> None:
             told[f"{data}x{feature} fails"] = str(error)
         os.environ.pop("SAE_DIST_FAULTS", None)
         dist.barrier()
+        newest = checkpoints.save(shard(mesh, 200 + number))
+        dist.barrier()
         if mesh.first:
-            newest = place.root / plain.folders(place)[0]  # pyright: ignore[reportAttributeAccessIssue]
-            copy = place.root / f"step_{200 + number:08d}-copied"  # pyright: ignore[reportAttributeAccessIssue]
-            copy.mkdir()
-            for path in newest.iterdir():
-                (copy / path.name).write_bytes(path.read_bytes())
-            torn = copy / "rank00000-00000.safetensors"
+            torn = folder / "checkpoints" / newest / "rank00000-00000.safetensors"
             torn.write_bytes(torn.read_bytes()[:-1])
         dist.barrier()
         read = checkpoints.latest(mine(mesh))
         told[f"{data}x{feature} passes over damage"] = holds(read, mesh, 6 + number)
         dist.barrier()
         if mesh.first:
-            retention.remove(place, f"step_{200 + number:08d}-copied")
+            retention.remove(place, newest)
         dist.barrier()
         mesh.close()
     (folder / f"rank{rank}.json").write_text(json.dumps(told))

@@ -1,0 +1,37 @@
+"""Names of checkpoints' folders: step_00000500-1f2e3d4c-8be0f1, a step, the mark of a run and the name of an attempt.
+
+What has another name is no checkpoint, and is neither read nor removed. A folder of another mark is another run's.
+"""
+
+import re
+import secrets
+
+from sae_dist.storage import Storage
+
+MANIFEST = "checkpoint.json"
+OWN_FILE = re.compile(r"checkpoint\.json|rank\d{5}-\d{5,}\.safetensors")  # what a run writes into a checkpoint
+_NAME = re.compile(r"step_(\d{8,})-(?:([0-9a-f]{8})-)?[0-9a-f]{6}")  # before format 5 without a mark
+
+
+def new_folder(step: int, mark: str) -> str:
+    """A folder that no other attempt to save has."""
+    return f"step_{step:08d}-{mark}-{secrets.token_hex(3)}"
+
+
+def step_of(folder: str) -> int:
+    match = _NAME.fullmatch(folder)
+    assert match is not None, folder
+    return int(match[1])
+
+
+def is_of(folder: str, mark: str) -> bool:
+    """Whether the folder has the name of a checkpoint of the run with this mark."""
+    match = _NAME.fullmatch(folder)
+    return match is not None and match[2] == mark
+
+
+def folders(storage: Storage, mark: str | None = None) -> list[str]:
+    """The folders of complete checkpoints, newest first: those of one run, or of all."""
+    found = [entry.key.removesuffix(f"/{MANIFEST}") for entry in storage.list("step_")]
+    found = [folder for folder in found if _NAME.fullmatch(folder) and (mark is None or is_of(folder, mark))]
+    return sorted(found, key=lambda folder: (step_of(folder), folder), reverse=True)
