@@ -57,9 +57,10 @@ def _kind_of_file(file: Path, path: str, suffix: str) -> str:
 
 
 def _folder(folder: Path, path: str) -> Detected:
-    if (folder / "dataset_dict.json").is_file() or {"state.json", "dataset_info.json"} <= set(os.listdir(folder)):
+    files = sorted(local.walk(folder))
+    top = {file.name for file in files if file.parent == folder}
+    if "dataset_dict.json" in top or {"state.json", "dataset_info.json"} <= top:
         return Detected("huggingface")  # what save_to_disk wrote
-    files = sorted(local.walk(folder.resolve()))
     suffixes = Counter(local.plain_name(file).suffix for file in files)
     kinds = sorted({_KINDS[suffix] for suffix in suffixes if suffix in _KINDS})
     if len(kinds) > 1:

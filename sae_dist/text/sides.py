@@ -86,13 +86,14 @@ def shortage(train: StreamWriter, heldout: StreamWriter, *, tally: Tally, heldou
 
 def _too_few_documents(train: StreamWriter, heldout: StreamWriter, *, tally: Tally) -> str:
     short, what = (train, "to train on") if heldout.full else (heldout, "held out (harvest.heldout_tokens)")
+    alone = tally.n_documents == 1
     why = (
         "its one document cannot be on both sides"
-        if tally.n_documents == 1
+        if alone
         else f"each of its {tally.n_documents:,} documents is on one side as a whole, and too few are on that one"
     )
     return (
         f"the text has {tally.n_chars:,} characters, but gave {short.done:,} of {short.wanted:,} tokens {what}: {why}; "
-        "give more and shorter documents (plain text: set text.separator to what stands between them, such as "
-        "'\\n\\n'), or change the share by harvest.heldout_tokens"
+        "give more and shorter documents, or say what stands between those of a plain text: 'text.separator=\"\\n\\n\"'"
+        + ("" if alone else ", or change the share by harvest.heldout_tokens")
     )

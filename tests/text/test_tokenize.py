@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_dist.config import UserError
+from sae_dist.cli.compose import compose
+from sae_dist.config import UserError, load
 from sae_dist.text import document, files, stream_writer
 from sae_dist.text import tokenize as module
-from sae_dist.text.corpus import documents
+from sae_dist.text.corpus import TextConfig, documents
 from sae_dist.text.document import Document, doc_id
 from sae_dist.text.files import FilesText
 from sae_dist.text.stream import TokenStream
@@ -231,10 +232,15 @@ def test_a_text_that_is_too_short_is_said_with_a_number_that_works(write_jsonl, 
         build(write_jsonl(["1 2"], "short.jsonl"), n_tokens=4000, heldout_fraction=0.9)
 
 
-def test_too_few_documents_for_two_sides_are_said_to_be_that(write_jsonl, build):
+def test_too_few_documents_for_two_sides_are_said_to_be_that(tmp_path, write_jsonl, build):
     book = " ".join(["7"] * 5000)
     with pytest.raises(UserError, match=r"heldout_tokens.*its one document cannot be on both sides.*text\.separator"):
         build(write_jsonl([book]), n_tokens=400)
+    (tmp_path / "book.txt").write_text("\n\n".join(some_texts(100)))
+    with pytest.raises(UserError) as error:
+        build(load(TextConfig, compose("run", [f"text={tmp_path / 'book.txt'}"])["text"]))
+    cure = re.search(r"'(text.separator=.*)'", str(error.value))[1]
+    assert build(load(TextConfig, compose("run", [f"text={tmp_path / 'book.txt'}", cure])["text"])).heldout.n_sequences
     books = [f"{book} {i}" for i in range(3)]
     for share in (0.001, 0.999):  # of three documents none is on the small side, whichever that is
         with pytest.raises(UserError, match="each of its 3 documents is on one side as a whole") as error:
