@@ -25,7 +25,7 @@ from sae_dist.train.parallel.mesh import Mesh
 class Fed(NamedTuple):
     """A global batch; the same on every rank."""
 
-    x: Shaped[Tensor, "batch width"]  # in the store's dtype, on the mesh's device
+    x: Shaped[Tensor, "batch width"]  # in the store's dtype, on the mesh's device; on CPUs only until the next batch
     epoch: int
     order_hash: int  # of all rows so far
     units_done: int
@@ -59,7 +59,8 @@ class Feed:
         if rank < readers:
             self._loader = Loader(
                 store, hook=hook, order=order, start_step=start_step, order_hash=order_hash if rank == 0 else 0,
-                rank=rank, world=readers, pinned=mesh.device.type == "cuda", **options,
+                rank=rank, world=readers, pinned=mesh.device.type == "cuda", reuse_buffers=mesh.device.type == "cpu",
+                **options,
             )  # fmt: skip
 
     def next(self, *, stop: bool = False) -> Fed | None:

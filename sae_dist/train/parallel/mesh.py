@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.device_mesh import DeviceMesh
 
 from sae_dist.config import UserError
 from sae_dist.train.config import MeshConfig
@@ -55,7 +54,6 @@ class Mesh:
     control: Axis
     device: torch.device
     timeout_s: float  # no collective lasts longer
-    torch_mesh: DeviceMesh | None  # the same for torch's own tools, dims "data" and "feature"
     moved: dict[str, Moved] = field(default_factory=dict, compare=False)  # by name of the exchange
     on_gpu: list[OnGpu] = field(default_factory=list, compare=False)  # whose seconds are not in `moved` yet
 
@@ -65,7 +63,6 @@ class Mesh:
         alone = Axis(0, 1)
         return Mesh(
             data=alone, feature=alone, world=alone, control=alone, device=torch.device(device), timeout_s=float("inf"),
-            torch_mesh=None,
         )  # fmt: skip
 
     @property
@@ -142,7 +139,6 @@ def from_process_group(config: MeshConfig, device: str | torch.device) -> Mesh:
 
     data, feature = axis(ranks.T.tolist()), axis(ranks.tolist())
     world = Axis(rank, config.data * config.feature, dist.group.WORLD)
-    assert data.group is not None and feature.group is not None
     return Mesh(
         data=data if data.size > 1 else Axis(0, 1),
         feature=feature if feature.size > 1 else Axis(0, 1),
@@ -150,9 +146,6 @@ def from_process_group(config: MeshConfig, device: str | torch.device) -> Mesh:
         control=world,
         device=torch.device(device),
         timeout_s=config.collective_timeout_s,
-        torch_mesh=DeviceMesh.from_group(
-            [data.group, feature.group], torch.device(device).type, mesh=ranks, mesh_dim_names=("data", "feature")
-        ),
     )
 
 
