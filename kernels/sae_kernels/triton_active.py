@@ -1,4 +1,4 @@
-"""BatchTopK and JumpReLU without [batch, n_latents]: rows with different numbers of active latents.
+"""Thresholds and JumpReLU without [batch, n_latents]: rows with different numbers of active latents.
 
 Both come from the per-row selection with a width: a row that fills its width may have more, and is selected again four
 times as wide, or, beyond what a program can rank, in plain torch. The result is exact, whatever the width; a good guess
@@ -29,42 +29,6 @@ def threshold_encode(
 ) -> Active:
     """`reference.threshold` of the pre-activations: z where z > theta, for theta >= 0."""
     return _above(x, W_enc, b_enc, b_dec, theta, width, product_dtype)
-
-
-def batch_topk_encode(
-    x: Float[Tensor, "batch d_model"],
-    W_enc: Float[Tensor, "d_model n_latents"],
-    b_enc: Float[Tensor, " n_latents"],
-    b_dec: Float[Tensor, " d_model"],
-    *,
-    k: int,
-    width: int | None = None,
-    product_dtype: torch.dtype | None = None,
-) -> Active:
-    """`reference.batch_topk` of the pre-activations: the batch * k largest of relu(z), ties by row, then latent.
-
-    The rows' `width` best (default 4 k) hold the batch's best unless a row's last one is itself chosen.
-    """
-    n_latents = W_enc.shape[1]
-    width = min(width or 4 * k, n_latents)
-    found = packed(topk_encode(x, W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype))
-    widths = torch.full_like(found.offsets[1:], width)  # of each row's selection
-    while True:
-        chosen = _largest(found.values.detach(), x.shape[0] * k)
-        filled = (found.offsets.diff() == widths) & (widths < n_latents)
-        full = filled.nonzero().squeeze(1)
-        full = full[chosen[found.offsets[1:][full] - 1]]
-        if not len(full):
-            offsets = torch.nn.functional.pad(chosen.cumsum(0), (1, 0))[found.offsets]
-            return Active(found.values[chosen], found.indices[chosen], offsets)
-        width = min(4 * width, n_latents)
-        if width > WIDEST:
-            width, anything = n_latents, torch.zeros_like(b_enc)
-            wider = plain.threshold_encode(x[full], W_enc, b_enc, b_dec, theta=anything, product_dtype=product_dtype)
-        else:
-            wider = packed(topk_encode(x[full], W_enc, b_enc, b_dec, k=width, product_dtype=product_dtype))
-        widths[full] = width
-        found = _replaced(found, full, wider)
 
 
 def jumprelu_encode(
@@ -133,10 +97,3 @@ def _replaced(active: Active, rows: Tensor, wider: Active) -> Active:
     indices = torch.cat([active.indices[old], wider.indices])[order]
     counts = torch.bincount(row, minlength=len(active.offsets) - 1)
     return Active(values, indices, torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
-
-
-def _largest(values: Tensor, count: int) -> Tensor:
-    """A mask of the `count` largest; a stable sort of rows in order keeps the order of ties."""
-    chosen = torch.zeros_like(values, dtype=torch.bool)
-    chosen[torch.sort(values, descending=True, stable=True).indices[:count]] = True
-    return chosen

@@ -98,17 +98,6 @@ def test_threshold_selects_what_the_reference_selects_whatever_the_first_width(d
     torch.testing.assert_close(x_hat, reference.active_decode(expected, W_dec, b_dec))
 
 
-@pytest.mark.parametrize("k, width, widest", [(2, None, 2048), (3, 3, 2048), (3, 3, 5), (30, None, 2048)])
-def test_batch_topk_selects_what_the_reference_selects(device, monkeypatch, k, width, widest):
-    monkeypatch.setattr(triton_active, "WIDEST", widest)
-    W_enc, b_enc, b_dec, _ = parameters(30, 8, device)
-    x = inputs(4, 8, device) * torch.tensor([[1.0], [4.0], [1.0], [0.0]], device=device)  # a loud row and a mute one
-    expected = reference.batch_topk(reference.pre_activations(x, W_enc, b_enc, b_dec), k)
-    ours = triton_active.batch_topk_encode(x, W_enc, b_enc, b_dec, k=k, width=width)
-    for mine, theirs in zip(ours, expected, strict=True):
-        assert torch.equal(mine, theirs)
-
-
 @pytest.mark.parametrize("widest", [5, 2048])
 def test_jumprelu_matches_the_reference_in_values_l0_and_gradients(device, monkeypatch, widest):
     monkeypatch.setattr(triton_active, "WIDEST", widest)
