@@ -1,4 +1,4 @@
-"""What every test shares: threads that do not spin, property tests that are the same each time, however busy it is."""
+"""What tests share: shapes that are checked, threads that do not spin, property tests that are the same each time."""
 
 import os
 
@@ -7,10 +7,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import hypothesis  # noqa: E402
+import jaxtyping  # noqa: E402
 import torch  # noqa: E402
+
+from tests.shapes import modules_with_shapes  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on CPU tensors
+
+jaxtyping.install_import_hook(modules_with_shapes(), "tests.shapes.checked")  # before anything of ours is imported
 
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("ours")

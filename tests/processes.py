@@ -4,5 +4,5 @@ import multiprocessing
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(  # one list: each call replaces the list before
-    ["tests.shards.children", "tests.train.parallel.loop_ranks", "tests.train.parallel.mesh_steps"]
+    ["tests.conftest", "tests.shards.children", "tests.train.parallel.loop_ranks", "tests.train.parallel.mesh_steps"]
 )

@@ -106,8 +106,8 @@ def weighted_rows(selected: Selected, W_dec: Float[Tensor, "n_latents d_model"])
 
 def bag_sums(
     source: Float[Tensor, "rows d_model"], index: Int[Tensor, " pairs"], weights: Float[Tensor, " pairs"],
-    offsets: Int[Tensor, " bags+1"],
-) -> Float[Tensor, "bags d_model"]:  # fmt: skip
+    offsets: Int[Tensor, " edges"],
+) -> Float[Tensor, "edges-1 d_model"]:  # fmt: skip
     """Bag b is sum of weights_p source[index_p] over p in offsets[b]:offsets[b + 1], in this order."""
     begin, end = int(offsets[0]), int(offsets[-1])
     if begin == end:

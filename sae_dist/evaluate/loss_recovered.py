@@ -37,7 +37,7 @@ def loss_recovered(
     language_model: LanguageModel,
     hook: str,
     *,
-    batches: Iterable[Int[Tensor, "batch context"]],
+    batches: Iterable[Int[Tensor, "_ context"]],
     positions: Callable[
         [Int[Tensor, "batch context"], Float[Tensor, "batch context width"]], Bool[Tensor, "batch context"]
     ],

@@ -9,7 +9,7 @@ from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.metrics import Reconstruction, ReconstructionSums, figures, sums
 
 
-def reconstruction(dictionary: Dictionary, batches: Iterable[Float[Tensor, "batch d_model"]]) -> Reconstruction:
+def reconstruction(dictionary: Dictionary, batches: Iterable[Float[Tensor, "_ d_model"]]) -> Reconstruction:
     """FVU, L0, cosine, dead share and densities over all rows of `batches`."""
     total: ReconstructionSums | None = None
     for x in batches:

@@ -5,12 +5,12 @@ sigma^2 sum_d c_d^2 / batch^2. Were all rows of different documents it would be 
 """
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Integer
 
 from sae_dist.shards.order import OrderConfig
 
 
-def inflation(doc: UInt64[np.ndarray, " batch"]) -> float:
+def inflation(doc: Integer[np.ndarray, " batch"]) -> float:
     """sum_d c_d^2 / batch: 1 when all rows are of different documents, `batch` when all are of one."""
     counts = np.unique(doc, return_counts=True)[1].astype(np.float64)
     return float((counts**2).sum() / len(doc))

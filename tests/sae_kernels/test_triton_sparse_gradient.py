@@ -47,7 +47,7 @@ def test_gather_dot_matches_the_reference(device, batch, n_latents, d_model, k):
 def test_row_gradients_equal_autograd_with_and_without_atomics(device, batch, n_latents, d_model, k):
     values, indices, x, W = sparse(batch, n_latents, d_model, k, device)
     W = W.double().requires_grad_()
-    x_hat = reference.sparse_decode(values.double(), indices, W, W.new_zeros(()))
+    x_hat = reference.sparse_decode(values.double(), indices, W, W.new_zeros(d_model))
     (expected,) = torch.autograd.grad(x_hat, W, x.double())
     by_latent = segments(values, indices, n_latents=n_latents)
     ours, sums = row_gradient(x, values, by_latent, n_latents=n_latents, with_sum=True)

@@ -147,7 +147,7 @@ class _Nth(NamedTuple):
     wanted: int
 
 
-def _nth_largest(mesh: Mesh, keys: Sequence[Int[Tensor, " some"]], *, bits: int, n: int) -> _Nth | None:
+def _nth_largest(mesh: Mesh, keys: Sequence[Int[Tensor, " _"]], *, bits: int, n: int) -> _Nth | None:
     """Of all ranks' keys of so many bits the n-th largest positive one, or the smallest; None when there is none.
 
     A key of 0 is none: it comes last in its digit, and n never reaches it. The number of positive keys travels along.
