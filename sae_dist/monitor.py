@@ -25,7 +25,7 @@ Log = Callable[[int, Mapping[str, Any]], None]  # (step, figures)
 class WandbConfig:
     """Tracking in Weights & Biases; `offline` writes under the run's folder and `wandb sync` uploads it later."""
 
-    mode: Literal["offline", "online", "disabled"] = "offline"
+    mode: Literal["offline", "online", "disabled"] = "offline"  # offline, online or disabled
     project: str = "sae_dist"
     entity: str | None = None
     group: str | None = None

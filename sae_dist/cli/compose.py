@@ -1,31 +1,37 @@
 """The command line: Hydra composes conf/COMMAND.yaml with the overrides; a mistake is one line that holds the cure."""
 
 import difflib
+import importlib
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sae_dist.cli import keys
 from sae_dist.config import CONF_DIR, UserError
 from sae_dist.text.detect import detect
 
+COLUMN = 26  # where comments begin in --help
 
-def options(group: str) -> list[str]:
-    """The alternatives of a config group: the YAML files of conf/<group>/."""
-    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+def options(group: str, config: type | None = None) -> list[str]:
+    """The alternatives of a group: the YAML files of conf/<group>/, and the dataclasses that `config` names for it."""
+    declared = {} if config is None else keys.groups(config).get(group, {})
+    return sorted({path.stem for path in (CONF_DIR / group).glob("*.yaml")} | set(declared))
 
 
 def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     """conf/`command`.yaml with the overrides, resolved, as plain values; UserError for what does not compose."""
-    GlobalHydra.instance().clear()
-    expanded = [part for override in overrides for part in _expand(override)]
+    _prepare(command)
+    expanded = [part for override in overrides for part in _expand(override, _config(command))]
     for override in expanded:
         try:
             OverridesParser.create().parse_override(override)
@@ -55,14 +61,14 @@ def _leaves(values: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]
     return found
 
 
-def _expand(override: str) -> list[str]:
+def _expand(override: str, config: type | None) -> list[str]:
     """`model=` and `text=` also take a name or a path: gpt2 means model=hf model.name=gpt2. Groups may be null."""
     key, equals, value = override.partition("=")
-    if value == "null" and (CONF_DIR / key).is_dir():  # Hydra's own way to leave a group out
+    if value == "null" and options(key, config):  # Hydra's own way to leave a group out
         return [f"~{key}"]
-    if value.isdigit() and (CONF_DIR / key).is_dir():  # a group's alternative is a name, even where it looks like 16
+    if value.isdigit() and options(key, config):  # a group's alternative is a name, even where it looks like 16
         return [f"{key}='{value}'"]
-    if not equals or key not in ("model", "text") or value in options(key) or not value:
+    if not equals or key not in ("model", "text") or value in options(key, config) or not value:
         return [override]
     quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     if key == "model":
@@ -83,14 +89,25 @@ def _explain(command: str, message: str) -> str:
         return f"unknown key {key}; {hint}`sae-dist {command} --help` lists the keys"
     if found := re.search(r"Could not find '([^/']+)/([^']+)'", message):
         group, name = found.groups()
-        return f"{group}={name} is not known; choose one of {', '.join(options(group))}"
+        return f"{group}={name} is not known; choose one of {', '.join(options(group, _config(command)))}"
     if found := re.search(r"Could not find '([^']+)'", message):
         return f"{found.group(1)} is not known; `sae-dist {command} --help` lists the keys"
     return " ".join(message.split())
 
 
-def _bare(command: str) -> dict[str, Any]:
+def _config(command: str) -> type | None:
+    """The dataclass of the command's keys; None where conf/`command`.yaml has them all."""
+    return getattr(importlib.import_module(f"sae_dist.cli.{command}"), "CONFIG", None)
+
+
+def _prepare(command: str) -> None:
     GlobalHydra.instance().clear()
+    if (config := _config(command)) is not None:
+        keys.register(config)
+
+
+def _bare(command: str) -> dict[str, Any]:
+    _prepare(command)
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         values = OmegaConf.to_container(hydra.compose(command), resolve=False)
     assert isinstance(values, dict)
@@ -98,19 +115,39 @@ def _bare(command: str) -> dict[str, Any]:
 
 
 def help_text(command: str, about: str) -> str:
-    """What the command does, and its keys as conf/ has them: defaults, comments, alternatives of every group."""
-    lines = (CONF_DIR / f"{command}.yaml").read_text(encoding="utf-8").splitlines()
-    own = lines[lines.index("") if "defaults:" in lines else 1 :]  # what follows the defaults list, or the title
-    config = OmegaConf.load(CONF_DIR / f"{command}.yaml")
-    assert isinstance(config, DictConfig)
-    defaults = config.get("defaults", [])
-    groups = {str(k): v for entry in defaults if isinstance(entry, DictConfig) for k, v in entry.items()}
+    """What the command does, and its keys: defaults, comments, the alternatives of every group."""
+    text = (CONF_DIR / f"{command}.yaml").read_text(encoding="utf-8")
+    file = OmegaConf.create(text)
+    assert isinstance(file, DictConfig)
+    groups = {
+        str(k): v for entry in file.get("defaults", []) if isinstance(entry, DictConfig) for k, v in entry.items()
+    }
+    config = _config(command)
+    beside = {} if config is None else keys.comments(config)
+    beside |= keys.comments_of_yaml(text)
+    for group, chosen in groups.items():
+        if (path := CONF_DIR / group / f"{chosen}.yaml").exists():
+            beside |= keys.comments_of_yaml(path.read_text(encoding="utf-8"), f"{group}.")
+        elif config is not None and chosen is not None:
+            beside |= keys.comments(keys.groups(config)[group][chosen], f"{group}.")
     parts = [f"usage: sae-dist {command} [key=value ...] [--cfg | --help]", about.strip()]
     if groups:
-        parts.append("Groups, and what each may be:\n" + "\n".join(f"  {g}={'|'.join(options(g))}" for g in groups))
-    parts.append("Keys and their defaults (--cfg shows what a command line makes of them):\n" + "\n".join(own).strip())
-    for group, chosen in groups.items():
-        if chosen is not None:
-            text = (CONF_DIR / group / f"{chosen}.yaml").read_text(encoding="utf-8")
-            parts.append(f"{group}:  {'':<17}# {group}={chosen}\n{textwrap.indent(text.rstrip(), '  ')}")
+        lines = (f"  {group}={'|'.join(options(group, config))}" for group in groups)
+        parts.append("Groups, and what each may be:\n" + "\n".join(lines))
+    parts.append("Keys and their defaults (--cfg shows what a command line makes of them):")
+    parts.append("\n".join(_described(_bare(command), beside)))
     return "\n\n".join(parts)
+
+
+def _described(values: Mapping[str, Any], beside: Mapping[str, str], prefix: str = "", depth: int = 0) -> Iterator[str]:
+    """A line a key: its value, and what is said of it, in a column of its own where that is long."""
+    for key, value in values.items():
+        nested = isinstance(value, Mapping)
+        said = beside.get(f"{prefix}{key}", "")
+        shown = "" if nested else " " + yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
+        line = f"{'  ' * depth}{key}:{shown}"
+        first, *more = textwrap.wrap(said, 120 - max(len(line) + 2, COLUMN) - 2) or [""]
+        yield f"{line:<{COLUMN - 1}} # {first}" if said else line
+        yield from (f"{'':<{COLUMN - 1}} # {rest}" for rest in more)
+        if nested:
+            yield from _described(value, beside, f"{prefix}{key}.", depth + 1)

@@ -9,13 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from sae_dist.cli.report import print_summary
-from sae_dist.config import load
+from sae_dist.config import frozen, load
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.service.judge import evaluate_again
 
 POSITIONAL = ("out",)
 
 
+@frozen
+class EvaluateAgain:
+    """Which run to judge, and on how much."""
+
+    out: str  # the run's folder
+    evaluate: EvaluateConfig
+
+
+CONFIG = EvaluateAgain
+
+
 def main(values: Mapping[str, Any]) -> int:
-    print_summary(evaluate_again(Path(values["out"]), load(EvaluateConfig, values["evaluate"])))
+    job = load(EvaluateAgain, values)
+    print_summary(evaluate_again(Path(job.out), job.evaluate))
     return 0

@@ -11,6 +11,8 @@ from sae_dist.config import load
 from sae_dist.service.config import HarvestJob
 from sae_dist.service.harvest import harvest_store
 
+CONFIG = HarvestJob
+
 
 def main(values: Mapping[str, Any]) -> int:
     job = load(HarvestJob, values)

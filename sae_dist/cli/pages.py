@@ -7,13 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_dist.config import load
+from sae_dist.config import frozen, load
 from sae_dist.interpret.collect import PagesConfig
 from sae_dist.service.judge import pages_again
 
 POSITIONAL = ("out",)
 
 
+@frozen
+class PagesAgain:
+    """Which run's pages to write, and what they show."""
+
+    out: str  # the run's folder
+    pages: PagesConfig
+
+
+CONFIG = PagesAgain
+
+
 def main(values: Mapping[str, Any]) -> int:
-    print(f"pages: {pages_again(Path(values['out']), load(PagesConfig, values['pages']))}")
+    job = load(PagesAgain, values)
+    print(f"pages: {pages_again(Path(job.out), job.pages)}")
     return 0

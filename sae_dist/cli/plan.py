@@ -25,6 +25,7 @@ from sae_dist.service.config import RunConfig
 from sae_dist.shards import reader
 from sae_dist.shards.format import ELEMENTS
 
+CONFIG = RunConfig  # planning adds the keys in conf/plan.yaml
 MACHINE_KEYS = ("machine", "d_model", "subject_parameters", "dead_fraction", "price", "json")
 
 
@@ -32,20 +33,20 @@ MACHINE_KEYS = ("machine", "d_model", "subject_parameters", "dead_fraction", "pr
 class Price:
     """Rates in one currency; null: not priced."""
 
-    device_hour: Annotated[float, Field(ge=0)] | None = None
-    storage_tb_month: Annotated[float, Field(ge=0)] | None = None
+    device_hour: Annotated[float, Field(ge=0)] | None
+    storage_tb_month: Annotated[float, Field(ge=0)] | None
 
 
 @frozen
 class PlanJob:
-    """What planning needs besides the run."""
+    """What planning needs besides the run; the defaults are in conf/plan.yaml."""
 
     machine: Machine
-    d_model: Annotated[int, Field(ge=1)] | None = None
-    subject_parameters: Annotated[float, Field(gt=0)] | None = None
-    dead_fraction: Annotated[float, Field(ge=0, le=1)] = 0.02
-    price: Price = Price()
-    json: bool = False
+    d_model: Annotated[int, Field(ge=1)] | None
+    subject_parameters: Annotated[float, Field(gt=0)] | None
+    dead_fraction: Annotated[float, Field(ge=0, le=1)]
+    price: Price
+    json: bool
 
 
 def main(values: Mapping[str, Any]) -> int:

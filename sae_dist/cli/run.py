@@ -12,6 +12,8 @@ from sae_dist.config import load
 from sae_dist.service.config import RunConfig
 from sae_dist.service.run import run
 
+CONFIG = RunConfig
+
 
 def main(values: Mapping[str, Any]) -> int:
     print_summary(run(load(RunConfig, values)))

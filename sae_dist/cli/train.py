@@ -16,6 +16,8 @@ from sae_dist.config import load
 from sae_dist.service.config import TrainJob
 from sae_dist.service.training import train_and_judge
 
+CONFIG = TrainJob
+
 
 def main(values: Mapping[str, Any]) -> int:
     stop = threading.Event()  # the step in hand is finished and saved first

@@ -27,9 +27,8 @@ class RowPolicy:
 
     drop_first: Annotated[int, Field(ge=0)] = 1  # positions at the start of every sequence
     drop_special: bool = True  # positions that hold the tokenizer's separator (BOS / EOS)
-    max_norm_ratio: Annotated[float, Field(gt=1)] | None = (
-        10.0  # rows longer than this times their unit's median; None keeps all
-    )
+    # rows longer than this times their unit's median are outliers; null keeps all
+    max_norm_ratio: Annotated[float, Field(gt=1)] | None = 10.0
 
 
 @frozen
@@ -38,12 +37,10 @@ class HarvestConfig:
 
     tokens: Annotated[int, Field(ge=1)] = 10_000_000  # training positions run through the model
     heldout_tokens: Annotated[int, Field(ge=1)] = 65_536  # more, of documents that training never sees
-    seed: int = (
-        0  # which sequences make which unit; apart from the run's seed, so that a sweep over seeds shares one store
-    )
-    context: Annotated[int, Field(ge=2)] = 128
+    seed: int = 0  # which sequences make which unit; a sweep over the run's seed shares one store
+    context: Annotated[int, Field(ge=2)] = 128  # positions a sequence
     unit_sequences: Annotated[int, Field(ge=1)] = 64  # sequences a unit: what is leased, committed and lost at once
-    batch_sequences: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"  # sequences a forward pass
+    batch_sequences: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"  # sequences a forward pass; auto: by memory
     batch_memory_gb: Annotated[float, Field(gt=0)] = 2.0  # auto: what a batch may take in the model
     dtype: DType = "bfloat16"  # of the stored rows
     slice_rows: Annotated[int, Field(ge=1)] = 8_192  # rows a slice: the atom of order, range reads and checksums
@@ -54,12 +51,12 @@ class HarvestConfig:
     lease_s: Annotated[float, Field(gt=0)] = 120.0  # a replica without a sign of life for so long is replaced
     start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # or one that has not loaded its model by then
     ahead_units: Annotated[int, Field(ge=0)] = 0  # units that harvesting runs ahead of the slowest reader; 0: no bound
-    retention: Literal["keep", "until_consumed", "ring"] = "keep"  # of units that every reader is through with
+    # of units that every reader is through with: keep, until_consumed, or ring
+    retention: Literal["keep", "until_consumed", "ring"] = "keep"
     ring_gb: Annotated[float, Field(ge=0)] = 1000.0  # ring: what stays on disk, as far as readers allow
-    max_nonfinite_fraction: Annotated[float, Field(ge=0, le=1)] = (
-        0.01  # a unit with more NaN or Inf rows stops the harvest
-    )
-    max_outlier_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05  # or with more norm outliers
+    # a unit with more NaN or Inf rows stops the harvest
+    max_nonfinite_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_outlier_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05  # or with more rows that max_norm_ratio drops
     rows: RowPolicy = RowPolicy()
 
     @property

@@ -31,9 +31,10 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    engine: Literal["hf", "vllm"] = "hf"
+    engine: Literal["hf", "vllm"] = "hf"  # or vllm, where it is installed: residual stream only
+    # auto, balanced, sequential: layers over the GPUs of a machine
     device_map: Literal["none", "auto", "balanced", "balanced_low_0", "sequential"] = "none"
-    quantization: Literal["none", "int8", "nf4"] = "none"
+    quantization: Literal["none", "int8", "nf4"] = "none"  # int8 or nf4 by bitsandbytes, where it is installed
     trust_remote_code: Literal[False] = False
 
     def located(self) -> "ModelConfig":

@@ -14,9 +14,7 @@ class TopK:
     kind: Literal["topk"] = "topk"
     n_latents: Annotated[int, Field(ge=1)] = 16_384
     k: Annotated[int, Field(ge=1)] = 32
-    k_aux: Annotated[int, Field(ge=0)] | None = (
-        None  # None: d_model / 2 as a power of two, at most n_latents; 0: no AuxK
-    )
+    k_aux: Annotated[int, Field(ge=0)] | None = None  # null: the power of two below d_model / 2; 0: no AuxK
     aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
     dead_after_tokens: Annotated[int, Field(ge=1)] = 10_000_000  # a latent silent for this long is dead
 
@@ -34,7 +32,7 @@ class BatchTopK:
     kind: Literal["batchtopk"] = "batchtopk"
     n_latents: Annotated[int, Field(ge=1)] = 16_384
     k: Annotated[int, Field(ge=1)] = 32  # latents a token, in the mean
-    k_aux: Annotated[int, Field(ge=0)] | None = None  # as TopK's
+    k_aux: Annotated[int, Field(ge=0)] | None = None  # null: the power of two below d_model / 2; 0: no AuxK
     aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
     dead_after_tokens: Annotated[int, Field(ge=1)] = 10_000_000
 

@@ -25,16 +25,18 @@ ONE_PASS = 0.95  # of the positions of a harvest surely become rows: separators 
 class RunConfig:
     """text + model -> store -> dictionary -> evaluation -> feature pages."""
 
-    out: str | None = None  # the run's folder; null: runs/<model>-<hook>-<sae>
+    out: str | None = None  # the run's folder; null: runs/<model>-<hook>-<dictionary>
     seed: int = 0
-    cluster: str = "local"  # local starts Ray here for this run; else the address of a Ray cluster to join
+    cluster: str = "local"  # local: Ray for this run on this machine; else the address of a Ray cluster
     model: ModelConfig
     hook: str
     text: TextConfig
     store: str | None = None  # folder or URI of the activation store; null: <out>/store
     harvest: HarvestConfig
     sae: SAEConfig
-    also: tuple[dict[str, Any], ...] = ()  # more dictionaries in the same pass, each by what differs from `sae`
+    # more dictionaries in the same pass, each by its keys of sae, seed, lr, parameters, moments (of train) and name
+    # that differ: 'also=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'; pages show the main one
+    also: tuple[dict[str, Any], ...] = ()
     order: OrderConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
@@ -99,11 +101,11 @@ class HarvestJob:
     """text + model -> store."""
 
     out: str = "runs/harvest"  # tokens and status
-    cluster: str = "local"
+    cluster: str = "local"  # local: Ray for this job on this machine; else the address of a Ray cluster
     model: ModelConfig
-    hook: str | tuple[str, ...]
+    hook: str | tuple[str, ...]  # one, or a list: [resid_post.4, resid_post.9]
     text: TextConfig
-    store: str
+    store: str  # folder or URI of the activation store
     harvest: HarvestConfig
     wandb: WandbConfig = WandbConfig()
 
@@ -125,15 +127,17 @@ class TrainJob:
     out: str
     seed: int = 0
     store: str  # folder or URI of an activation store
-    live: bool = False  # the store may still be growing: rows are waited for, in the order that the whole store has
+    live: bool = False  # true: a harvest is still filling the store; rows are waited for
     hook: str | None = None  # null: the only one that the store has
     sae: SAEConfig
-    also: tuple[dict[str, Any], ...] = ()  # more dictionaries in the same pass, each by what differs from `sae`
+    # more dictionaries in the same pass, each by its keys of sae, seed, lr, parameters, moments (of train) and name
+    # that differ: 'also=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'
+    also: tuple[dict[str, Any], ...] = ()
     order: OrderConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
     wandb: WandbConfig
-    cluster: str = "local"  # of the actors of a mesh: local, or the address of a Ray cluster
+    cluster: str = "local"  # of the actors of a mesh. local: Ray for this job here; else the address of a Ray cluster
 
     def __post_init__(self) -> None:
         _ = self.members  # a wrong entry is refused here

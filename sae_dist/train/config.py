@@ -17,12 +17,11 @@ Launcher = Literal["auto", "process", "actors", "torchrun", "ray_train"]
 class TrainConfig:
     """Activation store -> dictionary."""
 
-    tokens: Annotated[int, Field(ge=1)] | None = (
-        10_000_000  # rows to train on; more than the store has means several epochs
-    )
+    # rows to train on; more than the store has means several epochs
+    tokens: Annotated[int, Field(ge=1)] | None = 10_000_000
     steps: Annotated[int, Field(ge=1)] | None = None  # instead of tokens
     batch: Annotated[int, Field(ge=1)] = 4_096  # rows a step
-    lr: Annotated[float, Field(gt=0)] | None = None  # None: the law 2e-4 / sqrt(n_latents / 2^14)
+    lr: Annotated[float, Field(gt=0)] | None = None  # null: 2e-4 / sqrt(n_latents / 2^14)
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02  # of the steps; the learning rate rises from 0
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the steps, at the end; it falls to 0
     init_rows: Annotated[int, Field(ge=2)] = 16_384  # rows that b_dec, W_enc and the input scale are estimated from
@@ -31,17 +30,21 @@ class TrainConfig:
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the last so many
     keep_every: Annotated[int, Field(ge=0)] = 0  # keep those of every so many steps for good; 0: none
     log_every: Annotated[int, Field(ge=1)] = 20  # steps
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU a rank, if there are so many, else CPUs
-    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads a rank; 0: the machine's cores, divided among its ranks
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU a rank, if there are so many
+    threads: Annotated[int, Field(ge=0)] = 0  # a rank; 0: the machine's cores, divided among its ranks
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # rows that a rank encodes at once; null: all of its rows
-    product: Literal["bfloat16", "float32"] = "bfloat16"  # what the encoder's operands are rounded to
-    # How weights and moments lie in memory and in checkpoints between steps; sae_kernels.row_state says what each is.
-    parameters: Parameters = "float32"  # 4 bytes each, or 2
-    moments: Moments = "float32"  # 8 bytes a parameter; int8: 2, factored: 1
+    product: Literal["bfloat16", "float32"] = "bfloat16"  # the encoder's operands are rounded to it; float32 is slower
+    # 4 bytes each; bfloat16_stochastic: 2, rounded at random without bias, no masters
+    parameters: Parameters = "float32"
+    # Adam's, 8 bytes a parameter; int8: 2, both coded; factored: 1, the second a product of two vectors. Anything but
+    # float32 is computed by plain torch, which is slower than the kernels
+    moments: Moments = "float32"
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # the most that the whole gradient may measure; null: any
     guard: GuardConfig = GuardConfig()
+    # auto: this process for a mesh of 1 (of `run`: an actor), else actors; or process, actors, torchrun, ray_train
     launcher: Launcher = "auto"
-    max_restarts: Annotated[int, Field(ge=0)] = 5  # of a mesh some rank of which died, without a checkpoint in between
+    # of a mesh some rank of which died, without a checkpoint in between (ray_train: in all)
+    max_restarts: Annotated[int, Field(ge=0)] = 5
 
     def __post_init__(self) -> None:
         if self.tokens is None and self.steps is None:
@@ -64,11 +67,12 @@ class TrainConfig:
 class MeshConfig:
     """The processes that train one dictionary: data x feature ranks."""
 
-    data: Annotated[int, Field(ge=1)] = 1  # ranks that share a batch's rows; each holds a copy of its feature part
-    feature: Annotated[int, Field(ge=1)] = 1  # ranks that share the latents, their weights and their moments
-    least_data: Annotated[int, Field(ge=1)] | None = None  # of ray_train: goes on with so few data ranks; null: all
+    data: Annotated[int, Field(ge=1)] = 1  # ranks that share a batch's rows
+    feature: Annotated[int, Field(ge=1)] = 1  # ranks that share the latents
+    # launcher=ray_train: goes on with so few data ranks while workers are missing; null: waits
+    least_data: Annotated[int, Field(ge=1)] | None = None
     collective_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # a rank silent for longer is given up
-    checkpoint_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # a rank waits so long for others to have written
+    checkpoint_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # a rank waits so long for others to have saved
 
     def __post_init__(self) -> None:
         if self.least_data is not None and self.least_data > self.data:
