@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def test_the_slurm_script_asks_again_when_the_run_was_stopped(tmp_path):
     """Run for real between stand-ins of Slurm's three commands: exit code 75 leads to one requeue, 0 and 1 to none."""
     script = (LAUNCH / "slurm.sbatch").read_text()
     for name, body in {
-        "srun": 'exit "$RUN_ENDS_WITH"',
+        "srun": f'printenv RAY_AUTH_MODE RAY_AUTH_TOKEN >> {tmp_path}/token; exit "$RUN_ENDS_WITH"',
+        "python": f'exec {sys.executable} "$@"',
         "scontrol": f'[ "$1" = show ] && echo localhost || echo "$@" >> {tmp_path}/requeued',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -61,6 +63,9 @@ def test_the_slurm_script_asks_again_when_the_run_was_stopped(tmp_path):
         assert done.returncode == code
         told = (tmp_path / "requeued").read_text() if (tmp_path / "requeued").exists() else ""
         assert told == requeued
+    tokens = (tmp_path / "token").read_text().splitlines()
+    assert tokens[::2] == ["token"] * 3 and all(len(token) == 64 for token in tokens[1::2])
+    assert len(set(tokens[1::2])) == 3  # each job has its own
 
 
 def test_the_kubernetes_job_has_the_shape_and_the_version_of_ray_that_is_installed():
@@ -68,6 +73,7 @@ def test_the_kubernetes_job_has_the_shape_and_the_version_of_ray_that_is_install
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["rayVersion"] == ray.__version__
+    assert cluster["authOptions"] == {"mode": "token"}
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     for group in groups:
         pod = group["template"]["spec"]
