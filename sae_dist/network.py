@@ -35,6 +35,11 @@ def interface_towards(host: str) -> str:
     )
 
 
+def is_ours(address: str) -> bool:
+    """Whether one of this machine's interfaces has the address."""
+    return any(each.address == address for addresses in psutil.net_if_addrs().values() for each in addresses)
+
+
 def let_gloo_listen_towards(host: str) -> None:
     """From now on gloo in this process uses the interface towards `host`, unless the environment names one."""
     if "GLOO_SOCKET_IFNAME" not in os.environ:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (  # lowest first; packages on one floor do not know each other
     {"sae_kernels"},
     {"config"},
-    {"faults", "memory", "network"},
+    {"faults", "memory", "network", "parallel"},
     {"storage", "monitor"},
     {"text", "model", "shards", "sae"},
     {"harvest", "train", "evaluate", "interpret"},

@@ -47,8 +47,7 @@ class Ranks:
         self._checkpoints = storage.open(job.train.checkpoints or Path(job.out) / "checkpoints")
         self._group = self._served = self._listener = None
         if self._world > 1:
-            self._host = "127.0.0.1" if job.cluster == "local" else ray.util.get_node_ip_address()
-            self._served = meeting.serve(self._host)
+            self._served = meeting.serve("127.0.0.1" if job.cluster == "local" else ray.util.get_node_ip_address())
             self._group = placement_group([bundle.resources()] * self._world, strategy="PACK")
         self._attempts, self._deaths, self._saved = 0, 0, self._newest_checkpoint()
         self._result: Trained | None = None
@@ -93,6 +92,8 @@ class Ranks:
         self._kill()
         if self._group is not None:
             remove_placement_group(self._group)
+        if self._served is not None:
+            self._served.close()
 
     def _start(self) -> None:
         self._attempts += 1
@@ -102,7 +103,7 @@ class Ranks:
         if self._bundle.gpus:  # of an actor that asks for none Ray hides none
             options["num_gpus"] = self._bundle.gpus
         if self._served is not None:
-            place = meeting.Meeting(self._host, self._served.port, attempt)
+            place = meeting.Meeting(self._served.rendezvous, attempt)
             self._listener, self._heard_at = Listener(meeting.names(self._served, attempt), self._world), 0.0
         self._actors: list[ActorHandle] = []
         self._working: dict[ray.ObjectRef, int] = {}  # calls that are not over -> rank

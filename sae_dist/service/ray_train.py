@@ -8,40 +8,38 @@ they are.
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Read when Ray Train is imported or its controller starts: look at the workers twice a second, and leave their working
-# directory as it is.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import ray  # noqa: E402
-from ray.exceptions import RayError  # noqa: E402
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback  # noqa: E402
-from ray.train.backend import Backend  # noqa: E402
-from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
-from ray.train.v2.api.config import LoggingConfig  # noqa: E402
-from ray.train.v2.api.exceptions import TrainingFailedError  # noqa: E402
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
-
-from sae_dist.config import Stopped, UserError, to_dict  # noqa: E402
-from sae_dist.service.cluster import first_line  # noqa: E402
-from sae_dist.service.config import TrainJob  # noqa: E402
-from sae_dist.service.ray_worker import LOOK_S, Outcome, work  # noqa: E402
-from sae_dist.service.room import Bundle  # noqa: E402
-from sae_dist.train.loop import Trained  # noqa: E402
-from sae_dist.train.parallel import meeting  # noqa: E402
-from sae_dist.train.parallel.meeting import Meeting, join  # noqa: E402
-from sae_dist.train.parallel.pulse import START_S, Listener  # noqa: E402
+from sae_dist.config import Stopped, UserError, to_dict
+from sae_dist.service.cluster import first_line
+from sae_dist.service.config import TrainJob
+from sae_dist.service.ray_worker import LOOK_S, Outcome, work
+from sae_dist.service.room import Bundle
+from sae_dist.train.loop import Trained
+from sae_dist.train.parallel import meeting
+from sae_dist.train.parallel.meeting import Meeting, join
+from sae_dist.train.parallel.pulse import START_S, Listener
 
 logger = logging.getLogger(__name__)
 
 RUN = "run"  # names in the store that outlive an attempt
+ENVIRONMENT = {  # of Ray Train's processes
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # leave the working directory as it is
+}
 GRACE_S = 120.0  # for ranks that were asked to stop, or are done: to save and return
 
 
@@ -81,7 +79,7 @@ def train_with_ray_train(
     """
     host = "127.0.0.1" if job.cluster == "local" else ray.util.get_node_ip_address()
     served = meeting.serve(host)
-    place, run = Meeting(host, served.port, RUN), meeting.names(served, RUN)
+    place, run = Meeting(served.rendezvous, RUN), meeting.names(served, RUN)
     most, least = job.mesh.data * job.mesh.feature, (job.mesh.least_data or job.mesh.data) * job.mesh.feature
     trainer = TorchTrainer(
         work,
@@ -174,7 +172,7 @@ def _begin(trainer: TorchTrainer) -> ray.ObjectRef:
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     fit = ray.remote(num_cpus=0, max_retries=0)(_fit)
-    return fit.options(scheduling_strategy=here).remote(trainer)
+    return fit.options(scheduling_strategy=here, runtime_env={"env_vars": ENVIRONMENT}).remote(trainer)
 
 
 def _fit(trainer: TorchTrainer) -> None:

@@ -27,6 +27,7 @@ from sae_dist.train.loop import Trained
 from sae_dist.train.parallel.exchange import of_first
 from sae_dist.train.parallel.joined import Joined, joined
 from sae_dist.train.parallel.meeting import of_torchrun
+from sae_dist.train.parallel.pulse import START_S
 
 logger = logging.getLogger(__name__)
 Stop = Callable[[], bool]
@@ -138,13 +139,15 @@ def _alone(job: TrainJob) -> torch.device:
 
 
 def _of_torchrun(job: TrainJob, stop: Stop) -> dict[str, Any] | None:
-    place, _served = of_torchrun()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     here, together = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = (
         of_local_rank(job.train.device, rank=here, ranks=together, there=usable_gpus()) if world > 1 else _alone(job)
     )
-    with joined(job.mesh, place, rank=rank, world=world, device=device) as rank:
+    with (
+        of_torchrun(Path(job.out), START_S) as place,
+        joined(job.mesh, place, rank=rank, world=world, device=device) as rank,
+    ):
         work = in_process(job, rank, stop)
         if rank.mesh.first:
             return _lead(job, work, stop, begin=lambda go: of_first(rank.mesh, go, name="begin"))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from sae_kernels.cpu.build import library
 
 from sae_dist.config import UserError
+from sae_dist.parallel.rendezvous import Rendezvous
 from sae_dist.shards.order import OrderConfig
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.feed import Feed
@@ -22,10 +23,12 @@ from tests.train.test_loop import full_store
 
 DATA, FEATURE = MeshConfig(data=2, collective_timeout_s=20), MeshConfig(feature=2, collective_timeout_s=20)
 
+Does = Callable[[int], object]
 
-def rank_of(folder: Path, port: int, config: MeshConfig, rank: int, does: Callable[[int], object]) -> None:
+
+def rank_of(folder: Path, place: Rendezvous, config: MeshConfig, rank: int, does: Does) -> None:
     try:
-        with joined(config, Meeting("127.0.0.1", port, "a"), rank=rank, world=2):
+        with joined(config, Meeting(place, "a"), rank=rank, world=2):
             does(rank)
             dist.barrier()
         (folder / str(rank)).write_text("done")
@@ -33,21 +36,25 @@ def rank_of(folder: Path, port: int, config: MeshConfig, rank: int, does: Callab
         (folder / str(rank)).write_text(f"{type(error).__name__}: {error}")
 
 
-def without_a_compiler(folder: Path, port: int, config: MeshConfig, rank: int, does: Callable[[int], object]) -> None:
+def without_a_compiler(
+    folder: Path, place: Rendezvous, config: MeshConfig, rank: int, does: Callable[[int], object]
+) -> None:
     if rank == 1:
         os.environ["CXX"] = "/nowhere"
-    rank_of(folder, port, config, rank, does)
+    rank_of(folder, place, config, rank, does)
 
 
-def on_more_threads(folder: Path, port: int, config: MeshConfig, rank: int, does: Callable[[int], object]) -> None:
+def on_more_threads(
+    folder: Path, place: Rendezvous, config: MeshConfig, rank: int, does: Callable[[int], object]
+) -> None:
     torch.set_num_threads(rank + 1)
-    rank_of(folder, port, config, rank, does)
+    rank_of(folder, place, config, rank, does)
 
 
 def told(folder: Path, config: MeshConfig, does: Callable[[int], object], start: Callable = rank_of) -> list[str]:
     """How both ranks ended, in words."""
     served = serve("127.0.0.1")
-    ranks = [PROCESSES.Process(target=start, args=(folder, served.port, config, rank, does)) for rank in range(2)]
+    ranks = [PROCESSES.Process(target=start, args=(folder, served.rendezvous, config, rank, does)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -96,11 +103,11 @@ def test_a_mistake_of_the_program_is_not_called_a_failing_network(tmp_path):
     assert second.startswith("PeersLost: rank 1 cannot go on: rank 0 (")
 
 
-def test_restarts_by_torchrun_over_several_machines_are_refused(monkeypatch):
+def test_restarts_by_torchrun_over_several_machines_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(UserError, match=r"--max-restarts=3 over several machines .* use --max-restarts=0"):
-        of_torchrun()
+        of_torchrun(tmp_path, 1.0).__enter__()
 
 
 def test_a_live_training_on_more_ranks_than_lanes_is_refused(tmp_path):

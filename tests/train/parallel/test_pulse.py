@@ -17,7 +17,7 @@ def quick(monkeypatch):
 
 def test_a_silent_rank_is_named_with_where_it_was_last(quick):
     served = serve("127.0.0.1")
-    meeting = Meeting("127.0.0.1", served.port, "attempt1")
+    meeting = Meeting(served.rendezvous, "attempt1")
     ranks = [Pulse(join(meeting, 10), rank) for rank in range(3)]
     for step, rank in enumerate(ranks):
         rank.at(40 + step, "training")
@@ -42,7 +42,7 @@ def test_a_silent_rank_is_named_with_where_it_was_last(quick):
 
 def test_an_attempt_hears_nothing_of_the_one_before(quick):
     served = serve("127.0.0.1")
-    Pulse(join(Meeting("127.0.0.1", served.port, "attempt1"), 10), 0).close()
+    Pulse(join(Meeting(served.rendezvous, "attempt1"), 10), 0).close()
     listener = Listener(names(served, "attempt2"), 1)
     listener.listen()
     assert listener.beats == {}
@@ -52,7 +52,7 @@ def test_an_attempt_hears_nothing_of_the_one_before(quick):
 def test_the_meeting_point_listens_on_its_address_alone():
     served = serve("127.0.0.1")
     listening = [c for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    assert [c.laddr.ip for c in listening if c.laddr.port == served.port] == ["127.0.0.1"]
+    assert [c.laddr.ip for c in listening if c.laddr.port == served.rendezvous.port] == ["127.0.0.1"]
 
 
 def test_the_rank_that_others_wait_for_is_called_a_straggler(monkeypatch):

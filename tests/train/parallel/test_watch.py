@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from sae_dist.parallel.rendezvous import Rendezvous
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.joined import joined
 from sae_dist.train.parallel.meeting import Meeting, join, serve
@@ -17,11 +18,12 @@ from tests.processes import PROCESSES
 
 STUCK = """
 import sys, time
+from sae_dist.parallel.rendezvous import Rendezvous
 from sae_dist.train.parallel.meeting import Meeting, join
 from sae_dist.train.parallel.pulse import Pulse
 from sae_dist.train.parallel.watch import Watch
 
-meeting = Meeting("127.0.0.1", int(sys.argv[1]), "attempt1")
+meeting = Meeting(Rendezvous("127.0.0.1", int(sys.argv[1]), sys.argv[2]), "attempt1")
 Pulse(join(meeting, 10), 0)
 Watch(join(meeting, 10), 0, 2, timeout_s=3.0)
 print("watching", flush=True)
@@ -29,20 +31,23 @@ time.sleep(60)  # as one that asks a GPU for a number: nothing in this thread ca
 """
 
 
-def stuck(port: int) -> subprocess.Popen[str]:
+def stuck(place: Rendezvous) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", STUCK, str(port)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-c", STUCK, str(place.port), place.secret],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "watching\n"
     return process
 
 
 def test_a_rank_ends_with_the_name_of_the_one_that_its_gpu_waits_for():
     served = serve("127.0.0.1")
-    meeting = Meeting("127.0.0.1", served.port, "attempt1")
+    meeting = Meeting(served.rendezvous, "attempt1")
     other = Pulse(join(meeting, 10), 1)
     other.at(7, "training")
-    process = stuck(served.port)
+    process = stuck(served.rendezvous)
     time.sleep(1.5)  # so that it hears what the other said last
     other.close()
     began = time.monotonic()
@@ -56,8 +61,8 @@ def test_a_rank_ends_with_the_name_of_the_one_that_its_gpu_waits_for():
 
 def test_a_rank_that_has_left_in_peace_is_not_missed():
     served = serve("127.0.0.1")
-    other = Pulse(join(Meeting("127.0.0.1", served.port, "attempt1"), 10), 1)
-    process = stuck(served.port)
+    other = Pulse(join(Meeting(served.rendezvous, "attempt1"), 10), 1)
+    process = stuck(served.rendezvous)
     other.done()
     time.sleep(6.0)
     assert process.poll() is None
@@ -65,9 +70,9 @@ def test_a_rank_that_has_left_in_peace_is_not_missed():
     process.communicate()
 
 
-def offer(folder: Path, port: int, rank: int) -> None:
+def offer(folder: Path, place: Rendezvous, rank: int) -> None:
     device = "cuda" if rank == 0 else "cpu"
-    with joined(MeshConfig(feature=2), Meeting("127.0.0.1", port, "a"), rank=rank, world=2, device=device) as here:
+    with joined(MeshConfig(feature=2), Meeting(place, "a"), rank=rank, world=2, device=device) as here:
         everybody = [torch.zeros(1) for _ in range(2)]
         dist.all_gather(everybody, torch.tensor([float(rank)]))
         (folder / str(rank)).write_text(f"{here.mesh.device} {everybody[1].item():g}")
@@ -75,7 +80,7 @@ def offer(folder: Path, port: int, rank: int) -> None:
 
 def test_ranks_of_which_one_has_no_gpu_agree_on_cpus(tmp_path):
     served = serve("127.0.0.1")
-    ranks = [PROCESSES.Process(target=offer, args=(tmp_path, served.port, rank)) for rank in range(2)]
+    ranks = [PROCESSES.Process(target=offer, args=(tmp_path, served.rendezvous, rank)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:

@@ -1,0 +1,1 @@
+"""What processes that compute together share, whatever they compute."""
