@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 bad configuration or input; 75 stopped before the end, run
 fault.
 """
 
+import contextlib
 import importlib
 import logging
 import os
@@ -15,6 +16,7 @@ import yaml
 
 import sae_dist
 from sae_dist.config import Stopped, UserError
+from sae_dist.service.stopping import handle
 
 COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "run": "harvest, train, evaluate, feature pages; resumes by itself when repeated",
@@ -53,14 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for chatty in ("httpx", "urllib3", "filelock", "fsspec", "botocore", "aiobotocore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, _terminate)
+    handle(_stop, (signal.SIGTERM, signal.SIGHUP))
     try:
         return _dispatch(command, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except (KeyboardInterrupt, Stopped) as stop:
-        print(f"stopped{f': {stop}' if str(stop) else ''}; the same command goes on from here", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal, or who read the pipe, may have gone before
+            print(f"stopped{f': {stop}' if str(stop) else ''}; the same command goes on from here", file=sys.stderr)
         return STOPPED
 
 
@@ -99,5 +102,5 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _terminate(*_: object) -> None:
-    raise Stopped("SIGTERM")
+def _stop(signal_name: str) -> None:
+    raise Stopped(signal_name)

@@ -6,24 +6,21 @@ also=[...] trains more dictionaries on the same batches.
 Example: sae-dist train store=stores/mine sae.n_latents=512 sae.k=4 train.steps=3000 train.batch=512 out=runs/mine
 """
 
-import signal
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 from sae_dist.cli.report import print_summary
 from sae_dist.config import load
 from sae_dist.service.config import TrainJob
+from sae_dist.service.stopping import listening
 from sae_dist.service.training import train_and_judge
 
 CONFIG = TrainJob
 
 
 def main(values: Mapping[str, Any]) -> int:
-    stop = threading.Event()  # the step in hand is finished and saved first
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    summary = train_and_judge(load(TrainJob, values), stop=stop.is_set)
+    with listening() as request:  # the step in hand is finished and saved first
+        summary = train_and_judge(load(TrainJob, values), stop=request.heard)
     if summary is not None:
         print_summary(summary)
     return 0

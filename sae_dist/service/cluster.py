@@ -1,52 +1,43 @@
 """Ray, started here for one run or joined where it was told; never a neighbour's that happens to be found."""
 
 import logging
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
-# Read when ray is imported. The first one's name is about other systems; its effect is that Ray stays on the address it
-# is given, here the loopback, where it would look up this machine's network card.
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would let anything else on the machine stall the run
+import grpc
+import ray
+from ray._private import ray_constants, services
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.state import available_resources_per_node  # a developer API that has no public name
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-import ray  # noqa: E402
-from ray._private.state import available_resources_per_node  # noqa: E402  (a developer API that has no public name)
-from ray.exceptions import AuthenticationError, RayActorError, RayTaskError  # noqa: E402
-
-from sae_dist.config import Stopped, UserError  # noqa: E402
-from sae_dist.service.room import Bundle, Node, explain, never_fits  # noqa: E402
-from sae_dist.service.stopping import StopRequest, listening  # noqa: E402
+from sae_dist.config import Stopped, UserError
+from sae_dist.service import local_ray
+from sae_dist.service.room import Bundle, Node, explain, never_fits
+from sae_dist.service.stopping import StopRequest, listening
 
 logger = logging.getLogger(__name__)
 QUIET = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": False}
 STARTS = 3  # Ray gives its own processes 30 s to start, and a busy machine may need longer
+ANSWER_S = 5.0  # that a cluster's head may take to accept a connection
 
 
 @contextmanager
 def cluster(address: str, *, cpus: int) -> Iterator[StopRequest]:
     """Ray for as long as the context lasts: `local` starts one on this machine's loopback with `cpus` places.
 
-    Meanwhile requests to stop do not interrupt: look for them in what the context gives.
+    Meanwhile requests to stop do not interrupt: look for them in what the context gives. UserError, within seconds,
+    where `address` has no Ray to join.
     """
     try:
         if address == "local":
             _start_here(cpus)
         else:
-            ray.init(address=address, **QUIET)
+            _join(address)
     except SystemExit:  # Ray's own answer to SIGTERM while it starts
         raise Stopped("SIGTERM") from None
-    except (ConnectionError, ValueError, RuntimeError, AuthenticationError) as error:
-        if address == "local":
-            raise
-        raise UserError(
-            f"cluster={address} cannot be joined ({first_line(error)}); check the address and, if the cluster asks for "
-            "a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or use cluster=local"
-        ) from None
     try:
         with listening() as request:  # only now: Ray has put its own handlers there
             yield request
@@ -58,16 +49,53 @@ def _start_here(cpus: int) -> None:
     """Ray on this machine's loopback, tried again when the machine was too busy for the time that Ray allows."""
     for attempt in range(1, STARTS + 1):
         try:
-            ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1",
-                object_store_memory=256 * 2**20, **QUIET,
-            )  # fmt: skip
+            local_ray.start(cpus, **QUIET)
             return
         except Exception as error:  # Ray raises nothing narrower
             if "timed out during startup" not in str(error) or attempt == STARTS:
                 raise
             logger.warning("Ray's processes did not start within its 30 s (a busy machine?); trying again")
             ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """UserError, within seconds, where no Ray answers at `address`; for before the long work that needs none."""
+    if address != "local":
+        _head(address)
+
+
+def _join(address: str) -> None:
+    """Joins the cluster whose head is at `address` (HOST:PORT), or the one that `auto` finds."""
+    head = _head(address)
+    try:
+        local_ray.read_token()
+        with local_ray.as_given():
+            ray.init(address=head, **QUIET)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise _no_cluster(address, first_line(error)) from None
+
+
+def _head(address: str) -> str:
+    """The address of the cluster's head, which answers there. Ray itself would try for five minutes to reach one."""
+    try:
+        head = services.get_ray_address_from_environment(address, None) if address == "auto" else address
+        if head is None or "://" in head:
+            raise ValueError(f"{head} is not the HOST:PORT of a head, e.g. 10.0.0.1:6379")
+        services.extract_ip_port(head)
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, first_line(error)) from None
+    channel: grpc.Channel = init_grpc_channel(head, ray_constants.GLOBAL_GRPC_OPTIONS)  # pyright: ignore[reportAssignmentType]
+    with closing(channel), suppress(grpc.FutureTimeoutError):
+        grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+        return head
+    raise _no_cluster(address, f"no Ray answers at {head} within {ANSWER_S:.0f} s")
+
+
+def _no_cluster(address: str, why: str) -> UserError:
+    return UserError(
+        f"cluster={address} cannot be joined ({why}); check the address and, if the cluster asks for a token, "
+        "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or use cluster=local"
+    )
 
 
 def nodes() -> list[Node]:

@@ -8,7 +8,7 @@ from typing import Any
 from sae_dist import storage
 from sae_dist.config import to_dict
 from sae_dist.monitor import JsonLines, Log, WandbConfig, WandbMirror
-from sae_dist.service.cluster import cluster
+from sae_dist.service.cluster import check_address, cluster
 from sae_dist.service.config import HarvestJob
 from sae_dist.service.describe import describe_elsewhere
 from sae_dist.service.display import Display
@@ -25,6 +25,7 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
     folder = RunFolder(Path(job.out), job)
     values = to_dict(job)
     with folder.outcome():
+        check_address(job.cluster)
         with Display(job.out) as display:
             folder.status("preparing")
             prepared = prepare(

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from sae_dist import storage
 from sae_dist.config import UserError, digest, to_dict
 from sae_dist.monitor import write_json
-from sae_dist.service.cluster import answer, cluster, nodes, reason_of
+from sae_dist.service.cluster import answer, check_address, cluster, nodes, reason_of
 from sae_dist.service.config import RunConfig, config_hash
 from sae_dist.service.describe import describe_elsewhere
 from sae_dist.service.devices import bundle_of_rank
@@ -56,6 +56,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     with folder.outcome():
         if (finished := _finished(config, folder.path)) is not None:
             return finished
+        check_address(config.cluster)
         with Display(str(folder.path)) as display:
             folder.status("preparing")
             prepared = prepare(

@@ -1,41 +1,83 @@
-"""A request to stop, heard between two steps of the driver.
+"""A request to stop, heard between two steps of the driver: SIGTERM, Ctrl-C, or a terminal that was closed (SIGHUP).
 
 An exception out of a signal handler would go right through Ray's own code, which does not survive it.
 """
 
+import os
+import select
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from typing import Any
 
 from sae_dist.config import Stopped
 
+REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TWICE_S = 1.0  # a supervisor may signal a process and then its group; a person takes longer to press Ctrl-C again
+
 
 class StopRequest:
-    """Whether SIGTERM or Ctrl-C has come since `listening`."""
+    """Whether there was a request to stop since `listening`."""
 
     def __init__(self) -> None:
         self._heard: str | None = None
+        self._heard_at = 0.0
+
+    def heard(self) -> bool:
+        return self._heard is not None
 
     def check(self) -> None:
         """Raises `Stopped` once there was a request."""
         if self._heard is not None:
             raise Stopped(self._heard)
 
-    def hear(self, number: int, _: FrameType | None) -> None:
-        """The signal handler; a second signal does not wait for anything any more."""
-        if self._heard is not None:
+    def hear(self, name: str) -> None:
+        """Takes in a signal. A second Ctrl-C does not wait for anything any more."""
+        if self._heard is None:
+            self._heard, self._heard_at = name, time.monotonic()
+        elif name == "SIGINT" and time.monotonic() - self._heard_at > TWICE_S:
             raise KeyboardInterrupt
-        self._heard = signal.Signals(number).name
 
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Turns SIGTERM and SIGINT into a request for as long as the context lasts."""
+    """Turns signals into a request for as long as the context lasts."""
     request = StopRequest()
-    before = {number: signal.signal(number, request.hear) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = handle(request.hear)
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def handle(hear: Callable[[str], None], requests: tuple[signal.Signals, ...] = REQUESTS) -> dict[signal.Signals, Any]:
+    """Calls `hear` with the name of each of these signals from now on; what handled them before.
+
+    SIGHUP is left alone where it is ignored: that is what nohup is for. A signal that whoever started this process had
+    blocked is let through: it is blocked for Ray (launch/slurm.sbatch).
+    """
+
+    def handler(number: int, _: object) -> None:
+        _let_go_of_what_is_closed()
+        hear(signal.Signals(number).name)
+
+    wanted = [one for one in requests if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in wanted}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, wanted)
+    return before
+
+
+def _let_go_of_what_is_closed() -> None:
+    """From now on what is said to a terminal or a pipe that was closed goes nowhere.
+
+    Writing to it is an error, which would end the saving.
+    """
+    for descriptor in (1, 2):
+        looked = select.poll()
+        looked.register(descriptor, 0)
+        if any(seen & (select.POLLHUP | select.POLLERR) for _, seen in looked.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -65,6 +65,15 @@ def test_pages_null_is_no_pages_also_where_a_preset_has_keys_of_it(preset):
         ),
         (["train", "store={tmp}/s", "mesh.least_data=2", "out={tmp}/f"], "mesh.least_data=2 exceeds mesh.data=1"),
         (["run", "mesh.data=2", "mesh.least_data=1", "out={tmp}/f", "model=tiny-llama"], "this command trains in Ray"),
+        (
+            ["run", "cluster=ray://head:10001", "out={tmp}/f", "model=tiny-llama"],
+            "cluster=ray://head:10001 cannot be joined (ray://head:10001 is not the HOST:PORT of a head, e.g. 10.0.0.1",
+        ),
+        (["run", "cluster=head:x", "out={tmp}/f", "model=tiny-llama"], "cluster=head:x cannot be joined (Malformed"),
+        (
+            ["harvest", "cluster=127.0.0.1:1024", "out={tmp}/f", "store={tmp}/s", "model=tiny-llama"],
+            "cluster=127.0.0.1:1024 cannot be joined (no Ray answers at 127.0.0.1:1024 within 5 s)",
+        ),
         (["run", "harvest.replicas=4..2"], "harvest.replicas=4..2; give a number from 1 on, or two: 1..4"),
         (["run", "harvest.ahead_units=31"], "give 32 or more"),
         (["run", "harvest.retention=ring"], "lower train.tokens to 9425781"),

@@ -18,13 +18,13 @@ from typing import Any
 
 import psutil
 import pytest
-from ray.cluster_utils import Cluster
 
 from sae_dist.shards import credits
 from sae_dist.shards.credits import Position
 from sae_dist.shards.reader import Store
 from sae_dist.storage import StorageError
 from tests.service import stores
+from tests.service.clusters import LoopbackCluster
 from tests.shards import seaweedfs
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ class Nodes:
             rules.append({"point": point, "action": action, "nth": 0, "once": str(harm / point)})
         os.environ["SAE_DIST_FAULTS"] = json.dumps(rules)
         head = {"num_cpus": 0, "_system_config": HEALTH, "include_dashboard": False, "object_store_memory": 80 << 20}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.cluster = LoopbackCluster(initialize_head=True, head_node_args=head)
         self.workers = [self.add(), self.add()]
 
     def add(self) -> Any:

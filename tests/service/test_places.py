@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
-from ray.cluster_utils import Cluster
 
 from tests.service import stores
+from tests.service.clusters import LoopbackCluster
 from tests.service.main_job import files
 from tests.service.test_harvest_cluster import finish, status, wait_until
 
@@ -27,12 +27,12 @@ TOKENS = 256 * 30
 
 
 @contextmanager
-def cluster(cpus: tuple[int, ...] | None) -> Iterator[Cluster | None]:
+def cluster(cpus: tuple[int, ...] | None) -> Iterator[LoopbackCluster | None]:
     if cpus is None:
         yield None
         return
     head = {"num_cpus": cpus[0], "include_dashboard": False, "object_store_memory": 80 << 20}
-    there = Cluster(initialize_head=True, head_node_args=head)
+    there = LoopbackCluster(initialize_head=True, head_node_args=head)
     try:
         for more in cpus[1:]:
             there.add_node(num_cpus=more, object_store_memory=80 << 20)
@@ -41,14 +41,14 @@ def cluster(cpus: tuple[int, ...] | None) -> Iterator[Cluster | None]:
         there.shutdown()
 
 
-def on_nodes(there: Cluster) -> list[int]:
+def on_nodes(there: LoopbackCluster) -> list[int]:
     """How many processes of replicas each node has started, the head first."""
     nodes: list[Any] = [there.head_node, *(node for node in there.list_all_nodes() if node is not there.head_node)]
     raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes]
     return [sum("Replica" in child.name() for child in raylet.children()) for raylet in raylets]
 
 
-def work(arguments: list[str], folder: Path, out: str, there: Cluster | None) -> list[int]:
+def work(arguments: list[str], folder: Path, out: str, there: LoopbackCluster | None) -> list[int]:
     """Runs the command in `folder`; where its replicas were."""
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "sae_dist", *arguments, f"cluster={'local' if there is None else there.address}"]

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from ray.cluster_utils import Cluster
 
+from tests.service.clusters import LoopbackCluster
 from tests.service.test_harvest_cluster import HEALTH
 from tests.service.test_ranks import command, finish, order_hash, start, store, uninterrupted, wait_until, weights
 
@@ -28,7 +28,7 @@ class Nodes:
             [{"point": "train.step", "action": "sleep", "seconds": STEP_S, "nth": 0}]
         )
         head = {"num_cpus": 0, "_system_config": HEALTH, "include_dashboard": False, "object_store_memory": 80 << 20}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.cluster = LoopbackCluster(initialize_head=True, head_node_args=head)
         self.workers = [self.add() for _ in range(count)]
 
     def add(self) -> Any:
@@ -90,7 +90,9 @@ def test_ray_train_goes_on_with_fewer_data_ranks_when_a_node_is_lost(store, unin
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs here")
 def test_ranks_ask_ray_for_a_gpu_each_and_say_when_torch_cannot_use_it(store, tmp_path):
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2, "include_dashboard": False})
+    cluster = LoopbackCluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2, "include_dashboard": False}
+    )
     try:
         at = f"cluster={cluster.address}"
         for number, more in enumerate([(), ("train.launcher=ray_train",)]):

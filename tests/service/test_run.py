@@ -152,7 +152,9 @@ def test_a_request_to_stop_is_granted_and_the_same_command_goes_on(uninterrupted
     out = tmp_path / "stopped"
     first = start(out)
     wait_until(lambda: has_checkpoint(out), first)
-    first.send_signal(signal.SIGTERM)
+    for process in [*psutil.Process(first.pid).children(recursive=True), first]:  # as systemd does
+        process.send_signal(signal.SIGTERM)
+    os.killpg(first.pid, signal.SIGTERM)
     assert "the same command goes on" in finish(first, 75)
     assert json.loads((out / "status.json").read_text())["state"] == "stopped"
     finish(start(out))
