@@ -14,7 +14,7 @@ The last line holds for every family below, sequential (Llama, GPT-2) or paralle
 `resid_pre.L+1`. One exception is known: OPT-350m normalises the stream itself after each addition.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -55,14 +55,36 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the residual stream: the decoder's one list of `num_hidden_layers` modules, whatever its name."""
-    body = decoder(model)
-    n_layers = body.config.num_hidden_layers
-    found = [m for m in body.children() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-    assert len(found) == 1, f"{type(body).__name__} has {len(found)} lists of {n_layers} layers"
-    return list(found[0])
+    """The layers of the residual stream; empty for a family in which they cannot be told from other modules.
+
+    They are the decoder's one list of `num_hidden_layers` modules that is in no other list, whatever its name.
+    """
+    stack = _stack(model)
+    return [] if stack is None else list(stack[1])
+
+
+def around_layers(model: PreTrainedModel) -> nn.Module:
+    """The module that has the layers as its own, and the norm after them; the decoder where they are not known."""
+    stack = _stack(model)
+    return decoder(model) if stack is None else stack[0]
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy | None:
     """The inside of the model's layers; None for a family whose inside was never checked."""
     return ANATOMIES.get(decoder(model).config.model_type)
+
+
+def _stack(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | None:
+    """The list of layers and the module that it belongs to."""
+    body = decoder(model)
+    n_layers = getattr(body.config, "num_hidden_layers", None)
+    found = [(parent, own) for parent, own in _outer_lists(body) if len(own) == n_layers]
+    return found[0] if len(found) == 1 else None
+
+
+def _outer_lists(module: nn.Module) -> Iterator[tuple[nn.Module, nn.ModuleList]]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield module, child
+        else:
+            yield from _outer_lists(child)

@@ -9,9 +9,14 @@ from sae_dist.model.anatomy import decoder, layers
 from sae_dist.model.hooks import resolve
 
 
-def layers_run(model: PreTrainedModel, hooks: Sequence[str]) -> int:
-    """How many layers run, wholly or in part, until the last of `hooks` has its activations."""
+def passed(model: PreTrainedModel, hooks: Sequence[str]) -> list[nn.Module]:
+    """The layers that run, wholly or in part, until the last of `hooks` has its activations.
+
+    The whole decoder where its layers are not known.
+    """
     stack, last = layers(model), 0
+    if not stack:
+        return [decoder(model)]
     for hook in hooks:
         point = resolve(model, hook)
         inside = [i for i, layer in enumerate(stack) if any(module is point.module for module in layer.modules())]
@@ -22,7 +27,7 @@ def layers_run(model: PreTrainedModel, hooks: Sequence[str]) -> int:
             last = max(last, inside[0])
         else:
             last = max(last, inside[0] + 1)
-    return last
+    return stack[:last]
 
 
 def flop_per_token(model: PreTrainedModel, hooks: Sequence[str], context: int) -> float:
@@ -31,11 +36,10 @@ def flop_per_token(model: PreTrainedModel, hooks: Sequence[str], context: int) -
     Causal attention looks at (context + 1) / 2 positions on average, at 4 operations for each of heads x head_dim.
     A layer that is left half-way counts whole; of a mixture, experts that are not chosen count too.
     """
-    n_layers, config = layers_run(model, hooks), decoder(model).config
-    weights = sum(_matrix_size(module) for layer in layers(model)[:n_layers] for module in layer.modules())
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * config.num_attention_heads * head_dim * (context + 1) / 2
-    return 2.0 * weights + n_layers * attention
+    run = passed(model, hooks)
+    weights = sum(_matrix_size(module) for part in run for module in part.modules())
+    n_layers = len(run) if layers(model) else getattr(decoder(model).config, "num_hidden_layers", 0)
+    return 2.0 * weights + n_layers * 4 * _heads(model) * _head_dim(model) * (context + 1) / 2
 
 
 def bytes_per_token(model: PreTrainedModel, hooks: Sequence[str], context: int) -> int:
@@ -46,11 +50,24 @@ def bytes_per_token(model: PreTrainedModel, hooks: Sequence[str], context: int) 
     """
     config, size = decoder(model).config, model.dtype.itemsize
     d_model = config.hidden_size
-    hidden = max((_outputs(module) for module in layers(model)[0].modules()), default=d_model)
+    layer = (layers(model) or [decoder(model)])[0]
+    hidden = max((_outputs(module) for module in layer.modules()), default=d_model)
     inside = size * (3 * d_model + 3 * max(hidden, d_model)) + 4 * 2 * d_model
     if config._attn_implementation == "eager":
-        inside += (4 + 2 * size) * config.num_attention_heads * context
+        inside += (4 + 2 * size) * _heads(model) * context
     return inside + size * sum(_widest(model, hook) for hook in hooks)
+
+
+def _heads(model: PreTrainedModel) -> int:
+    """Heads of a layer; 0 in a model that has none (Mamba)."""
+    return getattr(decoder(model).config, "num_attention_heads", None) or 0
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    """Width of a head; what the heads share of d_model where layers differ."""
+    config = decoder(model).config
+    head_dim = config.to_dict().get("head_dim")  # as an attribute it may raise where layers differ
+    return head_dim if isinstance(head_dim, int) else config.hidden_size // max(_heads(model), 1)
 
 
 def _matrix_size(module: nn.Module) -> int:

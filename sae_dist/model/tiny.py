@@ -1,8 +1,15 @@
-"""Random models of a few thousand weights, with a byte tokenizer: whole runs in seconds, with nothing to download."""
+"""Random models of a few thousand weights, with a byte tokenizer: whole runs in seconds, with nothing to download.
+
+They are written as ordinary checkpoints, and from there on are models like any other.
+"""
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 
 import torch
+import transformers
+from safetensors.torch import save_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
@@ -13,6 +20,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from sae_dist.config import digest
+from sae_dist.model import kept
 
 _SEPARATOR = "<|endoftext|>"
 _D_MODEL, _N_HEADS, _CONTEXT, _VOCAB = 32, 4, 512, 257  # vocab: the bytes and the separator
@@ -69,3 +79,16 @@ def model(name: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return TINY[name]()
+
+
+def checkpoint(name: str) -> Path:
+    """The folder with the tiny model of that name in fp32 safetensors and its tokenizer, made on first use."""
+    made_by = digest([transformers.__version__, torch.__version__, Path(__file__).read_text(encoding="utf-8")])
+    return kept.checkpoint(f"{name}-{made_by[:12]}", partial(_write, name))
+
+
+def _write(name: str, folder: Path) -> None:
+    made = model(name)
+    made.config.to_json_file(folder / "config.json")
+    save_model(made, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    tokenizer().save_pretrained(folder)

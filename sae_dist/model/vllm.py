@@ -29,9 +29,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from sae_dist.config import UserError
-from sae_dist.model import smollm2, tiny
 from sae_dist.model.config import ModelConfig
-from sae_dist.model.load import Tokenizer, fast_dtype
+from sae_dist.model.load import Tokenizer, fast_dtype, source
 
 _RESIDUAL = re.compile(r"resid_(pre|post)\.(\d+)")
 _SAMPLE = 4096  # weights of each tensor that the fingerprint reads
@@ -189,12 +188,8 @@ def _start(**options: Any) -> tuple[Server, Any]:
 
 def _files(config: ModelConfig) -> str:
     """The folder with the model's files, fetched where the name is one on the hub."""
-    if config.name in tiny.TINY:
-        raise UserError(f"model.name={config.name} is made in memory and has no files for vLLM; use model.engine=hf")
-    if config.name == "smollm2":
-        return str(smollm2.checkpoint())
-    if Path(config.name).expanduser().is_dir():
-        return str(Path(config.name).expanduser())
+    if Path(folder := source(config)).is_dir():
+        return folder
     try:
         return snapshot_download(
             config.name, revision=config.revision, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BartConfig, BartForCausalLM, BloomConfig, BloomForCausalLM
 
 from sae_dist.config import UserError
-from sae_dist.model import hooks
+from sae_dist.model import cost, hooks
 from sae_dist.model.anatomy import layers
+from tests.model.families import OTHERS, other
 
 EXACT = {"rtol": 0, "atol": 0}
 SUMS = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums in another order
@@ -162,6 +163,30 @@ def test_a_family_of_unknown_inside_has_only_its_layers_ends(tokens):
     assert hooks.available(model) == ["resid_pre.0", "resid_post.0", "resid_pre.1", "resid_post.1"]
     with pytest.raises(UserError, match="mlp_out.1.*BloomForCausalLM.*resid_pre.L resid_post.L"):
         hooks.resolve(model, "mlp_out.1")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_family_that_is_in_no_table_is_read_at_its_layers_ends_and_at_any_module(name, tokens):
+    model = other(name)
+    last = f"resid_post.{len(layers(model)) - 1}"
+    path = next(name for name, module in model.named_modules() if module is layers(model)[-1])
+    got = hooks.capture(model, tokens, ["resid_pre.1", "resid_post.0", last, path])
+    assert torch.equal(got["resid_pre.1"], got["resid_post.0"]) and torch.equal(got[last], got[path])
+    assert all(x.shape == (3, 7, 32) for x in got.values())
+    with hooks.replace(model, {last: torch.zeros_like}):
+        assert not hooks.capture(model, tokens, [last])[last].any()
+    assert cost.flop_per_token(model, ["resid_post.0"], 7) < cost.flop_per_token(model, [last], 7)
+    assert cost.bytes_per_token(model, [last], 7) > 0
+
+
+def test_a_family_whose_layers_cannot_be_told_has_its_module_paths(tokens):
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "decoder_attention_heads": 4}
+    model = BartForCausalLM(BartConfig(vocab_size=61, decoder_ffn_dim=40, **sizes)).eval()
+    path = "model.decoder.layers.1"
+    assert hooks.available(model) == [] and hooks.width(model, path) == 32
+    assert cost.flop_per_token(model, [path], 7) > 0 and cost.bytes_per_token(model, [path], 7) > 0
+    with pytest.raises(UserError, match="resid_post.1.*BartForCausalLM.*give a module path such as"):
+        hooks.resolve(model, "resid_post.1")
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 import importlib.util
 import multiprocessing
 import os
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sae_dist.config import CONF_DIR, UserError
 from sae_dist.config import load as checked
@@ -80,6 +83,62 @@ def test_weights_in_pickles_are_refused(tiny_llama, tmp_path):
     torch.save(tiny_llama.model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be loaded.*safetensors"):
         load(ModelConfig(name=str(tmp_path)))
+
+
+def _saved(folder: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda weights: None) -> ModelConfig:
+    """The tiny Llama with its own unembedding in `folder`, its weights changed in between."""
+    config = tiny.model("tiny-llama").config
+    config.tie_word_embeddings = False
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return ModelConfig(name=str(folder), dtype="float32", device="cpu")
+
+
+def test_weights_that_the_files_lack_are_named_and_never_random(tmp_path):
+    load(_saved(tmp_path / "whole"))
+    up, head = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
+    for name, change in {
+        up: lambda weights: weights.pop(up),
+        head: lambda weights: weights.pop(head),
+        "model.norm.weight": lambda weights: weights.update({"model.norm.weight": torch.ones(31)}),
+    }.items():
+        with pytest.raises(UserError, match=f"its files lack {name} of LlamaForCausalLM"):
+            load(_saved(tmp_path / name, change))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", None),
+        ("model.safetensors", b""),
+        ("model.safetensors", b"x" * 100),
+        ("model.safetensors.index.json", b"{}"),
+        ("model.safetensors.index.json", b"{"),
+        ("config.json", b'{"model_type": "lla'),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "wide"}'),
+        ("config.json", b'{"model_type": "nobodys"}'),
+        ("tokenizer.json", b'{"version": "1.0", "model": '),
+        ("tokenizer.json", b"[]"),
+    ],
+)
+def test_damaged_files_are_a_line(tmp_path, file, content):
+    config, path = _saved(tmp_path), tmp_path / file
+    if path.suffix == ".json" and "index" in file:
+        (tmp_path / "model.safetensors").unlink()
+    path.write_bytes(path.read_bytes()[:2000] if content is None else content)
+    with pytest.raises(UserError, match=re.escape(f"model.name={tmp_path} cannot be loaded (")) as error:
+        load(config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SAE_DIST_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="Not a directory.*set SAE_DIST_CACHE"):
+        load(ModelConfig(name="tiny-llama"))
 
 
 def test_a_folder_that_is_missing_is_named():

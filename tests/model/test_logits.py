@@ -6,7 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM
 
+from sae_dist.config import UserError
 from sae_dist.model import hooks, logits
+from tests.model.families import OTHERS, other
 
 
 def test_the_stream_through_the_unembedding_gives_the_logits(family, tokens):
@@ -20,6 +22,31 @@ def test_the_stream_through_the_unembedding_gives_the_logits(family, tokens):
         want = torch.atanh(want / 3.0) * 3.0
     # eps inside the norms (1e-5 beside a variance near 1) and, for Gemma 2, the inverse of a saturating squash
     torch.testing.assert_close(got - got[:1, :1], want - want[:1, :1], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS.keys() - {"bert", "openai-gpt"}))
+def test_the_unembedding_of_a_family_that_is_in_no_table_gives_its_logits(name, tokens):
+    model = other(name)
+    x = hooks.capture(model, tokens, ["resid_post.2"])["resid_post.2"]
+    W_U = logits.unembedding(model)
+    centred = bool(W_U.mean(0).abs().max() < 1e-5)
+    scale = x.std(-1, correction=0) if centred else x.square().mean(-1).sqrt()
+    got, want = x @ W_U / scale[..., None], model(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(got - got[:1, :1], want - want[:1, :1], rtol=2e-2, atol=2e-2)
+    logits.check_direct_path(model, "resid_post.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "why"),
+    [
+        ("bert", "resid_post.1", "BertLMHeadModel has no final norm by a known name"),
+        ("openai-gpt", "resid_post.1", "OpenAIGPTLMHeadModel has no final norm by a known name"),
+        ("mpt", "transformer.blocks.1.ffn.up_proj", "is not in the residual stream"),
+    ],
+)
+def test_no_direct_path_is_said(name, hook, why):
+    with pytest.raises(UserError, match=why):
+        logits.check_direct_path(other(name), hook)
 
 
 def test_a_layer_norm_ignores_the_mean_of_a_direction(family):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from sae_kernels.row_state import StateOptions
+from transformers import BertConfig, LlamaConfig, MambaConfig
 
 from sae_dist.cli.compose import compose, options
 from sae_dist.cli.main import main
@@ -15,6 +16,7 @@ from sae_dist.plan.plan import plan, smallest_mesh, splits
 from sae_dist.plan.seconds import amounts, phases, reading_s
 from sae_dist.plan.workload import Workload, check
 
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 MACHINES = [name for name in options("machine") if name != "here"]
 BIG = Workload(n_latents=2**25, d_model=4096, k=64, k_aux=2048, batch=131_072, steps=10)
 
@@ -174,6 +176,26 @@ def test_the_default_run_is_planned_from_its_models_configuration(capsys):
     assert found["work"]["d_model"] == 32
     rows = found["cost"]["store_rows"]
     assert found["cost"]["harvest_flop"] == pytest.approx(2 * 2 * 12_352 * rows / (1 - 1 / 128))
+
+
+@pytest.mark.parametrize(
+    ("config", "hook", "width", "passed"),
+    [
+        (LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=40), "mlp_act.0", 40, 6_976),
+        (MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=3), "resid_post.0", 32, 9_952),
+        (BertConfig(**SIZES, intermediate_size=40), "resid_pre.2", 32, 2 * 6_984),
+    ],
+)
+def test_a_model_in_a_folder_is_planned_from_its_configuration_alone(tmp_path, capsys, config, hook, width, passed):
+    """A layer's weights by hand. Llama: 2 x 32 x 32, 2 x 32 x 16, 3 x 32 x 40, two norms. BERT: 4 x 32 x 33, 33 x 40,
+    41 x 32, two norms. Mamba, whose inside is 64 wide: 32 x 128, 5 x 64, 64 x 34, 3 x 64, 64 x 16, 64, 64 x 32, a norm.
+    """
+    config.to_json_file(tmp_path / "config.json")
+    assert main(["plan", f"model={tmp_path}", f"hook={hook}", "sae.k=4", "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["work"]["d_model"] == width
+    flop = 2 * passed * found["cost"]["store_rows"] / (1 - 1 / 128)
+    assert found["cost"]["harvest_flop"] == pytest.approx(flop)
 
 
 def test_people_get_tables(capsys):

@@ -1,0 +1,100 @@
+"""Whether a model and its tokenizer can do what a run will ask of them: known in seconds, before any text is read.
+
+What goes wrong here would go wrong in every replica, every time, or at the end of a run that took days.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sae_dist.config import UserError
+from sae_dist.model.config import ModelConfig
+from sae_dist.model.hooks import replace
+from sae_dist.model.load import LanguageModel, Tokenizer, architecture
+from sae_dist.model.logits import check_direct_path, next_token_loss
+
+logger = logging.getLogger(__name__)
+
+_POSITIONS = ("max_position_embeddings", "max_seq_len")  # how configurations call them
+_ROUNDING = 0.02  # nats; experts may take the tokens of a batch together and round otherwise when one of them changes
+
+
+def check_text(config: ModelConfig, tokenizer: Tokenizer, *, context: int, separator: int | None) -> None:
+    """UserError when sequences are longer than the model's positions, or tokens lie beyond its embedding.
+
+    Special tokens that no text becomes may lie there; `separator`, which opens documents, may not.
+    """
+    whole = architecture(config)
+    if getattr(whole, "is_encoder_decoder", False):
+        raise UserError(
+            f"model.name={config.name} is an encoder-decoder ({whole.model_type}): its decoder never runs without its "
+            "encoder's states; use a causal language model"
+        )
+    settings = whole.get_text_config()
+    known = (getattr(settings, name, None) for name in _POSITIONS)
+    positions = next((n for n in known if isinstance(n, int) and n > 0), None)
+    if positions is not None and context > positions:
+        raise UserError(
+            f"harvest.context={context}, but model.name={config.name} has {positions} positions; use "
+            f"harvest.context={positions} or less"
+        )
+    rows, special = settings.vocab_size, set(tokenizer.all_special_ids) - {separator}
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows and i not in special}
+    if beyond:
+        token = min(beyond, key=lambda token: beyond[token])
+        raise UserError(
+            f"model.name={config.name}: its tokenizer has {len(beyond)} tokens beyond the {rows} rows of the model's "
+            f"embedding, such as {token!r} ({beyond[token]}); give the folder the tokenizer that belongs to the model"
+        )
+
+
+def check_forward(model: LanguageModel, hooks: Sequence[str], context: int) -> None:
+    """Runs one sequence of the length that a harvest runs; UserError when the model cannot."""
+    with _once_for_all(model, context):
+        model.capture(_tokens(model, context), hooks)
+
+
+def check_judging(model: LanguageModel, hook: str, context: int) -> None:
+    """UserError when loss recovered cannot be measured: no loss, or a model that sees the tokens it is to predict."""
+    tokens = _tokens(model, context)
+    other = tokens.clone()
+    other[:, -1] = tokens[:, 0]
+    with _once_for_all(model, context), replace(model.model, {hook: lambda x: x}):
+        losses, changed = (next_token_loss(model.model, each)[:, :-1] for each in (tokens, other))
+    if losses.numel() and float((losses - changed).abs().max()) > _ROUNDING:
+        raise UserError(
+            f"model.name={model.name} ({type(model.model).__name__}) is no causal language model: its loss on earlier "
+            "tokens follows the last one. Use `sae-dist harvest` and `sae-dist train`, which do without that loss"
+        )
+
+
+def check_pages(model: LanguageModel, hook: str) -> None:
+    """Says in the log when feature pages will be without logit effects."""
+    try:
+        check_direct_path(model.model, hook)
+    except UserError as why:
+        logger.warning("feature pages will have no logit effects: %s", why)
+
+
+def _tokens(model: LanguageModel, context: int) -> Int[Tensor, "1 context"]:
+    vocabulary = model.model.config.get_text_config().vocab_size
+    return (torch.arange(context, device=model.device) % vocabulary)[None]
+
+
+@contextmanager
+def _once_for_all(model: LanguageModel, context: int) -> Iterator[None]:
+    """What a forward pass raises, as a line: whatever it is, it would come again in every replica."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        raise UserError(
+            f"model.name={model.name} ({type(model.model).__name__}) cannot run a sequence of "
+            f"harvest.context={context} tokens ({said}); use a shorter context, or another model"
+        ) from error

@@ -1,0 +1,59 @@
+"""Checkpoints that are made on this machine once and then kept in the user's cache folder."""
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sae_dist.config import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where derived files are kept between runs: SAE_DIST_CACHE, else the user's cache folder (XDG)."""
+    if own := os.environ.get("SAE_DIST_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae_dist"
+
+
+def checkpoint(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder models/`name` of the cache, filled by `make` on first use; UserError where it cannot be written.
+
+    Many processes may ask at once: one makes it, the others wait for it. A folder is complete or absent.
+    """
+    folder = cache_folder() / "models" / name
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder.with_name(f".{name}.lock")):
+            if folder.is_dir():  # another process made it while this one waited
+                return folder
+            partial = folder.with_name(f".{name}.partial")
+            if partial.is_dir():  # left by a process that was killed: a living one would have the lock
+                shutil.rmtree(partial)
+            partial.mkdir()
+            make(partial)
+            partial.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"the model cannot be kept in {folder.parent} ({error.strerror or error}); set SAE_DIST_CACHE to a folder "
+            "that can be written"
+        ) from error
+    return folder
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock file; the system lets go of it when the process dies, however it dies."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that makes the same model (lock %s)", path)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
