@@ -16,23 +16,34 @@ class LogitEffects(NamedTuple):
     suppressed_by: Float[Tensor, "n_latents n_tokens"]
 
 
+class Outputs(NamedTuple):
+    """The unembedding of the tokens that exist: an embedding may have rows more, which no token has."""
+
+    W_U: Float[Tensor, "d_model n_output"]
+    tokens: Int[Tensor, " n_output"]  # the id of each column
+
+
 @torch.no_grad()
 def logit_effects(
-    W_dec: Float[Tensor, "n_latents d_model"],
-    W_U: Float[Tensor, "d_model vocab"],
-    *,
-    n_tokens: int = 10,
-    chunk: int = 256,
+    W_dec: Float[Tensor, "n_latents d_model"], outputs: Outputs, *, n_tokens: int = 10, chunk: int = 256
 ) -> LogitEffects:
     """W_dec (W_U - mean over the vocabulary): the logits that one unit of activation adds through the direct path.
 
     A shift of all logits changes no probability, hence the mean (Bricken et al. 2023, "logit weights").
     """
+    W_U = outputs.W_U.float()
+    W_U = W_U - W_U.mean(dim=1, keepdim=True)
     n_tokens = min(n_tokens, W_U.shape[1])
-    W_U = W_U.float() - W_U.float().mean(dim=1, keepdim=True)
     parts = []
     for rows in W_dec.split(chunk):
         logits = rows.to(W_U) @ W_U
         up, down = logits.topk(n_tokens, dim=1), logits.topk(n_tokens, dim=1, largest=False)
         parts.append((up.indices.cpu(), up.values.cpu(), down.indices.cpu(), down.values.cpu()))
-    return LogitEffects(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    raised, raised_by, lowered, lowered_by = (torch.cat(column) for column in zip(*parts, strict=True))
+    return LogitEffects(outputs.tokens[raised], raised_by, outputs.tokens[lowered], lowered_by)
+
+
+def no_effects(n_latents: int) -> LogitEffects:
+    """Of a hook point without a direct path to the logits: no tokens."""
+    ids, values = torch.zeros(n_latents, 0, dtype=torch.int64), torch.zeros(n_latents, 0)
+    return LogitEffects(ids, values, ids, values)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae_dist.interpret.collect import Collected, Encode, PagesConfig, Rows, collect
 from sae_dist.interpret.contexts import Contexts, Intervals, Shading, choose, shade
-from sae_dist.interpret.logit_effect import LogitEffects, logit_effects
+from sae_dist.interpret.logit_effect import LogitEffects, Outputs, logit_effects, no_effects
 from sae_dist.interpret.records import Stream, context_text, index_columns, labels, latent_records, token_dtype
 from sae_dist.interpret.similar import Similar, similar_latents
 from sae_dist.interpret.vocabulary import Decode
@@ -34,14 +34,17 @@ def feature_pages(
     *,
     encode: Encode,
     W_dec: Float[Tensor, "n_latents d_model"],
-    W_U: Float[Tensor, "d_model vocab"],
+    outputs: Outputs | str,
     stream: Stream,
     decode: Decode,
     special: Collection[int] = (),
     summary: Mapping[str, Any],
     config: PagesConfig,
 ) -> Path:
-    """Look at a dictionary on a stream of activations and write `<out>/pages`; `rows` starts the same stream twice."""
+    """Look at a dictionary on a stream of activations and write `<out>/pages`; `rows` starts the same stream twice.
+
+    `outputs` may be the reason why latents have no direct effect on the logits; the pages then say it.
+    """
     collected = collect(rows(), encode, n_latents=len(W_dec), category=stream.category, config=config)
     contexts, intervals = choose(collected, config)
     return build(
@@ -51,7 +54,10 @@ def feature_pages(
         contexts=contexts,
         intervals=intervals,
         shading=shade(rows(), encode, collected=collected, contexts=contexts, config=config),
-        effects=logit_effects(W_dec[collected.paged], W_U, n_tokens=config.logits),
+        effects=no_effects(len(collected.paged))
+        if isinstance(outputs, str)
+        else logit_effects(W_dec[collected.paged], outputs, n_tokens=config.logits),
+        no_outputs=outputs if isinstance(outputs, str) else None,
         similar=similar_latents(W_dec, n_nearest=config.similar),
         stream=stream,
         decode=decode,
@@ -69,6 +75,7 @@ def build(
     intervals: Intervals,
     shading: Shading,
     effects: LogitEffects,
+    no_outputs: str | None = None,
     similar: Similar,
     stream: Stream,
     decode: Decode,
@@ -77,7 +84,8 @@ def build(
 ) -> Path:
     """Write `<out>/pages`, whole or not at all, and return the path of its index.
 
-    `effects` has a row for each of `collected.paged`, `similar` one for each latent. `special` are token ids without
+    `effects` has a row for each of `collected.paged`, `similar` one for each latent. `no_outputs` says why the effects
+    have no tokens. `special` are token ids without
     text of their own. A value of `summary` that is None was not measured.
     """
     text = context_text(contexts, collected.categories, stream, config)
@@ -89,7 +97,8 @@ def build(
     shutil.copytree(STATIC, partial)
     (partial / "data").mkdir()
 
-    _write(partial, "summary", _facts(summary, collected, token_bytes=np.dtype(token_dtype(used)).itemsize))
+    facts = _facts(summary, collected, token_bytes=np.dtype(token_dtype(used)).itemsize)
+    _write(partial, "summary", facts | {"no_outputs": no_outputs})
     _write(partial, "tokens", [_shown(decode(t), special=t in special) for t in used.tolist()])
     _write(partial, "index", index_columns(collected, token_labels, effects, used))
     records = latent_records(

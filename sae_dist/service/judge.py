@@ -19,11 +19,12 @@ from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.evaluate import evaluate_loss, evaluate_reconstruction
 from sae_dist.harvest.rows import eligible, keep
 from sae_dist.interpret.collect import PagesConfig
+from sae_dist.interpret.logit_effect import Outputs
 from sae_dist.interpret.site import feature_pages
 from sae_dist.interpret.vocabulary import decoder
 from sae_dist.model.load import LanguageModel
 from sae_dist.model.load import load as load_model
-from sae_dist.model.logits import unembedding
+from sae_dist.model.logits import check_direct_path, unembedding
 from sae_dist.monitor import write_json
 from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.service.config import RunConfig
@@ -91,9 +92,20 @@ def pages(
 
     return feature_pages(
         config.folder, rows, encode=dictionary.encode, W_dec=dictionary.parameters.W_dec,
-        W_U=unembedding(language_model.model).cpu(), stream=stream, decode=decoder(tokenizer),
+        outputs=_outputs(language_model, config.hook), stream=stream, decode=decoder(tokenizer),
         special=tokenizer.all_special_ids, summary=summary, config=config.pages,
     )  # fmt: skip
+
+
+def _outputs(language_model: LanguageModel, hook: str) -> Outputs | str:
+    """The unembedding of the tokenizer's tokens; the reason, where the hook point has no direct path to it."""
+    try:
+        check_direct_path(language_model.model, hook)
+        W_U = unembedding(language_model.model).cpu()
+    except UserError as why:
+        return str(why)
+    tokens = torch.tensor(sorted(i for i in language_model.tokenizer.get_vocab().values() if i < W_U.shape[1]))
+    return Outputs(W_U[:, tokens], tokens)
 
 
 def evaluate_again(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:

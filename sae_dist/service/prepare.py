@@ -9,14 +9,15 @@ from sae_dist import storage
 from sae_dist.config import to_dict
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.units import counts
+from sae_dist.model.check import check_forward, check_judging, check_pages, check_text
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.engine import Description, describe, open_engine
-from sae_dist.model.load import Tokenizer, load_tokenizer
+from sae_dist.model.load import LanguageModel, Tokenizer, load_tokenizer
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.writer import create
 from sae_dist.text import corpus
 from sae_dist.text.corpus import TextConfig
-from sae_dist.text.tokenize import TokenSplit, tokenize, tokenizer_fingerprint
+from sae_dist.text.tokenize import TokenSplit, separator, tokenize, tokenizer_fingerprint
 
 
 class Prepared(NamedTuple):
@@ -37,17 +38,25 @@ def prepare(
     store_uri: str,
     progress: Callable[[Mapping[str, Any]], None],
     describe_elsewhere: Callable[[], Description] | None = None,
+    judged: bool = False,
+    pages: bool = False,
 ) -> Prepared:
-    """Tokenises the text under `folder` and creates the store, once; UserError for a hook point that is not there.
+    """Tokenises the text under `folder` and creates the store, once.
 
-    The model is loaded here to describe it, or `describe_elsewhere` does where this process could not hold it.
+    UserError, within seconds, for a model or a hook point that cannot do what the harvest will ask of it, and where the
+    dictionary is `judged` or gets `pages`, what evaluation and pages will. The model is loaded here for that, or
+    `describe_elsewhere` describes it where this process could not hold it.
     """
     text_fingerprint = corpus.fingerprint(text)  # first: a missing file is found before a model is loaded for nothing
+    tokenizer = load_tokenizer(model)
+    check_text(model, tokenizer, context=harvest.context, separator=separator(tokenizer))
     if describe_elsewhere is not None:
-        description, tokenizer = describe_elsewhere(), load_tokenizer(model)
+        description = describe_elsewhere()
     else:
         engine = open_engine(model)
-        description, tokenizer = describe(engine, hook_points), engine.tokenizer
+        description = describe(engine, hook_points)
+        if isinstance(engine, LanguageModel):
+            _try(engine, hook_points, harvest.context, judged=judged, pages=pages)
     n_train, n_heldout = counts(harvest)
     per_unit = harvest.unit_sequences * harvest.context
     wanted = (n_train + n_heldout) * per_unit
@@ -66,6 +75,16 @@ def prepare(
         **{f"{what} documents": n for what, n in split.counts.items()},
     }
     return Prepared(split, meta, facts)
+
+
+def _try(model: LanguageModel, hook_points: Sequence[str], context: int, *, judged: bool, pages: bool) -> None:
+    """Once, in small, all that replicas will do with the model."""
+    check_forward(model, hook_points, context)
+    for hook in hook_points:
+        if judged:
+            check_judging(model, hook, context)
+        if pages:
+            check_pages(model, hook)
 
 
 def _meta(

@@ -66,6 +66,7 @@ def run(config: RunConfig) -> dict[str, Any]:
                 describe_elsewhere=describe_elsewhere(
                     config.model, config.harvest, (config.hook,), config.store_uri, config.cluster
                 ),
+                judged=True, pages=config.pages is not None,
             )  # fmt: skip
             display.update("text", prepared.facts, now=True)
             hashed = config_hash(config, prepared.meta.digest)

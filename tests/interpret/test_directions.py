@@ -2,20 +2,30 @@
 
 import torch
 
-from sae_dist.interpret.logit_effect import logit_effects
+from sae_dist.interpret.logit_effect import Outputs, logit_effects
 from sae_dist.interpret.similar import similar_latents
 
 
 def test_logit_effects_are_the_extremes_of_the_centred_product():
     g = torch.Generator().manual_seed(0)
     W_dec, W_U = torch.randn(11, 6, generator=g), torch.randn(6, 50, generator=g) + 3
-    effects = logit_effects(W_dec, W_U, n_tokens=4, chunk=3)
+    effects = logit_effects(W_dec, Outputs(W_U, torch.arange(50)), n_tokens=4, chunk=3)
     logits = W_dec @ W_U
     centred = logits - logits.mean(dim=1, keepdim=True)
     assert torch.equal(effects.promoted, logits.argsort(dim=1, descending=True)[:, :4])
     assert torch.equal(effects.suppressed, logits.argsort(dim=1)[:, :4])
     torch.testing.assert_close(effects.promoted_by, centred.gather(1, effects.promoted))
     torch.testing.assert_close(effects.suppressed_by, centred.gather(1, effects.suppressed))
+
+
+def test_rows_of_the_embedding_without_a_token_have_no_effects():
+    g = torch.Generator().manual_seed(0)
+    W_dec, W_U = torch.randn(11, 6, generator=g), torch.randn(6, 50, generator=g)
+    tokens = torch.tensor([0, 3, 4, 17, 48])
+    effects = logit_effects(W_dec, Outputs(W_U[:, tokens], tokens), n_tokens=5)
+    logits = W_dec @ W_U[:, tokens]
+    assert torch.equal(effects.promoted, tokens[logits.argsort(dim=1, descending=True)])
+    assert torch.equal(effects.suppressed, effects.promoted.flip(1))
 
 
 def test_similar_latents_are_the_largest_cosines_to_others():

@@ -13,6 +13,7 @@ from sae_kernels import Active, Selected, packed
 
 from sae_dist.config import CONF_DIR
 from sae_dist.interpret.collect import PagesConfig
+from sae_dist.interpret.logit_effect import Outputs
 from sae_dist.interpret.site import STATIC, feature_pages
 from sae_dist.interpret.vocabulary import decoder
 
@@ -38,7 +39,7 @@ class Stream:
         return self.tokens[doc, first : pos + after + 1].tolist(), pos - first
 
 
-def write(out: Path, decode=PIECES.__getitem__, n_latents: int = N_LATENTS) -> Path:
+def write(out: Path, decode=PIECES.__getitem__, n_latents: int = N_LATENTS, no_outputs: str = "") -> Path:
     g = torch.Generator().manual_seed(1)
     x = torch.randn(DOCS * CONTEXT, D_MODEL, generator=g)
     W_dec = torch.randn(n_latents, D_MODEL, generator=g)
@@ -52,7 +53,7 @@ def write(out: Path, decode=PIECES.__getitem__, n_latents: int = N_LATENTS) -> P
         lambda: iter([(x, at // CONTEXT, at % CONTEXT)]),
         encode=encode,
         W_dec=W_dec,
-        W_U=torch.randn(D_MODEL, len(PIECES), generator=g),
+        outputs=no_outputs or Outputs(torch.randn(D_MODEL, len(PIECES), generator=g), torch.arange(len(PIECES))),
         stream=Stream(),
         decode=decode,
         special=(15,),
@@ -72,6 +73,16 @@ def received(pages: Path, name: str):
     call = re.fullmatch(r'saePages\.receive\("([\w-]+)",(.*)\);\n', text)
     assert call is not None and call[1] == name
     return json.loads(call[2])
+
+
+def test_pages_without_logit_effects_say_why(pages: Path, tmp_path: Path):
+    without = write(tmp_path, no_outputs="the hook point is <elsewhere>").parent
+    assert received(without, "summary")["no_outputs"] == "the hook point is <elsewhere>"
+    assert received(pages, "summary")["no_outputs"] is None
+    assert received(without, "index")["promoted"] == [[]] * N_LATENTS
+    for ours, theirs in zip(received(without, "latents-0"), received(pages, "latents-0"), strict=True):
+        assert ours["promoted"] == ours["suppressed"] == [[], []]
+        assert ours["histogram"] == theirs["histogram"] and len(ours["contexts"]) == len(theirs["contexts"])
 
 
 def test_no_text_can_leave_its_string(pages: Path):

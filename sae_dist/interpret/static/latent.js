@@ -169,6 +169,10 @@
   tooltip(element("histogram"), ".target", (target) => [make("p", {}, target.dataset.title)]);
 
   function showOutputs() {
+    if (facts.no_outputs !== null) {
+      element("outputs").replaceChildren(make("h2", {}, "Output tokens"), make("p", { className: "nothing" }, `Not measured: ${facts.no_outputs}.`));
+      return;
+    }
     const largest = Math.max(...current.promoted[1], ...current.suppressed[1].map(Math.abs), 1e-12);
     const list = ([ids, values]) => ids.map((id, i) => make("li", { style: { "--v": (Math.abs(values[i]) / largest).toFixed(3) } },
       make("span", { className: "word" }, tokenAlone(tokens[id])), make("span", { className: "n" }, values[i].toFixed(2).replace("-", "−"))));
