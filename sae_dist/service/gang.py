@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 PULSE_S = 1.0  # between an answer and the next question to a process
 PATIENCE_S = 15.0  # without a place before a person is told, and until told again
+COME_AGAIN = (IndexError, TypeError, AttributeError, AssertionError, NotImplementedError)  # whoever does the work
 PULSES = 30  # answers of a process that its mean delay is taken over
 
 
@@ -175,10 +176,15 @@ class Gang:
 
 
 def heard(ref: ray.ObjectRef) -> Any:
-    """The answer of a process; `Lost` when there is none to be had, `UserError` when it found a user's mistake."""
+    """The answer of a process; `Lost` when there is none to be had, `UserError` when it found a user's mistake.
+
+    A fault of the program itself is raised as it is: another replica would have it too.
+    """
     try:
         return answer(ref)
     except RayTaskError as error:
+        if isinstance(error.cause, COME_AGAIN):
+            raise
         raise Lost(f"{type(error.cause).__name__}: {first_line(error.cause or error)}") from error
     except RayActorError as death:
         raise Lost(reason_of(death)) from death

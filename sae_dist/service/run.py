@@ -144,6 +144,8 @@ class _Run:
             hashed=self._hashed, figures=figures,
         )  # fmt: skip
         if self._config.pages is not None:
+            # Pages may fail; the figures are there then, and the same command tries the pages alone again.
+            write_json(self._out / "summary.json", summary | {"wall_seconds": self._folder.wall_seconds})
             main = self._config.members[0]  # pages are the main dictionary's
             given = [weights_digest(main.folder(self._out)), figures[main.name], self._values["pages"]]
             self._judge(

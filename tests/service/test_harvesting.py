@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sae_dist.cli.main import main
+from sae_dist.config import UserError
 from sae_dist.model import tiny
 from sae_dist.shards.reader import unit_rows
 from sae_dist.text import document, files
@@ -144,3 +145,26 @@ def test_a_model_that_cannot_be_split_is_refused(tmp_path, capsys):
     arguments = stores.overrides(Path("tiny-gpt2"), str(tmp_path / "store"), tmp_path / "out")
     assert main([*arguments, "harvest.tensor_parallel=2"]) == 2
     assert "no tensor-parallel plan for GPT2LMHeadModel" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_program_is_no_dead_replica():
+    """An error that another replica would make too is raised at once; one of the machine is a loss."""
+    from sae_dist.service.cluster import cluster  # sets what ray reads when it is imported
+
+    import ray  # isort: skip
+    from ray.exceptions import RayTaskError
+
+    from sae_dist.service.gang import Lost, heard
+
+    @ray.remote
+    def fails(error: Exception) -> None:
+        raise error
+
+    with cluster("local", cpus=1):
+        with pytest.raises(RayTaskError, match="IndexError"):
+            heard(fails.remote(IndexError("index out of range in self")))
+        with pytest.raises(Lost, match="OSError: the disk"):
+            heard(fails.remote(OSError("the disk")))
+        with pytest.raises(UserError, match="the cure"):
+            heard(fails.remote(UserError("the cure")))
