@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from sae_kernels import Active, Selected, packed
 
-from sae_dist.config import CONF_DIR
 from sae_dist.interpret.collect import PagesConfig
 from sae_dist.interpret.logit_effect import Outputs
 from sae_dist.interpret.site import STATIC, feature_pages
@@ -169,11 +167,6 @@ def test_a_build_that_fails_leaves_the_old_pages(tmp_path: Path):
     assert {p.relative_to(tmp_path): p.read_bytes() for p in index.parent.rglob("*") if p.is_file()} == before
     write(tmp_path)
     assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-
-
-def test_the_configuration_file_states_the_defaults():
-    written = yaml.safe_load((CONF_DIR / "pages" / "default.yaml").read_text()) | {"seed": 0}
-    assert PagesConfig(**written) == PagesConfig()
 
 
 class ByteTokenizer:
