@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from sae_kernels import reference, triton_active, triton_ops
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 from sae_kernels.triton_latents import Moments, Pairs, catch_up_, schedule_row, update_latents_
 from sae_kernels.triton_sparse_decode import decode, gather_dot
 from sae_kernels.triton_sparse_gradient import row_gradient, row_gradient_atomic_, segments
@@ -126,11 +126,11 @@ def _lazy(device: torch.device, n_latents: int, d_model: int) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(lazy, every, strict=True)), "lazy rows differ"
 
 
-def dictionary(n_latents: int, d_model: int, device: torch.device, *, k: int, backend: str, dead: int = 0) -> TopKStep:
+def dictionary(n_latents: int, d_model: int, device: torch.device, *, k: int, backend: str, dead: int = 0) -> Shard:
     """A dictionary with random unit rows, the encoder its transpose."""
     generator = torch.Generator(device).manual_seed(0)
     W_dec = reference.unit_norm(torch.randn(n_latents, d_model, generator=generator, device=device))
-    sae = TopKStep(
+    sae = Shard(
         W_dec.t(), W_dec, b_enc=torch.zeros(n_latents, device=device), b_dec=torch.zeros(d_model, device=device), k=k,
         k_aux=64 if dead else 0, aux_coefficient=1 / 32, dead_after_tokens=1 << 40, backend=backend,
     )  # fmt: skip

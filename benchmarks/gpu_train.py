@@ -1,7 +1,7 @@
 """A whole training on a GPU, from a store on disk with checkpoints, beside the bare step.
 
 Makes rows (sparse sums of 4 d_model directions and noise, bf16), imports them as `sae-dist store import` does, trains
-as `sae-dist train` does, with the dictionary on the GPU, and times `TopKStep.step` alone on rows that are there.
+as `sae-dist train` does, with the dictionary on the GPU, and times `Shard.step` alone on rows that are there.
 `python benchmarks/gpu_train.py` writes results/gpu_train.json. `--tiny` does it at toy sizes, on a CPU if need be.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 from safetensors.torch import save_file
 
 from sae_dist import storage
@@ -47,7 +47,7 @@ def bare(job: TrainJob, x: torch.Tensor, *, steps: int) -> float:
     """Milliseconds a step from the dictionary that was trained, rows on the device, nothing read and nothing saved."""
     trained = dictionary.load(Path(job.out) / "dictionary")
     W_enc, W_dec, b_enc, b_dec = (tensor.to(DEVICE) for tensor in trained.parameters)
-    sae = TopKStep(
+    sae = Shard(
         W_enc, W_dec, b_enc=b_enc, b_dec=b_dec, k=job.sae.k, k_aux=resolved_k_aux(job.sae, W_dec.shape[1]),
         aux_coefficient=job.sae.aux_coefficient, dead_after_tokens=job.sae.dead_after_tokens,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 
 from benchmarks.activations import load
 from benchmarks.kernels import dictionary
@@ -30,7 +30,7 @@ def rounded(a: torch.Tensor, bits: int) -> torch.Tensor:
     return (a / scale).round() * scale
 
 
-def certificate(sae: TopKStep, x: torch.Tensor, scale: torch.Tensor, bits: int) -> dict[str, float]:
+def certificate(sae: Shard, x: torch.Tensor, scale: torch.Tensor, bits: int) -> dict[str, float]:
     """Candidates per row, x scaled and W_enc scaled back by `scale` [d_model] before either is rounded."""
     rows = (x - sae.b_dec).bfloat16().float()
     W = sae.W_enc.t().bfloat16().float()

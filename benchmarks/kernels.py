@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from sae_kernels.cpu import kernels
 from sae_kernels.cpu.build import cpu_flags
-from sae_kernels.topk_step import Backend, TopKStep
+from sae_kernels.shard import Backend, Shard
 
 from benchmarks.activations import load
 
@@ -77,9 +77,9 @@ def products(x: torch.Tensor, n_latents: int, dtype: torch.dtype) -> list[Callab
 
 def dictionary(
     x: torch.Tensor, n_latents: int, k: int, k_aux: int, backend: Backend, screen: kernels.Screen = "auto"
-) -> TopKStep:
+) -> Shard:
     W_dec = torch.nn.functional.normalize(torch.randn(n_latents, x.shape[1]), dim=1)
-    return TopKStep(
+    return Shard(
         W_dec.t(), W_dec, b_enc=torch.zeros(n_latents), b_dec=x.mean(0), k=k, k_aux=k_aux, aux_coefficient=1 / 32,
         dead_after_tokens=10_000_000, backend=backend, screen=screen,
     )  # fmt: skip

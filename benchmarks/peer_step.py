@@ -27,10 +27,10 @@ D_MODEL = 576
 
 def ours(n_latents: int, k: int, first: Tensor, _steps: int, fast: bool) -> tuple[Run, Decode]:
     from sae_kernels.plain import sparse_decode
-    from sae_kernels.topk_step import TopKStep
+    from sae_kernels.shard import Shard
 
     W_dec = torch.nn.functional.normalize(torch.randn(n_latents, D_MODEL), dim=1)
-    sae = TopKStep(
+    sae = Shard(
         W_dec.t() / 3**0.5, W_dec, b_enc=torch.zeros(n_latents), b_dec=first.mean(0), k=k, k_aux=256,
         aux_coefficient=1 / 32, dead_after_tokens=10_000_000, backend="auto" if fast else "torch",
     )  # fmt: skip

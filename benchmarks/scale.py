@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import torch.distributed as dist
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 import sae_dist.train.loop  # noqa: F401  a rank of a real training has all of it in memory
@@ -63,7 +63,7 @@ def mesh_step(work: Workload, mesh: Mesh) -> MeshStep:
     W_dec = torch.empty(len(here), work.d_model)
     for rows in W_dec.split(256):  # no second copy while it is made, and little for malloc to keep
         rows.copy_(torch.nn.functional.normalize(torch.randn(rows.shape, generator=generator), dim=1))
-    shard = TopKStep(
+    shard = Shard(
         W_dec.clone().t(), W_dec, b_enc=torch.zeros(len(here)), b_dec=torch.zeros(work.d_model),
         k=min(work.k, len(here)), k_aux=0, aux_coefficient=0.0, dead_after_tokens=1 << 40,
     )  # fmt: skip
@@ -199,7 +199,7 @@ def sizes(steps: int, largest: int) -> list[dict[str, Any]]:
 
 
 def overhead(rounds: int) -> dict[str, Any]:
-    """MeshStep of one rank against the bare TopKStep, step by step in turns, in one process."""
+    """MeshStep of one rank against the bare Shard, step by step in turns, in one process."""
     work = work_of(16_384, 512, 32, 1_024)
     step = mesh_step(work, Mesh.single())
     bare = mesh_step(work, Mesh.single()).shard

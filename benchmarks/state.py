@@ -25,7 +25,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from sae_kernels.row_state import Moments, Parameters, StateOptions
-from sae_kernels.topk_step import Backend, TopKStep
+from sae_kernels.shard import Backend, Shard
 
 from benchmarks.activations import HOOK, load
 from sae_dist import storage
@@ -59,9 +59,9 @@ def trained(rows: Path, folder: Path, given: argparse.Namespace) -> dict[str, di
     return {of: own["eval"] for of, own in zip(names, [summary, *summary["also"]], strict=True)}
 
 
-def step_of(x: torch.Tensor, n_latents: int, state: StateOptions, backend: Backend) -> TopKStep:
+def step_of(x: torch.Tensor, n_latents: int, state: StateOptions, backend: Backend) -> Shard:
     W_dec = torch.nn.functional.normalize(torch.randn(n_latents, x.shape[1]), dim=1)
-    return TopKStep(
+    return Shard(
         W_dec.t(), W_dec, b_enc=torch.zeros(n_latents), b_dec=x.mean(0), k=K, k_aux=0, aux_coefficient=0.0,
         dead_after_tokens=1 << 40, state=state, backend=backend,
     )  # fmt: skip

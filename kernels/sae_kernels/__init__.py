@@ -1,7 +1,7 @@
 """Sparse encoder and decoder operations; `reference` is the specification of every one.
 
 The functions here choose by device: Triton kernels on a GPU; on a CPU `plain`, or `reference` where a gradient is
-wanted. A training step is `topk_step.TopKStep`. Importing this package imports no Triton.
+wanted. A training step is `shard.Shard`. Importing this package imports no Triton.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A TopK step in plain torch: what `topk_step.TopKStep` calls where no kernel is to be had."""
+"""A step in plain torch: what `shard.Shard` calls where no kernel is to be had."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_kernels import plain
 from sae_kernels.reference import Gradients, Selected, StepStatistics, adam_
 from sae_kernels.row_state import Hyper, RowState
-from sae_kernels.stages import Part, RowGradients
+from sae_kernels.stages import Aux, Part, RowGradients
 
 
 class _Held(NamedTuple):
@@ -38,9 +38,10 @@ class PlainStep:
         first: list[Tensor],
         second: list[Tensor],
         *,
+        unit: bool,
         product_dtype: torch.dtype | None,
     ) -> None:
-        self.enc, self.dec, self.product_dtype = enc, dec, product_dtype
+        self.enc, self.dec, self.unit, self.product_dtype = enc, dec, unit, product_dtype
         (self.b_enc, self.b_dec), self.first, self.second = biases, first, second
         self.n_latents = len(enc.value)  # of the whole dictionary, of which this may be a part
         self.total: Callable[[Tensor], Tensor] = _alone  # over the parts
@@ -56,8 +57,10 @@ class PlainStep:
     def rows(self, x: Tensor) -> Tensor:
         return plain.rounded(x.float() - self.b_dec, self.product_dtype)
 
-    def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None) -> Selected:
-        W_enc, b_enc = self.enc.value, self.b_enc
+    def select(
+        self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None
+    ) -> Selected:
+        W_enc, b_enc = self.enc.value, self.b_enc if level is None else self.b_enc - level
         if latents is None:
             return plain.select(rows, W_enc.t(), b_enc, k=k, product_dtype=self.product_dtype)
         chosen = plain.select(rows, W_enc[latents].t(), b_enc[latents], k=k, product_dtype=self.product_dtype)
@@ -92,7 +95,7 @@ class PlainStep:
         else:
             enc, dec, d_bias, through = gradients
             enc, dec = enc.__getitem__, dec.__getitem__
-        for matrix, gradient_of, unit in ((self.enc, enc, False), (self.dec, dec, True)):
+        for matrix, gradient_of, unit in ((self.enc, enc, False), (self.dec, dec, self.unit)):
             squares = matrix.update_(gradient_of, hyper, unit=unit)
             if squares is not None:
                 matrix.end_step_(self.total(squares), hyper, n_latents=self.n_latents)
@@ -103,27 +106,23 @@ class PlainStep:
     def update_b_dec_(self, gradient: Tensor, hyper: Hyper) -> None:
         adam_(self.b_dec, gradient, self.first[1], self.second[1], **hyper._asdict())
 
-    def forward(
-        self, x: Tensor, *, k: int, variance: float, dead: Tensor, k_aux: int, aux_coefficient: float
-    ) -> StepStatistics:
+    def forward(self, x: Tensor, *, k: int, scale: float, aux: Aux | None) -> StepStatistics:
         """Selection, reconstruction, errors, AuxK, and the pairs by latent that `gradients` and `update_` take."""
-        x, scale = x.float(), -2 / (len(x) * variance)
+        x = x.float()
         rows = self.rows(x)
         selected = self.select(rows, k=k)
         errors = x - (self.partial(selected) + self.b_dec)
         parts = [Part(errors, selected, self.d_z(errors, selected, scale=scale), scale)]
         aux_squared_error = x.new_zeros(())
-        places = dead.nonzero().squeeze(1) if k_aux else dead.new_empty(0)
-        if len(places):
-            aux = self.select(rows, k=min(k_aux, len(places)), latents=places)
-            remaining = errors - self.partial(aux)
-            aux_scale = scale * aux_coefficient * min(len(places) / k_aux, 1.0)
-            parts.append(Part(remaining, aux, self.d_z(remaining, aux, scale=aux_scale), aux_scale))
+        if aux is not None:
+            chosen = self.select(rows, k=min(aux.k, len(aux.places)), latents=aux.places)
+            remaining = errors - self.partial(chosen)
+            parts.append(Part(remaining, chosen, self.d_z(remaining, chosen, scale=aux.scale), aux.scale))
             aux_squared_error = remaining.square().sum()
         self.hold_(rows, parts)
         self._through_decoder = scale * errors.sum(0)
         active = selected.values > 0
-        fired = torch.zeros(len(dead), dtype=torch.bool, device=x.device)
+        fired = torch.zeros(len(self.b_enc), dtype=torch.bool, device=x.device)
         fired[selected.indices[active]] = True
         return StepStatistics(errors.square().sum(), aux_squared_error, active.sum(), fired)
 

@@ -120,9 +120,10 @@ def jumprelu(
 
     Their gradients replace the step's delta by a box of width `bandwidth` (Rajamanoharan et al. 2024, eqs. 11 and 12):
     d/dtheta = -theta / bandwidth for the value and -1 / bandwidth for L0 where |z - theta| < bandwidth / 2, else 0.
+    Where z <= 0 there is none either: a threshold below half the bandwidth would have all silent latents in the box.
     """
     gate = ((z > theta) & (z > 0)).to(z.dtype)
-    near = ((z - theta).abs() < bandwidth / 2).to(z.dtype).detach()
+    near = (((z - theta).abs() < bandwidth / 2) & (z > 0)).to(z.dtype).detach()
     box = near * (theta - theta.detach()) / bandwidth  # 0 in value, carries the gradient
     return _relu(z) * gate - theta.detach() * box, (gate - box).sum(-1)
 
@@ -213,6 +214,19 @@ def aux_k(
     return (residual.detach() - e_hat).square().sum()
 
 
+def error_scale(batch: int, variance: float) -> float:
+    """What multiplies x - x_hat in d loss / d x_hat, of a loss of sum ||x - x_hat||^2 / (batch * variance)."""
+    return -2 / (batch * variance)
+
+
+def aux_weight(coefficient: float, *, n_dead: int, k_aux: int) -> float:
+    """Weight of AuxK's squared error beside the reconstruction's (Gao et al. 2024, App. A.2).
+
+    The scale by `n_dead` keeps a handful of dead latents from chasing all of the error.
+    """
+    return coefficient * min(n_dead / k_aux, 1.0) if k_aux else 0.0
+
+
 def topk_loss(
     x: Float[Tensor, "batch d_model"],
     W_enc: Float[Tensor, "d_model n_latents"],
@@ -233,7 +247,7 @@ def topk_loss(
     loss = [ sum ||x - x_hat||^2 + aux_coefficient * min(n_dead / k_aux, 1) * sum ||e - e_hat||^2 ] / (batch * variance)
 
     `variance`, a constant, is the mean over rows of ||x - mean(x)||^2: both terms are fractions of variance unexplained
-    (Gao et al. 2024, sec. 2.1 and App. A.2; the scale by n_dead keeps a handful of dead latents from chasing all of e).
+    (Gao et al. 2024, sec. 2.1 and App. A.2).
     """
     z = pre_activations(x, W_enc, b_enc, b_dec, product_dtype=product_dtype)
     values, indices = topk(z, k) if over == "row" else padded(batch_topk(z, k))
@@ -241,8 +255,8 @@ def topk_loss(
     residual = x - x_hat
     squared_error = residual.square().sum()
     aux = aux_k(residual, z, W_dec, dead, k_aux=k_aux)
-    scale = aux_coefficient * min(int(dead.sum()) / k_aux, 1.0) if k_aux else 0.0
-    loss = (squared_error + scale * aux) / (x.shape[0] * variance)
+    weight = aux_weight(aux_coefficient, n_dead=int(dead.sum()), k_aux=k_aux)
+    loss = (squared_error + weight * aux) / (x.shape[0] * variance)
     fired = torch.zeros(W_dec.shape[0], dtype=torch.bool, device=x.device)
     fired[indices[values > 0]] = True
     return loss, StepStatistics(squared_error.detach(), aux.detach(), (values > 0).sum(), fired)

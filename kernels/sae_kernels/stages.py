@@ -25,6 +25,14 @@ class Part(NamedTuple):
     scale: float  # d loss / d x_hat = scale * errors
 
 
+class Aux(NamedTuple):
+    """AuxK in a fused step: the dead latents' reconstruction of what the others leave."""
+
+    places: Int[Tensor, " dead"]  # one at least
+    k: int  # of them, a row; perhaps more than there are
+    scale: float  # d loss / d e_hat = scale * (e - e_hat)
+
+
 class RowGradients(NamedTuple):
     """Dense gradients of the latents' rows, and their part of b_dec's."""
 
@@ -44,9 +52,13 @@ class Stages(Protocol):
         ...
 
     def select(
-        self, rows: Shaped[Tensor, "batch width"], *, k: int, latents: Int[Tensor, " some"] | None = None
-    ) -> Selected:
-        """The k best latents here, or among some: int64 indices of latents, values descending, ties by the lower."""
+        self, rows: Shaped[Tensor, "batch width"], *, k: int, latents: Int[Tensor, " some"] | None = None,
+        level: Float[Tensor, " n_latents"] | None = None,
+    ) -> Selected:  # fmt: skip
+        """The k best latents here, or among some: int64 indices of latents, values descending, ties by the lower.
+
+        With a `level` a value is z - level instead of z, and k counts those that are furthest above it.
+        """
         ...
 
     def partial(self, selected: Selected) -> Float[Tensor, "batch d_model"]:
@@ -56,7 +68,7 @@ class Stages(Protocol):
     def d_z(
         self, errors: Float[Tensor, "batch d_model"], selected: Selected, *, scale: float
     ) -> Float[Tensor, "batch k"]:
-        """scale * errors . W_dec[j], 0 at empty places."""
+        """scale * errors . W_dec[j], 0 where the selected value is: those values say which places are asked for."""
         ...
 
     def hold_(self, rows: Shaped[Tensor, "batch width"], parts: Sequence[Part]) -> None:

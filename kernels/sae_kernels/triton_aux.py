@@ -30,7 +30,7 @@ class Compacted(NamedTuple):
 def dense_aux(
     rows: Tensor, error: Tensor, W_dec: Tensor, places: Tensor, selected: Selected, *, scale: float
 ) -> Compacted:
-    """AuxK's gradients and error: -scale multiplies e - e_hat; `selected` counts within `places`, the dead latents.
+    """AuxK's gradients and error: d loss / d e_hat = scale (e - e_hat); `selected` counts within the dead, `places`.
 
     Operands are bf16, sums of a product fp32, sums over blocks of rows fp32: 2^-8 of the largest gradient.
     """
@@ -47,7 +47,7 @@ def dense_aux(
         A.scatter_add_(1, selected.indices[part], selected.values[part].bfloat16())  # empty places add 0
         remaining = error[part] - (A @ W).float()
         squared_error += remaining.square().sum()
-        g = (-scale * remaining).bfloat16()
+        g = (scale * remaining).bfloat16()
         d_z = (g @ W.T).mul_(A > 0)
         dec += (A.T @ g).float()
         enc += (d_z.T @ rows[part]).float()

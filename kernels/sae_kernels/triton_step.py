@@ -1,4 +1,4 @@
-"""A TopK step on a GPU: what `topk_step.TopKStep` calls when its tensors are there."""
+"""A step on a GPU: what `shard.Shard` calls when its tensors are there."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_kernels.recorded import Recorded
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.row_state import Hyper
-from sae_kernels.stages import Part, RowGradients
+from sae_kernels.stages import Aux, Part, RowGradients
 from sae_kernels.triton_aux import DENSE, Compacted, dense_aux
 from sae_kernels.triton_latents import Moments, Pairs, schedule_row, update_latents_
 from sae_kernels.triton_sparse_decode import decode, gather_dot
@@ -39,7 +39,10 @@ class TritonStep:
     A bf16 copy of W_enc, 2 bytes a parameter, is what the product reads; the update writes it.
     """
 
-    def __init__(self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor]) -> None:
+    def __init__(
+        self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor], *, unit: bool = True
+    ) -> None:
+        self.unit = unit
         moments = [Moments(*tensors) for tensors in zip(parameters, first, second, strict=True)]
         self.W_enc, self.W_dec, self.b_enc, self.b_dec = moments
         self.rounded = torch.empty_like(self.W_enc.value, dtype=torch.bfloat16)
@@ -59,12 +62,8 @@ class TritonStep:
         values, indices, _ = encode_select(self._rows(x), self.rounded, self.b_enc.value, k=k)
         return Selected(values, indices)
 
-    def forward(
-        self, x: Tensor, *, k: int, variance: float, dead: Tensor, k_aux: int, aux_coefficient: float
-    ) -> StepStatistics:
+    def forward(self, x: Tensor, *, k: int, scale: float, aux: Aux | None) -> StepStatistics:
         """Selection, reconstruction, errors, AuxK, and the pairs by latent that `gradients` and `update_` take."""
-        places = dead.nonzero().squeeze(1) if k_aux else dead.new_empty(0)  # waits for the GPU: before it has work
-        scale = 2 / (x.shape[0] * variance)
         main = self._recorded(self._reconstruction, x.float().contiguous(), k=k, scale=scale)
         rows, error, by_latent = main.rows, main.errors, main.by_latent
         self._through_decoder, self._aux = main.through_decoder, None
@@ -73,23 +72,23 @@ class TritonStep:
             main.squared_error.clone(), x.new_zeros(()), main.active.clone(), by_latent.offsets.diff() > 0
         )
         errors, weights, d_z, indices = error, main.weights, main.d_z, main.selected.indices
-        if len(places):
-            aux = self._select_dead(rows, places, k=min(k_aux, len(places)))
-            aux_scale = scale * aux_coefficient * min(len(places) / k_aux, 1.0)
-            if len(places) <= DENSE * k_aux:
-                self._aux = dense_aux(rows, error, self.W_dec.value, places, aux, scale=aux_scale)
+        if aux is not None:
+            places, chosen = aux.places, self._select_dead(rows, aux.places, k=min(aux.k, len(aux.places)))
+            if len(places) <= DENSE * aux.k:
+                self._aux = dense_aux(rows, error, self.W_dec.value, places, chosen, scale=aux.scale)
                 self._through_encoder = main.through_encoder + self._through_dead(self._aux, places)
                 statistics = statistics._replace(aux_squared_error=self._aux.squared_error)
             else:
-                aux = Selected(aux.values, places[aux.indices])
-                aux_error = decode(*aux, self.W_dec.value, None, residual_of=error)
+                chosen = Selected(chosen.values, places[chosen.indices])
+                aux_error = decode(*chosen, self.W_dec.value, None, residual_of=error)
                 aux_d_z = gather_dot(
-                    aux_error, self.W_dec.value, aux.indices, scale=-aux_scale, where_positive=aux.values
+                    aux_error, self.W_dec.value, chosen.indices, scale=aux.scale, where_positive=chosen.values
                 )
                 statistics = statistics._replace(aux_squared_error=aux_error.square().sum())
                 errors = torch.cat([error, aux_error])
-                indices, values = torch.cat([indices, aux.indices], 1), torch.cat([main.selected.values, aux.values], 1)
-                weights, d_z = torch.cat([weights, -aux_scale * aux.values], 1), torch.cat([d_z, aux_d_z], 1)
+                indices = torch.cat([indices, chosen.indices], 1)
+                values = torch.cat([main.selected.values, chosen.values], 1)
+                weights, d_z = torch.cat([weights, aux.scale * chosen.values], 1), torch.cat([d_z, aux_d_z], 1)
                 by_latent = segments(values, indices, n_latents=len(self.rounded))
                 self._through_encoder = self._through_b_dec(d_z, indices)
         self._encoder = Pairs(rows, d_z, by_latent, split=k, shift=0)
@@ -101,11 +100,11 @@ class TritonStep:
         rows = self._rows(x)
         values, indices, _ = encode_select(rows, self.rounded, self.b_enc.value, k=k)
         errors = decode(values, indices, self.W_dec.value, self.b_dec.value, residual_of=x)
-        d_z = gather_dot(errors, self.W_dec.value, indices, scale=-scale, where_positive=values)
+        d_z = gather_dot(errors, self.W_dec.value, indices, scale=scale, where_positive=values)
         return _Reconstruction(
-            rows, errors, Selected(values, indices), d_z, weights=-scale * values,
+            rows, errors, Selected(values, indices), d_z, weights=scale * values,
             by_latent=segments(values, indices, n_latents=len(self.rounded)), squared_error=errors.square().sum(),
-            active=values.count_nonzero(), through_decoder=-scale * errors.sum(0),
+            active=values.count_nonzero(), through_decoder=scale * errors.sum(0),
             through_encoder=self._through_b_dec(d_z, indices),
         )  # fmt: skip
 
@@ -129,11 +128,14 @@ class TritonStep:
     def rows(self, x: Tensor) -> Tensor:
         return self._rows(x.float())
 
-    def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None) -> Selected:
+    def select(
+        self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None
+    ) -> Selected:
         if latents is not None:
             chosen = self._select_dead(rows, latents, k=k)
             return Selected(chosen.values, latents[chosen.indices])
-        values, indices, _ = encode_select(rows, self.rounded, self.b_enc.value, k=k)
+        b_enc = self.b_enc.value if level is None else self.b_enc.value - level
+        values, indices, _ = encode_select(rows, self.rounded, b_enc, k=k)
         return Selected(values, indices)
 
     def partial(self, selected: Selected) -> Tensor:
@@ -189,7 +191,7 @@ class TritonStep:
         )  # fmt: skip
         update_latents_(
             self.W_dec, decoder, schedule=schedule, step=0, betas=hyper.betas, eps=hyper.eps, norms=self.norms[1],
-            unit=True, extra=aux and (aux.slots, aux.dec, aux.bias),
+            unit=self.unit, extra=aux and (aux.slots, aux.dec, aux.bias),
         )  # fmt: skip
         return through
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 from sae_kernels.cpu.build import cpu_flags
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 
 from sae_dist.config import digest, load, to_dict
 from sae_dist.plan.fit import Measured, rates
@@ -37,9 +37,9 @@ SHAPES = (  # n_latents, d_model, k, batch: every kind of work dominates in one 
 REPEAT = 5
 _RANK = """
 import psutil, torch, sae_dist.train.loop as _
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 W = torch.eye(64)
-step = TopKStep(W, W, b_enc=W[0], b_dec=W[0], k=4, k_aux=0, aux_coefficient=0.0, dead_after_tokens=9)
+step = Shard(W, W, b_enc=W[0], b_dec=W[0], k=4, k_aux=0, aux_coefficient=0.0, dead_after_tokens=9)
 step.step(W, lr=1e-4, variance=1.0)
 print(psutil.Process().memory_info().rss)
 """
@@ -110,9 +110,9 @@ def _timed(run: Callable[[], object]) -> float:
     return (time.process_time() - started) / torch.get_num_threads()
 
 
-def step_of(n_latents: int, d_model: int, k: int) -> TopKStep:
+def step_of(n_latents: int, d_model: int, k: int) -> Shard:
     W_dec = torch.nn.functional.normalize(torch.randn(n_latents, d_model), dim=1)
-    return TopKStep(
+    return Shard(
         W_dec.t(), W_dec, b_enc=torch.zeros(n_latents), b_dec=torch.zeros(d_model), k=k, k_aux=0, aux_coefficient=0.0,
         dead_after_tokens=1 << 40,
     )  # fmt: skip

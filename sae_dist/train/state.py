@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 from torch import Tensor
 
 from sae_dist.config import UserError
@@ -155,7 +155,7 @@ def _step(parameters: Parameters, member: Member, config: TrainConfig, mesh: Mes
     sae = member.sae
     W_enc, W_dec, b_enc, b_dec = (tensor.to(mesh.device) for tensor in parameters)
     here, k_aux = mesh.latents(sae.n_latents), resolved_k_aux(sae, W_dec.shape[1])
-    shard = TopKStep(
+    shard = Shard(
         W_enc, W_dec, b_enc=b_enc, b_dec=b_dec, k=min(sae.k, len(here)), k_aux=k_aux,
         aux_coefficient=sae.aux_coefficient, dead_after_tokens=sae.dead_after_tokens, first_latent=here.start,
         product_dtype=getattr(torch, config.product), state=member.state,

@@ -13,16 +13,16 @@ from sae_kernels import reference
 from sae_kernels.cpu import build, kernels
 from sae_kernels.row_state import StateOptions
 from sae_kernels.stages import Part
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 
 BACKENDS = ["auto"] if build.library() else []  # without the kernels there is nothing to compare
 SCREENS: list[kernels.Screen] = ["none", "int16"] if BACKENDS else []
 
 
-def sae_of(W_enc: torch.Tensor, b_enc: torch.Tensor, b_dec: torch.Tensor, k: int, **settings) -> TopKStep:
+def sae_of(W_enc: torch.Tensor, b_enc: torch.Tensor, b_dec: torch.Tensor, k: int, **settings) -> Shard:
     W_dec = reference.unit_norm(torch.randn(W_enc.shape[1], W_enc.shape[0], generator=torch.Generator().manual_seed(9)))
     settings = {"k_aux": 0, "aux_coefficient": 0.0, "dead_after_tokens": 100, "backend": "auto"} | settings
-    return TopKStep(W_enc, W_dec, b_enc=b_enc, b_dec=b_dec, k=k, **settings)
+    return Shard(W_enc, W_dec, b_enc=b_enc, b_dec=b_dec, k=k, **settings)
 
 
 def assert_selects_as_the_reference(

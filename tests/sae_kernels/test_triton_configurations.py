@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from sae_kernels import triton_active, triton_latents, triton_select
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 from sae_kernels.triton_compiled import TARGETS, row_of
 from sae_kernels.triton_configurations import configurations
 from sae_kernels.triton_topk_encode import encode_select
@@ -60,7 +60,7 @@ def dictionary(n_latents, d_model, device):
 def test_a_step_launches_what_is_listed(device, launched, listed, d_model):
     W_enc, W_dec, b_enc, b_dec = dictionary(8, d_model, device)
     x = torch.randn(2, d_model, generator=torch.Generator().manual_seed(1)).to(device)
-    step = TopKStep(
+    step = Shard(
         W_enc, W_dec, b_enc=b_enc, b_dec=b_dec, k=1, k_aux=1, aux_coefficient=0.1, dead_after_tokens=10,
         backend="triton",
     )  # fmt: skip

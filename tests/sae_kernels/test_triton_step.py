@@ -1,16 +1,16 @@
-"""`TopKStep` with the Triton kernels against the reference, and against itself in plain torch."""
+"""`Shard` with the Triton kernels against the reference, and against itself in plain torch."""
 
 import pytest
 import torch
 from sae_kernels import recorded, reference, triton_step
 from sae_kernels.recorded import SETTLED
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 
 
 def state(n_latents, d_model, k, device, *, backend="triton", dead=0):
     generator = torch.Generator().manual_seed(0)
     W_dec = reference.unit_norm(torch.randn(n_latents, d_model, generator=generator))
-    sae = TopKStep(
+    sae = Shard(
         (W_dec + 0.1 * torch.randn(n_latents, d_model, generator=generator)).t().to(device), W_dec.to(device),
         b_enc=0.1 * torch.randn(n_latents, generator=generator).to(device),
         b_dec=0.1 * torch.randn(d_model, generator=generator).to(device),

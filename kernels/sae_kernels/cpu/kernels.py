@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_kernels.cpu.build import library
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.row_state import Hyper
-from sae_kernels.stages import Part, RowGradients
+from sae_kernels.stages import Aux, Part, RowGradients
 
 Screen = Literal["auto", "none", "int16"]
 
@@ -106,9 +106,10 @@ class CpuStep:
     """
 
     def __init__(
-        self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor], *, screen: Screen = "auto"
-    ) -> None:
-        self.parameters, self.first, self.second = parameters, first, second
+        self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor], *, unit: bool = True,
+        screen: Screen = "auto",
+    ) -> None:  # fmt: skip
+        self.parameters, self.first, self.second, self.unit = parameters, first, second, int(unit)
         self.n_latents, self.d_model = parameters[1].shape
         self.padded = self.d_model + self.d_model % 2
         self.rounded = torch.empty(self.n_latents, self.padded, dtype=torch.bfloat16)
@@ -136,8 +137,10 @@ class CpuStep:
         self._round(x.float().contiguous(), self.parameters[3], out)
         return out
 
-    def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None) -> Selected:
-        rounded, b_enc = self.rounded, self.parameters[2]
+    def select(
+        self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None
+    ) -> Selected:
+        rounded, b_enc = self.rounded, self.parameters[2] if level is None else self.parameters[2] - level
         if latents is not None:
             rounded, b_enc = rounded[latents], b_enc[latents]
         values, indices = self._select("stage", rounded, b_enc, rows=rows, k=k, sorted_=True)
@@ -189,7 +192,7 @@ class CpuStep:
         d_enc, d_dec, d_b_enc = (g.contiguous() for g in gradients[:3])
         _call(
             "sae_update", d_enc, d_dec, d_b_enc, self._described(), self.n_latents, self.d_model, self.padded,
-            _adam(hyper), torch.get_num_threads(),
+            _adam(hyper), self.unit, torch.get_num_threads(),
         )  # fmt: skip
         return gradients.through_b_dec
 
@@ -199,38 +202,32 @@ class CpuStep:
             _adam(hyper),
         )  # fmt: skip
 
-    def forward(
-        self, x: Tensor, *, k: int, variance: float, dead: Tensor, k_aux: int, aux_coefficient: float
-    ) -> StepStatistics:
+    def forward(self, x: Tensor, *, k: int, scale: float, aux: Aux | None) -> StepStatistics:
         """Selection, reconstruction, errors, AuxK, and the pairs by latent that `gradients` and `update_` take."""
-        batch, scale = len(x), 2 / (len(x) * variance)
-        places = dead.nonzero().squeeze(1) if k_aux else dead.nonzero().squeeze(1)[:0]
-        n_dead, k_dead = len(places), min(k_aux, len(places))
-        few = n_dead <= _DENSE * k_aux
+        batch = len(x)
+        few, k_dead = aux is None or len(aux.places) <= _DENSE * aux.k, min(aux.k, len(aux.places)) if aux else 0
         rows = self._rows(x)
         chosen = self._select("alive", self.rounded, self.parameters[2], rows=self._buffers["rounded_rows"], k=k)
         errors = self._buffer("errors", (batch if few else 2 * batch, self.d_model))
         self._sources = (errors, self._buffers["rounded_rows"])
         squares = self._buffer("squares", (2, batch)).zero_()
         described = (_Chosen * (1 if few else 2))(
-            self._reconstruct("alive", rows, self.parameters[3], chosen, -scale, errors, squares, 0)
+            self._reconstruct("alive", rows, self.parameters[3], chosen, scale, errors, squares, 0)
         )
         self._dense = None
-        if n_dead:
-            dead_chosen = self._select(
-                "dead", self.rounded[places], self.parameters[2][places], rows=self._buffers["rounded_rows"], k=k_dead
-            )
-            aux_scale = -scale * aux_coefficient * min(n_dead / k_aux, 1.0)
+        if aux is not None:
+            rounded, b_enc = self.rounded[aux.places], self.parameters[2][aux.places]
+            dead_chosen = self._select("dead", rounded, b_enc, rows=self._buffers["rounded_rows"], k=k_dead)
             if few:
-                self._aux(places, dead_chosen, aux_scale, errors, squares[1])
+                self._aux(aux.places, dead_chosen, aux.scale, errors, squares[1])
             else:
-                dead_chosen.indices.copy_(places[dead_chosen.indices])
-                described[1] = self._reconstruct("dead", errors, None, dead_chosen, aux_scale, errors, squares, 1)
+                dead_chosen.indices.copy_(aux.places[dead_chosen.indices])
+                described[1] = self._reconstruct("dead", errors, None, dead_chosen, aux.scale, errors, squares, 1)
         self._pairs(described, batch, k if few else k + k_dead)
         fired = torch.empty(self.n_latents, dtype=torch.bool)
         active = _call("sae_fired", *chosen, batch * k, fired, self.n_latents)
         sums = squares.double().sum(1).float()
-        self._through_decoder = (-scale, errors[:batch])
+        self._through_decoder = (scale, errors[:batch])
         return StepStatistics(sums[0], sums[1], torch.tensor(active), fired)
 
     def _pairs(self, described: ctypes.Array[_Chosen], batch: int, k: int) -> None:
@@ -291,7 +288,7 @@ class CpuStep:
         assert self._sources is not None, "no step was begun"
         _call(
             "sae_latents", self._buffers["offsets"], self._buffers["pairs"], *self._sources, dense,
-            self._described(), self.n_latents, self.d_model, self.padded, adam, d_enc, d_dec, d_bias,
+            self._described(), self.n_latents, self.d_model, self.padded, adam, self.unit, d_enc, d_dec, d_bias,
             through_b_dec, torch.get_num_threads(),
         )  # fmt: skip
 

@@ -123,10 +123,11 @@ struct Dense {
 };
 
 // The gradient of every latent from its pairs and, where given, from AuxK; `through_b_dec` [blocks(n_latents, 64), d]
-// gets rounded enc * d_bias, summed over a chunk. Then the gradient is stored (d_enc given) or the update is made.
+// gets rounded enc * d_bias, summed over a chunk. Then the gradient is stored (d_enc given) or the update is made, which
+// keeps decoder rows at norm 1 where they are `unit`.
 void sae_latents(const long* offsets, const Pair* pairs, const float* errors, const uint16_t* rows, const Dense* dense,
-                 const Parameters* parameters, long n_latents, long d, long padded, const Adam* adam, float* d_enc,
-                 float* d_dec, float* d_bias, float* through_b_dec, long threads) {
+                 const Parameters* parameters, long n_latents, long d, long padded, const Adam* adam, long unit,
+                 float* d_enc, float* d_dec, float* d_bias, float* through_b_dec, long threads) {
     const Parameters& p = *parameters;
     parallel(blocks(n_latents, CHUNK), threads, [&](long chunk) {
         std::vector<float> scratch(2 * d), biases(CHUNK);
@@ -156,7 +157,10 @@ void sae_latents(const long* offsets, const Pair* pairs, const float* errors, co
                 d_bias[j] = biases[j - first];
                 continue;
             }
-            decoder_row(p.dec + j * d, g_dec, p.dec_first + j * d, p.dec_second + j * d, d, *adam, n > 0 || s >= 0);
+            if (unit)
+                decoder_row(p.dec + j * d, g_dec, p.dec_first + j * d, p.dec_second + j * d, d, *adam, n > 0 || s >= 0);
+            else
+                adam->row(p.dec + j * d, g_dec, p.dec_first + j * d, p.dec_second + j * d, d);
             adam->row(p.enc + j * d, g_enc, p.enc_first + j * d, p.enc_second + j * d, d);
             adam->row(p.bias + j, &biases[j - first], p.bias_first + j, p.bias_second + j, 1);
             round_row(p.enc + j * d, nullptr, p.rounded + j * padded, d, padded);
@@ -168,11 +172,14 @@ void sae_aux_dense(const Aux* aux, long threads) { aux_dense(*aux, threads); }
 
 // The update from a dense gradient.
 void sae_update(const float* d_enc, const float* d_dec, const float* d_bias, const Parameters* parameters,
-                long n_latents, long d, long padded, const Adam* adam, long threads) {
+                long n_latents, long d, long padded, const Adam* adam, long unit, long threads) {
     const Parameters& p = *parameters;
     parallel(blocks(n_latents, CHUNK), threads, [&](long chunk) {
         for (long j = chunk * CHUNK; j < n_latents && j < (chunk + 1) * CHUNK; j++) {
-            decoder_row(p.dec + j * d, d_dec + j * d, p.dec_first + j * d, p.dec_second + j * d, d, *adam, true);
+            if (unit)
+                decoder_row(p.dec + j * d, d_dec + j * d, p.dec_first + j * d, p.dec_second + j * d, d, *adam, true);
+            else
+                adam->row(p.dec + j * d, d_dec + j * d, p.dec_first + j * d, p.dec_second + j * d, d);
             adam->row(p.enc + j * d, d_enc + j * d, p.enc_first + j * d, p.enc_second + j * d, d);
             adam->row(p.bias + j, d_bias + j, p.bias_first + j, p.bias_second + j, 1);
             round_row(p.enc + j * d, nullptr, p.rounded + j * padded, d, padded);

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -61,7 +61,7 @@ def _run(step: MeshStep, x: Tensor) -> None:
 
 
 def _step(work: Workload, n_here: int, mesh: Any) -> MeshStep:
-    shard = TopKStep(
+    shard = Shard(
         torch.empty(work.d_model, n_here), torch.empty(n_here, work.d_model), b_enc=torch.empty(n_here),
         b_dec=torch.empty(work.d_model), k=min(work.k, n_here), k_aux=0, aux_coefficient=0.0,
         dead_after_tokens=1 << 40, backend="torch", state=work.state,

@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float
 from sae_kernels.lines import lay
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.stages import Part, RowGradients, Stages
-from sae_kernels.topk_step import TopKStep, is_finite
+from sae_kernels.shard import Shard, is_finite
 from torch import Tensor
 
 from sae_dist.train.parallel.batch_select import batch_best, candidates
@@ -48,7 +48,7 @@ SLOWEST = 0.1  # weight of a batch in the running mean of thresholds, 1 / steps 
 
 
 class MeshStep:
-    """`TopKStep` over a mesh; `shard` is this rank's part of the dictionary, `latents` which part.
+    """`Shard` over a mesh; `shard` is this rank's part of the dictionary, `latents` which part.
 
     `k`, `k_aux` and `n_latents` are the whole dictionary's. `micro_batch`: rows encoded at once. `clip_norm`: the most
     that the gradient of all parameters may measure. The methods that train are called by all ranks at the same time.
@@ -56,7 +56,7 @@ class MeshStep:
 
     def __init__(
         self,
-        shard: TopKStep,
+        shard: Shard,
         mesh: Mesh,
         *,
         n_latents: int,

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from sae_kernels.reference import unit_norm
-from sae_kernels.topk_step import Backend, TopKStep
+from sae_kernels.shard import Backend, Shard
 
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel import step as steps
@@ -113,7 +113,7 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
     """All steps on this rank: its part of the state, and of every step the selected (use, row, latent) and figures."""
     latents = mesh.latents(case.n_latents)
     whole = {name: tensor.to(mesh.device) for name, tensor in parameters(case).items()}
-    shard = TopKStep(
+    shard = Shard(
         whole["W_enc"][:, latents.start : latents.stop], whole["W_dec"][latents.start : latents.stop],
         b_enc=whole["b_enc"][latents.start : latents.stop], b_dec=whole["b_dec"], k=min(case.k, len(latents)),
         k_aux=case.k_aux, aux_coefficient=1 / 32, dead_after_tokens=case.dead_after_tokens,

@@ -3,18 +3,18 @@
 import pytest
 import torch
 from sae_kernels import reference
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep
 from tests.allocations import Allocations
-from tests.sae_kernels.test_topk_step import BACKENDS, batch_of, dictionary, optimised_
+from tests.sae_kernels.test_shard import BACKENDS, batch_of, dictionary, optimised_
 
 
 def step_of(
     n_latents: int, d_model: int, k: int, *, backend="auto", product_dtype=torch.bfloat16, **settings
 ) -> MeshStep:
-    shard = TopKStep(
+    shard = Shard(
         k=k, k_aux=3, aux_coefficient=1 / 32, dead_after_tokens=100, backend=backend, product_dtype=product_dtype,
         **dictionary(n_latents, d_model),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sae_kernels.reference import Selected
 from sae_kernels.stages import Part
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 
 from sae_dist.train.parallel.mesh import Mesh
 from tests.sae_kernels.interpreted import bf16_as_on_a_gpu
@@ -67,7 +67,7 @@ def test_every_stage_gives_what_plain_torch_does(device, rows):
     case = replace(CASES["triton"], batch=rows, k=4)
     whole, x = parameters(case), batch_of(case, 0).to(device)
     triton, plain = (
-        TopKStep(
+        Shard(
             *(whole[name].to(device) for name in ("W_enc", "W_dec")), b_enc=whole["b_enc"].to(device),
             b_dec=(whole["b_dec"] + 0.1).to(device), k=case.k, k_aux=case.k_aux, aux_coefficient=1 / 32,
             dead_after_tokens=1, backend=backend,
@@ -78,7 +78,7 @@ def test_every_stage_gives_what_plain_torch_does(device, rows):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5 * float(expected.double().abs().max()))
 
 
-def results(step: TopKStep, case: Case, x: torch.Tensor) -> list[torch.Tensor]:
+def results(step: Shard, case: Case, x: torch.Tensor) -> list[torch.Tensor]:
     """All that the stages of a step say, and the state after it."""
     stages, some = step.stages, torch.arange(1, case.n_latents, 3, device=x.device)
     rows = stages.rows(x)

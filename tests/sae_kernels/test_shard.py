@@ -1,10 +1,10 @@
-"""`TopKStep` against the reference: gradients, update and state, whichever backend computes them."""
+"""`Shard` against the reference: gradients, update and state, whichever backend computes them."""
 
 import pytest
 import torch
 from sae_kernels import reference
 from sae_kernels.row_state import StateOptions
-from sae_kernels.topk_step import TopKStep
+from sae_kernels.shard import Shard
 
 from tests.allocations import Allocations
 
@@ -23,9 +23,9 @@ def dictionary(n_latents: int, d_model: int, *, seed: int = 0) -> dict[str, torc
     }
 
 
-def state(n_latents: int, d_model: int, k: int, **settings) -> TopKStep:
+def state(n_latents: int, d_model: int, k: int, **settings) -> Shard:
     settings = {"k_aux": 3, "aux_coefficient": 1 / 32, "dead_after_tokens": 100} | settings
-    return TopKStep(k=k, **dictionary(n_latents, d_model), **settings)
+    return Shard(k=k, **dictionary(n_latents, d_model), **settings)
 
 
 def batch_of(batch: int, d_model: int, seed: int = 1) -> torch.Tensor:
@@ -170,7 +170,7 @@ def test_no_tensor_is_as_large_as_the_dense_activations(backend):
 COMPACT = [StateOptions(p, m) for p in ("float32", "bfloat16_stochastic") for m in ("float32", "int8", "factored")]
 
 
-def trained(options: StateOptions, steps: range, sae: TopKStep | None = None, *, lr: float = 1e-3) -> TopKStep:
+def trained(options: StateOptions, steps: range, sae: Shard | None = None, *, lr: float = 1e-3) -> Shard:
     sae = sae or state(300, 24, 5, state=options, dead_after_tokens=150)
     for step in steps:
         sae.step(batch_of(40, 24, seed=step), lr=lr, variance=2.0)
@@ -204,7 +204,7 @@ def test_a_step_from_blocks_is_the_step_from_dense_gradients():
         assert torch.equal(tensor, theirs.state_dict()[name]), name
 
 
-def error(sae: TopKStep) -> float:
+def error(sae: Shard) -> float:
     return float(sae.gradients(batch_of(400, 24, 7), variance=1.0)[1].squared_error)
 
 

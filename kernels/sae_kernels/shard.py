@@ -1,10 +1,12 @@
-"""One optimiser step of a TopK dictionary as one call: the seam between a trainer and the kernels.
+"""A dictionary in training, or a part of one: its tensors, and steps on them. The seam between trainer and kernels.
 
-`TopKStep` owns everything that a step reads and writes. Its gradients are those of `reference.topk_gradients` and its
-update is `remove_parallel`, `adam_`, `unit_norm`; which code computes them (`backend`) is all that differs.
+`Shard` owns everything that a step reads and writes. `stages` are the parts of any step; `forward` and `update_` are
+one whole step, fused: of every row the k best latents, with AuxK. Its gradients are those of `reference.topk_gradients`
+and its update is `remove_parallel`, `adam_`, `unit_norm`; which code computes them (`backend`) is all that differs.
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,9 +16,9 @@ from torch import Tensor
 from sae_kernels.cpu.build import library
 from sae_kernels.cpu.kernels import CpuStep, Screen, Screened
 from sae_kernels.plain_step import PlainStep
-from sae_kernels.reference import Gradients, Selected, StepStatistics
+from sae_kernels.reference import Gradients, Selected, StepStatistics, adam_, aux_weight, error_scale
 from sae_kernels.row_state import Hyper, RowState, StateOptions
-from sae_kernels.stages import Stages
+from sae_kernels.stages import Aux, Stages
 
 if TYPE_CHECKING:
     from sae_kernels.triton_step import TritonStep
@@ -29,13 +31,14 @@ def is_finite(statistics: StepStatistics) -> bool:
     return bool(torch.isfinite(statistics.squared_error + statistics.aux_squared_error))
 
 
-class TopKStep:
-    """The state of a TopK dictionary in training: parameters, Adam moments, dead counters, reusable buffers.
+class Shard:
+    """The state of a dictionary in training: parameters, Adam moments, dead counters, reusable buffers.
 
-    W_enc is kept as the transpose of a contiguous [n_latents, d_model] tensor. The tensors given are copied. W_dec must
-    have unit rows. A latent is dead once it has been silent for `dead_after_tokens` tokens; `k_aux=0` turns AuxK off.
-    `k` may be assigned between steps. `screen="int16"` halves the CPU kernels' product, for the same selection
-    (screen.h); `auto` does so where it is faster.
+    W_enc is kept as the transpose of a contiguous [n_latents, d_model] tensor. The tensors given are copied. With
+    `unit`, W_dec must have unit rows, and keeps them. `vectors` are further parameters of a number a latent, by name.
+    A latent is dead once it has been silent for `dead_after_tokens` tokens. `k`, `k_aux` and `aux_coefficient` are the
+    fused step's: `k` may be assigned between steps, `k_aux=0` turns AuxK off. `screen="int16"` halves the CPU kernels'
+    product, for the same selection (screen.h); `auto` does so where it is faster.
 
     Pre-activations are sums in fp32 over operands rounded to `product_dtype`. On a CPU with the kernels their order is
     that of `reference.ordered_pre_activations`, and everything is the same bitwise for any number of threads.
@@ -55,6 +58,8 @@ class TopKStep:
         k_aux: int,
         aux_coefficient: float,
         dead_after_tokens: int,
+        vectors: Mapping[str, Float[Tensor, " n_latents"]] = MappingProxyType({}),
+        unit: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 6.25e-10,
         product_dtype: torch.dtype = torch.bfloat16,
@@ -76,6 +81,11 @@ class TopKStep:
         self.b_enc, self.b_dec = b_enc.detach().float().clone(), b_dec.detach().float().clone()
         biases = [self.b_enc, self.b_dec]
         self._first, self._second = ([torch.zeros_like(p) for p in biases] for _ in range(2))
+        self.vectors = {name: vector.detach().float().clone() for name, vector in vectors.items()}
+        self._of_vectors = {
+            kind: {name: torch.zeros_like(vector) for name, vector in self.vectors.items()}
+            for kind in ("first", "second")
+        }
         self.steps = 0
         self.tokens_since_fired: Int[Tensor, " n_latents"] = torch.zeros(
             n_latents, dtype=torch.int64, device=W_dec.device
@@ -98,12 +108,12 @@ class TopKStep:
         ):
             from sae_kernels import triton_step  # imports Triton, which only a GPU needs
 
-            self._kernels = triton_step.TritonStep(*own)
+            self._kernels = triton_step.TritonStep(*own, unit=unit)
         elif state.plain and backend != "torch" and on_cpu and library():
-            self._kernels = CpuStep(*own, screen=screen)
+            self._kernels = CpuStep(*own, unit=unit, screen=screen)
         else:
             self._kernels = PlainStep(
-                self._enc, self._dec, biases, self._first, self._second, product_dtype=product_dtype
+                self._enc, self._dec, biases, self._first, self._second, unit=unit, product_dtype=product_dtype
             )
         if screen == "int16" and not isinstance(self._kernels, CpuStep):
             raise ValueError(f"screen=int16 is of the CPU kernels, and this is backend={self.backend_used}; use auto")
@@ -170,17 +180,24 @@ class TopKStep:
 
     def forward(self, x: Float[Tensor, "batch d_model"], *, variance: float | Float[Tensor, ""]) -> StepStatistics:
         """The first half of `step`: everything up to what `update_(None)` needs, which is kept until then."""
-        return self._kernels.forward(
-            x, k=self.k, variance=float(variance), dead=self.dead, k_aux=self.k_aux,
-            aux_coefficient=self.aux_coefficient,
-        )  # fmt: skip
+        scale, aux = error_scale(len(x), float(variance)), None
+        if self.k_aux and len(places := self.dead.nonzero().squeeze(1)):  # waits for the GPU: before it has work
+            weight = aux_weight(self.aux_coefficient, n_dead=len(places), k_aux=self.k_aux)
+            aux = Aux(places, self.k_aux, scale * weight)
+        return self._kernels.forward(x, k=self.k, scale=scale, aux=aux)
 
     def update_(self, gradients: Gradients | None, *, lr: float) -> None:
-        """Adam on the four parameters; decoder rows lose the gradient along themselves and keep norm 1.
+        """Adam on matrices and biases; unit decoder rows lose the gradient along themselves and keep norm 1.
 
         Without gradients those of the last `forward` are used, and never stored.
         """
         self._kernels.update_(gradients, **self.hyper_(lr)._asdict())
+
+    def update_vectors_(self, gradients: Mapping[str, Float[Tensor, " n_latents"]], hyper: Hyper) -> None:
+        """Adam on the further vectors; of each a gradient must be given."""
+        for name, vector in self.vectors.items():
+            first, second = (self._of_vectors[kind][name] for kind in ("first", "second"))
+            adam_(vector, gradients[name], first, second, **hyper._asdict())
 
     def hyper_(self, lr: float) -> Hyper:
         """Begin the next update: its number, and Adam's other numbers."""
@@ -207,6 +224,9 @@ class TopKStep:
         for kind, moments in (("first", self._first), ("second", self._second)):
             tensors |= {f"{kind}.{name}": moment for name, moment in zip(("b_enc", "b_dec"), moments, strict=True)}
         tensors = {name: tensor.t() if name.endswith("W_enc") else tensor for name, tensor in tensors.items()}
+        tensors |= self.vectors
+        for kind, moments in self._of_vectors.items():
+            tensors |= {f"{kind}.{name}": moment for name, moment in moments.items()}
         return tensors | {
             "tokens_since_fired": self.tokens_since_fired,
             "steps": torch.tensor(self.steps, dtype=torch.int64),
