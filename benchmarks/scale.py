@@ -33,6 +33,7 @@ from sae_dist.plan.memory import memory
 from sae_dist.plan.seconds import phases
 from sae_dist.plan.traffic import by_name
 from sae_dist.plan.workload import Workload
+from sae_dist.sae.config import TopK
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.mesh import Mesh, connect
 from sae_dist.train.parallel.step import MeshStep
@@ -54,7 +55,8 @@ class Rank(NamedTuple):
 
 
 def work_of(n_latents: int, d_model: int, k: int, batch: int, data: int = 1, feature: int = 1) -> Workload:
-    return Workload(n_latents=n_latents, d_model=d_model, k=k, k_aux=0, batch=batch, data=data, feature=feature)
+    sae = TopK(n_latents=n_latents, k=k, k_aux=0)
+    return Workload(sae=sae, d_model=d_model, batch=batch, data=data, feature=feature)
 
 
 def mesh_step(work: Workload, mesh: Mesh) -> MeshStep:

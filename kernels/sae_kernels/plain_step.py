@@ -57,9 +57,7 @@ class PlainStep:
     def rows(self, x: Tensor) -> Tensor:
         return plain.rounded(x.float() - self.b_dec, self.product_dtype)
 
-    def select(
-        self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None
-    ) -> Selected:
+    def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None) -> Selected:
         W_enc, b_enc = self.enc.value, self.b_enc if level is None else self.b_enc - level
         if latents is None:
             return plain.select(rows, W_enc.t(), b_enc, k=k, product_dtype=self.product_dtype)
@@ -80,7 +78,8 @@ class PlainStep:
             places, row = (values > 0).t().nonzero(as_tuple=True)
             latent, order = indices[row, places].sort(stable=True)
             row, places = row[order], places[order]
-            decoder, encoder = part.scale * values[row, places], part.d_z[row, places]
+            weights = part.scale * values if part.weights is None else part.weights
+            decoder, encoder = weights[row, places], part.d_z[row, places]
             self._held.append(_Held(part.errors, row, decoder, encoder, torch.searchsorted(latent, bounds)))
 
     def row_gradients(self) -> RowGradients:

@@ -114,18 +114,19 @@ def threshold(z: Float[Tensor, "batch n_latents"], theta: Float[Tensor, " n_late
 
 
 def jumprelu(
-    z: Float[Tensor, "batch n_latents"], theta: Float[Tensor, " n_latents"], *, bandwidth: float
-) -> tuple[Float[Tensor, "batch n_latents"], Float[Tensor, " batch"]]:
-    """JumpReLU(z) = z H(z - theta) and each row's L0 = sum H(z - theta), both differentiable in theta.
+    z: Float[Tensor, "..."], theta: Float[Tensor, "..."], *, bandwidth: float
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """JumpReLU(z) = z H(z - theta) and the gate H(z - theta), elementwise, both differentiable in theta.
 
     Their gradients replace the step's delta by a box of width `bandwidth` (Rajamanoharan et al. 2024, eqs. 11 and 12):
-    d/dtheta = -theta / bandwidth for the value and -1 / bandwidth for L0 where |z - theta| < bandwidth / 2, else 0.
-    Where z <= 0 there is none either: a threshold below half the bandwidth would have all silent latents in the box.
+    d/dtheta = -theta / bandwidth for the value and -1 / bandwidth for the gate where |z - theta| < bandwidth / 2, else
+    0. Where z <= 0 there is none either: a threshold below half the bandwidth would have all silent latents in the box.
+    A theta below 0 counts as 0 in the values, and can still rise by the gate.
     """
     gate = ((z > theta) & (z > 0)).to(z.dtype)
     near = (((z - theta).abs() < bandwidth / 2) & (z > 0)).to(z.dtype).detach()
     box = near * (theta - theta.detach()) / bandwidth  # 0 in value, carries the gradient
-    return _relu(z) * gate - theta.detach() * box, (gate - box).sum(-1)
+    return _relu(z) * gate - theta.detach().clamp_min(0) * box, gate - box
 
 
 def _relu(z: Tensor) -> Tensor:

@@ -21,8 +21,11 @@ class Part(NamedTuple):
 
     errors: Float[Tensor, "batch d_model"]  # what is left of the target
     selected: Selected  # indices of latents that are here; empty places have the value 0 and any valid index
-    d_z: Float[Tensor, "batch k"]  # d loss / d z: scale * errors . W_dec[j], 0 at empty places
+    d_z: Float[Tensor, "batch k"]  # d loss / d z, 0 at empty places
     scale: float  # d loss / d x_hat = scale * errors
+    # d loss / d W_dec[j] = the sum of weights * errors: None for scale * values. Where it is given, values only say
+    # which places are pairs: one may have a gradient in z and be silent in x_hat, or the other way round.
+    weights: Float[Tensor, "batch k"] | None = None
 
 
 class Aux(NamedTuple):

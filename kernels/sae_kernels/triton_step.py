@@ -128,9 +128,7 @@ class TritonStep:
     def rows(self, x: Tensor) -> Tensor:
         return self._rows(x.float())
 
-    def select(
-        self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None
-    ) -> Selected:
+    def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None) -> Selected:
         if latents is not None:
             chosen = self._select_dead(rows, latents, k=k)
             return Selected(chosen.values, latents[chosen.indices])
@@ -152,7 +150,7 @@ class TritonStep:
         errors = joined([part.errors for part in parts], 0)
         values = joined([part.selected.values for part in parts], 1)
         indices = joined([part.selected.indices for part in parts], 1)
-        weights = joined([part.scale * part.selected.values for part in parts], 1)
+        weights = joined([p.scale * p.selected.values if p.weights is None else p.weights for p in parts], 1)
         d_z, split = joined([part.d_z for part in parts], 1), parts[0].d_z.shape[1]
         by_latent = segments(values, indices, n_latents=len(self.rounded))
         self._encoder = Pairs(rows, d_z, by_latent, split=split, shift=0)

@@ -11,6 +11,7 @@ from sae_kernels.eight_bit import block_of
 
 from sae_dist.plan.machine import Machine
 from sae_dist.plan.workload import Workload
+from sae_dist.sae.variants.declared import Elementwise
 from sae_dist.train.parallel.batch_select import candidates
 from sae_dist.train.parallel.select import pays_two_rounds
 from sae_dist.train.parallel.step import LINE
@@ -23,6 +24,7 @@ MOMENTS = {
     "int8": "Adam's moments, 8-bit",
     "factored": "Adam's moments, factored",
 }
+OF_A_PAIR = 8  # z, value, cost, their gradients and masks, where a value is not z itself
 CHUNK = 64  # latents of one partial sum of b_dec's gradient (sae_kernels.cpu)
 
 
@@ -70,9 +72,11 @@ def state_bytes(work: Workload) -> float:
 
 
 def parameter_bytes(work: Workload) -> float:
-    """Two matrices, and two vectors that are always fp32."""
+    """Matrices as they are stored, and vectors that are always fp32."""
     each = {"float32": 4, "bfloat16_stochastic": 2}[work.state.parameters]
-    return each * 2 * work.latents * work.d_model + 4 * (work.latents + work.d_model)
+    sizes = {"n_latents": work.latents, "d_model": work.d_model}
+    learned = [spec for spec in work.sae.tensors if spec.kept == "learned"]
+    return sum((each if len(spec.dims) == 2 else 4) * spec.size(**sizes) for spec in learned)
 
 
 def moment_bytes(work: Workload) -> float:
@@ -84,23 +88,25 @@ def moment_bytes(work: Workload) -> float:
     row, column = {
         "float32": (8 * work.d_model, 0), "int8": (2 * coded, 0), "factored": (coded + 4, 4 * work.d_model)
     }[work.state.moments]  # fmt: skip
-    return 2 * (row * work.latents + column) + 8 * (work.latents + work.d_model)
+    return 2 * (row * work.latents + column) + 8 * ((1 + work.vectors) * work.latents + work.d_model)
 
 
 def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
     """For one dictionary, what of the batch lives until its update ends, and what the largest phase needs besides."""
     d, batch, rows, k, kernels = work.d_model, work.batch, work.rows, work.k, work.kernels(machine.backend)
     width = places = k  # candidates a row, and places that what is chosen of them takes
-    if work.variant == "batchtopk":
+    if work.in_lines:
         width, places = min(candidates(k, work.feature), work.latents), LINE * k
     read, scaled, errors = 2 * batch * d, 4 * batch * d, 4 * batch * d
     exchange = candidate_bytes(work) + (3 * 4 * rows * d if work.ranks > 1 else 0)
     after = errors + (4 * rows * d if work.data > 1 else 0)  # the loss's squares, and the errors of this rank's rows
-    if work.variant == "batchtopk":
+    if work.in_lines:
         # errors and rows in lines: copies, once one is full
         after += (4 if kernels == "torch" else 2) * batch * d
     elif work.ranks == 1:
         after = 0  # one fused step
+    if isinstance(work.sae, Elementwise):  # autograd's tensors of a number a pair
+        after += 4 * (OF_A_PAIR + 3 * work.vectors) * batch * places
     match kernels:
         case "torch":
             rounded, pairs = 4 * batch * d, 24 * batch * k // work.feature
@@ -127,10 +133,10 @@ def shared_bytes(work: Workload, machine: Machine) -> float:
 def candidate_bytes(work: Workload) -> float:
     """Keys of all parts, as gathered and as put in rows; in two rounds 2 k / parts values each, then k keys a row.
 
-    BatchTopK: this part's candidates (value, index, mask and digit), and its pairs as gathered and as put in lines.
+    In lines: this part's candidates (value, index, mask and digit), and its pairs as gathered and as put in lines.
     """
     rows, k, parts = work.rows, work.k, work.feature
-    if work.variant == "batchtopk":
+    if work.in_lines:
         own = min(candidates(k, parts), work.latents)
         return max(17 * rows * own, 16 * work.batch * (k // parts + LINE * k))
     if parts == 1:

@@ -1,5 +1,6 @@
 """The plan of a run: memory, traffic, time, storage and price in one value; refuses what cannot run."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from sae_dist.config import UserError, to_dict
@@ -154,10 +155,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain values, for scripts."""
 
     def plain(value: object) -> Any:
-        if isinstance(value, Machine):
-            return to_dict(value)
         if isinstance(value, tuple) and hasattr(value, "_asdict"):
             return {name: plain(own) for name, own in value._asdict().items()}  # type: ignore[attr-defined]
+        if dataclasses.is_dataclass(value):
+            return to_dict(value)
         return [plain(one) for one in value] if isinstance(value, list | tuple) else value
 
     return plain(plan)

@@ -21,6 +21,7 @@ from sae_dist.plan.fit import Measured, rates
 from sae_dist.plan.machine import Link, Machine
 from sae_dist.plan.parallel import loopback
 from sae_dist.plan.workload import Workload
+from sae_dist.sae.config import TopK
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def _steps() -> Iterator[Measured]:
         step = step_of(n_latents, d_model, k)
         run = partial(step.step, torch.randn(batch, d_model), lr=1e-4, variance=float(d_model))
         times = [_timed(run) for _ in range(REPEAT)]
-        work = Workload(n_latents=n_latents, d_model=d_model, k=k, k_aux=0, batch=batch)
+        work = Workload(sae=TopK(n_latents=n_latents, k=k, k_aux=0), d_model=d_model, batch=batch)
         yield Measured(work, sorted(times[1:])[(REPEAT - 1) // 2])
 
 

@@ -1,13 +1,14 @@
 """Bytes that a rank receives in one step, exchange by exchange, as `train.parallel` makes them and `Mesh.moved` counts.
 
 The figures are those of rank 0, which has the largest part of everything. What a step decides by its data, how many
-keys reach the bound of a selection in two rounds and how many pairs BatchTopK chooses here, is taken as k a row in all,
-evenly over the parts; of BatchTopK, that no row is selected twice and no value ties at the cut.
+keys reach the bound of a selection in two rounds and, where rows have different numbers of pairs, how many are chosen
+here, is taken as k a row in all, evenly over the parts; also that no row is selected twice and none ties at the cut.
 """
 
 from typing import Literal, NamedTuple
 
 from sae_dist.plan.workload import Workload
+from sae_dist.sae.variants.declared import Elementwise, TopOfBatch
 from sae_dist.train.parallel.batch_select import DIGIT, VALUE_BITS
 from sae_dist.train.parallel.batch_select import NAME as THRESHOLD
 from sae_dist.train.parallel.select import pays_two_rounds
@@ -29,7 +30,10 @@ def exchanges(work: Workload) -> list[Exchange]:
     """The exchanges of a step on this mesh, none where an axis has one rank; all dictionaries of the pass make them."""
     if work.also:
         return [exchange for member in work.members for exchange in exchanges(member)]
-    found = _batch(work) if work.variant == "batchtopk" else _use(work, work.k, work.latents, "candidates")
+    extra = 1 + work.vectors if isinstance(work.sae, Elementwise) else 0  # numbers that each pair has besides
+    found = _in_lines(work, extra) if work.in_lines else _use(work, work.k, work.latents, "candidates", extra)
+    if extra and work.ranks > 1:
+        found.append(Exchange("cost", "world", 1, SUM * (work.ranks - 1)))
     if work.k_aux and work.dead:
         k = min(work.k_aux, work.dead)
         found += _use(work, k, -(-work.dead // work.feature), "aux_candidates")
@@ -43,7 +47,7 @@ def exchanges(work: Workload) -> list[Exchange]:
     return found
 
 
-def _use(work: Workload, k: int, available: int, name: str) -> list[Exchange]:
+def _use(work: Workload, k: int, available: int, name: str, extra: int = 0) -> list[Exchange]:
     """One use of latents in the loss: who is chosen, the sum of the partial sums, what it leaves, the chosen pairs."""
     found, rows, feature, width = [], work.rows, work.feature, min(k, available)
     if feature > 1:
@@ -58,21 +62,27 @@ def _use(work: Workload, k: int, available: int, name: str) -> list[Exchange]:
     found += _errors(work)
     if work.data > 1:
         pairs = rows * min(k, width * feature)
-        found.append(Exchange("pairs", "data", 3, (work.data - 1) * pairs * (VALUE + INDEX + VALUE)))
+        each = VALUE + INDEX + VALUE + extra * VALUE
+        found.append(Exchange("pairs", "data", 3 + extra, (work.data - 1) * pairs * each))
     return found
 
 
-def _batch(work: Workload) -> list[Exchange]:
-    """BatchTopK's choice: counts of the values by their digits, what they leave, the chosen pairs with their rows."""
+def _in_lines(work: Workload, extra: int) -> list[Exchange]:
+    """A choice over a batch, or above a level: what it leaves, and the chosen pairs with their rows.
+
+    Of a batch: counts of the values by their digits. In both cases whether some rows must be selected again.
+    """
     found = []
     if work.ranks > 1:
-        calls = [COUNT * (1 + (1 << DIGIT))] * -(-VALUE_BITS // DIGIT) + [COUNT]
+        digits = -(-VALUE_BITS // DIGIT) if isinstance(work.sae.rule, TopOfBatch) else 0
+        calls = [COUNT * (1 + (1 << DIGIT))] * digits + [COUNT]
         received = sum(2 * (work.ranks - 1) * size // work.ranks for size in calls)
         found.append(Exchange(THRESHOLD, "world", len(calls), received))
     found += _errors(work)
     if work.data > 1:
         pairs = reaching(work, work.k)
-        found.append(Exchange("pairs", "data", 5, (work.data - 1) * (COUNT + pairs * (INDEX + VALUE + INDEX + VALUE))))
+        each = INDEX + VALUE + INDEX + VALUE + extra * VALUE
+        found.append(Exchange("pairs", "data", 5 + extra, (work.data - 1) * (COUNT + pairs * each)))
     return found
 
 
@@ -88,7 +98,7 @@ def _errors(work: Workload) -> list[Exchange]:
 
 
 def reaching(work: Workload, k: int) -> int:
-    """Keys of one part that reach the bound in the second of two rounds, or BatchTopK's pairs: k a row in all."""
+    """Keys of one part that reach the bound in the second of two rounds, or pairs that lie in lines: k a row in all."""
     return -(-work.rows * k // work.feature)
 
 

@@ -7,9 +7,9 @@ from sae_kernels.row_state import StateOptions
 from sae_dist.config import UserError
 from sae_dist.plan.machine import Backend
 from sae_dist.sae.config import SAEConfig, check_width, resolved_k_aux
+from sae_dist.sae.variants.declared import Top, Variant, own_vectors
 from sae_dist.shards.order import OrderConfig
 from sae_dist.train.config import TrainConfig
-from sae_dist.train.parallel.step import Variant
 
 
 class Workload(NamedTuple):
@@ -18,10 +18,8 @@ class Workload(NamedTuple):
     Numbers and properties are the main dictionary's alone; `members` has all of them, a workload each.
     """
 
-    n_latents: int
+    sae: Variant
     d_model: int
-    k: int
-    k_aux: int
     batch: int  # rows of an optimiser step, over all ranks
     data: int = 1  # ranks that share the rows
     feature: int = 1  # ranks that share the latents
@@ -34,7 +32,6 @@ class Workload(NamedTuple):
     slice_rows: int = 8192
     stored_bytes: int = 2  # an element of a stored row
     store_rows: int = 0  # rows of the store, 0 where unknown
-    variant: Variant = "topk"
     state: StateOptions = StateOptions()  # how weights and moments are stored
     also: "tuple[Workload, ...]" = ()  # other dictionaries over the same batches
 
@@ -42,6 +39,29 @@ class Workload(NamedTuple):
     def members(self) -> "tuple[Workload, ...]":
         """Every dictionary of the pass by itself."""
         return (self._replace(also=()), *self.also)
+
+    @property
+    def n_latents(self) -> int:
+        return self.sae.n_latents
+
+    @property
+    def k(self) -> int:
+        """Latents a row, in the mean."""
+        return self.sae.rule.k
+
+    @property
+    def k_aux(self) -> int:
+        return resolved_k_aux(self.sae, self.d_model)
+
+    @property
+    def in_lines(self) -> bool:
+        """Whether rows have different numbers of latents, so that their pairs lie in lines."""
+        return not isinstance(self.sae.rule, Top)
+
+    @property
+    def vectors(self) -> int:
+        """Vectors that a kind learns beside the autoencoder's, a number a latent each."""
+        return len(own_vectors(self.sae))
 
     @property
     def ranks(self) -> int:
@@ -59,8 +79,9 @@ class Workload(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Weights of the whole dictionary: W_enc, W_dec, b_enc, b_dec."""
-        return 2 * self.n_latents * self.d_model + self.n_latents + self.d_model
+        """Learned numbers of the whole dictionary."""
+        sizes = {"n_latents": self.n_latents, "d_model": self.d_model}
+        return sum(spec.size(**sizes) for spec in self.sae.tensors if spec.kept == "learned")
 
     def kernels(self, backend: Backend) -> Backend:
         """What computes its steps where one of fp32 state is computed by `backend`: plain torch, unless it is fp32."""
@@ -95,8 +116,7 @@ def workload(
     """The numbers of a run's configuration; UserError where the dictionary cannot work on this width."""
     check_width(sae, d_model)
     return Workload(
-        n_latents=sae.n_latents, d_model=d_model, k=sae.k, k_aux=resolved_k_aux(sae, d_model), batch=train.batch,
-        data=data, feature=feature, dead=round(dead_fraction * sae.n_latents), steps=train.n_steps,
-        init_rows=train.init_rows, lanes=order.lanes, window=order.window, slice_rows=slice_rows,
-        stored_bytes=stored_bytes, store_rows=store_rows, variant=sae.kind, state=state,
+        sae=sae, d_model=d_model, batch=train.batch, data=data, feature=feature,
+        dead=round(dead_fraction * sae.n_latents), steps=train.n_steps, init_rows=train.init_rows, lanes=order.lanes,
+        window=order.window, slice_rows=slice_rows, stored_bytes=stored_bytes, store_rows=store_rows, state=state,
     )  # fmt: skip

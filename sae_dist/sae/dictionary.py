@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_dist.config import UserError, digest
+from sae_dist.sae.config import KINDS
 from sae_dist.sae.initialize import Parameters
+from sae_dist.sae.variants.declared import Spec
 
 FORMAT = 1
 WEIGHTS = "weights_xxh3_128"  # the key of config.json that holds the hash of dictionary.safetensors
 CURE = "repeat the run's command, which makes it again, or take another copy of the dictionary"
-THRESHOLDS = {"topk": False, "batchtopk": True}  # by variant: whether latents are chosen by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,26 +63,26 @@ def save(dictionary: Dictionary, folder: Path) -> None:
     """Writes both files, each whole or not at all; config.json last, so that a folder with one is complete."""
     tensors: dict[str, Tensor] = dictionary.parameters._asdict()
     tensors |= {} if dictionary.threshold is None else {"threshold": dictionary.threshold}
-    parts = ((name, 0, tensor.t() if name == "W_enc" else tensor) for name, tensor in tensors.items())
+    specs = KINDS[dictionary.info["variant"]]().tensors
+    parts = ((s, 0, tensors[s.name].t() if s.columns_are_latents else tensors[s.name]) for s in specs)
     write(
-        folder, parts, n_latents=dictionary.n_latents, d_model=dictionary.d_model, k=dictionary.k,
-        thresholds=dictionary.threshold is not None, info=dictionary.info,
+        folder, parts, specs=specs, n_latents=dictionary.n_latents, d_model=dictionary.d_model, k=dictionary.k,
+        info=dictionary.info,
     )  # fmt: skip
 
 
 def write(
-    folder: Path, parts: Iterable[tuple[str, int, Tensor]], *, n_latents: int, d_model: int, k: int,
-    thresholds: bool = False, info: Mapping[str, Any],
+    folder: Path, parts: Iterable[tuple[Spec, int, Tensor]], *, specs: Iterable[Spec], n_latents: int, d_model: int,
+    k: int, info: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """`save` of a dictionary that comes in parts: a tensor's name, its first latent, fp32 rows that are latents.
+    """`save` of a dictionary that comes in parts: which tensor, its first latent, fp32 rows that are latents.
 
-    Of W_enc too, so [latents, d_model]; b_dec is one part. `thresholds`: it has a threshold for every latent. One part
-    is in memory at a time. ValueError when some of the dictionary is missing.
+    Of W_enc too, so [latents, d_model]; b_dec is one part. `specs` are all tensors that it has. One part is in memory
+    at a time. ValueError when some of the dictionary is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / "dictionary.safetensors", folder / "config.json"
-    shapes = {"W_dec": (n_latents, d_model), "W_enc": (d_model, n_latents), "b_dec": (d_model,), "b_enc": (n_latents,)}
-    shapes |= {"threshold": (n_latents,)} if thresholds else {}
+    shapes = {spec.name: spec.shape(n_latents=n_latents, d_model=d_model) for spec in sorted(specs)}  # by name
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": str(FORMAT)}}
     at = 0
     for name, shape in shapes.items():
@@ -94,15 +95,15 @@ def write(
     with weights.with_suffix(".part").open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         begin = file.tell()
-        for name, start, rows in parts:
-            at = begin + header[name]["data_offsets"][0]
+        for spec, start, rows in parts:
+            at = begin + header[spec.name]["data_offsets"][0]
             rows = rows.detach().float().cpu()
-            pieces = rows.t() if name == "W_enc" else rows.reshape(1, -1)  # W_enc lies the other way in the file
-            first = start if name == "W_enc" else start * rows[:1].numel()
+            pieces = rows.t() if spec.columns_are_latents else rows.reshape(1, -1)  # as it lies in the file
+            first = start if spec.columns_are_latents else start * rows[:1].numel()
             for number, piece in enumerate(pieces.contiguous().numpy()):
                 file.seek(at + 4 * (number * n_latents + first))
                 file.write(piece.data)
-            missing[name] -= rows.numel()
+            missing[spec.name] -= rows.numel()
     if any(missing.values()):
         raise ValueError(f"{folder} would lack some of {', '.join(name for name, n in missing.items() if n)}")
     about = {**info, "format": FORMAT, "k": k, WEIGHTS: _xxh3_128(weights.with_suffix(".part"))}
@@ -152,17 +153,17 @@ def load(folder: Path) -> Dictionary:
         tensors = load_file(weights)
     except SafetensorError as error:
         raise UserError(f"{weights} is damaged ({error}); {CURE}") from error
+    variant = info.get("variant")
+    if variant not in KINDS:
+        raise UserError(f"{config} says variant={variant}; this program knows {', '.join(KINDS)}")
+    if names := {spec.name for spec in KINDS[variant]().tensors} ^ tensors.keys():
+        raise UserError(
+            f"{weights} and variant={variant} in {config} do not agree on {', '.join(sorted(names))}; repeat the "
+            "command of the run with another out="
+        )
     W_enc = tensors["W_enc"].T.contiguous().T
     parameters = Parameters(W_enc, tensors["W_dec"], tensors["b_enc"], tensors["b_dec"])
     if W_enc.shape != parameters.W_dec.T.shape:
         raise UserError(f"{weights}: W_enc {list(W_enc.shape)} does not fit W_dec {list(parameters.W_dec.shape)}")
     assert all(t.dtype == torch.float32 for t in parameters)
-    threshold, variant = tensors.get("threshold"), info.get("variant")
-    if variant not in THRESHOLDS:
-        raise UserError(f"{config} says variant={variant}; this program knows {', '.join(THRESHOLDS)}")
-    if THRESHOLDS[variant] != (threshold is not None):
-        raise UserError(
-            f"{weights} has {'no' if threshold is None else 'a'} threshold, but variant={variant} in {config}; repeat "
-            "the command of the run with another out="
-        )
-    return Dictionary(parameters=parameters, k=info["k"], info=info, threshold=threshold)
+    return Dictionary(parameters=parameters, k=info["k"], info=info, threshold=tensors.get("threshold"))

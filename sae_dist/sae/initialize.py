@@ -20,6 +20,13 @@ class Parameters(NamedTuple):
     b_dec: Float[Tensor, " d_model"]
 
 
+class Start(NamedTuple):
+    """A dictionary before step 0."""
+
+    parameters: Parameters
+    level: float  # k pre-activations of a row are above it, in the mean over the sample
+
+
 def geometric_median(
     x: Float[Tensor, "rows d_model"], *, iterations: int = 100, tolerance: float = 1e-6
 ) -> Float[Tensor, " d_model"]:
@@ -64,7 +71,7 @@ def initialize(
     latents: range | None = None,
     kth: Callable[[Float[Tensor, "sample candidates"]], Float[Tensor, " sample"]] | None = None,
     total: Callable[[Tensor], Tensor] = lambda part: part,
-) -> Parameters:
+) -> Start:
     """Tied initialisation: random unit decoder rows, W_enc = c W_dec^T, b_enc = 0, b_dec = geometric median of x.
 
     c makes ||x_hat - b_dec|| match ||x - b_dec|| on the sample in the mean (Gao et al. 2024, App. A.1): a dictionary
@@ -91,4 +98,5 @@ def initialize(
         rebuilt += torch.where(values >= least[:, None], values, 0.0) @ tile.double()
     rebuilt = total(rebuilt)
     c = float(sample.norm(dim=-1).mean() / rebuilt.norm(dim=-1).mean().clamp_min(1e-12))
-    return Parameters((W_dec * c).clone().T, W_dec, torch.zeros(len(latents), device=x.device), b_dec)
+    parameters = Parameters((W_dec * c).clone().T, W_dec, torch.zeros(len(latents), device=x.device), b_dec)
+    return Start(parameters, c * float(least.mean()))

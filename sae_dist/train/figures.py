@@ -2,8 +2,10 @@
 
 from typing import Any, NamedTuple
 
+from sae_dist.sae.variants.declared import Top
 from sae_dist.train.learner import Learned, Learner
 from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.parallel.step import MeshStep
 from sae_dist.train.state import TrainState
 
 
@@ -31,13 +33,22 @@ def figures(window: Window, learner: Learner, state: TrainState, *, lr: float) -
         "skipped_steps": guard.skipped,
         "loss_spikes": guard.spikes,
         "roll_backs": guard.roll_backs,
-    } | ({} if learner.sae.variant == "topk" else _of_batches(learner, state.scale))
+    } | _of_kind(learner.sae, state.scale)
     return {f"{learner.member.prefix}{name}": value for name, value in own.items()}
 
 
-def _of_batches(learner: Learner, scale: float) -> dict[str, Any]:
-    """BatchTopK: the threshold, in the units of the store, and rows of this rank that were selected twice so far."""
-    return {"threshold": float(learner.sae.threshold) / scale, "widened_rows": learner.sae.widened}
+def _of_kind(sae: MeshStep, scale: float) -> dict[str, Any]:
+    """Figures that only some kinds of dictionary have.
+
+    threshold: the tracked one, in the units of the store; penalty: what the kind's price of activity added to the loss
+    of the last step; widened_rows: rows of this rank that were selected twice so far, where their number is not fixed.
+    """
+    found: dict[str, Any] = {}
+    if sae.threshold is not None:
+        found["threshold"] = float(sae.threshold) / scale
+    if sae.penalty is not None:
+        found["penalty"] = float(sae.penalty.value)
+    return found if isinstance(sae.sae.rule, Top) else found | {"widened_rows": sae.widened}
 
 
 def rates(state: TrainState, begun: TrainState, batch: int, starved_s: float, mesh: Mesh) -> dict[str, Any]:

@@ -8,18 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from sae_dist.sae import dictionary
-from sae_dist.sae.initialize import Parameters
-from sae_dist.sae.scale import folded
+from sae_dist.sae.variants.declared import Spec
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train.checkpoint import read_file
 from sae_dist.train.folders import folders, step_of
 from sae_dist.train.learner import Learner
 from sae_dist.train.manifest import Manifest, read_manifest
-from sae_dist.train.member import split_name
+from sae_dist.train.member import Member
 
 logger = logging.getLogger(__name__)
-
-EXPORTED = (*Parameters._fields, "threshold")
 
 
 def write_dictionary(
@@ -45,8 +42,8 @@ def write_dictionary(
             manifest = read_manifest(storage, saved)
             n_latents, d_model = manifest.tensors[f"{member.prefix}W_dec"].shape
             dictionary.write(
-                folder, _parts(storage, manifest, member.prefix), n_latents=n_latents, d_model=d_model, k=member.sae.k,
-                thresholds=f"{member.prefix}threshold" in manifest.tensors, info=own | dict(info),
+                folder, _parts(storage, manifest, member), specs=member.sae.tensors, n_latents=n_latents,
+                d_model=d_model, k=member.sae.rule.k, info=own | dict(info),
             )  # fmt: skip
             return
         except (OSError, ValueError) as error:
@@ -57,14 +54,13 @@ def write_dictionary(
     )
 
 
-def _parts(storage: Storage, manifest: Manifest, prefix: str) -> Iterator[tuple[str, int, Tensor]]:
-    """Every block of a parameter, on raw input: its name, its first row (latent), its rows; one threshold for all."""
-    scale, n_latents = manifest.facts["scale"], manifest.tensors[f"{prefix}W_dec"].shape[0]
-    wanted = {prefix + name for name in EXPORTED}
+def _parts(storage: Storage, manifest: Manifest, member: Member) -> Iterator[tuple[Spec, int, Tensor]]:
+    """Every block of the dictionary's tensors, on raw input: which tensor, its first row (latent), its rows."""
+    scale, n_latents = manifest.facts["scale"], member.sae.n_latents
+    wanted = {member.prefix + spec.name: spec for spec in member.sae.tensors}
     for file in manifest.files:
         if any(block.name in wanted for block in file.blocks):
             for block, rows in read_file(storage, manifest, file).items():
-                if block.name in wanted:
-                    name = split_name(block.name)[1]
-                    part = folded(name, rows.float(), scale)
-                    yield name, block.start, part.expand(n_latents) if name == "threshold" else part
+                if (spec := wanted.get(block.name)) is not None:
+                    part = spec.folded(rows.float(), scale)
+                    yield spec, block.start, part.expand(n_latents) if spec.kept == "tracked" else part

@@ -15,7 +15,7 @@ from pydantic import Field
 from sae_kernels.row_state import Moments, Parameters, StateOptions
 
 from sae_dist.config import UserError, frozen, load, to_dict
-from sae_dist.sae.config import SAEConfig
+from sae_dist.sae.config import KINDS, SAEConfig
 from sae_dist.train.schedule import base_lr
 
 MAIN = "main"
@@ -81,6 +81,14 @@ def members(
     return tuple(found)
 
 
+def _shared(main: SAEConfig, kind: object) -> dict[str, Any]:
+    """The main dictionary's keys that one of `kind` has too; None: of the same kind."""
+    values = to_dict(main)
+    if kind not in KINDS or kind == main.kind:
+        return values
+    return {key: value for key, value in values.items() if key in KINDS[kind].__dataclass_fields__}
+
+
 def folder(out: Path, name: str) -> Path:
     """Where the finished dictionary of a member goes: `out`/dictionary, or `out`/dictionaries/<name>."""
     return out / "dictionary" if name == MAIN else out / "dictionaries" / name
@@ -103,8 +111,8 @@ def _member(place: str, entry: Mapping[str, Any], main: Member) -> Member:
     given["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", named).strip("-.")[:100]
     try:
         own = load(_Own, given | {key: value for key, value in entry.items() if key in OWN})
-        values = to_dict(main.sae) | {key: value for key, value in entry.items() if key not in OWN}
-        sae = load(SAEConfig, values)  # type: ignore[arg-type]  a union is a type to pydantic
+        changes = {key: value for key, value in entry.items() if key not in OWN}
+        sae = load(SAEConfig, _shared(main.sae, changes.get("kind")) | changes)  # type: ignore[arg-type]  a union
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     return Member(own.name, sae, own.seed, own.lr, own.parameters, own.moments)

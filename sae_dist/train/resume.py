@@ -30,7 +30,7 @@ def resume(batches: Batches, checkpoints: Checkpoints) -> Begun:
     UserError when the place holds another run's checkpoints and none of this one.
     """
     task, mesh = batches.task, batches.mesh
-    saved = checkpoints.latest(mine(mesh))
+    saved = checkpoints.latest(mine(mesh, task.members))
     if saved is not None:
         _check_facts(saved, checkpoints)
         state = from_checkpoint(saved, task.members, task.config, mesh)
@@ -72,6 +72,8 @@ def _check_facts(saved: Checkpoint, checkpoints: Checkpoints) -> None:
     try:
         for name in [name for name in facts if name.endswith("guard")]:
             guards.from_facts(facts.pop(name))
+        for name in [name for name in facts if name.endswith("identity")]:
+            load(dict[str, str | int], facts.pop(name))
         load(_Facts, facts)
     except UserError as error:
         raise CorruptData(

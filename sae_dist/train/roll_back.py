@@ -69,7 +69,8 @@ def _earlier(learner: Learner, state: TrainState, batches: Batches, checkpoints:
     """
     task, mesh, member = batches.task, batches.mesh, learner.member
     earlier = checkpoints.latest(
-        mine(mesh, member), among=lambda manifest: manifest.step < state.step and is_sound(manifest, member)
+        mine(mesh, task.members, member),
+        among=lambda manifest: manifest.step < state.step and is_sound(manifest, member),
     )
     if mesh.first:
         to = f"step {earlier.step}" if earlier is not None else "the start: no checkpoint is from before the trouble"

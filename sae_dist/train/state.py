@@ -10,13 +10,14 @@ from torch import Tensor
 
 from sae_dist.config import UserError
 from sae_dist.sae.config import SAEConfig, resolved_k_aux
-from sae_dist.sae.initialize import Parameters, initialize
+from sae_dist.sae.initialize import initialize
 from sae_dist.sae.scale import input_scale
+from sae_dist.sae.variants.declared import Elementwise, Spec, own_vectors
 from sae_dist.train import guard as guards
 from sae_dist.train.checkpoint import Checkpoint, Mine, Rows
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.guard import Guard
-from sae_dist.train.held import refuse_another
+from sae_dist.train.identity import identity, refuse_others
 from sae_dist.train.learner import Learner
 from sae_dist.train.manifest import Layout
 from sae_dist.train.member import Member, split_name
@@ -75,10 +76,11 @@ def to_checkpoint(state: TrainState) -> Checkpoint:
     facts = {name: value for name, value in state._asdict().items() if name not in ("step", "learners")}
     tensors: dict[str, Tensor | Rows] = {}
     for member, sae, guard in state.learners:
-        for name, tensor in _transposed(sae.state_dict()).items():
-            rows = Rows(tensor, sae.latents.start, sae.n_latents) if _is_split(name) else tensor
+        for name, tensor in _transposed(sae.state_dict(), member).items():
+            rows = Rows(tensor, sae.latents.start, sae.n_latents) if _is_split(name, member) else tensor
             tensors[member.prefix + name] = rows
         facts[f"{member.prefix}guard"] = guards.to_facts(guard)
+        facts[f"{member.prefix}identity"] = identity(member)
     return Checkpoint(state.step, tensors, facts)
 
 
@@ -87,30 +89,28 @@ def from_checkpoint(saved: Checkpoint, members: Sequence[Member], config: TrainC
 
     UserError when it is of other dictionaries, or of some that are stored in another way.
     """
-    there, wanted = {split_name(name)[0] for name in saved.tensors}, {member.prefix for member in members}
-    if there != wanted:
-        raise UserError(
-            f"the checkpoint of step {saved.step} holds {len(there)} dictionaries, of which {len(there & wanted)} are "
-            f"among the {len(wanted)} of this training; choose another out="
-        )
+    refuse_others(saved, members)
     facts, learners = dict(saved.facts), []
     for member in members:
-        refuse_another(saved, member)
         tensors = local(saved, member)
-        step = _step(Parameters(*(tensors[name] for name in Parameters._fields)), member, config, mesh)
+        facts.pop(f"{member.prefix}identity")
+        step = _step(tensors, member, config, mesh)
         step.load_state_dict_(tensors)
         learners.append(Learner(member, step, guards.from_facts(facts.pop(f"{member.prefix}guard"))))
     source = Source(*facts.pop("source"))
     return TrainState(saved.step, tuple(learners), source=source, **facts)
 
 
-def mine(mesh: Mesh, only: Member | None = None) -> Mine:
+def mine(mesh: Mesh, members: Sequence[Member], only: Member | None = None) -> Mine:
     """Of every tensor of a checkpoint, the rows that this rank holds, of `only` one member's alone; None: all."""
+    by_prefix = {member.prefix: member for member in members}
 
     def rows(name: str, whole: Layout) -> range | None:
         if only is not None and whole.shape and not _is_of(name, only):
             return range(0)
-        return mesh.latents(whole.shape[0]) if _is_split(split_name(name)[1]) else None
+        prefix, own = split_name(name)
+        member = by_prefix.get(prefix)  # None: a dictionary of another training, which is refused by its facts
+        return mesh.latents(whole.shape[0]) if member and _is_split(own, member) else None
 
     return rows
 
@@ -118,7 +118,8 @@ def mine(mesh: Mesh, only: Member | None = None) -> Mine:
 def local(saved: Checkpoint, member: Member) -> dict[str, Tensor]:
     """This rank's part of one dictionary of a checkpoint as `MeshStep.load_state_dict_` takes it."""
     own = {name.removeprefix(member.prefix): part for name, part in saved.tensors.items() if _is_of(name, member)}
-    return _transposed({name: part.local if isinstance(part, Rows) else part for name, part in own.items()})
+    tensors = {name: part.local if isinstance(part, Rows) else part for name, part in own.items()}
+    return _transposed(tensors, member)
 
 
 def _is_of(name: str, member: Member) -> bool:
@@ -126,41 +127,59 @@ def _is_of(name: str, member: Member) -> bool:
     return split_name(name)[0] == member.prefix
 
 
-def _is_split(name: str) -> bool:
+def _spec(name: str, member: Member) -> Spec | None:
+    """The tensor of the dictionary that a tensor of the state is, or is a moment of; None: a counter."""
+    own = name.rpartition(".")[2]
+    return next((spec for spec in member.sae.tensors if spec.name == own), None)
+
+
+def _is_split(name: str, member: Member) -> bool:
     """Whether ranks hold different rows of a tensor."""
-    return not (name in ("steps", "threshold") or name.endswith("b_dec") or name.startswith("second_column."))
+    spec = _spec(name, member)
+    if spec is None:
+        return name == "tokens_since_fired"
+    return spec.of_latents and spec.kept == "learned" and not name.startswith("second_column.")
 
 
-def _transposed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """W_enc and its moments lie in memory as [n_latents, d_model], and so they do in a checkpoint."""
-    return {name: tensor.t() if name.endswith("W_enc") else tensor for name, tensor in tensors.items()}
+def _transposed(tensors: Mapping[str, Tensor], member: Member) -> dict[str, Tensor]:
+    """All matrices lie in memory as [n_latents, d_model], and so they do in a checkpoint."""
+
+    specs = {name: _spec(name, member) for name in tensors}
+    return {
+        name: tensor.t() if (spec := specs[name]) and spec.columns_are_latents and tensor.ndim == 2 else tensor
+        for name, tensor in tensors.items()
+    }
 
 
-def _initial(x: Float[Tensor, "rows d_model"], sae: SAEConfig, mesh: Mesh, *, seed: int) -> Parameters:
-    """This rank's part of a dictionary's initial parameters, from scaled rows."""
+def _initial(x: Float[Tensor, "rows d_model"], sae: SAEConfig, mesh: Mesh, *, seed: int) -> dict[str, Tensor]:
+    """This rank's part of a dictionary's initial tensors, from scaled rows."""
+
+    k = sae.rule.k
 
     def kth(best: Float[Tensor, "sample candidates"]) -> Float[Tensor, " sample"]:
-        width = min(sae.k, -(-sae.n_latents // mesh.feature.size))  # what the largest part has
+        width = min(k, -(-sae.n_latents // mesh.feature.size))  # what the largest part has
         padded = torch.nn.functional.pad(best, (0, width - best.shape[1]))
         everybody = all_gather(mesh, mesh.feature, padded, name="initialize").permute(1, 0, 2).flatten(1)
-        return everybody.topk(sae.k).values[:, -1]
+        return everybody.topk(k).values[:, -1]
 
-    return initialize(
-        x, n_latents=sae.n_latents, k=sae.k, seed=seed, latents=mesh.latents(sae.n_latents), kth=kth,
+    parameters, level = initialize(
+        x, n_latents=sae.n_latents, k=k, seed=seed, latents=mesh.latents(sae.n_latents), kth=kth,
         total=lambda part: total(mesh, mesh.feature, part, name="initialize"),
     )  # fmt: skip
+    own = sae.start(level) if isinstance(sae, Elementwise) else {}
+    return parameters._asdict() | {name: torch.full_like(parameters.b_enc, value) for name, value in own.items()}
 
 
-def _step(parameters: Parameters, member: Member, config: TrainConfig, mesh: Mesh) -> MeshStep:
-    sae = member.sae
-    W_enc, W_dec, b_enc, b_dec = (tensor.to(mesh.device) for tensor in parameters)
-    here, k_aux = mesh.latents(sae.n_latents), resolved_k_aux(sae, W_dec.shape[1])
+def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, mesh: Mesh) -> MeshStep:
+    sae, here = member.sae, mesh.latents(member.sae.n_latents)
+    own = {spec.name: tensors[spec.name].to(mesh.device) for spec in sae.tensors if spec.kept == "learned"}
+    k_aux = resolved_k_aux(sae, own["W_dec"].shape[1])
     shard = Shard(
-        W_enc, W_dec, b_enc=b_enc, b_dec=b_dec, k=min(sae.k, len(here)), k_aux=k_aux,
+        own["W_enc"], own["W_dec"], b_enc=own["b_enc"], b_dec=own["b_dec"], k=min(sae.rule.k, len(here)), k_aux=k_aux,
         aux_coefficient=sae.aux_coefficient, dead_after_tokens=sae.dead_after_tokens, first_latent=here.start,
-        product_dtype=getattr(torch, config.product), state=member.state,
+        vectors={spec.name: own[spec.name] for spec in own_vectors(sae)},
+        unit=any(spec.unit for spec in sae.tensors), product_dtype=getattr(torch, config.product), state=member.state,
     )  # fmt: skip
     return MeshStep(
-        shard, mesh, n_latents=sae.n_latents, k=sae.k, k_aux=k_aux, variant=sae.kind, micro_batch=config.micro_batch,
-        clip_norm=config.clip_norm,
+        shard, mesh, sae=sae, k_aux=k_aux, micro_batch=config.micro_batch, clip_norm=config.clip_norm
     )  # fmt: skip

@@ -7,10 +7,11 @@ from sae_dist.plan.fit import Measured, nonnegative, rates
 from sae_dist.plan.probe import SHAPES
 from sae_dist.plan.seconds import amounts
 from sae_dist.plan.workload import Workload
+from sae_dist.sae.config import TopK
 
 
 def work(n_latents, d_model, k, batch):
-    return Workload(n_latents=n_latents, d_model=d_model, k=k, k_aux=0, batch=batch)
+    return Workload(sae=TopK(n_latents=n_latents, k=k, k_aux=0), d_model=d_model, batch=batch)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

@@ -15,10 +15,11 @@ from sae_dist.plan.memory import memory, state_bytes
 from sae_dist.plan.plan import plan, smallest_mesh, splits
 from sae_dist.plan.seconds import amounts, phases, reading_s
 from sae_dist.plan.workload import Workload, check
+from sae_dist.sae.config import TopK
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 MACHINES = [name for name in options("machine") if name != "here"]
-BIG = Workload(n_latents=2**25, d_model=4096, k=64, k_aux=2048, batch=131_072, steps=10)
+BIG = Workload(sae=TopK(n_latents=2**25, k=64, k_aux=2048), d_model=4096, batch=131_072, steps=10)
 
 
 def machine(name="h100", **changed):
@@ -49,7 +50,7 @@ def test_34_million_latents_need_4_4_terabytes_of_fp32_adam():
 
 
 def test_a_rank_holds_what_its_tensors_are():
-    work = Workload(n_latents=1000, d_model=64, k=4, k_aux=0, batch=128, feature=4)
+    work = Workload(sae=TopK(n_latents=1000, k=4, k_aux=0), d_model=64, batch=128, feature=4)
     parts = {part.name: part.bytes for part in memory(work, machine())}
     numbers = 2 * 250 * 64 + 250 + 64
     assert parts["parameters, fp32"] == 4 * numbers
@@ -59,7 +60,7 @@ def test_a_rank_holds_what_its_tensors_are():
 
 def test_a_compact_state_is_what_its_tensors_are_and_plain_torch_keeps_no_copy():
     """Of 512 dimensions two blocks of 256 have a scale each."""
-    plain = Workload(n_latents=1000, d_model=512, k=4, k_aux=0, batch=128, feature=4)
+    plain = Workload(sae=TopK(n_latents=1000, k=4, k_aux=0), d_model=512, batch=128, feature=4)
     rows, biases = 2 * 250, 250 + 512
     for state, named, by_hand in (
         (StateOptions("bfloat16_stochastic", "int8"), "Adam's moments, 8-bit", 2 * rows * (512 + 2 * 4)),
@@ -116,7 +117,7 @@ def test_the_price_is_hours_times_the_rate():
 
 
 def test_a_run_that_cannot_read_fast_enough_is_bound_by_reading():
-    small = Workload(n_latents=16_384, d_model=2304, k=64, k_aux=0, batch=4096, steps=1)
+    small = Workload(sae=TopK(n_latents=16_384, k=64, k_aux=0), d_model=2304, batch=4096, steps=1)
     slow = machine(read=1e6)
     found = plan(small, slow)
     assert found.bound_by == "reading"
@@ -132,7 +133,7 @@ def test_more_machines_than_one_exchange_over_the_network():
 def test_the_splits_of_a_number_of_ranks_are_the_factors_that_fit_fastest_first():
     found = splits(BIG.on(data=1, feature=64)._replace(lanes=64), machine())
     assert {(mesh.data, mesh.feature) for mesh in found} == {(1, 64)}  # half as many latents a rank would not fit
-    found = splits(Workload(n_latents=65_536, d_model=768, k=32, k_aux=0, batch=4096, feature=8), machine())
+    found = splits(Workload(sae=TopK(n_latents=65_536, k=32, k_aux=0), d_model=768, batch=4096, feature=8), machine())
     assert {(mesh.data, mesh.feature) for mesh in found} == {(1, 8), (2, 4), (4, 2), (8, 1)}
     assert [mesh.tokens_per_second for mesh in found] == sorted((m.tokens_per_second for m in found), reverse=True)
 
@@ -140,14 +141,14 @@ def test_the_splits_of_a_number_of_ranks_are_the_factors_that_fit_fastest_first(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"n_latents": 10, "feature": 6}, "leave the last rank without a latent; use mesh.feature=5"),
+        ({"sae": TopK(n_latents=10, k=4), "feature": 6}, "leave the last rank without a latent; use mesh.feature=5"),
         ({"batch": 2, "data": 4}, "use mesh.data<=2"),
         ({"data": 16, "lanes": 8}, "set order.lanes=16 or more"),
     ],
 )
 def test_a_mesh_that_leaves_a_rank_without_work_is_refused(changed, message):
     with pytest.raises(UserError, match=message):
-        check(Workload(**({"n_latents": 64, "d_model": 8, "k": 4, "k_aux": 0, "batch": 64} | changed)))
+        check(Workload(**({"sae": TopK(n_latents=64, k=4, k_aux=0), "d_model": 8, "batch": 64} | changed)))
 
 
 @pytest.mark.parametrize(
@@ -206,8 +207,8 @@ def test_people_get_tables(capsys):
 
 
 def test_dictionaries_of_one_pass_add_up_but_are_read_for_once():
-    wide = Workload(n_latents=65_536, d_model=768, k=32, k_aux=0, batch=4096, feature=2)
-    both = wide._replace(also=(wide._replace(n_latents=16_384, k=64),))
+    wide = Workload(sae=TopK(n_latents=65_536, k=32, k_aux=0), d_model=768, batch=4096, feature=2)
+    both = wide._replace(also=(wide._replace(sae=TopK(n_latents=16_384, k=64, k_aux=0)),))
     sole = both.also[0]
     for kind in ("h100", "a100"):
         one, other, together = (plan(work, machine(kind)) for work in (wide, sole, both))
@@ -228,7 +229,7 @@ def test_members_are_planned_and_those_that_fit_nowhere_refused(capsys):
     keys = ["plan", "d_model=768", "sae.n_latents=16384", "store=null"]
     assert main([*keys, "also=[{n_latents: 65536}, {k: 64}]", "json=true"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [own["n_latents"] for own in found["work"]["also"]] == [65_536, 16_384]
+    assert [own["sae"]["n_latents"] for own in found["work"]["also"]] == [65_536, 16_384]
     assert main([*keys, "also=[{n_latents: 65536}]"]) == 0
     assert "65,536 latents x 768, k 32" in capsys.readouterr().out
     assert main([*keys, "also=[{n_latents: 10, k: 4}]", "machine.memory=1e9"]) == 2

@@ -10,17 +10,18 @@ from sae_dist.plan.memory import memory, state_bytes
 from sae_dist.plan.parallel.simulate import simulate
 from sae_dist.plan.traffic import by_name
 from sae_dist.plan.workload import Workload
+from sae_dist.sae.config import BatchTopK, TopK
 
 MESHES = [(1, 64), (2, 64), (8, 128)]
-VARIANTS = ["topk", "batchtopk"]
+KINDS = [TopK, BatchTopK]
 WIDE = [(1, 512), (8, 64), (4, 256)]
 
 
-def check(data, feature, variant, state=StateOptions()):  # noqa: B008  immutable
+def check(data, feature, kind, state=StateOptions()):  # noqa: B008  immutable
     """Shapes, exchanges and memory of rank 0, one step of 34M latents x 4,096."""
     work = Workload(
-        n_latents=2**25, d_model=4096, k=64, k_aux=0, batch=131_072, data=data, feature=feature, lanes=64,
-        variant=variant, state=state,
+        sae=kind(n_latents=2**25, k=64, k_aux=0), d_model=4096, batch=131_072, data=data, feature=feature, lanes=64,
+        state=state,
     )  # fmt: skip
     found = simulate(work)
     assert found.shapes["W_dec"] == (2**25 // feature, 4096)
@@ -33,38 +34,30 @@ def check(data, feature, variant, state=StateOptions()):  # noqa: B008  immutabl
 
 
 @pytest.mark.parametrize(("data", "feature"), MESHES)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_of_34_million_latents_does_what_the_plan_says(data, feature, variant):
-    check(data, feature, variant)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_34_million_latents_does_what_the_plan_says(data, feature, kind):
+    check(data, feature, kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moments", ["float32", "int8", "factored"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_so_does_one_of_any_compact_state(variant, moments):
-    check(1, 64, variant, StateOptions("bfloat16_stochastic", moments))
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_does_one_of_any_compact_state(kind, moments):
+    check(1, 64, kind, StateOptions("bfloat16_stochastic", moments))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "feature"), WIDE)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_so_does_every_other_mesh_up_to_1024_ranks(data, feature, variant):
-    check(data, feature, variant)
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_does_every_other_mesh_up_to_1024_ranks(data, feature, kind):
+    check(data, feature, kind)
 
 
 @pytest.mark.parametrize(("data", "feature"), [(1, 2), (2, 3), (3, 1), (2, 2)])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_small_and_uneven_meshes_exchange_what_the_plan_says(data, feature, variant):
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_and_uneven_meshes_exchange_what_the_plan_says(data, feature, kind):
     for state in (StateOptions(), StateOptions("bfloat16_stochastic", "factored")):
         work = Workload(
-            n_latents=1000,
-            d_model=64,
-            k=4,
-            k_aux=0,
-            batch=130,
-            data=data,
-            feature=feature,
-            variant=variant,
-            state=state,
+            sae=kind(n_latents=1000, k=4, k_aux=0), d_model=64, batch=130, data=data, feature=feature, state=state
         )
         assert simulate(work).moved == by_name(work)

@@ -7,10 +7,11 @@ import torch
 
 from sae_dist.config import UserError
 from sae_dist.sae import dictionary as dictionary_file
-from sae_dist.sae.config import TopK, check_width, resolved_k_aux
+from sae_dist.sae.config import BatchTopK, TopK, check_width, resolved_k_aux
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.initialize import Parameters
-from sae_dist.sae.scale import fold_scale, input_scale
+from sae_dist.sae.scale import input_scale
+from sae_dist.sae.variants.declared import AUTOENCODER
 from tests.allocations import Allocations
 
 
@@ -39,7 +40,8 @@ def test_the_input_scale_makes_the_mean_square_norm_d_model():
 def test_folded_on_raw_input_is_unfolded_on_scaled_input():
     parameters, scale = random_parameters(), 0.04
     x = 25 * torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
-    trained, folded = dictionary(parameters), dictionary(fold_scale(parameters, scale))
+    folded = Parameters(*(spec.folded(tensor, scale) for spec, tensor in zip(AUTOENCODER, parameters, strict=True)))
+    trained, folded = dictionary(parameters), dictionary(folded)
     on_scaled, on_raw = trained.encode(x * scale), folded.encode(x)
     assert torch.equal(on_scaled.indices, on_raw.indices)
     assert torch.allclose(on_scaled.values / scale, on_raw.values, rtol=1e-4, atol=1e-4)
@@ -130,13 +132,15 @@ def test_with_thresholds_a_latent_is_active_above_its_own(tmp_path):
 
 
 def test_a_variant_and_a_threshold_that_do_not_go_together_are_refused(tmp_path):
-    for variant, threshold, said in (
-        ("batchtopk", None, "has no threshold, but variant=batchtopk"),
-        ("topk", torch.ones(40), "has a threshold, but variant=topk"),
-        ("other", None, "variant=other; this program knows topk, batchtopk"),
+    for variant, specs, said in (
+        ("batchtopk", AUTOENCODER, "variant=batchtopk in .* do not agree on threshold"),
+        ("topk", BatchTopK().tensors, "variant=topk in .* do not agree on threshold"),
+        ("other", AUTOENCODER, "variant=other; this program knows topk, batchtopk"),
     ):
-        odd = Dictionary(parameters=random_parameters(), k=5, info={"variant": variant}, threshold=threshold)
-        dictionary_file.save(odd, tmp_path)
+        sizes = {"n_latents": 4, "d_model": 3}
+        rows = {spec: torch.ones(spec.shape(**sizes)) for spec in specs}
+        parts = ((spec, 0, tensor.t() if spec.columns_are_latents else tensor) for spec, tensor in rows.items())
+        dictionary_file.write(tmp_path, parts, specs=specs, k=2, info={"variant": variant}, **sizes)
         with pytest.raises(UserError, match=said):
             dictionary_file.load(tmp_path)
 

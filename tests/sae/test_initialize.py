@@ -30,7 +30,7 @@ def test_one_outlier_moves_the_mean_and_not_the_geometric_median():
 
 def test_initialisation_is_tied_unit_and_of_the_right_size():
     x = 3 + torch.randn(512, 16, generator=torch.Generator().manual_seed(2))
-    W_enc, W_dec, b_enc, b_dec = initialize(x, n_latents=64, k=4, seed=0)
+    (W_enc, W_dec, b_enc, b_dec), level = initialize(x, n_latents=64, k=4, seed=0)
     c = (W_enc.T / W_dec).mean()
     assert torch.allclose(W_enc.T, c * W_dec)
     assert torch.allclose(W_dec.norm(dim=-1), torch.ones(64))
@@ -40,14 +40,15 @@ def test_initialisation_is_tied_unit_and_of_the_right_size():
     rebuilt = torch.einsum("bk,bkd->bd", values, W_dec[indices])
     ratio = rebuilt.norm(dim=-1).mean() / (x - b_dec).norm(dim=-1).mean()
     assert abs(float(ratio) - 1) < 1e-4
+    assert level == pytest.approx(float(values[:, -1].mean()), rel=1e-4)
 
 
 def test_the_seed_decides_and_nothing_else():
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
     torch.manual_seed(11)
-    first = initialize(x, n_latents=16, k=2, seed=5)
+    first = initialize(x, n_latents=16, k=2, seed=5).parameters
     torch.manual_seed(12)
-    again, other = initialize(x, n_latents=16, k=2, seed=5), initialize(x, n_latents=16, k=2, seed=6)
+    again, other = (initialize(x, n_latents=16, k=2, seed=seed).parameters for seed in (5, 6))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first.W_dec, other.W_dec)
 
@@ -65,7 +66,7 @@ def test_no_two_blocks_and_no_two_seeds_share_rows():
 
 def test_parts_made_apart_are_the_whole_dictionary():
     x = 2 + torch.randn(300, 12, generator=torch.Generator().manual_seed(4))
-    whole = initialize(x, n_latents=50, k=4, seed=3)
+    whole = initialize(x, n_latents=50, k=4, seed=3).parameters
     parts = (range(0, 20), range(20, 48), range(48, 50))  # the last is smaller than k
     seen: dict[str, list[torch.Tensor]] = {"best": [], "rebuilt": []}
 
@@ -80,7 +81,7 @@ def test_parts_made_apart_are_the_whole_dictionary():
         initialize(x, n_latents=50, k=4, seed=3, latents=part, kth=lambda _: least, total=lambda a: note("rebuilt", a))
     rebuilt = torch.stack(seen["rebuilt"]).sum(0)
     for part in parts:
-        W_enc, W_dec, b_enc, b_dec = initialize(
+        (W_enc, W_dec, b_enc, b_dec), _ = initialize(
             x, n_latents=50, k=4, seed=3, latents=part, kth=lambda _: least, total=lambda _: rebuilt
         )
         assert torch.equal(W_enc, whole.W_enc[:, part.start : part.stop])

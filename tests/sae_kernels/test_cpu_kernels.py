@@ -12,8 +12,8 @@ import torch
 from sae_kernels import reference
 from sae_kernels.cpu import build, kernels
 from sae_kernels.row_state import StateOptions
-from sae_kernels.stages import Part
 from sae_kernels.shard import Shard
+from sae_kernels.stages import Part
 
 BACKENDS = ["auto"] if build.library() else []  # without the kernels there is nothing to compare
 SCREENS: list[kernels.Screen] = ["none", "int16"] if BACKENDS else []

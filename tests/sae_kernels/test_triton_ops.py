@@ -105,7 +105,8 @@ def test_jumprelu_matches_the_reference_in_values_l0_and_gradients(device, monke
     x, theta = inputs(4, 8, device), 1.0 + torch.arange(30, device=device).remainder(5) / 2
     weight = torch.randn(4, 30, generator=torch.Generator().manual_seed(2)).to(device)
     given = leaves(x, W_enc, b_enc, b_dec, theta)
-    dense, l0 = reference.jumprelu(reference.pre_activations(*given[:4]), given[4], bandwidth=2.0)
+    dense, gate = reference.jumprelu(reference.pre_activations(*given[:4]), given[4], bandwidth=2.0)
+    l0 = gate.sum(-1)
     expected = torch.autograd.grad((dense * weight).sum() + 0.3 * (l0 * l0).sum(), given)
     mine = leaves(x, W_enc, b_enc, b_dec, theta)
     active, our_l0 = triton_active.jumprelu_encode(*mine[:4], theta=mine[4], bandwidth=2.0, width=6)

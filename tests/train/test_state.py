@@ -93,7 +93,7 @@ def test_every_rank_of_any_mesh_takes_over_its_latents_bit_for_bit(whole, featur
     parts: list[dict[str, Any]] = []
     for rank in range(feature):
         mesh = dataclasses.replace(Mesh.single(), feature=Axis(rank, feature))
-        here = checkpoint.read(storage.open(whole / "checkpoints"), newest_folder(whole), mine(mesh))
+        here = checkpoint.read(storage.open(whole / "checkpoints"), newest_folder(whole), mine(mesh, MEMBERS))
         parts.append(dict(to_checkpoint(from_checkpoint(here, MEMBERS, SHORT, mesh)).tensors))
     for name, there in saved.tensors.items():
         assert isinstance(there, torch.Tensor)

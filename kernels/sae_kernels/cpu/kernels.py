@@ -51,6 +51,7 @@ class _Aux(ctypes.Structure):
 class _Chosen(ctypes.Structure):
     _fields_ = [
         ("values", ctypes.c_void_p), ("indices", ctypes.c_void_p), ("d_z", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
         ("k", ctypes.c_long), ("first_error", ctypes.c_long), ("scale", ctypes.c_float),
     ]  # fmt: skip
 
@@ -137,9 +138,7 @@ class CpuStep:
         self._round(x.float().contiguous(), self.parameters[3], out)
         return out
 
-    def select(
-        self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None
-    ) -> Selected:
+    def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None) -> Selected:
         rounded, b_enc = self.rounded, self.parameters[2] if level is None else self.parameters[2] - level
         if latents is not None:
             rounded, b_enc = rounded[latents], b_enc[latents]
@@ -168,13 +167,16 @@ class CpuStep:
         errors = torch.cat([part.errors for part in parts]) if len(parts) > 1 else parts[0].errors.contiguous()
         self._sources = (errors, rows.contiguous())
         kept = [
-            (part.selected.values.contiguous(), part.selected.indices.int().contiguous(), part.d_z.contiguous())
+            (
+                part.selected.values.contiguous(), part.selected.indices.int().contiguous(), part.d_z.contiguous(),
+                None if part.weights is None else part.weights.contiguous(),
+            )
             for part in parts
-        ]
+        ]  # fmt: skip
         described = (_Chosen * len(parts))(
             *(
-                _Chosen(*(t.data_ptr() for t in tensors), tensors[0].shape[1], kind * batch, part.scale)
-                for kind, (tensors, part) in enumerate(zip(kept, parts, strict=True))
+                _Chosen(*(t if t is None else t.data_ptr() for t in own), own[2].shape[1], kind * batch, part.scale)
+                for kind, (own, part) in enumerate(zip(kept, parts, strict=True))
             )
         )
         self._pairs(described, batch, sum(part.d_z.shape[1] for part in parts))
@@ -247,7 +249,7 @@ class CpuStep:
             "sae_rows", target[:batch], b_dec, *chosen, self.parameters[1], batch, k, self.d_model, float(scale),
             errors[kind * batch :], squares[kind], d_z, torch.get_num_threads(),
         )  # fmt: skip
-        return _Chosen(*(t.data_ptr() for t in (*chosen, d_z)), k, kind * batch, scale)
+        return _Chosen(*(t.data_ptr() for t in (*chosen, d_z)), None, k, kind * batch, scale)
 
     def _aux(self, places: Tensor, chosen: Selected, scale: float, errors: Tensor, squares: Tensor) -> None:
         """AuxK's gradients of the dead latents, kept until `sae_latents` adds them."""

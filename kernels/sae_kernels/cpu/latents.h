@@ -18,11 +18,14 @@ struct Pair {
     float decoder, encoder;
 };
 
-// (values, indices) [batch, k] of the batch, or of AuxK: weights of the errors from first_error on.
+// (values, indices) [batch, k] of the batch, or of AuxK: weights of the errors from first_error on. Where `weights` are
+// given, values only say which places are pairs.
 struct Chosen {
-    const float* values; const int* indices; const float* d_z;
+    const float* values; const int* indices; const float* d_z; const float* weights;
     long k, first_error;
     float scale;  // d loss / d x_hat = scale * error
+
+    float weight(long i) const { return weights ? weights[i] : scale * values[i]; }
 };
 
 // Sorts the pairs by latent, keeping the order of rows: offsets [n_latents + 1], pairs [offsets[n_latents]].
@@ -54,7 +57,7 @@ inline void pairs_by_latent(const Chosen* chosen, int kinds, long batch, long n_
         }
         each(part, [&](const Chosen& c, long i, long j) {
             const long row = i / c.k;
-            pairs[next[j - part * size]++] = {(int)(c.first_error + row), (int)row, c.scale * c.values[i], c.d_z[i]};
+            pairs[next[j - part * size]++] = {(int)(c.first_error + row), (int)row, c.weight(i), c.d_z[i]};
         });
     });
 }

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_dist.plan.traffic import reaching
 from sae_dist.plan.workload import Workload
+from sae_dist.sae.variants.declared import own_vectors
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.batch_select import DIGIT
 from sae_dist.train.parallel.mesh import from_process_group
@@ -54,7 +55,7 @@ def simulate(work: Workload) -> Simulated:
 
 
 def _run(step: MeshStep, x: Tensor) -> None:
-    """`MeshStep.step`, which asks in between whether the loss is finite: a number that is not there."""
+    """A step without the question whether its loss is finite: a number that is not there."""
     statistics = step.forward(x.float(), variance=1.0)
     step.update_(lr=1e-4)
     step.count_(statistics.fired, tokens=len(x))
@@ -64,9 +65,10 @@ def _step(work: Workload, n_here: int, mesh: Any) -> MeshStep:
     shard = Shard(
         torch.empty(work.d_model, n_here), torch.empty(n_here, work.d_model), b_enc=torch.empty(n_here),
         b_dec=torch.empty(work.d_model), k=min(work.k, n_here), k_aux=0, aux_coefficient=0.0,
-        dead_after_tokens=1 << 40, backend="torch", state=work.state,
+        dead_after_tokens=1 << 40, vectors={spec.name: torch.empty(n_here) for spec in own_vectors(work.sae)},
+        backend="torch", state=work.state,
     )  # fmt: skip
-    return MeshStep(shard, mesh, n_latents=work.n_latents, k=work.k, k_aux=0, variant=work.variant)
+    return MeshStep(shard, mesh, sae=work.sae, k_aux=0)
 
 
 class _Memory(TorchDispatchMode):
@@ -106,14 +108,14 @@ class _Assumed(TorchFunctionMode):
         self.mine = -(-work.rows * work.k // work.feature)  # the same of the rows of one data rank
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        over_batch = self.work.variant == "batchtopk"
+        in_lines = self.work.in_lines
         match func.__name__, args:
             case "cpu", (tensor,):
                 return tensor
             case "tolist", (tensor, *_):
                 if tensor.dim() == 2:  # (active, dead, flaws, the loss's two terms) of every rank, or a number of pairs
                     return [[self.mine, 0, 0, 0, 0][: tensor.shape[1]]] * len(tensor)
-                if over_batch and len(tensor) == 1 + (1 << DIGIT):  # of every digit: all that are chosen have the last
+                if in_lines and len(tensor) == 1 + (1 << DIGIT):  # of every digit: all that are chosen have the last
                     return [self.work.batch * self.work.k] * len(tensor)
                 return [self.reaching if len(tensor) == self.work.feature else 0] * len(tensor)
             case "nonzero", (tensor, *_):  # active places, [k, rows] of the batch or of one data rank's rows
@@ -121,15 +123,15 @@ class _Assumed(TorchFunctionMode):
                 found = self.pairs if whole else self.mine
                 return tuple(torch.empty(min(found, tensor.numel()), dtype=torch.int64) for _ in range(tensor.dim()))
             case "__getitem__", (tensor, Tensor() as mask) if mask.dtype == torch.bool:
-                if over_batch and tensor.dtype == torch.int64:  # rows that choose all of their candidates
+                if in_lines and tensor.dtype == torch.int64:  # rows that choose all of their candidates
                     return tensor.new_empty(0)
                 return tensor.new_empty(self.reaching)
             case "bincount", (tensor, *_):
                 return torch.empty(kwargs["minlength"], dtype=torch.int64)
-            case "repeat_interleave", (tensor, *_) if over_batch:  # a row has more latents than its line has places
+            case "repeat_interleave", (tensor, *_) if in_lines:  # a row has more latents than its line has places
                 return tensor.new_empty(1)
             case "unique_consecutive", (tensor, *_):
                 return torch.empty_like(tensor), torch.empty_like(tensor)
             case "__int__", _:  # the most keys that reach the bound in a row; rows that are selected again
-                return 0 if over_batch else self.work.k
+                return 0 if in_lines else self.work.k
         return func(*args, **(kwargs or {}))

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from sae_kernels.reference import Selected
 from torch import Tensor
 
+from sae_dist.config import UserError
 from sae_dist.train.parallel.exchange import sum_counts
 from sae_dist.train.parallel.mesh import Mesh
 
@@ -28,6 +29,7 @@ VALUE_BITS = 31  # of a float that is not negative
 NAME = "threshold"  # of the exchanges
 WIDTH = 4  # times k / parts candidates a row and part: few rows of a batch choose more
 LEAST_WIDTH = 16
+MOST = 64  # times k candidates a row that are held at once while rows are selected again, in the mean over the batch
 
 Select = Callable[[Tensor, int], Selected]  # some rows, k -> the k best latents of this part for each
 
@@ -52,7 +54,7 @@ class _Block(NamedTuple):
 class _Cut(NamedTuple):
     """What is chosen: keys above `key`, and of those that equal it the ones at `last` and before."""
 
-    key: int | None  # None: there is nothing to choose
+    key: int | None  # None: there is nothing to choose; 1 is the least positive value's
     last: int | None  # row * n_latents + latent, of the whole; None: all of them
 
     def chosen(self, block: _Block, position: Callable[[Tensor, Tensor], Tensor]) -> Bool[Tensor, "some width"]:
@@ -81,14 +83,17 @@ def batch_best(
     batch: int,
     latents: range,
     n_latents: int,
-    count: int,
+    k: int,
+    counted: bool,
     width: int,
     at_once: int | None = None,
 ) -> Chosen:
-    """Of all rows' and parts' positive values the `count` largest, ties by row, then latent.
+    """Of all rows' and parts' positive values the batch * k largest, ties by row, then latent.
 
-    `rows` are this rank's share of the batch, from `first_row` on, as `select` takes them, `at_once` at a time; its
-    part is `latents` of `n_latents`. All ranks call it together, with `rows` and `latents` of their places in the mesh.
+    Where they are not `counted` it is all of them, and k is how many are expected of a row, in the mean. `rows` are
+    this rank's share of the batch, from `first_row` on, as `select` takes them, `at_once` at a time; its part is
+    `latents` of `n_latents`. All ranks call it together, with `rows` and `latents` of their places in the mesh.
+    UserError on all ranks where so many rows must be selected again that it would take memory without bound.
     """
 
     def selected(numbers: Tensor) -> list[_Block]:
@@ -102,17 +107,24 @@ def batch_best(
     every = torch.arange(len(rows), device=rows.device)
     settled, fresh = _Block(every[:0], Selected(rows.new_empty(0, 1).float(), every.new_empty(0, 1))), selected(every)
     while True:
-        cut = _cut(mesh, [settled, *fresh], position, count=count, bits=(batch * n_latents).bit_length())
+        bits = (batch * n_latents).bit_length()
+        cut = _cut(mesh, [settled, *fresh], position, count=batch * k, bits=bits) if counted else _Cut(1, None)
         masks = [cut.chosen(block, position) for block in [settled, *fresh]]
         full = every[:0]
         if width < len(latents):
             more = (block.rows[mask[:, -1]] for block, mask in zip(fresh, masks[1:], strict=True))
             full = torch.cat([full, *more])
         settled = _pairs([settled, *fresh], masks)
-        if not int(sum_counts(mesh, mesh.world, every.new_full((1,), len(full)), name=NAME)):
+        n_full = int(sum_counts(mesh, mesh.world, every.new_full((1,), len(full)), name=NAME))
+        if not n_full:
             values, latent = settled.selected
             smallest = None if cut.key is None else _float(cut.key)
             return Chosen(settled.rows, latent.squeeze(1), values.squeeze(1), smallest, widened)
+        if n_full * 2 * width > batch * MOST * k:
+            raise UserError(
+                f"the rows of a batch have far more active latents than the {k} that sae.k asks for (more than {MOST} "
+                "times as many would have to be held); use a lower train.lr, or a kind whose latents are counted"
+            )
         again = torch.zeros_like(every, dtype=torch.bool).index_fill_(0, full, True)
         settled = _of(settled, ~again[settled.rows])
         width, widened = min(2 * width, len(latents)), widened + len(full)

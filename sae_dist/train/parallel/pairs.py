@@ -1,59 +1,103 @@
-"""The pairs of a step: which latent a row chose, its value and its gradient, made known to every data rank.
+"""The pairs of a step: which latent a row chose, what it is worth and its gradient, made known to every data rank.
 
-A data rank finds them for the rows that it encodes; all work out one update from those of the whole batch. BatchTopK's
-rows have different numbers of latents: theirs lie in lines, and travel without the empty places.
+A data rank finds them for the rows that it encodes; all work out one update from those of the whole batch. Where rows
+have different numbers of latents, theirs lie in lines, and travel without the empty places.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from sae_kernels import plain
 from sae_kernels.lines import Lines, lay
 from sae_kernels.reference import Selected
 from sae_kernels.stages import Part, Stages
 from torch import Tensor
 
+from sae_dist.train.objective import Through
 from sae_dist.train.parallel.exchange import all_gather, gather_rows
 from sae_dist.train.parallel.mesh import Mesh, part, parts
 
 
 class Errors(NamedTuple):
-    """What a part of the loss leaves of its target, for the rows that this data rank encodes, and what it chose."""
+    """What a term of the loss leaves of its target, for the rows that this data rank encodes, and what it chose."""
 
     errors: Float[Tensor, "mine d_model"]
-    selected: Selected  # of every row, or of every line
+    selected: Selected  # z of every row, or of every line
     lines: Lines | None = None  # where rows have different numbers of latents
 
 
-def everybodys(mesh: Mesh, stages: Stages, mine: Errors, *, batch: int, scale: float) -> tuple[Part, Lines | None]:
+class Use(NamedTuple):
+    """The same of the whole batch, with all gradients of its pairs."""
+
+    part: Part
+    lines: Lines | None
+    values: Float[Tensor, "lines places"]  # in the reconstruction
+    d_own: dict[str, Float[Tensor, "lines places"]]  # d loss / d the latents' own vectors
+
+
+Backward = Callable[[Selected, Float[Tensor, "lines places"]], Through]
+
+
+def everybodys(
+    mesh: Mesh, stages: Stages, mine: Errors, *, batch: int, scale: float, backward: Backward | None = None
+) -> Use:
     """The errors of the whole batch and what its rows chose in this part, in the rows' order, perhaps in lines.
 
-    `scale`: d loss / d errors is that times the errors. All data ranks call this at the same time.
+    `scale`: d loss / d errors is that times the errors. `backward` goes from d loss / d value to z, where a value is
+    not z itself. All data ranks call this at the same time.
     """
     data, lines, selected = mesh.data, mine.lines, mine.selected
     sizes = [len(r) for r in parts(batch, data.size)]
     of_lines = mine.errors if lines is None else lines.extended(mine.errors)
-    sent = (selected.values, selected.indices.int(), stages.d_z(of_lines, selected, scale=scale))
+    d_values, names, more = stages.d_z(of_lines, selected, scale=scale), (), ()
+    if backward is not None:
+        values, d_values, d_own = backward(selected, d_values)
+        names, more = tuple(d_own), (values, *d_own.values())
+    sent = (selected.values, selected.indices.int(), d_values, *more)
     errors = gather_rows(mesh, data, mine.errors, sizes, name="errors")
     if lines is None:
         sent = tuple(gather_rows(mesh, data, tensor, sizes, name="pairs") for tensor in sent)
     elif data.size > 1:
         sent, lines = _everybodys_lines(mesh, lines, sent, batch=batch)
-    values, indices, d_z = sent
-    return Part(errors, Selected(values, indices.long()), d_z, scale), lines
+    z, indices, d_z, *more = sent
+    part_of_loss = Part(errors, Selected(z, indices.long()), d_z, scale)
+    if backward is None:
+        return Use(part_of_loss, lines, z, {})
+    values, *of_own = more
+    return Use(part_of_loss._replace(weights=scale * values), lines, values, dict(zip(names, of_own, strict=True)))
 
 
-def hold_(stages: Stages, rows: Float[Tensor, "batch d_model"], uses: Sequence[Part], lines: Lines | None) -> None:
+def hold_(stages: Stages, rows: Float[Tensor, "batch d_model"], uses: Sequence[Use]) -> None:
     """Leave the pairs to the kernels; those of the first use may be in lines, of AuxK none are in further ones."""
+    held, lines = [use.part for use in uses], uses[0].lines
     if lines is not None:
-        main, *others = uses
-        uses = [main._replace(errors=lines.extended(main.errors))]
-        for errors, (values, indices), d_z, scale in others:
+        main, *others = held
+        held = [main._replace(errors=lines.extended(main.errors))]
+        for errors, (values, indices), d_z, scale, _ in others:
             selected = Selected(lines.padded(values), lines.padded(indices))
-            uses.append(Part(lines.padded(errors), selected, lines.padded(d_z), scale))
+            held.append(Part(lines.padded(errors), selected, lines.padded(d_z), scale))
         rows = lines.extended(rows)
-    stages.hold_(rows, uses)
+    stages.hold_(rows, held)
+
+
+def by_latent(use: Use, *, n_latents: int) -> dict[str, Float[Tensor, " n_latents"]]:
+    """The gradients of the latents' own vectors: sums over pairs, of each latent in the order of rows."""
+    if not use.d_own:
+        return {}
+    line, place = (use.part.selected.values > 0).nonzero(as_tuple=True)
+    if use.lines is not None:  # a row's further lines come after all rows
+        owner = use.lines.extended(torch.arange(use.lines.rows, device=line.device))[line]
+        order = owner.argsort(stable=True)
+        line, place = line[order], place[order]
+    latent, order = use.part.selected.indices[line, place].sort(stable=True)
+    offsets = torch.searchsorted(latent, torch.arange(n_latents + 1, device=latent.device))
+    ones = torch.ones(len(latent), device=latent.device)
+    return {
+        name: plain.bag_sums(d[line, place][:, None], order, ones, offsets).squeeze(1)
+        for name, d in use.d_own.items()
+    }  # fmt: skip
 
 
 def _everybodys_lines(

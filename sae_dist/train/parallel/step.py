@@ -6,52 +6,54 @@ latents. Exchanges, and bytes that a rank receives for B rows of d dimensions on
     candidates       8 k (F - 1) B / D            who is among the k best (select.py; two rounds: about 16 k B / D)
     reconstruction   4 d (F - 1) / F B / D        partial sums, to the rank that owns the row
     errors           4 d (1 - 1 / (D F)) B        x - x_hat, to everybody
-    pairs            12 k (D - 1) / D B           what a data rank's rows chose in this part, with d loss / dz
+    pairs            12 k (D - 1) / D B           what a data rank's rows chose in this part, with d loss / dz; 4 more
+                                                  for a value that is not z, and for each of the latents' own vectors
     b_dec            4 d (F - 1)                  its gradient through the encoder
     columns          16 d (F - 1)                 factored moments: sums of squared gradients by dimension
+    cost             8 (D F - 1)                  of activity, where its price depends on how much there is
     counts           40 (D F - 1)                 active values, dead latents, flaws; the loss, the same to the bit
 
 The data axis never reduces a gradient: 8 d n_latents / F bytes twice, where errors and pairs are 4 d B + 12 k B. All
 data ranks work out the same update from the same batch instead, in the order that one rank of these stages would: they
 stay equal bit for bit, their number does not show in the result, and dead counters need no exchange. (One process alone
 takes the kernels' fused step: its sums are in another order, and its AuxK of few dead latents is a bf16 product.) AuxK
-adds its own candidates, sums, errors and pairs while latents are dead. BatchTopK finds its choice by counts instead of
-candidates (threshold, batch_select.py: 16 KiB whatever the sizes), and its pairs travel without empty places: 16 k / F
-(D - 1) / D B.
+adds its own candidates, sums, errors and pairs while latents are dead. The best of a batch are found by counts instead
+of candidates (threshold, batch_select.py: 16 KiB whatever the sizes), what lies above a level by every part alone, and
+their pairs travel without empty places: 16 k / F (D - 1) / D B.
 
 On a GPU the process runs ahead of what it has launched, and waits for it once a step: for the counts, which say whether
 the step is sound. It waits once more for AuxK's list of dead latents, once for the norm when clipping, three times for
 each selection in two rounds, and, as the number of a row's latents is not known before, some twenty-five times for
-BatchTopK's cut. What follows the counts, the update, is under way while the next batch is fetched.
+the cut of a batch. What follows the counts, the update, is under way while the next batch is fetched.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from sae_kernels.lines import lay
-from sae_kernels.reference import Gradients, Selected, StepStatistics
-from sae_kernels.stages import Part, RowGradients, Stages
+from sae_kernels.reference import Gradients, Selected, StepStatistics, aux_weight, error_scale
 from sae_kernels.shard import Shard, is_finite
+from sae_kernels.stages import RowGradients, Stages
 from torch import Tensor
 
+from sae_dist.sae.variants.declared import Above, Elementwise, Penalty, Top, TopOfBatch, Variant, tracks_threshold
+from sae_dist.train.objective import Own, Through, activated, through
 from sae_dist.train.parallel.batch_select import batch_best, candidates
 from sae_dist.train.parallel.exchange import all_gather, gather_rows, settle, sum_rows, total
 from sae_dist.train.parallel.mesh import Mesh, part, parts
-from sae_dist.train.parallel.pairs import Errors, everybodys, hold_
+from sae_dist.train.parallel.pairs import Backward, Errors, Use, by_latent, everybodys, hold_
 from sae_dist.train.parallel.select import best, pays_two_rounds
 
-Variant = Literal["topk", "batchtopk"]
-LINE = 2  # times k places in a line (BatchTopK)
+LINE = 2  # times k places in a line, where rows have different numbers of latents
 SLOWEST = 0.1  # weight of a batch in the running mean of thresholds, 1 / steps at first: at 0.01 it lags behind
 
 
 class MeshStep:
-    """`Shard` over a mesh; `shard` is this rank's part of the dictionary, `latents` which part.
+    """`Shard` over a mesh; `shard` is this rank's part of the dictionary `sae`, `latents` which part.
 
-    `k`, `k_aux` and `n_latents` are the whole dictionary's. `micro_batch`: rows encoded at once. `clip_norm`: the most
-    that the gradient of all parameters may measure. The methods that train are called by all ranks at the same time.
+    `k_aux` is the whole dictionary's. `micro_batch`: rows encoded at once. `clip_norm`: the most that the gradient of
+    all parameters may measure. The methods that train are called by all ranks at the same time.
     """
 
     def __init__(
@@ -59,25 +61,27 @@ class MeshStep:
         shard: Shard,
         mesh: Mesh,
         *,
-        n_latents: int,
-        k: int,
+        sae: Variant,
         k_aux: int,
-        variant: Variant = "topk",
         micro_batch: int | None = None,
         clip_norm: float | None = None,
         two_rounds: bool | None = None,
         width: int | None = None,
     ) -> None:
-        self.shard, self.mesh, self.n_latents, self.k, self.k_aux = shard, mesh, n_latents, k, k_aux
+        n_latents, k = sae.n_latents, sae.rule.k
+        self.shard, self.mesh, self.sae, self.n_latents, self.k, self.k_aux = shard, mesh, sae, n_latents, k, k_aux
         self.latents = mesh.latents(n_latents)
         assert len(self.latents) == shard.n_latents, f"{shard.n_latents} latents, not {len(self.latents)}"
         self.micro_batch, self.clip_norm, self._two_rounds = micro_batch, clip_norm, two_rounds
-        self.variant: Variant = variant
-        self._fused = mesh.world.size == 1 and micro_batch is None and variant == "topk"
+        self._maths = sae if isinstance(sae, Elementwise) else None
+        self._fused = mesh.world.size == 1 and micro_batch is None and isinstance(sae.rule, Top) and not self._maths
         self._width = width or candidates(k, mesh.feature.size)
-        self.threshold = torch.zeros((), dtype=torch.float64)  # BatchTopK: where a latent is active at inference
+        # Where a latent of the finished dictionary is active: a statistic of the run, for kinds that choose by it.
+        self.threshold = torch.zeros((), dtype=torch.float64) if tracks_threshold(sae) else None
         self._smallest: float | None = None  # chosen value of the last forward
-        self.widened = 0  # BatchTopK: rows here that had to be selected again, wider
+        self.widened = 0  # rows here that had to be selected again, wider
+        self.penalty: Penalty | None = None  # of the last forward, for kinds that have a price of activity
+        self._d_own = dict[str, Tensor]()
         shard.join_(n_latents=n_latents, total=lambda part: total(mesh, mesh.feature, part, name="columns"))
         self._dead: list[int] | None = None  # dead latents of each feature rank; None: not counted yet
         self._flaws = 0  # parts of the mesh where d loss / dz is not finite
@@ -105,29 +109,32 @@ class MeshStep:
         """Everything up to what `update_` needs. The statistics are the whole mesh's; `fired` is about this part."""
         if self._fused:
             return self.shard.forward(x, variance=variance)
-        x, stages, scale = x.float(), self.shard.stages, -2 / (len(x) * variance)
+        x, stages, scale = x.float(), self.shard.stages, error_scale(len(x), variance)
         rows = stages.rows(x)
-        match self.variant:
-            case "topk":
-                main = self._reconstruct(stages, rows, x, None, k=self.k)
-            case "batchtopk":
-                main = self._reconstruct_batch(stages, rows, x)
-        use, lines = everybodys(self.mesh, stages, main, batch=len(x), scale=scale)
+        if isinstance(self.sae.rule, Top):
+            main = self._reconstruct(stages, rows, x, None, k=self.k)
+        else:
+            main = self._reconstruct_lines(stages, rows, x)
+        use = everybodys(
+            self.mesh, stages, main, batch=len(x), scale=scale, backward=self._backward(main.selected, batch=len(x))
+        )
         uses = [use]
-        squared_errors = [use.errors.square().sum(), x.new_zeros(())]
+        squared_errors = [use.part.errors.square().sum(), x.new_zeros(())]
         n_dead = sum(self._dead_by_rank())
         if self.k_aux and n_dead:
             aux = self._reconstruct(stages, rows, x, main.errors, k=min(self.k_aux, n_dead))
-            aux_scale = scale * self.shard.aux_coefficient * min(n_dead / self.k_aux, 1.0)
-            uses.append(everybodys(self.mesh, stages, aux, batch=len(x), scale=aux_scale)[0])
-            squared_errors[1] = uses[1].errors.square().sum()
-        hold_(stages, rows, uses, lines)
-        self._through_decoder = scale * use.errors.sum(0)
+            weight = aux_weight(self.shard.aux_coefficient, n_dead=n_dead, k_aux=self.k_aux)
+            uses.append(everybodys(self.mesh, stages, aux, batch=len(x), scale=scale * weight))
+            squared_errors[1] = uses[1].part.errors.square().sum()
+        hold_(stages, rows, uses)
+        self._through_decoder = scale * use.part.errors.sum(0)
+        self._d_own = by_latent(use, n_latents=len(self.latents))
         return self._statistics(uses, torch.stack(squared_errors), tokens=len(x))
 
     def update_(self, *, lr: float) -> None:
         """The update that the last `forward` leads to."""
-        if self._smallest is not None:  # a running mean over batches (Bussmann et al. 2024, sec. 3)
+        if self.threshold is not None and self._smallest is not None:
+            # A running mean over batches (Bussmann et al. 2024, sec. 3).
             self.threshold += max(1 / (self.shard.steps + 1), SLOWEST) * (self._smallest - self.threshold)
         if self._fused:
             gradients = None
@@ -143,9 +150,10 @@ class MeshStep:
         else:
             gradients = stages.row_gradients()
             d_b_dec = self._d_b_dec(gradients.through_b_dec)
-            factor = self._clip(*gradients[:3], d_b_dec)
+            factor = self._clip(*gradients[:3], d_b_dec, *self._d_own.values())
             stages.update_latents_(RowGradients(*(g * factor for g in gradients)), hyper)
         stages.update_b_dec_(d_b_dec * factor, hyper)
+        self.shard.update_vectors_({name: d * factor for name, d in self._d_own.items()}, hyper)
 
     def count_(self, fired: Bool[Tensor, " n_latents"], *, tokens: int) -> None:
         """Count the batch's tokens as silence for every latent here that did not fire."""
@@ -161,12 +169,12 @@ class MeshStep:
         Split by latents: all but b_dec and its moments, the number of steps and the threshold, which are the same on
         all ranks.
         """
-        return self.shard.state_dict() | ({} if self.variant == "topk" else {"threshold": self.threshold})
+        return self.shard.state_dict() | ({} if self.threshold is None else {"threshold": self.threshold})
 
     def load_state_dict_(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over this rank's part of what `state_dict` gave, on this or any other mesh."""
         rest = dict(tensors)
-        if self.variant == "batchtopk":
+        if self.threshold is not None:
             self.threshold.copy_(rest.pop("threshold"))
         self.shard.load_state_dict_(rest)
         self._dead = None
@@ -188,7 +196,7 @@ class MeshStep:
                 self.mesh, own, latents=self.latents, k=k, width=min(k, max(available)), two_rounds=two_rounds,
                 name=name,
             )  # fmt: skip
-            summed = self._summed(stages.partial(selected))
+            summed = self._summed(stages.partial(selected if residual is not None else self._decoded(selected)))
             if residual is None:
                 errors.append(self._left(x[chunk.start : chunk.stop], summed + self.shard.b_dec))
             else:
@@ -200,19 +208,48 @@ class MeshStep:
             torch.cat(errors), Selected(torch.cat([s.values for s in chosen]), torch.cat([s.indices for s in chosen]))
         )
 
-    def _reconstruct_batch(self, stages: Stages, rows: Tensor, x: Tensor) -> Errors:
-        """What the batch's k best latents a row in the mean leave of x, for this data rank's rows."""
-        mine = part(len(x), self.mesh.data)
+    def _reconstruct_lines(self, stages: Stages, rows: Tensor, x: Tensor) -> Errors:
+        """What a batch's best latents, or all above their level, leave of x, for this data rank's rows."""
+        mine, level = part(len(x), self.mesh.data), None
+        if isinstance(self.sae.rule, Above):
+            assert self._maths is not None, f"{self.sae.kind} has a rule Above and no level"
+            level = self._maths.level(self.shard.vectors)
         chosen = batch_best(
-            self.mesh, lambda some, k: stages.select(some, k=k), rows[mine.start : mine.stop], first_row=mine.start,
-            batch=len(x), latents=self.latents, n_latents=self.n_latents, count=len(x) * self.k, width=self._width,
-            at_once=self.micro_batch,
+            self.mesh, lambda some, k: stages.select(some, k=k, level=level), rows[mine.start : mine.stop],
+            first_row=mine.start, batch=len(x), latents=self.latents, n_latents=self.n_latents, k=self.k,
+            counted=isinstance(self.sae.rule, TopOfBatch), width=self._width, at_once=self.micro_batch,
         )  # fmt: skip
         self._smallest, self.widened = chosen.smallest, self.widened + chosen.widened
+        z = chosen.values if level is None else chosen.values + level[chosen.latent]
         lines = lay(chosen.row, rows=len(mine), width=LINE * self.k)
-        selected = Selected(lines.laid(chosen.values), lines.laid(chosen.latent))
-        summed = self._summed(lines.summed(stages.partial(selected)))
+        selected = Selected(lines.laid(z), lines.laid(chosen.latent))
+        summed = self._summed(lines.summed(stages.partial(self._decoded(selected))))
         return Errors(self._left(x[mine.start : mine.stop], summed + self.shard.b_dec), selected, lines)
+
+    def _own(self, indices: Tensor) -> Own:
+        """The latents' own vectors at every place."""
+        return {name: vector[indices] for name, vector in self.shard.vectors.items()}
+
+    def _decoded(self, z: Selected) -> Selected:
+        """What the decoder reads of the chosen pairs."""
+        if self._maths is None:
+            return z
+        return Selected(activated(self._maths, z.values, self._own(z.indices))[0], z.indices)
+
+    def _backward(self, z: Selected, *, batch: int) -> Backward | None:
+        """How gradients of values go on to z and the latents' own vectors; all ranks call this together."""
+        if self._maths is None:
+            return None
+        _, here = activated(self._maths, z.values, self._own(z.indices))
+        mean = total(self.mesh, self.mesh.world, here, name="cost") / batch
+        self.penalty = self._maths.penalty(mean)
+        price = self.penalty.slope / batch
+
+        def backward(z: Selected, d_values: Tensor) -> Through:
+            assert self._maths is not None
+            return through(self._maths, z.values, self._own(z.indices), d_values, price=price)
+
+        return backward
 
     def _summed(self, partial: Float[Tensor, "rows d_model"]) -> Float[Tensor, "share d_model"]:
         """The sum of all parts' partial sums, of this rank's share of the rows."""
@@ -234,18 +271,19 @@ class MeshStep:
             return Selected(nothing, nothing.long())
         return stages.select(rows, k=k, latents=latents)
 
-    def _statistics(self, uses: list[Part], squared_errors: Float[Tensor, " 2"], *, tokens: int) -> StepStatistics:
+    def _statistics(self, uses: list[Use], squared_errors: Float[Tensor, " 2"], *, tokens: int) -> StepStatistics:
         """The step's figures, which one exchange makes the whole mesh's.
 
         It also says how many latents of each part are dead once these tokens are counted, and who has a flaw. The loss
         is that of rank 0: another number of threads may add another rank's up to other bits.
         """
-        values, indices = uses[0].selected
+        values, indices = uses[0].values, uses[0].part.selected.indices
         n_here, silence = len(self.latents), self.shard.tokens_since_fired
         fired = torch.zeros(n_here + 1, dtype=torch.bool, device=values.device)
         fired = fired.index_fill_(0, torch.where(values > 0, indices, n_here).flatten(), True)[:-1]
         dead = (~fired & (silence + tokens >= self.shard.dead_after_tokens)).sum()
-        flaw = torch.stack([~torch.isfinite(use.d_z).all() for use in uses]).any()
+        gradients = [use.part.d_z for use in uses] + list(self._d_own.values())
+        flaw = torch.stack([~torch.isfinite(gradient).all() for gradient in gradients]).any()
         counted = torch.stack([(values > 0).sum(), dead, flaw.long()])
         mine = torch.cat([counted, squared_errors.double().view(torch.int64)])
         everybody = all_gather(self.mesh, self.mesh.world, mine, name="counts").cpu()  # all at once: see above
@@ -266,10 +304,10 @@ class MeshStep:
     def _d_b_dec(self, through: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
         return self._through_decoder - total(self.mesh, self.mesh.feature, through, name="b_dec")
 
-    def _clip(self, enc: Tensor, dec: Tensor, b_enc: Tensor, b_dec: Tensor) -> float:
+    def _clip(self, enc: Tensor, dec: Tensor, b_enc: Tensor, b_dec: Tensor, *own: Tensor) -> float:
         """What the gradient is multiplied by so that its norm over the whole mesh is at most `clip_norm`."""
         assert self.clip_norm is not None
-        here = torch.stack([g.double().square().sum() for g in (enc, dec, b_enc)]).sum()
+        here = torch.stack([g.double().square().sum() for g in (enc, dec, b_enc, *own)]).sum()
         square = total(self.mesh, self.mesh.feature, here, name="norm") + b_dec.double().square().sum()
         return min(self.clip_norm / max(float(square) ** 0.5, 1e-30), 1.0)
 

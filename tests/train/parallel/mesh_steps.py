@@ -15,10 +15,11 @@ import torch.distributed as dist
 from sae_kernels.reference import unit_norm
 from sae_kernels.shard import Backend, Shard
 
+from sae_dist.sae.config import BatchTopK, TopK
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel import step as steps
 from sae_dist.train.parallel.mesh import Mesh, connect
-from sae_dist.train.parallel.step import MeshStep, Variant
+from sae_dist.train.parallel.step import MeshStep
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Case:
     micro_batch: int | None = None
     clip_norm: float | None = None
     two_rounds: bool | None = None
-    variant: Variant = "topk"
+    kind: type[TopK] | type[BatchTopK] = TopK
     width: int | None = None  # BatchTopK: candidates of a row and part
     product_dtype: torch.dtype = torch.float32
     backend: Backend = "auto"
@@ -60,22 +61,22 @@ CASES = {
     "two_rounds_owned": Case(steps=12, data="owned", two_rounds=True),
     "two_rounds_one_row": Case(steps=3, batch=1, two_rounds=True),  # of several data ranks, some have none
     "two_rounds_ties": Case(n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1, two_rounds=True),
-    "batch": Case(steps=12, dead_after_tokens=100, variant="batchtopk"),
-    "batch_long": Case(steps=60, variant="batchtopk"),
-    "batch_owned": Case(steps=12, data="owned", variant="batchtopk"),
-    "batch_row": Case(steps=12, data="one row", variant="batchtopk", width=2),
-    "batch_few": Case(steps=12, data="few", variant="batchtopk"),
+    "batch": Case(steps=12, dead_after_tokens=100, kind=BatchTopK),
+    "batch_long": Case(steps=60, kind=BatchTopK),
+    "batch_owned": Case(steps=12, data="owned", kind=BatchTopK),
+    "batch_row": Case(steps=12, data="one row", kind=BatchTopK, width=2),
+    "batch_few": Case(steps=12, data="few", kind=BatchTopK),
     "batch_ties": Case(
-        n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1, variant="batchtopk", width=3
+        n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1, kind=BatchTopK, width=3
     ),
-    "batch_micro": Case(steps=12, dead_after_tokens=100, variant="batchtopk", micro_batch=7, clip_norm=0.05, width=1),
-    "batch_kernels": Case(steps=12, dead_after_tokens=100, variant="batchtopk", product_dtype=torch.bfloat16),
+    "batch_micro": Case(steps=12, dead_after_tokens=100, kind=BatchTopK, micro_batch=7, clip_norm=0.05, width=1),
+    "batch_kernels": Case(steps=12, dead_after_tokens=100, kind=BatchTopK, product_dtype=torch.bfloat16),
     "triton": TRITON,
     "triton_uneven": replace(
         TRITON, n_latents=67, d_model=16, k=4, batch=11, steps=3, dead_after_tokens=22, two_rounds=True
     ),
     "triton_clipped": replace(TRITON, n_latents=64, d_model=16, clip_norm=0.05, micro_batch=5),
-    "triton_batch": replace(TRITON, variant="batchtopk", width=2),
+    "triton_batch": replace(TRITON, kind=BatchTopK, width=2),
 }
 
 
@@ -96,7 +97,7 @@ def parameters(case: Case) -> dict[str, torch.Tensor]:
 
 def batch_of(case: Case, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 + step)
-    if case.data == "integers" and case.variant == "batchtopk":
+    if case.data == "integers" and case.kind is BatchTopK:
         x = torch.randint(-2, 3, (case.batch, case.d_model), generator=generator).float()
         return torch.cat([x[: case.batch // 2], x[: case.batch - case.batch // 2]])  # rows tie too, across data ranks
     if case.data == "integers":
@@ -120,8 +121,8 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
         product_dtype=case.product_dtype, backend=case.backend,
     )  # fmt: skip
     step = MeshStep(
-        shard, mesh, n_latents=case.n_latents, k=case.k, k_aux=case.k_aux, micro_batch=case.micro_batch,
-        clip_norm=case.clip_norm, two_rounds=case.two_rounds, variant=case.variant, width=case.width,
+        shard, mesh, sae=case.kind(n_latents=case.n_latents, k=case.k, k_aux=case.k_aux), k_aux=case.k_aux,
+        micro_batch=case.micro_batch, clip_norm=case.clip_norm, two_rounds=case.two_rounds, width=case.width,
     )  # fmt: skip
     if case.data == "integers":
         shard.tokens_since_fired[::2] = 10
@@ -138,9 +139,9 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
             chosen.append(torch.stack([of_step, of_use, owner[line], latent], 1))
         held(rows, parts)
 
-    def hold_in_lines(stages, rows, uses, lines):
-        in_lines.append(lines)
-        held_in_lines(stages, rows, uses, lines)
+    def hold_in_lines(stages, rows, uses):
+        in_lines.append(uses[0].lines)
+        held_in_lines(stages, rows, uses)
 
     shard.stages.hold_ = hold  # type: ignore[method-assign]
     with patch.object(steps, "hold_", hold_in_lines):

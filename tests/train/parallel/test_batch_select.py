@@ -48,7 +48,7 @@ def test_the_batchs_best_are_those_of_the_reference(kind, width, at_once):
     rows = torch.arange(ROWS)[:, None].float()
     found = batch_best(
         Mesh.single(), select, rows, first_row=0, batch=ROWS, latents=range(N_LATENTS), n_latents=N_LATENTS,
-        count=ROWS * K, width=width, at_once=at_once,
+        k=K, counted=True, width=width, at_once=at_once,
     )  # fmt: skip
     expected = reference.batch_topk(z, K)
     assert torch.equal(found.row, torch.arange(ROWS).repeat_interleave(expected.offsets.diff()))

@@ -5,6 +5,7 @@ import torch
 from sae_kernels import reference
 from sae_kernels.shard import Shard
 
+from sae_dist.sae.config import BatchTopK
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep
 from tests.allocations import Allocations
@@ -18,7 +19,7 @@ def step_of(
         k=k, k_aux=3, aux_coefficient=1 / 32, dead_after_tokens=100, backend=backend, product_dtype=product_dtype,
         **dictionary(n_latents, d_model),
     )  # fmt: skip
-    return MeshStep(shard, Mesh.single(), n_latents=n_latents, k=k, k_aux=3, variant="batchtopk", **settings)
+    return MeshStep(shard, Mesh.single(), sae=BatchTopK(n_latents=n_latents, k=k, k_aux=3), k_aux=3, **settings)
 
 
 def inputs(kind: str, batch: int, d_model: int) -> torch.Tensor:

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from sae_kernels.reference import Selected
-from sae_kernels.stages import Part
 from sae_kernels.shard import Shard
+from sae_kernels.stages import Part
 
 from sae_dist.train.parallel.mesh import Mesh
 from tests.sae_kernels.interpreted import bf16_as_on_a_gpu

@@ -1,0 +1,44 @@
+"""Which dictionaries a checkpoint holds, by keys of the training that wrote it: no other may resume from it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sae_dist.config import UserError
+from sae_dist.train.checkpoint import Checkpoint
+from sae_dist.train.member import MAIN, Member, split_name
+
+
+def identity(member: Member) -> dict[str, Any]:
+    """The keys of a member's dictionary that decide which tensors there are, of what shape and dtype."""
+    return {
+        "sae.kind": member.sae.kind,
+        "sae.n_latents": member.sae.n_latents,
+        "train.parameters": member.parameters,
+        "train.moments": member.moments,
+    }
+
+
+def refuse_others(saved: Checkpoint, members: Sequence[Member]) -> None:
+    """UserError where a checkpoint's dictionaries are not these members, or are stored otherwise."""
+    there, wanted = {split_name(name)[0] for name in saved.tensors}, {member.prefix for member in members}
+    if there != wanted:
+        raise UserError(
+            f"the checkpoint of step {saved.step} holds {len(there)} dictionaries, of which {len(there & wanted)} are "
+            f"among the {len(wanted)} of this training; choose another out="
+        )
+    for member in members:
+        _refuse_another(saved, member)
+
+
+def _refuse_another(saved: Checkpoint, member: Member) -> None:
+    there, here = saved.facts.get(f"{member.prefix}identity") or {}, identity(member)
+    if differing := [key for key in here if here[key] != there.get(key)]:
+        main = member.name == MAIN
+        shown = ", ".join(
+            f"{key if main else key.partition('.')[2]}={there.get(key)} there, {here[key]} here" for key in differing
+        )
+        who = "" if main else f"also={member.name}: "
+        raise UserError(
+            f"{who}the checkpoint of step {saved.step} holds another dictionary ({shown}); give the keys that it was "
+            "trained with, or choose another out= (and train.checkpoints=)"
+        )

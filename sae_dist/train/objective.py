@@ -1,0 +1,62 @@
+"""The loss of a step, for one rank and for a mesh, and how its gradient reaches the pairs.
+
+    loss = [ sum ||x - x_hat||^2 + w sum ||e - e_hat||^2 ] / (batch variance) + P(mean over rows of their pairs' cost)
+
+The first term is the fraction of variance that x_hat = b_dec + sum_j value_j W_dec[j] leaves unexplained, the second
+AuxK's (`sae_kernels.reference.aux_weight` is w), the third the kind's own price of activity. Of the first two,
+d loss / d value = scale errors . W_dec[j], which kernels compute; what a kind does between z and a value is
+elementwise, so that autograd over batch x L0 numbers is all the rest.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_dist.sae.variants.declared import Elementwise
+
+Own = Mapping[str, Float[Tensor, "..."]]  # the latents' own vectors, at each pair's latent
+
+
+class Through(NamedTuple):
+    """What pairs are worth, and d loss of what they were made from, at every place."""
+
+    values: Float[Tensor, "lines places"]
+    d_z: Float[Tensor, "lines places"]
+    d_own: dict[str, Float[Tensor, "lines places"]]
+
+
+def activated(
+    maths: Elementwise, z: Float[Tensor, "lines places"], own: Own
+) -> tuple[Float[Tensor, "lines places"], Float[Tensor, ""]]:
+    """Every place's value, 0 at empty ones, and the sum of all costs, in fp64."""
+    with torch.no_grad():
+        values, cost = maths.activate(z, own)
+    chosen = z > 0
+    total = z.new_zeros((), dtype=torch.float64) if cost is None else torch.where(chosen, cost, 0.0).double().sum()
+    return torch.where(chosen, values, 0.0), total
+
+
+def through(
+    maths: Elementwise, z: Float[Tensor, "lines places"], own: Own, d_values: Float[Tensor, "lines places"],
+    *, price: float | Tensor,
+) -> Through:  # fmt: skip
+    """d loss / d z and d loss / d own from d loss / d value and `price`, d loss / d cost of a pair.
+
+    A place is empty where z is 0, and everything is 0 there.
+    """
+    chosen = z > 0
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        of_own = {name: vector.detach().requires_grad_() for name, vector in own.items()}
+        values, cost = maths.activate(leaf, of_own)
+        loss = (torch.where(chosen, values, 0.0) * d_values).sum()
+        if cost is not None:
+            loss = loss + price * torch.where(chosen, cost, 0.0).sum()
+        d_z, *d_own = torch.autograd.grad(loss, [leaf, *of_own.values()], materialize_grads=True)
+    return Through(
+        torch.where(chosen, values.detach(), 0.0), torch.where(chosen, d_z, 0.0),
+        {name: torch.where(chosen, d, 0.0) for name, d in zip(of_own, d_own, strict=True)},
+    )  # fmt: skip
