@@ -5,7 +5,8 @@ Each dataclass lives beside the code that it configures; this file has only what
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
@@ -14,7 +15,6 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
-SHOWN = 200  # characters of a value in a message
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is_dir())  # wheel, else checkout
@@ -31,53 +31,119 @@ class Stopped(Exception):
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def frozen(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass whose fields pydantic checks and which refuses unknown keys."""
-    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)  # type: ignore[return-value]
+    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))(cls)  # type: ignore[return-value]
 
 
 def load(cls: type[T], values: Mapping[str, Any]) -> T:
-    """`values` as a checked `cls`; raises `UserError` naming every bad key, its value and what was expected."""
+    """`values` as a checked `cls`; raises `UserError` naming every bad key, its value and what would do."""
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise UserError("; ".join(_problems(error.errors(), values))) from None
+        raise UserError("; ".join(_mistakes(error, values))) from None
 
 
-def _problems(errors: Sequence[ErrorDetails], values: Mapping[str, Any]) -> list[str]:
-    """One problem a place: where a value may be of several kinds, all that it may be."""
-    problems: dict[str, list[str]] = {}
-    for error in errors:
-        place, reason = _describe(error, values)
-        problems.setdefault(place, []).append(reason)
-    return [f"{place}{', or '.join(dict.fromkeys(reasons))}" for place, reasons in problems.items()]
+def wrong_keys(shape: Any, values: object) -> str:
+    """What in `values` does not have this shape, as a clause; empty when all of it does. Numbers must be finite."""
+    try:
+        TypeAdapter(shape).validate_python(values)
+    except ValidationError as error:
+        gone = {".".join(_keys(each["loc"], values)): each["type"] == "missing" for each in error.errors()}
+        return ", ".join(f"{key or 'its content'} is {'missing' if gone[key] else 'wrong'}" for key in gone)
+    return ""
 
 
-def _describe(error: ErrorDetails, values: Mapping[str, Any]) -> tuple[str, str]:
-    """Where and what: the key, with its value where that helps, and the reason."""
-    key, shown = ".".join(_keys(error["loc"], values)), repr(error["input"])
-    shown = f"{shown[:SHOWN]}..." if len(shown) > SHOWN else shown
+def local_folder(key: str, value: str) -> str:
+    """`value` if it is a folder on a disk; UserError for a URI, which would become a folder of that name."""
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", value):
+        raise UserError(
+            f"{key}={value} is not a folder on a disk, which a run needs for its own files; give a path without "
+            f"{found[1]}: (store= and train.checkpoints= may be URIs, as s3://bucket/prefix)"
+        )
+    return value
+
+
+def _mistakes(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+    """A clause for every bad key; what each alternative of a key would take is one clause."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for each in error.errors():
+        key = ".".join(_keys(each["loc"], values))
+        head, cure = _describe(each, key)
+        cures = found.setdefault((key, head), [])
+        if cure not in cures:
+            cures.append(cure)
+    return [head + " or ".join(cures) for (_, head), cures in found.items()]
+
+
+def _describe(error: ErrorDetails, key: str) -> tuple[str, str]:
+    """What is wrong, and what would do: never pydantic's own words, which are about Python."""
     match error["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
-            return f"unknown key {key}={shown}; ", "remove it (--help lists the keys)"
+            return f"unknown key {key}={_shown(error['input'])}", "; remove it (--help lists the keys)"
         case "missing" | "missing_argument":
-            return f"{key} is missing; ", f"set {key}=..."
+            return f"{key} is missing", f"; set {key}=..."
         case "value_error":
-            return f"{key}: " if key else "", error["msg"].removeprefix("Value error, ")
+            reason = error["msg"].removeprefix("Value error, ")
+            return (f"{key}: {reason}" if key else reason), ""
+        case "union_tag_invalid":
+            return f"{key}.kind={error['ctx']['tag']!r}", f": choose one of {error['ctx']['expected_tags']}"  # type: ignore[typeddict-item]
+        case kind:
+            of_limit = error.get("ctx", {})
+            limits = {name: v if isinstance(v, str) else _shown(v) for name, v in of_limit.items()}
+            words = next((words for start, words in _CURES.items() if kind.startswith(start)), "give another value")
+            return f"{key}={_shown(error['input'])}: ", words.format_map(limits)
+
+
+_CURES = {  # by how pydantic's name of the error begins; braces: what it says of the limit
+    "int_": "give a whole number",
+    "float_": "give a number",
+    "finite_number": "give a finite number",
+    "bool_": "give true or false",
+    "string_type": "give text",
+    "string_pattern_mismatch": "it must match {pattern}",
+    "string_too_long": "give at most {max_length} characters",
+    "string_too_short": "give at least {min_length} characters",
+    "greater_than_equal": "give {ge} or more",
+    "greater_than": "give more than {gt}",
+    "less_than_equal": "give {le} or less",
+    "less_than": "give less than {lt}",
+    "literal_error": "give {expected}",
+    "union_tag_not_found": "give it a kind",
+    "none_required": "leave it null",
+    "tuple_type": "give a list, [a, b]",
+    "list_type": "give a list, [a, b]",
+    "too_short": "give at least {min_length} of them",
+    "too_long": "give at most {max_length} of them",
+    "dict_type": "give keys and values, {{a: b}}",
+    "mapping_type": "give keys and values, {{a: b}}",
+    "dataclass_type": "give keys and values, {{a: b}}",
+}
+
+
+def _shown(value: object) -> str:
+    """A value as YAML has it, cut where it is long."""
+    match value:
+        case None | True | False:
+            return {None: "null", True: "true", False: "false"}[value]
+        case float():
+            return f"{value:g}"
         case _:
-            return f"{key}={shown}: ", f"{error['msg'][0].lower()}{error['msg'][1:]}"
+            return text if len(text := repr(value)) <= 200 else f"{text[:200]}..."
 
 
 def _keys(loc: tuple[int | str, ...], values: object) -> list[str]:
-    """The keys of a place in `values`, without the kinds by which pydantic tells alternatives apart."""
+    """The keys of a place in `values`, without the names by which pydantic tells alternatives of a key apart."""
     keys = []
     for part in loc:
+        if isinstance(values, Mapping) and part not in values and values.get("kind") == part:
+            continue
         if isinstance(values, Mapping):
-            if part not in values and values.get("kind") == part:
-                continue
             values = values.get(part)
-        elif isinstance(values, list | tuple) and isinstance(part, int) and part < len(values):
-            values = values[part]
+        elif isinstance(values, list | tuple) and isinstance(part, int):
+            values = values[part] if part < len(values) else None
+        elif not isinstance(values, list | tuple):
+            break
         else:
-            break  # the value itself is at fault, as each of the kinds that it may be
+            continue
         keys.append(str(part))
     return keys
 

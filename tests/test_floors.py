@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (  # lowest first; packages on one floor do not know each other
     {"sae_kernels"},
     {"config"},
-    {"faults", "memory", "network", "parallel"},
-    {"storage", "monitor"},
+    {"faults", "memory", "network", "parallel", "refusals"},
+    {"storage", "monitor", "records"},
     {"text", "model", "shards", "sae"},
     {"harvest", "train", "evaluate", "interpret"},
     {"service", "plan"},

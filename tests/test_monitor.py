@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
-from sae_dist.monitor import JsonLines, WandbConfig, WandbMirror, newest_metrics, read_metrics, write_json
+from sae_dist.config import UserError, load
+from sae_dist.monitor import JsonLines, WandbConfig, WandbMirror, newest_metrics, read_metrics
+from sae_dist.records import write_json
 
 
 def test_lines_of_other_phases_do_not_get_between_the_steps(tmp_path):
@@ -48,6 +51,17 @@ def test_the_line_after_a_cut_one_stands_alone(tmp_path):
     assert [entry["step"] for entry in read_metrics(path)] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "line", ["[1]", "7", '{"step": "a"}', '{"fvu": 1}', '{"step": 1, "fvu": [1]}', '{"step": 1e99}']
+)
+def test_a_line_that_no_run_wrote_is_refused_by_name(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "fvu": 0.5}}\n{line}\n')
+    for read in (read_metrics, newest_metrics):
+        with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: .* remove that line"):
+            read(path)
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     write_json(tmp_path / "a" / "status.json", {"x": 1})
     with pytest.raises(TypeError):
@@ -68,6 +82,39 @@ def test_wandb_offline_keeps_a_run_in_the_runs_folder(tmp_path, caplog):
     (kept,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert b"run: step 20" in kept.read_bytes()  # the alert's title
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "mode"),
+    [({}, None, "offline"), ({"WANDB_MODE": "disabled"}, None, "disabled"), ({"WANDB_MODE": "dryrun"}, None, "offline"),
+     ({"WANDB_MODE": "disabled"}, "online", "online"), ({"WANDB_MODE": ""}, None, "offline")],
+)  # fmt: skip
+def test_the_mode_is_the_one_that_is_given_else_the_environments(monkeypatch, environment, given, mode):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert load(WandbConfig, {"mode": given}).mode == mode
+    assert environment or WandbConfig().mode == mode
+
+
+def test_a_mode_of_the_environment_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(UserError, match="mode='sometimes': give 'offline', 'online' or 'disabled'"):
+        load(WandbConfig, {})
+
+
+def test_without_a_key_it_is_said_while_the_run_works(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    log = WandbMirror(load(WandbConfig, {"mode": "online"}), out=tmp_path, name="run", run_config={})
+    log(0, {"tokens": 0})
+    deadline = time.monotonic() + 120
+    while not caplog.records and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "W&B has ended" in caplog.text and "metrics.jsonl has all" in caplog.text
+    assert "api_key" in caplog.text.lower() or "wandb login" in caplog.text
+    log.close()
+    assert len(caplog.records) == 1
 
 
 KILLED = """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_dist.cli.report import print_summary
-from sae_dist.config import frozen, load
+from sae_dist.config import frozen, load, local_folder
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.service.judge import evaluate_again
 
@@ -29,5 +29,5 @@ CONFIG = EvaluateAgain
 
 def main(values: Mapping[str, Any]) -> int:
     job = load(EvaluateAgain, values)
-    print_summary(evaluate_again(Path(job.out), job.evaluate))
+    print_summary(evaluate_again(Path(local_folder("out", job.out)), job.evaluate))
     return 0

@@ -16,6 +16,7 @@ import yaml
 
 import sae_dist
 from sae_dist.config import Stopped, UserError
+from sae_dist.refusals import refusal
 from sae_dist.service.stopping import handle
 
 COMMANDS = {  # each is a module of this package with main(values) -> exit code
@@ -60,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(command, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (refused := refusal(error)) is None:
+            raise
+        print(f"error: {refused}", file=sys.stderr)
         return BAD_INPUT
     except (KeyboardInterrupt, Stopped) as stop:
         with contextlib.suppress(OSError):  # the terminal, or who read the pipe, may have gone before

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_dist.config import frozen, load
+from sae_dist.config import frozen, load, local_folder
 from sae_dist.interpret.collect import PagesConfig
 from sae_dist.service.judge import pages_again
 
@@ -27,5 +27,5 @@ CONFIG = PagesAgain
 
 def main(values: Mapping[str, Any]) -> int:
     job = load(PagesAgain, values)
-    print(f"pages: {pages_again(Path(job.out), job.pages)}")
+    print(f"pages: {pages_again(Path(local_folder('out', job.out)), job.pages)}")
     return 0

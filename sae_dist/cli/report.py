@@ -44,11 +44,14 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     console.print(table)
     if summary.get("also"):
         console.print(_members(summary))
-    for key in ("dictionary", "pages"):
-        if summary.get(key):
-            console.print(f"{key}: {summary[key]}", soft_wrap=True, highlight=False)
-    for member in summary.get("also", []):
-        console.print(f"{member['name']}: {member['dictionary']}", soft_wrap=True, highlight=False)
+    for line in [f"ALERT: {alert}" for alert in summary.get("alerts", [])] + places(summary):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def places(summary: Mapping[str, Any]) -> list[str]:
+    """Where the parts of a finished run are, a line each."""
+    own = [f"{key}: {summary[key]}" for key in ("dictionary", "pages") if summary.get(key)]
+    return own + [f"{member['name']}: {member['dictionary']}" for member in summary.get("also", [])]
 
 
 def _members(summary: Mapping[str, Any]) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_dist.config import digest, frozen, to_dict
+from sae_dist.config import digest, frozen, local_folder, to_dict
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.interpret.collect import PagesConfig
@@ -45,6 +45,8 @@ class RunConfig:
     pages: PagesConfig | None = None  # pages=null: no feature pages
 
     def __post_init__(self) -> None:
+        if self.out is not None:
+            local_folder("out", self.out)
         _ = self.members  # a wrong entry is refused here
         ahead, round_units = self.harvest.ahead_units, self.order.round_units
         per_unit = self.harvest.unit_sequences * (self.harvest.context - self.harvest.rows.drop_first)
@@ -109,6 +111,9 @@ class HarvestJob:
     harvest: HarvestConfig
     wandb: WandbConfig = WandbConfig()
 
+    def __post_init__(self) -> None:
+        local_folder("out", self.out)
+
     @property
     def hooks(self) -> tuple[str, ...]:
         return (self.hook,) if isinstance(self.hook, str) else self.hook
@@ -140,6 +145,7 @@ class TrainJob:
     cluster: str = "local"  # of the actors of a mesh. local: Ray for this job here; else the address of a Ray cluster
 
     def __post_init__(self) -> None:
+        local_folder("out", self.out)
         _ = self.members  # a wrong entry is refused here
 
     @property

@@ -1,7 +1,7 @@
 """Evaluation and feature pages of a run's dictionary, beside the model that they need."""
 
 import dataclasses
-import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from sae_dist import storage
@@ -25,11 +24,12 @@ from sae_dist.interpret.vocabulary import decoder
 from sae_dist.model.load import LanguageModel
 from sae_dist.model.load import load as load_model
 from sae_dist.model.logits import check_direct_path, unembedding
-from sae_dist.monitor import write_json
+from sae_dist.records import write_json
 from sae_dist.sae import dictionary as dictionary_file
-from sae_dist.service.config import RunConfig
+from sae_dist.service.config import RunConfig, TrainJob
 from sae_dist.service.prepare import Prepared, prepare
-from sae_dist.service.run_folder import claim
+from sae_dist.service.run_folder import claim, read_config
+from sae_dist.service.summary import alerted, read_summary
 from sae_dist.shards import reader
 from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.shards.retention import retired
@@ -111,6 +111,7 @@ def _outputs(language_model: LanguageModel, hook: str) -> Outputs | str:
 def evaluate_again(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
     """Judges a finished run's dictionaries anew; its summary, with the new figures written into summary.json."""
     with _claimed(out) as (summary, config):
+        summary.pop("alerts", None)
         judged = {MAIN: summary} | {one["name"]: one for one in summary.get("also", [])}
         if config is None:
             store = reader.open(storage.open(summary["store"]))
@@ -127,6 +128,7 @@ def evaluate_again(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]
             model, stream = load_model(config.model), prepared.split.heldout
             for name, own in judged.items():
                 own["eval"] = evaluate(config, model, store=store, stream=stream, name=name)
+        summary |= alerted({name: own["eval"] for name, own in judged.items()})
         write_json(out / "summary.json", summary)
         return summary
 
@@ -144,12 +146,16 @@ def pages_again(out: Path, pages_config: PagesConfig) -> Path:
 @contextmanager
 def _claimed(out: Path) -> Iterator[tuple[dict[str, Any], RunConfig | None]]:
     """A finished run's summary and config (None for a run of `sae-dist train`), held against other processes."""
-    if not (out / "summary.json").is_file():
+    if not os.path.lexists(out / "summary.json"):
         raise UserError(f"out={out} has no summary.json: the run has not finished; repeat its command first")
     with claim(out):
-        values = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
-        config = load_config(RunConfig, values | {"out": str(out)}) if "model" in values else None
-        yield json.loads((out / "summary.json").read_text(encoding="utf-8")), config
+        values = read_config(out) | {"out": str(out)}
+        kind = RunConfig if "model" in values else TrainJob
+        try:
+            config = load_config(kind, values)
+        except UserError as wrong:
+            raise UserError(f"{out / 'config.yaml'} is damaged: {wrong}") from None
+        yield read_summary(out), config if isinstance(config, RunConfig) else None
 
 
 def _prepared(config: RunConfig) -> tuple[Prepared, Store]:

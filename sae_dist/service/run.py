@@ -4,9 +4,8 @@ Every phase leaves its result in the run's folder or in the store and looks ther
 run is what lies on disk; this process holds nothing that another start of the same command would miss.
 """
 
-import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ray.exceptions import RayActorError
 
 from sae_dist import storage
 from sae_dist.config import UserError, digest, to_dict
-from sae_dist.monitor import write_json
+from sae_dist.records import write_json
 from sae_dist.service.cluster import answer, check_address, cluster, nodes, reason_of
 from sae_dist.service.config import RunConfig, config_hash
 from sae_dist.service.describe import describe_elsewhere
@@ -31,12 +30,13 @@ from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.room import Bundle
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.stopping import StopRequest
-from sae_dist.service.summary import read_finished, summarize, weights_digest
+from sae_dist.service.summary import read_finished, read_phase, summarize, weights_digest
 from sae_dist.shards import reader
 from sae_dist.train.loop import Trained
 from sae_dist.train.member import MAIN, Member
 
 logger = logging.getLogger(__name__)
+PAGES = ("pages/index.html", "pages/data/index.js")  # written at once with all the rest of them
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -55,6 +55,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     folder = RunFolder(config.folder, config)
     with folder.outcome():
         if (finished := _finished(config, folder.path)) is not None:
+            folder.done(finished)
             return finished
         check_address(config.cluster)
         with Display(str(folder.path)) as display:
@@ -80,7 +81,7 @@ def run(config: RunConfig) -> dict[str, Any]:
                 summary = job.go() | {"judged": _judgements(config)}
         summary["wall_seconds"] = folder.wall_seconds
         write_json(folder.path / "summary.json", summary)
-        folder.status("done", step=summary["steps"], tokens=summary["tokens_trained"])
+        folder.done(summary)
         return summary
 
 
@@ -90,7 +91,17 @@ def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
         return None
     store = reader.open(storage.open(config.store_uri))
     found = read_finished(out, config_hash(config, store.meta.digest), config.members)
-    return found if found is not None and found.get("judged") == _judgements(config) else None
+    if found is None or found.get("judged") != _judgements(config):
+        return None
+    if config.pages is not None and (gone := _gone(out, PAGES)):
+        logger.warning("this run had finished, but %s is gone; making the pages again", gone[0])
+        return None
+    return found
+
+
+def _gone(out: Path, leaves: Sequence[str]) -> list[Path]:
+    """Of the files that a phase leaves, those that are not there."""
+    return [out / name for name in leaves if not (out / name).is_file()]
 
 
 def _judgements(config: RunConfig) -> str:
@@ -150,7 +161,7 @@ class _Run:
             given = [weights_digest(main.folder(self._out)), figures[main.name], self._values["pages"]]
             self._judge(
                 "pages", given, harvesting,
-                lambda replica: replica.pages.remote(self._values, summary), leaves="pages/index.html",
+                lambda replica: replica.pages.remote(self._values, summary), leaves=PAGES,
             )  # fmt: skip
             summary["pages"] = str(self._out / "pages" / "index.html")
         return summary
@@ -183,7 +194,7 @@ class _Run:
         harvesting: Harvesting,
         ask: Callable[[ActorHandle], ray.ObjectRef],
         *,
-        leaves: str | None = None,
+        leaves: Sequence[str] = (),
         of: Member | None = None,
     ) -> dict[str, Any]:
         """The result of a phase: as found in the run's folder when it was made from the same, else made now.
@@ -193,10 +204,8 @@ class _Run:
         path, made_from = self._out / f"{phase}.json", digest(given)
         if of is not None and of.name != MAIN:
             path, phase = of.folder(self._out) / path.name, f"{phase} {of.name}"
-        if path.is_file() and (leaves is None or Path(self._out / leaves).exists()):
-            found = json.loads(path.read_text())
-            if found["made_from"] == made_from:
-                return found["result"]
+        if not _gone(self._out, leaves) and (found := read_phase(path, made_from)) is not None:
+            return found
         replica = harvesting.any_replica(self._request.check)
         try:
             result = self._wait(phase, replica, ask(replica))

@@ -2,19 +2,24 @@
 
 import contextlib
 import fcntl
-import json
+import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, NotRequired
 
 import yaml
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from sae_dist.config import Stopped, UserError, to_dict
-from sae_dist.monitor import write_json, write_whole
+from sae_dist.records import read_json, read_yaml, write_json, write_whole
+from sae_dist.refusals import refusal
 from sae_dist.service.config import identity
+
+logger = logging.getLogger(__name__)
 
 CLAIM_TRIES = 5
 
@@ -23,20 +28,19 @@ class RunFolder:
     """`out`, held for as long as this process lives: the kernel lets go of the lock however the process ends."""
 
     def __init__(self, path: Path, config: object) -> None:
-        self.path = path
+        self.path, values = path, to_dict(config)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._lock = claim(path)
+            try:
+                _refuse_another_run(path, values)
+                write_whole(path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+            except BaseException:
+                self._lock.close()
+                raise
         except OSError as error:
-            raise UserError(f"out={path} cannot be made ({error.strerror}); choose another out=") from None
-        values = to_dict(config)
-        self._lock = claim(path)
-        try:
-            _refuse_another_run(path, values)
-        except UserError:
-            self._lock.close()
-            raise
-        write_whole(path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
-        self._started, self._seconds_before = time.monotonic(), float(read_status(path).get("wall_seconds", 0.0))
+            raise UserError(f"out={path} cannot be written ({error.strerror}); choose another out=") from None
+        self._started, self._seconds_before = time.monotonic(), _seconds_before(path)
 
     @property
     def wall_seconds(self) -> float:
@@ -48,33 +52,83 @@ class RunFolder:
         content = {"state": state, "time": round(time.time(), 1), "pid": os.getpid(), "wall_seconds": self.wall_seconds}
         write_json(self.path / "status.json", content | facts)
 
+    def done(self, summary: Mapping[str, Any]) -> None:
+        """The state of a finished training; its alerts are there for who looks at status.json alone."""
+        alerts = {"alerts": summary["alerts"]} if summary.get("alerts") else {}
+        self.status("done", step=summary["steps"], tokens=summary["tokens_trained"], **alerts)
+
     @contextmanager
     def outcome(self) -> Iterator[None]:
         """Lets go of the folder at the end, and leaves in status.json how it ended if it did not end well."""
         try:
             yield
         except (Stopped, KeyboardInterrupt) as stopped:
-            self.status("stopped", note=f"{str(stopped) or 'Ctrl-C'}; the same command goes on from here")
+            self._ended("stopped", f"{str(stopped) or 'Ctrl-C'}; the same command goes on from here")
             raise
         except UserError as error:
-            self.status("refused", note=str(error))
+            self._ended("refused", str(error))
             raise
         except Exception as error:
-            self.status("failed", note=f"{type(error).__name__}: {error}")
+            if (refused := refusal(error)) is not None:
+                self._ended("refused", str(refused))
+                raise refused from error
+            self._ended("failed", f"{type(error).__name__}: {error}")
             raise
         finally:
             self.close()
+
+    def _ended(self, state: str, note: str) -> None:
+        """The state that the run ends in; a disk that does not take it is no more than a warning beside that."""
+        try:
+            self.status(state, note=note)
+        except OSError as error:
+            logger.warning("status.json still says something else: %s", refusal(error) or error)
 
     def close(self) -> None:
         self._lock.close()
 
 
-def read_status(path: Path) -> dict[str, Any]:
-    """status.json; empty when there is none, or what a full disk left of one."""
+Fact = str | int | float | None
+Facts = dict[str, Fact | dict[str, Fact]]
+
+
+class Status(TypedDict):
+    """status.json, and phases of which each has facts: text, harvest, train, ranks."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # type: ignore[misc]
+
+    state: str
+    time: Annotated[float, Field(ge=0, lt=1e12)]
+    pid: Annotated[int, Field(ge=0, lt=2**31)]
+    wall_seconds: Annotated[float, Field(ge=0, lt=1e12)]
+    note: NotRequired[str]
+    alerts: NotRequired[list[str]]
+    text: NotRequired[Facts]
+    harvest: NotRequired[Facts]
+    train: NotRequired[Facts]
+
+
+def read_status(path: Path) -> Status | None:
+    """status.json; None when there is none, UserError when it is damaged."""
+    if not os.path.lexists(path / "status.json"):
+        return None
+    return read_json(path / "status.json", Status, cure="remove it: the run writes a new one when it goes on")
+
+
+def _seconds_before(path: Path) -> float:
+    """Seconds of work of earlier attempts; they are no reason not to go on."""
     try:
-        return json.loads((path / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
+        before = read_status(path)
+    except UserError as damage:
+        logger.warning("%s; counting the seconds of this run anew", damage)
+        return 0.0
+    return 0.0 if before is None else before["wall_seconds"]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.yaml of a run's folder; UserError when it is missing or damaged."""
+    cure = "take it from a copy of the run, or remove it and repeat the run's command, which writes it"
+    return read_yaml(path / "config.yaml", cure=cure)
 
 
 def is_claimed(path: Path) -> bool:
@@ -91,7 +145,7 @@ def is_claimed(path: Path) -> bool:
 
 def claim(path: Path) -> IO[str]:
     """The run's lock file, held until it is closed; UserError while another process holds it."""
-    lock = (path / ".lock").open("a+")
+    lock, holder = (path / ".lock").open("a+"), "unknown"
     try:
         for _ in range(CLAIM_TRIES - 1):  # somebody may just be asking whether the run is claimed
             with contextlib.suppress(BlockingIOError):
@@ -101,7 +155,8 @@ def claim(path: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        holder = read_status(path).get("pid", "unknown")
+        with contextlib.suppress(UserError):  # damaged: its number is a courtesy
+            holder = status["pid"] if (status := read_status(path)) is not None else holder
         raise UserError(
             f"out={path} is in use by process {holder}; wait for it, stop it, or choose another out="
         ) from None
@@ -110,10 +165,9 @@ def claim(path: Path) -> IO[str]:
 
 def _refuse_another_run(path: Path, values: dict[str, Any]) -> None:
     """A repeated command goes on; a different one in the same folder would mix two runs."""
-    if not (path / "config.yaml").is_file():
+    if not os.path.lexists(path / "config.yaml"):
         return
-    earlier: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    then, now = identity(earlier), identity(values)
+    then, now = identity(read_config(path)), identity(values)
     differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     if differing:
         shown = ", ".join(f"{key}={then.get(key)} there, {now.get(key)} here" for key in differing[:4])

@@ -1,18 +1,65 @@
 """summary.json: the final figures of a run. A figure that was not measured is null, never a guess."""
 
-import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, NotRequired, Protocol
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from sae_dist.config import UserError
+from sae_dist.records import read_json
 from sae_dist.sae.dictionary import WEIGHTS, check
 from sae_dist.service.config import TrainJob
 from sae_dist.shards.reader import Store
-from sae_dist.train.member import Member
+from sae_dist.train.member import MAIN, Member
 
 logger = logging.getLogger(__name__)
+
+
+STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Figures = dict[str, int | float | str | None | dict[str, float | None]]
+Seconds = Annotated[float, Field(ge=0, lt=1e12)]
+
+
+class AlsoJudged(TypedDict):
+    """Another dictionary of the pass, in summary.json."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    name: str
+    dictionary: str
+    n_latents: Count
+    k: Count | None
+    eval: Figures
+
+
+class Summary(TypedDict):
+    """What every reader of summary.json may count on; it has more."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    name: str
+    config_hash: str
+    store: str
+    hook: str
+    dictionary: str
+    n_latents: Count
+    d_model: Count
+    k: Count | None
+    tokens_trained: Count
+    steps: Count
+    wall_seconds: Seconds
+    tokens_per_second: Seconds
+    order_hash: str
+    eval: Figures
+    also: NotRequired[list[AlsoJudged]]
+    alerts: NotRequired[list[str]]
+    pages: NotRequired[str]
+    judged: NotRequired[str]
 
 
 class Finished(Protocol):
@@ -33,22 +80,69 @@ def read_finished(out: Path, hashed: str, members: Iterable[Member]) -> dict[str
 
     None when there is none; what is gone or damaged is said in the log, and is made again by going on.
     """
-    path = out / "summary.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if found.get("config_hash") != hashed:
+    if not os.path.lexists(out / "summary.json"):
         return None
     try:
+        found = read_summary(out)
+        if found["config_hash"] != hashed:
+            return None
         for member in members:
             check(member.folder(out))
     except UserError as damage:
-        logger.warning("this run had finished, but %s; making what is missing again", damage)
+        what, _, _ = str(damage).partition(";")  # its cure, to repeat the command, is under way
+        logger.warning("this run had finished, but %s; making it again", what)
         return None
+    return found
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    """summary.json of a finished run, as `Summary` says; UserError when it is missing or damaged."""
+    return dict(read_json(out / "summary.json", Summary, cure="repeat the run's command, which writes it again"))
+
+
+class Phase(TypedDict):
+    """evaluate.json or pages.json: what a phase of the main job came to, and a digest of what it was made from."""
+
+    made_from: str
+    result: dict[str, Any]
+
+
+def read_phase(path: Path, made_from: str) -> dict[str, Any] | None:
+    """The result of a phase, if it was made from the same; None when there is none, or when it is damaged."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        found = read_json(path, Phase, cure="making it again")
+    except UserError as damage:
+        logger.warning("%s", damage)
+        return None
+    return found["result"] if found["made_from"] == made_from else None
+
+
+def alerts(figures: Mapping[str, Any]) -> list[str]:
+    """What is so wrong with a dictionary's figures that nobody should use it unawares, a clause each."""
+    fvu, l0 = figures.get("fvu"), figures.get("l0")
+    found = []
+    if l0 == 0:
+        found.append("not one latent is active")
+    if fvu is not None and fvu > 1:
+        found.append(f"FVU {fvu:.4g} is worse than the mean of the rows alone, whose FVU is 1")
     return found
 
 
 def weights_digest(dictionary: Path) -> str:
     """What judgements of a dictionary hang on: the hash of its weights, which are what it says."""
     return check(dictionary)[WEIGHTS]
+
+
+def alerted(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The key `alerts` of a summary, if its dictionaries' figures give reason; the log says them too."""
+    cure = "the training diverged or has hardly begun: see metrics.jsonl, lower train.lr or train longer"
+    named = {"" if name == MAIN else f"{name}: ": alerts(own) for name, own in figures.items()}
+    found = [f"{name}on held-out rows {'; '.join(of)} ({cure})" for name, of in named.items() if of]
+    for alert in found:
+        logger.error("ALERT: %s", alert)
+    return {"alerts": found} if found else {}
 
 
 def summarize(
@@ -71,19 +165,23 @@ def summarize(
         }
         for member in others
     ]
-    return {
-        "name": job.out.rstrip("/").rpartition("/")[2],
-        "config_hash": hashed,
-        "store": job.store,
-        "hook": hook,
-        "dictionary": f"{job.out}/dictionary",
-        "n_latents": job.sae.n_latents,
-        "d_model": store.meta.hooks[hook],
-        "k": job.sae.k,
-        "tokens_trained": trained.tokens,
-        "steps": trained.steps,
-        "wall_seconds": None,
-        "tokens_per_second": round(trained.tokens / trained.seconds, 1),
-        "order_hash": trained.order_hash,
-        "eval": figures[main.name],
-    } | ({"also": also} if also else {})
+    return (
+        {
+            "name": job.out.rstrip("/").rpartition("/")[2],
+            "config_hash": hashed,
+            "store": job.store,
+            "hook": hook,
+            "dictionary": f"{job.out}/dictionary",
+            "n_latents": job.sae.n_latents,
+            "d_model": store.meta.hooks[hook],
+            "k": job.sae.k,
+            "tokens_trained": trained.tokens,
+            "steps": trained.steps,
+            "wall_seconds": None,
+            "tokens_per_second": round(trained.tokens / trained.seconds, 1),
+            "order_hash": trained.order_hash,
+            "eval": figures[main.name],
+        }
+        | ({"also": also} if also else {})
+        | alerted(figures)
+    )

@@ -16,10 +16,12 @@ from sae_dist import storage
 from sae_dist.config import Stopped, UserError, to_dict
 from sae_dist.config import load as load_config
 from sae_dist.monitor import JsonLines, Log, WandbMirror, tee
+from sae_dist.refusals import refusal
 from sae_dist.service.config import TrainJob
 from sae_dist.service.devices import of_actor
 from sae_dist.service.orphan import end_with_parent
 from sae_dist.service.room import Bundle
+from sae_dist.service.summary import alerts
 from sae_dist.shards import reader
 from sae_dist.shards.reader import Store
 from sae_dist.train.loop import Trained, train
@@ -29,6 +31,7 @@ from sae_dist.train.parallel.meeting import Meeting
 from sae_dist.train.task import Task
 
 logger = logging.getLogger(__name__)
+SHORT_STEPS = 5_000  # below which the learning rate of the law is too low to come far
 
 
 def chosen_hook(store: Store, hook: str | None) -> str:
@@ -107,14 +110,49 @@ def _logs(job: TrainJob, out: Path, first: bool, watch: Log | None) -> Iterator[
         return
     lines = JsonLines(out / "metrics.jsonl")
     mirror = None
+    say_of_rate(job)
     if job.wandb.mode != "disabled":
         mirror = WandbMirror(job.wandb, out=out, name=out.name, run_config=to_dict(job))
     try:
-        yield tee(*(log for log in (lines, watch, mirror) if log is not None))
+        yield alerting(tee(*(log for log in (lines, watch, mirror) if log is not None)), job)
     finally:
         lines.close()
         if mirror is not None:
             mirror.close()
+
+
+def say_of_rate(job: TrainJob) -> None:
+    """The law for the learning rate is of long runs: in a short one a dictionary has not come far when it ends."""
+    lawful = [member for member in job.members if member.lr is None]
+    if lawful and job.train.n_steps < SHORT_STEPS:
+        logger.info(
+            "train.lr is null: the law gives %s, which is for runs of %d steps and more; this one has %d, and may "
+            "learn more at a multiple of that rate (train.lr=...)",
+            ", ".join(f"{member.peak_lr:.2g}" for member in lawful), SHORT_STEPS, job.train.n_steps,
+        )  # fmt: skip
+
+
+def alerting(log: Log, job: TrainJob) -> Log:
+    """`log`, with a key `alert` in the line at which a dictionary's figures turn so bad that nobody should miss it.
+
+    FVU counts from the second half of the steps on: it may begin above 1.
+    """
+    amiss: set[str] = set()
+
+    def checked(step: int, figures: Mapping[str, Any]) -> None:
+        more = {}
+        for member in job.members:
+            own = {key: figures.get(f"{member.prefix}{key}") for key in ("l0", "fvu")}
+            if 2 * step < job.train.n_steps:
+                own["fvu"] = None
+            found, key = alerts(own), f"{member.prefix}alert"
+            if found and member.name not in amiss and key not in figures:
+                more[key] = f"step {step}: {'; '.join(found)}"
+                logger.error("ALERT: %s%s", member.prefix, more[key])
+            amiss.add(member.name) if found else amiss.discard(member.name)
+        log(step, {**figures, **more})
+
+    return checked
 
 
 @contextmanager
@@ -161,6 +199,10 @@ class Trainer:
                 return run_training(self._job, rank, provenance=self._provenance, stop=self._stop.is_set)
         except Stopped:
             return None
+        except (OSError, MemoryError, RuntimeError) as error:  # Ray hands on what a user can cure as what it is
+            if (refused := refusal(error)) is not None:
+                raise refused from error
+            raise
 
     def stop(self) -> None:
         """Asks `train` to save and return after its present step."""

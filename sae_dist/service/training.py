@@ -13,7 +13,7 @@ from sae_dist import storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.evaluate import UNMEASURED, evaluate_reconstruction
-from sae_dist.monitor import write_json
+from sae_dist.records import write_json
 from sae_dist.sae import dictionary
 from sae_dist.service.config import TrainJob, config_hash
 from sae_dist.service.devices import bundle_of_rank, of_local_rank, of_one_process, usable_gpus
@@ -167,6 +167,7 @@ def _lead(job: TrainJob, work: Work, stop: Stop, *, begin: Callable[[bool], obje
         folder = RunFolder(out, job)
         with folder.outcome():
             if (finished := read_finished(out, hashed, job.members)) is not None:
+                folder.done(finished)
                 return finished
             if not job.live:
                 check_heldout(store)
@@ -191,7 +192,7 @@ def _lead(job: TrainJob, work: Work, stop: Stop, *, begin: Callable[[bool], obje
             summary = summarize(job, hook=hook, store=store, trained=trained, hashed=hashed, figures=figures)
             summary["wall_seconds"] = folder.wall_seconds
             write_json(out / "summary.json", summary)
-            folder.status("done", step=trained.steps, tokens=trained.tokens)
+            folder.done(summary)
             return summary
     finally:
         if not begun:

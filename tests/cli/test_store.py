@@ -130,7 +130,7 @@ def test_copies_are_the_same_store(store, capsys):
             "hook='../../x' cannot be part of a key",
         ),
         (["store", "import", "path=nothing.npy", "store=s", "hook=''"], "hook='' cannot be part of a key"),
-        (["store", "import", "path=x.npy", "store=s", "dtype=bf16"], "dtype='bf16': input should be 'bfloat16'"),
+        (["store", "import", "path=x.npy", "store=s", "dtype=bf16"], "dtype='bf16': give 'bfloat16'"),
         (["store", "frob", "store=s"], "action='frob'"),
         (["store", "ls", "nowhere"], "nowhere"),
     ],

@@ -87,7 +87,7 @@ def test_kill_9_and_the_same_command_end_in_the_same_dictionaries(store, togethe
         ("also=[{n_latent: 8}]", "error: also.0: unknown key n_latent=8; remove it (--help lists the keys)"),
         ("also=[{k: 8}, {k: 8}]", "error: also.1: there is another dictionary named k8; give it a name="),
         ("also=[{k: 25}]", "error: also=k25: sae.k=25 exceeds d_model=24: any 24 directions rebuild x"),
-        ("also=[8]", "error: also.0=8: input should be a valid dictionary"),
+        ("also=[8]", "error: also.0=8: give keys and values, {a: b}"),
     ],
 )
 def test_wrong_members_are_one_line_and_exit_2(store, tmp_path, capsys, also, said):

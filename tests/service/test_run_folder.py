@@ -49,7 +49,9 @@ def test_work_adds_up_over_attempts(tmp_path):
     first = RunFolder(tmp_path, job())
     first.status("stopped")
     first.close()
-    before = read_status(tmp_path)["wall_seconds"]
+    stopped = read_status(tmp_path)
+    assert stopped is not None
+    before = stopped["wall_seconds"]
     second = RunFolder(tmp_path, job())
     assert second.wall_seconds >= before
     second.close()

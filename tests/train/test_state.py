@@ -160,6 +160,6 @@ def test_the_keys_reach_the_training_and_a_wrong_one_or_another_checkpoint_is_on
     assert main([*keys, f"out={tmp_path}/a"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
-    assert "train.moments='int4': input should be 'float32', 'int8' or 'factored'" in errors[0]
+    assert "train.moments='int4': give 'float32', 'int8' or 'factored'" in errors[0]
     assert f"train.checkpoints={tmp_path}/a/checkpoints holds another run's checkpoints" in errors[1]
     assert "train.moments=factored there, float32 here" in errors[2]

@@ -1,0 +1,65 @@
+"""Small files that one process leaves and another reads: written whole, read as what they should be or refused."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from sae_dist.config import UserError, wrong_keys
+from sae_dist.refusals import naming
+
+T = TypeVar("T")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: readers never see half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with naming(path):
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """`write_whole` of JSON; a figure that is not finite is a ValueError, not bad JSON."""
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, shape: type[T], *, cure: str) -> T:
+    """What `path` holds, of the shape of a TypedDict; UserError with the file and the cure when it is anything else."""
+    text = _text(path, cure)
+    try:
+        values = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: it is not whole JSON; {cure}") from None
+    if wrong := wrong_keys(shape, values):
+        raise UserError(f"{path} is damaged: {wrong}; {cure}")
+    return values
+
+
+def read_yaml(path: Path, *, cure: str) -> dict[str, Any]:
+    """The keys and values that `path` holds; UserError with the file and the cure when it is anything else."""
+    text = _text(path, cure)
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: it is not whole YAML; {cure}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path} is damaged: it does not hold keys and values; {cure}")
+    return values
+
+
+def _text(path: Path, cure: str) -> str:
+    if not path.is_file():  # a folder, a pipe, or nothing
+        raise UserError(f"{path} is {'no regular file' if path.exists() else 'missing'}; {cure}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is not text; {cure}") from None
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

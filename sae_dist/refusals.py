@@ -1,0 +1,46 @@
+"""What a machine refuses a process, in one line with the cure: a full or read-only disk, no permission, no memory."""
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sae_dist.config import UserError
+
+CURES = {
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "free space there, or choose another place, and repeat the command",
+    (errno.EROFS, errno.EACCES, errno.EPERM): "choose a place that this user may read and write",
+    (errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ELOOP, errno.ENAMETOOLONG): "choose another place",
+    (errno.EIO, errno.ESTALE, errno.ETIMEDOUT): "look after that disk, and repeat the command",
+    (errno.EMFILE, errno.ENFILE): "raise `ulimit -n`, and repeat the command",
+}
+OF_ERRNO = {number: cure for numbers, cure in CURES.items() for number in numbers}
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "can't start new thread")
+MORE_MEMORY = (
+    "give the command more memory, or lower sae.n_latents, train.batch or train.micro_batch, evaluate.batch_rows or "
+    "harvest.batch_memory_gb; `sae-dist plan` says what a run needs"
+)
+
+
+def refusal(error: BaseException) -> UserError | None:
+    """`error` as a line for the user where a disk, a permission or memory is the cause; None where it is not."""
+    if isinstance(error, OSError) and error.errno in OF_ERRNO:
+        where = f"{error.filename}: " if error.filename else ""
+        return UserError(f"{where}{error.strerror}; {OF_ERRNO[error.errno]}")
+    full = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if full or isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        amount = re.search(r"(tried to|Unable to) allocate [\d.]+ \w+", str(error))
+        return UserError(f"too little memory{f' ({amount[0]})' if amount else ''}; {MORE_MEMORY}")
+    return None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError without a file's name, as those of a write are, the name of the file that is written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
