@@ -5,7 +5,6 @@ transformers shards the model over it by its own plan for the architecture: ever
 each process reads only its slices of the safetensors files, and two sums a layer put the stream together again.
 """
 
-import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -13,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from sae_dist.config import UserError
 from sae_dist.network import let_gloo_listen_towards
+from sae_dist.parallel.rendezvous import Joined, Rendezvous, Served
 
 
 class Group(NamedTuple):
@@ -35,46 +35,31 @@ class Group(NamedTuple):
 
 
 ALONE = Group(0, 1)
-
-
-class Meeting(NamedTuple):
-    """Where the processes of a replica meet: the first one listens there. Hold on to it as long as the group lives."""
-
-    host: str
-    port: int
-    store: TCPStore
-
-
-def meet(host: str, size: int, *, timeout_s: float = 600.0) -> Meeting:
-    """Begins to listen on a free port of `host`, and of no other address of this machine; for rank 0."""
-    listener = socket.create_server((host, 0))
-    port = listener.getsockname()[1]
-    store = TCPStore(
-        host, port, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s),
-        master_listen_fd=listener.detach(), use_libuv=True,
-    )  # fmt: skip
-    return Meeting(host, port, store)
+_KEPT: list[Store] = []  # torch does not keep a store in Python alive
 
 
 def join(
     rank: int,
     size: int,
     *,
-    host: str,
-    port: int,
+    at: Rendezvous,
     device: torch.device,
-    meeting: Meeting | None = None,
+    served: Served | None = None,
     timeout_s: float = 600.0,
 ) -> Group:
     """Makes this process rank `rank` of a replica of `size`; returns when all of them have come.
+
+    They meet in the store `at`, which the first of them has `served`.
 
     A peer that dies makes the next sum raise RuntimeError in the others; one that hangs, after `timeout_s`.
     """
     if dist.is_initialized():
         raise RuntimeError("this process belongs to a process group already; a replica's processes are its own")
     wait = timedelta(seconds=timeout_s)
-    store = meeting.store if meeting is not None else TCPStore(host, port, size, is_master=False, timeout=wait)
-    let_gloo_listen_towards(host)
+    store = Joined(at, timeout_s) if served is None else served
+    store.set_timeout(wait)
+    _KEPT.append(store)
+    let_gloo_listen_towards(at.host)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=wait
     )
@@ -85,6 +70,7 @@ def leave() -> None:
     """Ends this process's part in its group, if it has one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _KEPT.clear()
 
 
 def sharding(config: PreTrainedConfig, size: int) -> DistributedConfig:

@@ -20,6 +20,7 @@ from sae_dist.model.engine import Description, describe, open_engine, whole_mode
 from sae_dist.model.load import LanguageModel, chosen_device
 from sae_dist.model.parallel import ALONE
 from sae_dist.model.peak import product_flop_per_s
+from sae_dist.parallel.rendezvous import Rendezvous, Served
 from sae_dist.service import judge
 from sae_dist.service.config import RunConfig
 from sae_dist.service.orphan import end_with_parent
@@ -37,13 +38,6 @@ class ReplicaConfig(NamedTuple):
     hooks: tuple[str, ...]
     store_uri: str | None  # None: it only describes its model
     split: TokenSplit | None
-
-
-class Address(NamedTuple):
-    """Where the processes of a replica meet."""
-
-    host: str
-    port: int
 
 
 class Loaded(NamedTuple):
@@ -68,25 +62,23 @@ class Replica:
         self._config, self._rank, self._size = config, rank, size
         self._harvest = load_config(HarvestConfig, config.harvest)
         self._model = load_config(ModelConfig, config.model)
-        self._meeting: parallel.Meeting | None = None
+        self._served: Served | None = None
         self._harvester: Harvester | None = None
         self._progress: dict[str, Any] = {}
 
-    def meet(self) -> Address:
+    def meet(self) -> Rendezvous:
         """Opens the place where the other processes of the replica come; for the first of them."""
-        self._meeting = parallel.meet(
-            ray.util.get_node_ip_address(), self._size, timeout_s=self._harvest.start_timeout_s
-        )
-        return Address(self._meeting.host, self._meeting.port)
+        self._served = Served(ray.util.get_node_ip_address())
+        return self._served.rendezvous
 
-    def load(self, address: Address | None) -> Loaded:
-        """Joins the others at `address`, if there are others, and loads the model or this process's part of it."""
+    def load(self, at: Rendezvous | None) -> Loaded:
+        """Joins the others, if there are others (`at`), and loads the model or this process's part of it."""
         group = ALONE
         faults.point("replica.before_load", rank=self._rank)
         device = chosen_device(self._model.device)
-        if address is not None:
+        if at is not None:
             group = parallel.join(
-                self._rank, self._size, host=address.host, port=address.port, device=device, meeting=self._meeting,
+                self._rank, self._size, at=at, device=device, served=self._served,
                 timeout_s=self._harvest.start_timeout_s,
             )  # fmt: skip
         self._engine = open_engine(self._model, group)

@@ -12,20 +12,20 @@ from sae_dist.config import UserError
 from sae_dist.model import parallel
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import load
+from sae_dist.parallel.rendezvous import Rendezvous, Served
 
 
 def main(rank: int, size: int, folder: Path, config: dict, hooks: list[str]) -> None:
     torch.set_num_threads(1)
-    meeting = parallel.meet("127.0.0.1", size) if rank == 0 else None
-    port_file = folder / "port"
-    if meeting is not None:
-        (folder / "port.tmp").write_text(str(meeting.port))
-        (folder / "port.tmp").rename(port_file)
-    while not port_file.exists():
+    served = Served("127.0.0.1") if rank == 0 else None
+    place = folder / "place"
+    if served is not None:
+        (folder / "place.tmp").write_text(json.dumps(served.rendezvous))
+        (folder / "place.tmp").rename(place)
+    while not place.exists():
         time.sleep(0.02)
-    group = parallel.join(
-        rank, size, host="127.0.0.1", port=int(port_file.read_text()), device=torch.device("cpu"), meeting=meeting
-    )
+    at = Rendezvous(*json.loads(place.read_text()))
+    group = parallel.join(rank, size, at=at, device=torch.device("cpu"), served=served)
     try:
         model = load(ModelConfig(**config), group)
     except UserError as error:
