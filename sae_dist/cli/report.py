@@ -42,6 +42,9 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     table.add_row("wall time", duration(summary["wall_seconds"]))
     console = Console()
     console.print(table)
+    for figure, why in summary["eval"].get("not_measured", {}).items():
+        if figure in ("tokens", "fvu"):  # the others follow, or need a model that `train` does not have
+            console.print(f"{figure} is not measured: {why}", soft_wrap=True, highlight=False)
     if summary.get("also"):
         console.print(_members(summary))
     for line in [f"ALERT: {alert}" for alert in summary.get("alerts", [])] + places(summary):

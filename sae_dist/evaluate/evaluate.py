@@ -1,7 +1,6 @@
 """One dictionary judged on held-out text: from the store's held-out units, and in the running model."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,28 +8,39 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_dist.evaluate.config import EvaluateConfig
+from sae_dist.evaluate.figures import LOSS, RECONSTRUCTION, Figures, measured, together, unmeasured
 from sae_dist.evaluate.loss_recovered import loss_recovered
-from sae_dist.evaluate.reconstruction import reconstruction
+from sae_dist.evaluate.reconstruction import is_constant, reconstruction
 from sae_dist.model.load import LanguageModel
 from sae_dist.sae.dictionary import Dictionary
+from sae_dist.sae.metrics import figures
 from sae_dist.shards.reader import Store, heldout
 from sae_dist.text.stream import TokenStream
-
-Figures = dict[str, Any]
 
 
 def evaluate_reconstruction(dictionary: Dictionary, store: Store, hook: str, config: EvaluateConfig) -> Figures:
     """The figures that need no model: FVU, L0, cosine and dead share on the units that training never reads."""
-    rows = (batch.x for batch in heldout(store, hook, config.batch_rows))
-    found = reconstruction(dictionary, rows)
-    return {
-        "tokens": found.tokens,
-        "fvu": found.fvu,
-        "l0": found.l0,
-        "dead_fraction": found.dead_fraction,
-        "cosine": found.cosine,
-        "density_quantiles": density_quantiles(found.density),
-    }
+    if not store.meta.heldout_units:
+        return unmeasured(RECONSTRUCTION, "the store has no held-out units")
+    total = reconstruction(dictionary, (batch.x for batch in heldout(store, hook, config.batch_rows)))
+    if total is None:
+        return unmeasured(RECONSTRUCTION, "the held-out units have no rows that are finite") | {"tokens": 0}
+    found, constant = figures(total), is_constant(total)
+    return measured(
+        {
+            "tokens": found.tokens,
+            "fvu": None if constant else found.fvu,
+            "l0": found.l0,
+            "dead_fraction": found.dead_fraction,
+            "cosine": found.cosine,
+            "density_quantiles": density_quantiles(found.density),
+        },
+        {
+            "fvu": f"the {found.tokens} held-out rows are all the same"
+            if constant
+            else "the reconstruction is not finite"
+        },
+    )
 
 
 def evaluate_loss(
@@ -58,23 +68,27 @@ def evaluate_loss(
         language_model, hook, batches=batches(), positions=positions, mean=mean, progress=progress,
         reconstruct=lambda rows: dictionary.decode(dictionary.encode(rows.float())),
     )  # fmt: skip
-    return {
-        "ce_tokens": found.tokens,
-        "ce_clean": found.ce_clean,
-        "ce_spliced": found.ce_spliced,
-        "ce_zero_ablated": found.ce_zero_ablated,
-        "ce_mean_ablated": found.ce_mean_ablated,
-        "loss_recovered": found.loss_recovered,
-        "loss_recovered_mean": found.loss_recovered_mean,
-    }
+    ablated = "{} does not change the cross-entropy"
+    return measured(
+        {
+            "ce_tokens": found.tokens,
+            "ce_clean": found.ce_clean,
+            "ce_spliced": found.ce_spliced,
+            "ce_zero_ablated": found.ce_zero_ablated,
+            "ce_mean_ablated": found.ce_mean_ablated,
+            "loss_recovered": found.loss_recovered,
+            "loss_recovered_mean": found.loss_recovered_mean,
+        },
+        {
+            "loss_recovered": ablated.format("zero ablation"),
+            "loss_recovered_mean": ablated.format("mean ablation"),
+        },
+    )
 
 
-RECONSTRUCTION_FIGURES = ("tokens", "fvu", "l0", "dead_fraction", "cosine", "density_quantiles")
-LOSS_FIGURES = (
-    "ce_tokens", "ce_clean", "ce_spliced", "ce_zero_ablated", "ce_mean_ablated",
-    "loss_recovered", "loss_recovered_mean",
-)  # fmt: skip
-UNMEASURED: Figures = dict.fromkeys((*RECONSTRUCTION_FIGURES, *LOSS_FIGURES))  # null: not measured, never a guess
+UNMEASURED = together(
+    unmeasured(RECONSTRUCTION, "not judged yet"), unmeasured(LOSS, "there is no language model to run")
+)
 
 
 def density_quantiles(density: Float[Tensor, " n_latents"]) -> dict[str, float]:

@@ -23,14 +23,20 @@ class LossRecovered(NamedTuple):
     ce_mean_ablated: float
 
     @property
-    def loss_recovered(self) -> float:
-        """(ce_zero_ablated - ce_spliced) / (ce_zero_ablated - ce_clean): 1 is the model itself, 0 the ablation."""
-        return (self.ce_zero_ablated - self.ce_spliced) / (self.ce_zero_ablated - self.ce_clean)
+    def loss_recovered(self) -> float | None:
+        """(ce_zero_ablated - ce_spliced) / (ce_zero_ablated - ce_clean): 1 is the model itself, 0 the ablation.
+
+        None where the ablation costs nothing, so that there is nothing to recover.
+        """
+        return self._share(self.ce_zero_ablated)
 
     @property
-    def loss_recovered_mean(self) -> float:
+    def loss_recovered_mean(self) -> float | None:
         """The same against mean ablation, the harder yardstick."""
-        return (self.ce_mean_ablated - self.ce_spliced) / (self.ce_mean_ablated - self.ce_clean)
+        return self._share(self.ce_mean_ablated)
+
+    def _share(self, ablated: float) -> float | None:
+        return (ablated - self.ce_spliced) / (ablated - self.ce_clean) if ablated != self.ce_clean else None
 
 
 def loss_recovered(

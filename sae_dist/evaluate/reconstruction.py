@@ -1,21 +1,38 @@
 """How well a dictionary rebuilds rows that training never read."""
 
+import logging
 from collections.abc import Iterable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_dist.sae.dictionary import Dictionary
-from sae_dist.sae.metrics import Reconstruction, ReconstructionSums, figures, sums
+from sae_dist.sae.metrics import ReconstructionSums, sums
+
+logger = logging.getLogger(__name__)
+CONSTANT = 1e-12  # share of the squared norms below which a variance is rounding: rows that are all the same
 
 
-def reconstruction(dictionary: Dictionary, batches: Iterable[Float[Tensor, "_ d_model"]]) -> Reconstruction:
-    """FVU, L0, cosine, dead share and densities over all rows of `batches`."""
+def reconstruction(dictionary: Dictionary, batches: Iterable[Float[Tensor, "_ d_model"]]) -> ReconstructionSums | None:
+    """The sums behind all figures over the finite rows of `batches`; None when there are none."""
     total: ReconstructionSums | None = None
-    for x in batches:
-        x = x.float()
+    left_out = 0
+    for rows in batches:
+        x = rows.float()
+        finite = x.isfinite().all(1)
+        left_out += int((~finite).sum())
+        x = x[finite]
+        if not len(x):
+            continue
         active = dictionary.encode(x)
         part = sums(x, dictionary.decode(active), active=active.indices, n_latents=dictionary.n_latents)
         total = part if total is None else total + part
-    assert total is not None, "no held-out rows"
-    return figures(total)
+    if left_out:
+        logger.warning("%d held-out rows are not finite and are left out of the figures", left_out)
+    return total
+
+
+def is_constant(total: ReconstructionSums) -> bool:
+    """Whether the rows are all the same (or one), so that there is no variance to explain."""
+    variance = total.squared_norm - total.x.square().sum() / total.rows
+    return bool(variance <= CONSTANT * total.squared_norm)

@@ -16,6 +16,7 @@ from sae_dist.config import UserError
 from sae_dist.config import load as load_config
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.evaluate import evaluate_loss, evaluate_reconstruction
+from sae_dist.evaluate.figures import together
 from sae_dist.harvest.rows import eligible, keep
 from sae_dist.interpret.collect import PagesConfig
 from sae_dist.interpret.logit_effect import Outputs
@@ -60,10 +61,13 @@ def evaluate(
         return keep({config.hook: x}, eligible(tokens, policy, split_token), policy).mask
 
     wanted = min(config.evaluate.ce_sequences, stream.n_sequences) * (stream.context - 1)
-    return evaluate_reconstruction(dictionary, store, config.hook, config.evaluate) | evaluate_loss(
-        dictionary, language_model, config.hook, stream=stream, mean=mean, config=config.evaluate,
-        positions=positions,
-        progress=lambda tokens: progress(ce_tokens=tokens, of=wanted),
+    return together(
+        evaluate_reconstruction(dictionary, store, config.hook, config.evaluate),
+        evaluate_loss(
+            dictionary, language_model, config.hook, stream=stream, mean=mean, config=config.evaluate,
+            positions=positions,
+            progress=lambda tokens: progress(ce_tokens=tokens, of=wanted),
+        ),
     )  # fmt: skip
 
 
@@ -121,7 +125,8 @@ def evaluate_again(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]
                 )
             for name, own in judged.items():
                 dictionary = dictionary_file.load(folder(out, name))
-                own["eval"] |= evaluate_reconstruction(dictionary, store, summary["hook"], evaluate_config)
+                found = evaluate_reconstruction(dictionary, store, summary["hook"], evaluate_config)
+                own["eval"] = together(own["eval"], found)
         else:
             config = dataclasses.replace(config, evaluate=evaluate_config)
             prepared, store = _prepared(config)

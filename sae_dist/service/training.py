@@ -13,6 +13,7 @@ from sae_dist import storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.evaluate import UNMEASURED, evaluate_reconstruction
+from sae_dist.evaluate.figures import together
 from sae_dist.records import write_json
 from sae_dist.sae import dictionary
 from sae_dist.service.config import TrainJob, config_hash
@@ -185,10 +186,13 @@ def _lead(job: TrainJob, work: Work, stop: Stop, *, begin: Callable[[bool], obje
                 trained = work(provenance={"config_hash": hashed}, show=show)
                 show({}, now=True)
                 wait_for_heldout(store, stop)
-            figures = {member.name: dict(UNMEASURED) for member in job.members}
-            for member in job.members if store.meta.heldout_units else ():
-                learned = dictionary.load(member.folder(out))
-                figures[member.name] |= evaluate_reconstruction(learned, store, hook, EvaluateConfig())
+            figures = {
+                member.name: together(
+                    UNMEASURED,
+                    evaluate_reconstruction(dictionary.load(member.folder(out)), store, hook, EvaluateConfig()),
+                )
+                for member in job.members
+            }
             summary = summarize(job, hook=hook, store=store, trained=trained, hashed=hashed, figures=figures)
             summary["wall_seconds"] = folder.wall_seconds
             write_json(out / "summary.json", summary)

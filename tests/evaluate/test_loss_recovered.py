@@ -46,6 +46,7 @@ def test_the_clean_loss_is_the_models_own():
 def test_positions_left_alone_are_left_alone():
     result = found(torch.zeros_like, positions=torch.zeros_like(EVERYWHERE))
     assert result.ce_zero_ablated == result.ce_mean_ablated == result.ce_clean
+    assert result.loss_recovered is result.loss_recovered_mean is None  # nothing to recover
     first_only = EVERYWHERE.clone()
     first_only[:, 1:] = False
     assert found(torch.zeros_like, positions=first_only).ce_zero_ablated != result.ce_clean
