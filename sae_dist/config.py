@@ -3,6 +3,7 @@
 Each dataclass lives beside the code that it configures; this file has only what all of them share.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -37,9 +38,14 @@ def frozen(cls: type[T]) -> type[T]:
 def load(cls: type[T], values: Mapping[str, Any]) -> T:
     """`values` as a checked `cls`; raises `UserError` naming every bad key, its value and what would do."""
     try:
-        return TypeAdapter(cls).validate_python(values)
+        return _adapter(cls).validate_python(values)
     except ValidationError as error:
         raise UserError("; ".join(_mistakes(error, values))) from None
+
+
+@functools.cache
+def _adapter(cls: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(cls)
 
 
 def wrong_keys(shape: Any, values: object) -> str:

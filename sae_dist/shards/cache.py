@@ -23,7 +23,7 @@ from pydantic import Field
 
 from sae_dist import faults
 from sae_dist.config import frozen
-from sae_dist.shards.format import SliceRef
+from sae_dist.shards.commits import SliceRef
 from sae_dist.shards.mapped import map_bytes
 
 logger = logging.getLogger(__name__)

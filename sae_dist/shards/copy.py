@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from sae_dist import faults
 from sae_dist.config import UserError
-from sae_dist.shards import format, writer
-from sae_dist.shards.format import Commit, CorruptData, Shard
+from sae_dist.shards import format, records, writer
+from sae_dist.shards.commits import COMMIT_BYTES, Commit, Shard
 from sae_dist.shards.reader import Store
+from sae_dist.shards.records import CorruptData
 from sae_dist.storage import Bytes, Storage
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def copy(source: Store, target: Storage, *, threads: int = 4) -> Copied:
     with ThreadPoolExecutor(threads) as pool:
         sizes = list(pool.map(lambda commit: _copy_unit(source, target, commit), todo))
     for entry in source.storage.list("manifest/"):
-        target.create(entry.key, _record(source.storage, entry.key))
+        target.create(entry.key, _record(source.storage, entry.key, format.manifest_bytes(source.meta)))
     return Copied(len(todo), sum(sizes), len(commits) - len(todo) - len(retired), len(retired))
 
 
@@ -48,18 +49,19 @@ def _copy_unit(source: Store, target: Storage, commit: Commit) -> int:
         target.write(shard.key, _verified(source.storage, commit.unit, shard))
         _verified(target, commit.unit, shard)
         faults.point("copy.after_shard", unit=commit.unit, key=shard.key)
-    target.create(format.commit_key(commit.unit), _record(source.storage, format.commit_key(commit.unit)))
+    key = format.commit_key(commit.unit)
+    target.create(key, _record(source.storage, key, COMMIT_BYTES))
     return sum(shard.bytes for shard in commit.shards.values())
 
 
-def _record(storage: Storage, key: str) -> bytes:
-    record = format.read_record(storage, key, f"{storage.uri}/{key}")
-    return format.seal({name: value for name, value in record.items() if name != "digest"})
+def _record(storage: Storage, key: str, most: int) -> bytes:
+    record = records.read(storage, key, f"{storage.uri}/{key}", most=most)
+    return records.seal({name: value for name, value in record.items() if name != "digest"})
 
 
 def _verified(storage: Storage, unit: int, shard: Shard) -> Bytes:
     """The whole shard; read again if it is wrong, for bits also flip on the way."""
-    for _ in range(format.READS):
+    for _ in range(records.READS):
         try:
             data = storage.read(shard.key)
         except FileNotFoundError:

@@ -7,10 +7,13 @@ what every consumer has saved.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
 
 from sae_dist.config import UserError
-from sae_dist.shards import format
+from sae_dist.shards import format, records
+from sae_dist.shards.records import CorruptData, Count
 from sae_dist.storage import Storage
 
 
@@ -21,16 +24,16 @@ class Position(NamedTuple):
     """
 
     consumer: str
-    taken: int
-    saved: int
-    starved_s: float = 0.0
+    taken: Count
+    saved: Count
+    starved_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
 def report(storage: Storage, position: Position) -> None:
     """Registers the consumer, or moves it forward."""
     if not 0 <= position.saved <= position.taken:
         raise UserError(f"consumer={position.consumer}: saved={position.saved} is beyond taken={position.taken}")
-    storage.write(_key(position.consumer), format.seal(position._asdict()))
+    storage.write(_key(position.consumer), records.seal(position._asdict()))
 
 
 def sign_off(storage: Storage, consumer: str) -> None:
@@ -43,10 +46,14 @@ def positions(storage: Storage) -> list[Position]:
     found = []
     for entry in storage.list("consumers/"):
         try:
-            record = format.read_record(storage, entry.key, f"{storage.uri}/{entry.key}")
+            record = records.read(storage, entry.key, f"{storage.uri}/{entry.key}")
         except FileNotFoundError:
             continue  # signed off meanwhile
-        found.append(Position(record["consumer"], record["taken"], record["saved"], record.get("starved_s", 0.0)))
+        place = f"{storage.uri}/{entry.key}"
+        position = records.checked(Position, {k: v for k, v in record.items() if k != "digest"}, place)
+        if position.saved > position.taken or _key(position.consumer) != entry.key:
+            raise CorruptData(f"{place} makes no sense: {position}; delete it if no training reads this store")
+        found.append(position)
     return found
 
 

@@ -1,6 +1,5 @@
-"""What a store is made of: names, store.json, commit/<unit>.json, the Arrow schema. FORMAT.md is the specification."""
+"""What a store is made of: names, keys, store.json, the Arrow schema. FORMAT.md is the specification."""
 
-import json
 import re
 from dataclasses import field
 from typing import Any, Literal, NamedTuple, get_args
@@ -11,10 +10,10 @@ import xxhash
 
 from sae_dist import config
 from sae_dist.config import UserError, frozen
-from sae_dist.storage import Bytes, Storage
+from sae_dist.shards import records
 
 FORMAT_VERSION = 1
-READS = 3  # of bytes that do not match their checksum, before it is the store that is said to be wrong
+MAX_UNITS, MAX_WIDTH, MAX_HOOKS = 1 << 22, 1 << 20, 4096  # beyond these a record is taken for damaged
 DType = Literal["bfloat16", "float16", "float32", "int8", "float8_e4m3"]
 
 
@@ -37,10 +36,6 @@ ELEMENTS: dict[str, Element] = {
 assert set(ELEMENTS) == set(get_args(DType))
 
 RowPolicy = Literal["drop", "keep"]
-
-
-class CorruptData(UserError):
-    """Stored bytes that are not what their commit says; the message names the unit to harvest again."""
 
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,199}")
@@ -79,10 +74,14 @@ class StoreMeta:
     def __post_init__(self) -> None:
         for hook, width in self.hooks.items():
             checked_name(hook, "hook")
-            if width < 1:
-                raise ValueError(f"hooks.{hook}={width}; a width is at least 1")
-        if not self.hooks:
-            raise ValueError("hooks is empty; name at least one hook point")
+            if not 1 <= width <= MAX_WIDTH:
+                raise ValueError(f"hooks.{hook}={width}; a width is 1 to {MAX_WIDTH:,}")
+        if not 1 <= len(self.hooks) <= MAX_HOOKS:
+            raise ValueError(f"hooks names {len(self.hooks)} hook points; name 1 to {MAX_HOOKS:,}")
+        if self.n_units > MAX_UNITS:
+            raise ValueError(f"n_units={self.n_units}; a store has at most {MAX_UNITS:,}: make unit_rows larger")
+        if self.context < 0:
+            raise ValueError(f"context={self.context}; 0 when it is unknown")
         if not 0 <= self.heldout_units < self.n_units:
             raise ValueError(f"heldout_units={self.heldout_units} of n_units={self.n_units}; leave a unit to train on")
         if self.unit_rows < 1 or self.slice_rows < 1:
@@ -101,40 +100,14 @@ class StoreMeta:
         return ELEMENTS[self.dtype]
 
     @property
+    def row_bytes(self) -> int:
+        """Of the widest hook point: the activation, its scale, doc, pos and token."""
+        return max(self.hooks.values()) * self.element.stored.itemsize + 4 * self.element.scaled + 16
+
+    @property
     def digest(self) -> str:
         """Name of the store: the hash of everything in store.json but who created it."""
         return config.digest({k: v for k, v in config.to_dict(self).items() if k != "created_by"})[:32]
-
-
-class SliceRef(NamedTuple):
-    """One record batch of a shard: where its bytes lie and what they hash to."""
-
-    offset: int
-    bytes: int
-    rows: int
-    xxh3_128: str
-
-
-class Shard(NamedTuple):
-    """The file of one hook point in one unit."""
-
-    key: str
-    bytes: int
-    xxh3_128: str  # of the whole file
-    slices: tuple[SliceRef, ...]
-    relative_error: float  # sum ||x - stored||^2 / sum ||x||^2, measured when it was written
-
-
-class Commit(NamedTuple):
-    """commit/<unit>.json without the statistics; there is exactly one for a unit."""
-
-    unit: int
-    attempt: str
-    store: str  # digest of store.json
-    rows: int
-    dropped: int  # rows left out: not finite, or (of an import) far longer than the others
-    shards: dict[str, Shard]
-    digest: str  # of the whole record, statistics and all
 
 
 def commit_key(unit: int) -> str:
@@ -150,64 +123,15 @@ def retired_key(unit: int) -> str:
     return f"retired/{unit:08d}.json"
 
 
+def manifest_bytes(meta: StoreMeta) -> int:
+    """More than any manifest of that store."""
+    return records.SMALL_BYTES + 128 * meta.n_units
+
+
 def unit_of_commit_key(key: str) -> int | None:
     """7 for commit/00000007.json, None for anything else that lies there."""
-    match = re.fullmatch(r"commit/(\d{8,})\.json", key)
+    match = re.fullmatch(r"commit/([0-9]{8,})\.json", key)
     return int(match[1]) if match else None
-
-
-def seal(record: dict[str, Any]) -> bytes:
-    """`record` as JSON that carries the hash of its own content."""
-    return json.dumps({**record, "digest": config.digest(record)}, separators=(",", ":")).encode()
-
-
-def unseal(data: Bytes, what: str) -> dict[str, Any]:
-    """The record in `data`, its own `digest` included; raises `CorruptData` when that is not the hash of the rest."""
-    try:
-        record = json.loads(bytes(data))
-        content = {k: v for k, v in record.items() if k != "digest"}
-        digest = config.digest(content)
-    except (ValueError, AttributeError, RecursionError):
-        raise CorruptData(f"{what} is not the JSON record that was written there") from None
-    if digest != record.get("digest"):
-        raise CorruptData(f"{what} does not match its own digest")
-    return record
-
-
-def read_record(storage: Storage, key: str, what: str) -> dict[str, Any]:
-    """The record at `key`; one that does not match its digest is read again, for bits also flip on the way."""
-    for _ in range(READS - 1):
-        try:
-            return unseal(storage.read(key), what)
-        except CorruptData:
-            continue
-    return unseal(storage.read(key), what)
-
-
-def commit_bytes(commit: Commit, statistics: dict[str, dict[str, Any]]) -> bytes:
-    """The commit object: the record, the statistics of every hook and the digest over both."""
-    record = commit._asdict() | {"shards": {hook: shard._asdict() for hook, shard in commit.shards.items()}}
-    del record["digest"]
-    return seal(record | {"format_version": FORMAT_VERSION, "statistics": statistics})
-
-
-def read_commit(storage: Storage, unit: int, store: str) -> Commit:
-    """The commit of `unit` of the store with digest `store`; anything else in its place is refused."""
-    record = read_record(storage, commit_key(unit), f"commit of unit {unit}")
-    if record["store"] != store or record["unit"] != unit:
-        raise CorruptData(
-            f"commit of unit {unit} belongs to unit {record['unit']} of store {record['store']}, not to store {store}"
-        )
-    shards = {
-        hook: Shard(**(shard | {"slices": tuple(SliceRef(*ref) for ref in shard["slices"])}))
-        for hook, shard in record["shards"].items()
-    }
-    return Commit(**{name: record[name] for name in Commit._fields if name != "shards"}, shards=shards)
-
-
-def read_statistics(storage: Storage, unit: int) -> dict[str, dict[str, Any]]:
-    """The statistics of `unit` by hook, as statistics.py wrote them."""
-    return read_record(storage, commit_key(unit), f"commit of unit {unit}")["statistics"]
 
 
 def schema(meta: StoreMeta, hook: str) -> pa.Schema:

@@ -4,12 +4,13 @@ Nothing else is ever deleted, and nothing younger than `age_s`: a producer may b
 """
 
 import re
-import time
 from typing import NamedTuple
 
 from sae_dist import faults
+from sae_dist import storage as objects
 from sae_dist.config import UserError
 from sae_dist.shards import format
+from sae_dist.shards.commits import Commit
 from sae_dist.shards.reader import Store
 from sae_dist.storage import Entry
 
@@ -30,10 +31,11 @@ class Garbage(NamedTuple):
 
 
 def collect(store: Store, *, age_s: float = 2 * DAY_S, delete: bool = False, now: float | None = None) -> Garbage:
-    """The orphans of a store; deletes them only if told to. `now` is by the clock of the storage (seconds)."""
+    """The orphans of a store; deletes them only if told to. `now` (s) is by the clock of the storage: None asks it."""
     if age_s < 0:
         raise UserError(f"age_s={age_s}; give the age in seconds beyond which no producer is still at work")
-    storage, now = store.storage, time.time() if now is None else now
+    storage = store.storage
+    now = objects.clock(storage) if now is None else now
     # First the data, then the commits: data that was listed and is committed by then is never taken for an orphan.
     candidates = [
         entry for prefix in ("data/", "probe/") for entry in storage.list(prefix) if OURS.fullmatch(entry.key)
@@ -53,7 +55,15 @@ def collect(store: Store, *, age_s: float = 2 * DAY_S, delete: bool = False, now
     if delete:
         for entry in old:
             faults.point("gc.before_delete", key=entry.key)
-            storage.delete(entry.key)
+            if not _committed_since(store, entry.key, commits):
+                storage.delete(entry.key)
         for entry in old_left:
             storage.discard(entry)
     return Garbage(old + old_left, len(orphans) + len(left) - len(old) - len(old_left), delete)
+
+
+def _committed_since(store: Store, key: str, before: dict[int, Commit]) -> bool:
+    """Whether a producer that was slower than `age_s` has committed the data of its unit after all."""
+    found = re.match(r"data/[^/]+/(\d+)/", key)
+    commit = store.commit(int(found[1])) if found and int(found[1]) not in before else None
+    return commit is not None and any(shard.key == key for shard in commit.shards.values())

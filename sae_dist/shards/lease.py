@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_dist.config import UserError
-from sae_dist.shards import format
+from sae_dist.shards import records
 from sae_dist.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Place(NamedTuple):
         return max((int(match[1]) for match in found if match), default=0)
 
     def take(self, token: int, holder: dict[str, Any]) -> None:
-        self.storage.create(f"{self.folder}/{token:06d}.json", format.seal(holder))
+        self.storage.create(f"{self.folder}/{token:06d}.json", records.seal(holder))
 
     def holder(self, token: int) -> dict[str, Any]:
         """Who holds or held it, as far as that can be read: a damaged file names nobody, and its beat decides."""
@@ -60,15 +60,15 @@ class Place(NamedTuple):
         }
 
     def beat(self, token: int, content: dict[str, Any]) -> None:
-        self.storage.write(f"{self.folder}/{token:06d}.beat", format.seal(content))
+        self.storage.write(f"{self.folder}/{token:06d}.beat", records.seal(content))
 
     def last_beat(self, token: int) -> dict[str, Any]:
         return self._read(f"{self.folder}/{token:06d}.beat")
 
     def _read(self, key: str) -> dict[str, Any]:
         try:
-            return format.read_record(self.storage, key, f"{self.storage.uri}/{key}")
-        except (FileNotFoundError, format.CorruptData):
+            return records.read(self.storage, key, f"{self.storage.uri}/{key}")
+        except (FileNotFoundError, records.CorruptData):
             return {}
 
 

@@ -121,7 +121,7 @@ class Loader:
                 f"batch={self.batch}, n_units={self.n_units}; the store has {meta.train_units} training units"
             )
         if manifest is not None:
-            self.store.pinned(manifest.version)
+            self.store.check(manifest)
         committed = self.store.committed()  # all at once: one by one they would cost a round trip each
         missing = [unit for unit in range(self.n_units) if unit not in committed]
         if missing and not self.live:

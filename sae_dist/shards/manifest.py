@@ -4,24 +4,27 @@ import re
 from typing import NamedTuple
 
 from sae_dist.config import UserError
-from sae_dist.shards import format
-from sae_dist.shards.format import Commit, CorruptData
+from sae_dist.shards import format, records
+from sae_dist.shards.commits import Commit
+from sae_dist.shards.format import StoreMeta
+from sae_dist.shards.records import CorruptData, Count
 from sae_dist.storage import Storage
 
 
 class Entry(NamedTuple):
     """One unit as a manifest pins it."""
 
-    rows: int
+    rows: Count
     digest: str  # of the commit record
 
 
 class Manifest(NamedTuple):
     """manifest/v<version>.json; `digest` is the hash of its content."""
 
-    version: int
+    store: str  # digest of store.json
+    version: Count
     digest: str
-    commits: dict[int, Entry]
+    commits: dict[Count, Entry]
 
 
 def manifest_key(version: int) -> str:
@@ -34,44 +37,43 @@ def latest(storage: Storage) -> int:
     return max((int(match[1]) for match in found if match), default=0)
 
 
-def read(storage: Storage, store: str, version: int) -> Manifest:
-    """Manifest `version` of the store with digest `store`; anything else in its place is refused."""
+def read(storage: Storage, meta: StoreMeta, version: int) -> Manifest:
+    """Manifest `version` of that store; anything else in its place is refused."""
     place = f"{storage.uri}/{manifest_key(version)}"
     try:
-        record = format.read_record(storage, manifest_key(version), place)
+        record = records.read(storage, manifest_key(version), place, most=format.manifest_bytes(meta))
     except FileNotFoundError:
         raise UserError(f"{place} does not exist; the newest manifest there is v{latest(storage)}") from None
-    if record["store"] != store or record["version"] != version:
-        raise CorruptData(f"{place} is v{record['version']} of store {record['store']}, not v{version} of {store}")
-    commits = {int(unit): Entry(*entry) for unit, entry in record["commits"].items()}
-    return Manifest(version, record["digest"], commits)
+    found = records.checked(Manifest, record, place)
+    if found.store != meta.digest or found.version != version:
+        raise CorruptData(f"{place} is v{found.version} of store {found.store}, not v{version} of {meta.digest}")
+    return found
 
 
-def write(storage: Storage, store: str, commits: dict[int, Commit]) -> Manifest:
+def write(storage: Storage, meta: StoreMeta, commits: dict[int, Commit]) -> Manifest:
     """The manifest of `commits`: the newest one if it says the same, else the next version."""
     entries = {unit: Entry(commit.rows, commit.digest) for unit, commit in sorted(commits.items())}
     version = latest(storage)
     if version:
-        newest = read(storage, store, version)
+        newest = read(storage, meta, version)
         if newest.commits == entries:
             return newest
     while True:  # another process may take the same version: the next one is as good
         version += 1
-        record = {"store": store, "version": version, "commits": {str(unit): list(e) for unit, e in entries.items()}}
-        data = format.seal(record)
+        named = {str(unit): list(entry) for unit, entry in entries.items()}
+        data = records.seal({"store": meta.digest, "version": version, "commits": named})
         if storage.create(manifest_key(version), data):
-            return Manifest(version, format.unseal(data, "manifest")["digest"], entries)
+            return Manifest(meta.digest, version, records.unseal(data, "manifest")["digest"], entries)
 
 
-def check(pinned: Manifest, commits: dict[int, Commit], *, place: str) -> None:
-    """Refuses a store whose commits are not those of `pinned`; commits that came later are welcome."""
+def check(pinned: Manifest, commits: dict[int, Commit], changed: list[int], *, place: str) -> None:
+    """Refuses a store that lacks units of `pinned`, or of which `changed` ones hold other rows."""
     missing = [unit for unit in pinned.commits if unit not in commits]
-    changed = [unit for unit, e in pinned.commits.items() if unit in commits and commits[unit].digest != e.digest]
     if missing or changed:
         raise UserError(
             f"store={place} is not the one of manifest v{pinned.version} ({pinned.digest[:12]}): "
-            f"{len(missing)} units missing{_some(missing)}, {len(changed)} with another commit{_some(changed)}; "
-            "use the store that the run started on, or start a new run"
+            f"{len(missing)} units missing{_some(missing)}, {len(changed)} with another commit{_some(changed)}; use "
+            "the store that the run started on, or start a new run"
         )
 
 

@@ -17,7 +17,7 @@ def map_bytes(path: Path, start: int, length: int) -> UInt8[np.ndarray, " bytes"
     if length == 0:
         return np.empty(0, np.uint8)
     page = start - start % mmap.ALLOCATIONGRANULARITY
-    file = os.open(path, os.O_RDONLY)
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe must not be waited for
     try:
         if os.fstat(file).st_size < start + length:
             return np.empty(0, np.uint8)

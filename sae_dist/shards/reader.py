@@ -1,6 +1,6 @@
 """An open store: its commits and its slices, each verified against its checksum before anybody sees a row."""
 
-import functools
+import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,39 +8,24 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
-from jaxtyping import Float, Shaped, UInt8, UInt32, UInt64
+from jaxtyping import Shaped, UInt8, UInt32, UInt64
 from torch import Tensor
 
-from sae_dist import config
 from sae_dist.config import UserError
-from sae_dist.shards import format, manifest, quantize, statistics
+from sae_dist.shards import commits as commit_files
+from sae_dist.shards import format, manifest, quantize, records, slices, statistics
 from sae_dist.shards.cache import FolderCache
-from sae_dist.shards.format import Commit, CorruptData, SliceRef, StoreMeta
+from sae_dist.shards.commits import Commit, SliceRef
+from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.manifest import Manifest
-from sae_dist.shards.mapped import map_bytes
+from sae_dist.shards.records import CorruptData
+from sae_dist.shards.slices import Slice
 from sae_dist.shards.statistics import Statistics
-from sae_dist.storage import Storage
+from sae_dist.storage import ReadOnly, Storage
+
+logger = logging.getLogger(__name__)
 
 PARALLEL_COMMITS = 16  # small objects, so latency counts
-_F4 = np.dtype("<f4")
-_IDS = (("doc", np.dtype("<u8")), ("pos", np.dtype("<u4")), ("token", np.dtype("<u4")))
-
-
-class Slice(NamedTuple):
-    """The rows of one record batch; `bits` is a view of the file (or of the bytes that came), not a copy."""
-
-    bits: Shaped[Tensor, "rows width"]
-    scale: Float[Tensor, " rows"] | None
-    doc: UInt64[np.ndarray, " rows"]
-    pos: UInt32[np.ndarray, " rows"]
-    token: UInt32[np.ndarray, " rows"]
-    dtype: format.DType
-
-    @property
-    def x(self) -> Shaped[Tensor, "rows width"]:
-        """The activations: a view for plain dtypes, dequantised to bfloat16 for int8 and fp8."""
-        return quantize.decode(self.bits, self.scale, self.dtype)
 
 
 class Rows(NamedTuple):
@@ -78,7 +63,7 @@ class Store:
         if known is not None:
             return known
         try:
-            commit = format.read_commit(self.storage, unit, self.meta.digest)
+            commit = commit_files.read(self.storage, unit, self.meta)
         except FileNotFoundError:
             return None
         with self._lock:
@@ -92,15 +77,40 @@ class Store:
             commits = pool.map(self.commit, units)
         return {unit: commit for unit, commit in zip(units, commits, strict=True) if commit is not None}
 
-    def snapshot(self) -> Manifest:
-        """The commits of now as an immutable manifest; the newest one again if it says the same."""
-        return manifest.write(self.storage, self.meta.digest, self.committed())
+    def snapshot(self, otherwise: Storage | None = None) -> Manifest:
+        """The commits of now as an immutable manifest; the newest one again if it says the same.
 
-    def pinned(self, version: int) -> Manifest:
-        """Manifest `version`, after checking that the store still holds every commit that it names."""
-        pinned = manifest.read(self.storage, self.meta.digest, version)
-        manifest.check(pinned, self.committed(), place=self.storage.uri)
+        A store that may only be read leaves it at `otherwise`: a place of the one who pins it.
+        """
+        commits = self.committed()
+        try:
+            return manifest.write(self.storage, self.meta, commits)
+        except ReadOnly as error:
+            if otherwise is None:
+                raise
+            logger.warning("%s; the manifest that pins it is kept in %s", error, otherwise.uri)
+            return manifest.write(otherwise, self.meta, commits)
+
+    def pinned(self, version: int, otherwise: Storage | None = None) -> Manifest:
+        """Manifest `version` as `snapshot` left it, after `check`."""
+        places = [place for place in (otherwise, self.storage) if place is not None]
+        there = [place for place in places if place.exists(manifest.manifest_key(version))]
+        pinned = manifest.read(there[0] if there else self.storage, self.meta, version)
+        self.check(pinned)
         return pinned
+
+    def check(self, pinned: Manifest) -> None:
+        """Refuses a store that does not hold the very rows that `pinned` names; units that came later are welcome.
+
+        A unit that was withdrawn and made again may take the place of the old one if its rows are the same.
+        """
+        commits = self.committed()
+        changed = [u for u, e in pinned.commits.items() if u in commits and commits[u].digest != e.digest]
+        other = [
+            unit for unit in changed
+            if not commit_files.withdrawn_as(self.storage, commits[unit], pinned.commits[unit].digest)
+        ]  # fmt: skip
+        manifest.check(pinned, commits, other, place=self.storage.uri)
 
     def read_slice(self, hook: str, unit: int, index: int) -> Slice:
         """Slice `index` of `unit`, its bytes verified; `CorruptData` if they are wrong however often they are read."""
@@ -120,16 +130,22 @@ class Store:
                 f"{self.storage.uri}/{shard.key} slice {index} does not match its checksum {ref.xxh3_128}; "
                 f"unit {unit} has to be harvested again (sae-dist store verify lists all such units)"
             )
-        return _parse(data, self._schemas[hook], self.meta.dtype, self.meta.hooks[hook])
+        try:
+            return slices.parse(data, self._schemas[hook], self.meta.dtype, (ref.rows, self.meta.hooks[hook]))
+        except (pa.ArrowException, ValueError, EOFError, OSError) as error:
+            raise CorruptData(
+                f"{self.storage.uri}/{shard.key} slice {index} is no record batch of {ref.rows} rows "
+                f"({str(error).splitlines()[0]}); unit {unit} has to be harvested again"
+            ) from None
 
     def _bytes(self, key: str, ref: SliceRef) -> UInt8[np.ndarray, " bytes"] | None:
         """The verified bytes of a slice, None if wrong each time."""
 
         def fetch() -> UInt8[np.ndarray, " bytes"]:
-            return _fetch(self.storage, key, ref)
+            return slices.fetch(self.storage, key, ref)
 
         cache = self.cache if self.storage.local_path(key) is None else None
-        for _ in range(format.READS):
+        for _ in range(records.READS):
             data = fetch() if cache is None else cache.get(ref, fetch)
             if len(data) == ref.bytes and format.xxh3_128(data) == ref.xxh3_128:
                 return data
@@ -152,22 +168,35 @@ class Store:
         return statistics.merged(parts) if parts else statistics.empty(self.meta.hooks[hook])
 
     def unit_statistics(self, unit: int, hook: str) -> Statistics | None:
+        """The statistics of a hook point in a unit; None while it has no commit."""
         try:
-            return statistics.from_json(format.read_statistics(self.storage, unit)[hook])
+            record = commit_files.read_record(self.storage, unit)
         except FileNotFoundError:
             return None
+        what = f"commit of unit {unit}: statistics.{hook}"
+        found = record.get("statistics")
+        own = found.get(hook) if isinstance(found, dict) else None
+        return statistics.from_json(own or {}, width=self.meta.hooks[hook], what=what)
 
 
 def open(storage: Storage, *, cache: FolderCache | None = None) -> Store:
     """The store at `storage`; `UserError` if there is none."""
     try:
-        record = format.read_record(storage, "store.json", f"{storage.uri}/store.json")
-    except FileNotFoundError:
+        record = records.read(storage, "store.json", f"{storage.uri}/store.json")
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"store={storage.uri} holds no store.json; harvest or import into it first") from None
-    meta = config.load(StoreMeta, record["meta"])
-    if meta.digest != record["name"]:
-        raise CorruptData(f"{storage.uri}/store.json names itself {record['name']} but its content is {meta.digest}")
-    return Store(storage, meta, cache=cache)
+    named = records.checked(Named, record, f"{storage.uri}/store.json")
+    if named.meta.digest != named.name:
+        raise CorruptData(f"{storage.uri}/store.json names itself {named.name} but its content is {named.meta.digest}")
+    return Store(storage, named.meta, cache=cache)
+
+
+class Named(NamedTuple):
+    """The record in store.json."""
+
+    name: str
+    meta: StoreMeta
+    digest: str
 
 
 def heldout(store: Store, hook: str, batch_rows: int) -> Iterator[Rows]:
@@ -188,32 +217,3 @@ def unit_rows(store: Store, hook: str, unit: int, batch_rows: int) -> Iterator[R
             scale = None if part.scale is None else part.scale[rows]
             x = quantize.decode(part.bits[rows], scale, part.dtype)
             yield Rows(x, part.doc[rows], part.pos[rows], part.token[rows], unit)
-
-
-def _fetch(storage: Storage, key: str, ref: SliceRef) -> UInt8[np.ndarray, " bytes"]:
-    path = storage.local_path(key)
-    if path is None:
-        data = storage.read(key, ref.offset, ref.bytes)
-        return np.frombuffer(bytearray(data) if isinstance(data, bytes) else data, np.uint8)  # writable, for torch
-    return map_bytes(path, ref.offset, ref.bytes)
-
-
-def _parse(data: UInt8[np.ndarray, " bytes"], schema: pa.Schema, dtype: format.DType, width: int) -> Slice:
-    message = pa.ipc.read_message(pa.BufferReader(pa.py_buffer(data)))
-    batch = pa.ipc.read_record_batch(message, schema)
-    base = data.__array_interface__["data"][0]
-
-    def column(array: pa.Array, numpy_dtype: np.dtype, count: int) -> np.ndarray:
-        start = array.buffers()[-1].address - base  # by address: a view through Arrow would be read-only
-        return data[start : start + count * numpy_dtype.itemsize].view(numpy_dtype)
-
-    element, rows = format.ELEMENTS[dtype], batch.num_rows
-    raw = column(batch["act"].values, _numpy(element.stored), rows * width).reshape(rows, width)
-    scale = torch.from_numpy(column(batch["scale"], _F4, rows)) if element.scaled else None
-    doc, pos, token = (column(batch[name], kind, rows) for name, kind in _IDS)
-    return Slice(torch.from_numpy(raw), scale, doc, pos, token, dtype)
-
-
-@functools.cache
-def _numpy(dtype: torch.dtype) -> np.dtype:
-    return torch.empty(0, dtype=dtype).numpy().dtype

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from sae_dist import faults
 from sae_dist.config import frozen
-from sae_dist.shards import format
+from sae_dist.shards import format, records
 from sae_dist.shards.credits import positions
 from sae_dist.shards.reader import Store
 
@@ -65,7 +65,7 @@ def retire(store: Store, policy: Keep | Ring | UntilConsumed) -> list[int]:
             free.append(unit)
             excess -= sizes[unit]
     for unit in free:
-        store.storage.create(format.retired_key(unit), format.seal({"unit": unit, "saved": saved}))
+        store.storage.create(format.retired_key(unit), records.seal({"unit": unit, "saved": saved}))
         faults.point("retention.after_mark", unit=unit)
         for shard in commits[unit].shards.values():
             store.storage.delete(shard.key)

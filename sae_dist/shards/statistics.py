@@ -5,14 +5,17 @@ Mean and M2 follow Chan, Golub, LeVeque 1979 ("Updating formulae and a pairwise 
 
 import base64
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64
+from pydantic import Field
 from torch import Tensor
 
 from sae_dist.config import UserError
+from sae_dist.shards import records
+from sae_dist.shards.records import CorruptData, Count
 
 CHUNK_ROWS = 512
 
@@ -119,8 +122,24 @@ def to_json(statistics: Statistics) -> dict[str, Any]:
     return statistics._asdict() | {"mean": _encode(statistics.mean), "M2": _encode(statistics.M2)}
 
 
-def from_json(record: dict[str, Any]) -> Statistics:
-    return Statistics(**record)._replace(mean=_decode(record["mean"]), M2=_decode(record["M2"]))
+class Stored(NamedTuple):
+    """What `to_json` gives, as it is read back."""
+
+    n: Count
+    mean: str
+    M2: str
+    norm_mean: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    max_abs: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    nonfinite: Count
+
+
+def from_json(record: dict[str, Any], *, width: int, what: str) -> Statistics:
+    """The statistics of rows of that width; CorruptData that begins with `what` where they make no sense."""
+    stored = records.checked(Stored, record, what)
+    mean, M2 = _decode(stored.mean), _decode(stored.M2)
+    if not all(len(vector) == width and np.isfinite(vector).all() for vector in (mean, M2)) or (M2 < 0).any():
+        raise CorruptData(f"{what} makes no sense: mean and M2 are not {width} finite numbers, M2 of them positive")
+    return Statistics(stored.n, mean, M2, stored.norm_mean, stored.max_abs, stored.nonfinite)
 
 
 def _encode(vector: Float64[np.ndarray, " width"]) -> str:
@@ -128,4 +147,8 @@ def _encode(vector: Float64[np.ndarray, " width"]) -> str:
 
 
 def _decode(text: str) -> Float64[np.ndarray, " width"]:
-    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)
+    """The vector; empty where the text is none."""
+    try:
+        return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)
+    except ValueError:
+        return np.empty(0)

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import xxhash
 
 from sae_dist.config import UserError
+from sae_dist.shards import commits as commit_files
 from sae_dist.shards import format
-from sae_dist.shards.format import Commit, CorruptData
+from sae_dist.shards.commits import Commit, Shard
 from sae_dist.shards.mapped import map_bytes
 from sae_dist.shards.reader import Store
+from sae_dist.shards.records import CorruptData
 
 CHUNK_BYTES = 32 << 20
 
@@ -65,20 +67,20 @@ def verify(store: Store, *, threads: int = 4) -> Verification:
 def withdraw(store: Store, units: Iterable[int]) -> None:
     """Takes back the commits of `units`, so that they can be harvested again; each is kept under withdrawn/.
 
-    Runs that pinned the old commits will refuse the new ones: the rows are those of another forward pass.
+    Runs that pinned the old commits take new ones of the same rows, and refuse those of other rows.
     """
     for unit in units:
         try:
-            data = store.storage.read(format.commit_key(unit))
+            data = store.storage.read(format.commit_key(unit), 0, commit_files.COMMIT_BYTES)
         except FileNotFoundError:
             raise UserError(
                 f"unit={unit} of {store.storage.uri} is not committed; there is nothing to withdraw"
             ) from None
-        store.storage.write(f"withdrawn/{unit:08d}-{format.xxh3_128(data)}.json", data)
+        store.storage.write(commit_files.withdrawn_key(unit, data), data)
         store.storage.delete(format.commit_key(unit))
 
 
-def _problem(store: Store, shard: format.Shard) -> str:
+def _problem(store: Store, shard: Shard) -> str:
     """Why the shard is not what was committed, '' if it is."""
     try:
         size = store.storage.size(shard.key)

@@ -10,7 +10,8 @@ from jaxtyping import Int64, UInt32, UInt64
 
 from sae_dist.shards import order
 from sae_dist.shards.order import OrderConfig, Round
-from sae_dist.shards.reader import Slice, Store
+from sae_dist.shards.reader import Store
+from sae_dist.shards.slices import Slice
 
 Name = tuple[int, int, int, int]  # epoch, round, lane, window
 

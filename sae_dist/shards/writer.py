@@ -15,10 +15,11 @@ from torch import Tensor
 from sae_dist import config, faults
 from sae_dist import storage as objects
 from sae_dist.config import UserError
-from sae_dist.shards import format, permutation, quantize, reader, statistics
-from sae_dist.shards.format import Commit, Shard, SliceRef, StoreMeta
+from sae_dist.shards import commits, format, permutation, quantize, reader, records, statistics
+from sae_dist.shards.commits import Commit, Shard, SliceRef
+from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.reader import Store
-from sae_dist.storage import Storage
+from sae_dist.storage import Storage, StorageError
 
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MAGIC = b"ARROW1\0\0"  # how an Arrow IPC file begins, padding included
@@ -37,7 +38,7 @@ def create(storage: Storage, meta: StoreMeta) -> Store:
     """The store of `meta` at `storage`, made if it is not there; a different store in its place is refused."""
     if not storage.exists("store.json"):
         objects.probe(storage)
-        storage.create("store.json", format.seal({"name": meta.digest, "meta": config.to_dict(meta)}))
+        storage.create("store.json", records.seal({"name": meta.digest, "meta": config.to_dict(meta)}))
     store = reader.open(storage)
     if store.meta.digest != meta.digest:
         there, here = config.to_dict(store.meta), config.to_dict(meta)
@@ -108,8 +109,9 @@ def write_unit_once(
         faults.point("writer.after_hook", unit=unit, hook=hook)
     commit = Commit(unit, attempt, meta.digest, len(order), left_out + dropped, shards, digest="")
     faults.point("writer.before_commit", unit=unit)
+    _check_there(store, shards)
     told = {hook: statistics.to_json(measured[hook].statistics) for hook in meta.hooks}
-    store.storage.create(format.commit_key(unit), format.commit_bytes(commit, told))
+    store.storage.create(format.commit_key(unit), commits.to_bytes(commit, told))
     faults.point("writer.after_commit", unit=unit)
     winner = store.commit(unit)  # read back whatever `create` said: its answer may have been lost and retried
     assert winner is not None, f"unit {unit} has no commit straight after one was created"
@@ -119,6 +121,20 @@ def write_unit_once(
         store.storage.delete(shard.key)
     logger.warning("unit %d was committed by another producer; this copy of it is dropped", unit)
     return Written(winner, won=False)
+
+
+def _check_there(store: Store, shards: dict[str, Shard]) -> None:
+    """A commit must not name data that was deleted meanwhile: whoever collects garbage may take us for dead."""
+    for shard in shards.values():
+        try:
+            there = store.storage.size(shard.key)
+        except FileNotFoundError:
+            there = 0
+        if there != shard.bytes:
+            raise StorageError(
+                f"store={store.storage.uri}: {shard.key} has {there} bytes of {shard.bytes} before it could be "
+                "committed (did `store gc` with a small age_hours delete it?); run the command again to resume"
+            )
 
 
 def _column(values: Integer[np.ndarray | Tensor, " rows"], dtype: Any) -> np.ndarray:

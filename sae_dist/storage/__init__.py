@@ -1,14 +1,18 @@
 """Object storage: a folder, the memory of this process or S3 behind one handful of operations (object.py)."""
 
+import re
 import uuid
 from pathlib import Path
 
 from sae_dist.config import UserError
 from sae_dist.storage.local import LocalStorage
 from sae_dist.storage.memory import MemoryStorage
-from sae_dist.storage.object import Bytes, Entry, Storage, StorageError, checked_key
+from sae_dist.storage.object import Bytes, Entry, ReadOnly, Storage, StorageError, checked_key
 
-__all__ = ["Bytes", "Entry", "LocalStorage", "MemoryStorage", "Storage", "StorageError", "checked_key", "open", "probe"]
+__all__ = [
+    "Bytes", "Entry", "LocalStorage", "MemoryStorage", "ReadOnly", "Storage", "StorageError", "checked_key", "clock",
+    "open", "probe",
+]  # fmt: skip
 
 
 def open(uri: str | Path) -> Storage:
@@ -18,6 +22,11 @@ def open(uri: str | Path) -> Storage:
     """
     scheme, separator, rest = str(uri).partition("://")
     if not separator:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", str(uri)):
+            raise UserError(
+                f"store={uri} is a mistyped URI: those begin with s3://, file:// or memory://; write ./{uri} for a "
+                "folder of that name"
+            )
         return LocalStorage(Path(uri).absolute())
     match scheme:
         case "file":
@@ -49,3 +58,13 @@ def probe(storage: Storage) -> None:
             f"store={storage.uri}: a second conditional create of one key was accepted, so two producers could "
             "commit one unit; use a store that honours If-None-Match (AWS S3, R2, MinIO, SeaweedFS, a local folder)"
         )
+
+
+def clock(storage: Storage) -> float:
+    """Seconds since the epoch by the clock that the storage stamps objects with: this machine's may be days off."""
+    key = f"probe/{uuid.uuid4().hex}"
+    try:
+        storage.write(key, b"what time is it")
+        return next(iter(storage.list(key))).mtime
+    finally:
+        storage.delete(key)

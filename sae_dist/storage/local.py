@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sae_dist import faults
-from sae_dist.storage.object import Bytes, Entry, StorageError, checked_key
+from sae_dist.storage.object import Bytes, Entry, ReadOnly, StorageError, checked_key
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 TEMPORARY = ".partial-"  # files that a killed writer left; never listed
@@ -26,7 +26,7 @@ class LocalStorage:
         return self.root / checked_key(key)
 
     def read(self, key: str, start: int | None = None, length: int | None = None) -> Bytes:
-        with (self.root / checked_key(key)).open("rb") as file:
+        with open(self.root / checked_key(key), "rb", opener=_open_file) as file:
             if start:
                 file.seek(start)
             return file.read(-1 if length is None else length)
@@ -62,7 +62,8 @@ class LocalStorage:
                 os.close(folder)
         except OSError as error:
             if error.errno in REFUSED:
-                raise StorageError(
+                kind = ReadOnly if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else StorageError
+                raise kind(
                     f"store={self.uri}: {error.strerror} at {error.filename}; choose a folder that this user may write"
                 ) from error
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -124,6 +125,15 @@ class LocalStorage:
                     f"{path} is not removed: {folder} is a link, and what it leads to is not of this place"
                 )
         _remove(path)
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Opens what is a file; a named pipe would be waited for, and a folder or a device is none."""
+    file = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise StorageError(f"{path} is not a file (a pipe, a device or a folder); remove it, or choose another store")
+    return file
 
 
 def _remove(path: Path) -> None:

@@ -14,6 +14,10 @@ class StorageError(UserError):
     """The storage said no, or nothing at all for too long; one line with the cure."""
 
 
+class ReadOnly(StorageError):
+    """The storage may be read but not written."""
+
+
 class Entry(NamedTuple):
     """A stored object; mtime in seconds since the epoch, by the clock of the storage."""
 

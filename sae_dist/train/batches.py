@@ -44,5 +44,6 @@ class Batches(NamedTuple):
         return Feed(
             self.mesh, task.store, task.hook, batch=task.config.batch, seed=task.seed, order=task.order,
             start_step=step, order_hash=order_hash, live=task.live,
-            manifest=None if manifest is None else task.store.pinned(manifest), stop=self.stop, stop_step=until,
+            manifest=None if manifest is None else task.store.pinned(manifest, task.checkpoints), stop=self.stop,
+            stop_step=until,
         )  # fmt: skip

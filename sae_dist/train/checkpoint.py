@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sae_dist import faults
-from sae_dist.shards.format import CorruptData, xxh3_128
+from sae_dist.shards.format import xxh3_128
+from sae_dist.shards.records import CorruptData
 from sae_dist.storage import Storage
 from sae_dist.train.manifest import DTYPES, Block, File, Layout, Manifest, read_manifest
 

@@ -57,8 +57,12 @@ class Consumer:
     def sign_off(self) -> None:
         """Everything is trained: nothing is kept for this training and nobody waits for it."""
         self.close()
-        if self._storage is not None:
+        if self._storage is None:
+            return
+        try:
             credits.sign_off(self._storage, self._name)
+        except (StorageError, OSError) as error:
+            logger.warning("the store does not let consumer %s sign off (%s)", self._name, error)
 
     def close(self) -> None:
         """Ends the reports; what was told last stays."""

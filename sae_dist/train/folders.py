@@ -9,6 +9,7 @@ import secrets
 from sae_dist.storage import Storage
 
 MANIFEST = "checkpoint.json"
+MANIFEST_BYTES = 64 << 20  # more than any has
 OWN_FILE = re.compile(r"checkpoint\.json|rank\d{5}-\d{5,}\.safetensors")  # what a run writes into a checkpoint
 _NAME = re.compile(r"step_(\d{8,})-(?:([0-9a-f]{8})-)?[0-9a-f]{6}")  # before format 5 without a mark
 

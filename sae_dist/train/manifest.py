@@ -9,9 +9,10 @@ from pydantic import Field
 
 from sae_dist import config, faults
 from sae_dist.config import UserError
-from sae_dist.shards.format import CorruptData, read_record, seal
+from sae_dist.shards import records
+from sae_dist.shards.records import CorruptData, seal
 from sae_dist.storage import Storage, StorageError
-from sae_dist.train.folders import MANIFEST, OWN_FILE, step_of
+from sae_dist.train.folders import MANIFEST, MANIFEST_BYTES, OWN_FILE, step_of
 
 FORMAT = 5
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
@@ -91,7 +92,7 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
     CorruptData or FileNotFoundError when it is not what was written there, UserError for another format.
     """
     what = f"{storage.uri}/{folder}/{MANIFEST}"
-    record = read_record(storage, f"{folder}/{MANIFEST}", what)
+    record = records.read(storage, f"{folder}/{MANIFEST}", what, most=MANIFEST_BYTES)
     del record["digest"]
     if (found := record.pop("format", None)) != FORMAT:
         raise UserError(

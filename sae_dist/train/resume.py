@@ -6,7 +6,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from sae_dist.config import UserError, load
-from sae_dist.shards.format import CorruptData
+from sae_dist.shards.records import CorruptData
 from sae_dist.train import guard as guards
 from sae_dist.train.batches import Batches
 from sae_dist.train.checkpoint import Checkpoint
@@ -50,7 +50,8 @@ def resume(batches: Batches, checkpoints: Checkpoints) -> Begun:
         )
     manifest = None
     if not task.live:
-        manifest = of_first(mesh, task.store.snapshot().version if mesh.first else 0, name="manifest")
+        version = task.store.snapshot(task.checkpoints).version if mesh.first else 0
+        manifest = of_first(mesh, version, name="manifest")
     x = batches.sample(manifest)
     return Begun(begin(x, task.members, task.config, mesh, source=task.source(manifest)))
 

@@ -9,10 +9,10 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-from sae_dist.shards.format import read_record
+from sae_dist.shards import records
 from sae_dist.storage import Entry, Storage
 from sae_dist.train.checkpoint import DAMAGE
-from sae_dist.train.folders import MANIFEST, OWN_FILE, folders, is_of, step_of
+from sae_dist.train.folders import MANIFEST, MANIFEST_BYTES, OWN_FILE, folders, is_of, step_of
 from sae_dist.train.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,6 @@ def _is_own(entry: Entry) -> bool:
 def _was_renamed(storage: Storage, folder: str) -> bool:
     """Whether somebody gave a checkpoint this name: it is not what the run wrote here."""
     try:
-        return read_record(storage, f"{folder}/{MANIFEST}", folder).get("folder") != folder
+        return records.read(storage, f"{folder}/{MANIFEST}", folder, most=MANIFEST_BYTES).get("folder") != folder
     except DAMAGE:
         return False

@@ -14,8 +14,8 @@ import pytest
 from sae_dist import faults, storage
 from sae_dist.config import UserError
 from sae_dist.shards import gc, reader, verify, writer
-from sae_dist.shards.format import CorruptData
 from sae_dist.shards.loader import Loader
+from sae_dist.shards.records import CorruptData
 from sae_dist.storage.s3 import S3Config, S3Storage
 from tests.shards import children, predictable
 from tests.shards.conftest import open_place

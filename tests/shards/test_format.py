@@ -10,8 +10,9 @@ import pyarrow as pa
 import pytest
 
 from sae_dist import config, storage
-from sae_dist.shards import credits, format, permutation, reader, retention, verify
-from sae_dist.shards.format import ELEMENTS, Commit, Shard, StoreMeta
+from sae_dist.shards import credits, format, permutation, reader, records, retention, verify
+from sae_dist.shards.commits import Commit, Shard
+from sae_dist.shards.format import ELEMENTS, StoreMeta
 from sae_dist.shards.statistics import Statistics
 from tests.shards import predictable
 
@@ -113,6 +114,6 @@ def test_a_store_of_another_version_is_refused(tmp_path):
     record = json.loads((tmp_path / "store.json").read_bytes())
     del record["digest"]
     record["meta"]["format_version"] = 2
-    (tmp_path / "store.json").write_bytes(format.seal(record))
+    (tmp_path / "store.json").write_bytes(records.seal(record))
     with pytest.raises(config.UserError, match="format_version=2; this sae_dist reads version 1"):
         reader.open(storage.open(tmp_path))

@@ -1,11 +1,13 @@
 """Every storage keeps the same promises, and S3 keeps them through everything that a network does."""
 
+import os
 import threading
 
 import pytest
 
 from sae_dist import storage
 from sae_dist.config import UserError
+from sae_dist.shards.mapped import map_bytes
 from sae_dist.storage import StorageError
 from sae_dist.storage.s3 import S3Config, S3Storage
 
@@ -205,3 +207,21 @@ def test_uploads_that_were_begun_and_left_are_found_and_discarded(double, s3):
     assert leftover.key.startswith("data/x")
     s3.discard(leftover)
     assert not double.uploads
+
+
+@pytest.mark.parametrize("uri", ["s3:/bucket/acts", "s3:bucket", "file:/tmp/x", "S3:/bucket", "gs:/bucket"])
+def test_a_mistyped_uri_is_not_a_folder(uri, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"store={uri} is a mistyped URI"):
+        storage.open(uri)
+    assert storage.open(f"./{uri}").uri.startswith(str(tmp_path))
+
+
+def test_what_is_no_file_is_refused_rather_than_waited_for(tmp_path):
+    place = storage.open(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for key in ("pipe", "folder"):
+        with pytest.raises(storage.StorageError, match=f"{key} is not a file"):
+            place.read(key)
+    assert len(map_bytes(tmp_path / "pipe", 0, 1)) == 0

@@ -11,8 +11,9 @@ import torch
 
 from sae_dist import storage
 from sae_dist.config import UserError
-from sae_dist.shards import format, manifest, permutation, reader, writer
-from sae_dist.shards.format import CorruptData
+from sae_dist.shards import format, manifest, permutation, reader, verify, writer
+from sae_dist.shards.loader import Loader
+from sae_dist.shards.records import CorruptData
 from tests.shards import predictable
 
 
@@ -165,6 +166,35 @@ def test_a_commit_or_manifest_that_was_changed_or_swapped_is_refused(tmp_path):
     (tmp_path / "a" / manifest.manifest_key(1)).write_bytes((tmp_path / "b" / "store.json").read_bytes())
     with pytest.raises((CorruptData, KeyError)):
         reader.open(store.storage).pinned(1)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_unit_that_was_withdrawn_and_made_again_is_pinned_still_if_its_rows_are_the_same(place, same):
+    store = predictable.filled(place)
+    pinned = store.snapshot()
+    old = store.commit(2)
+    verify.withdraw(store, [2])
+    fresh = reader.open(place)
+    rows = old.rows if same else old.rows - 1
+    assert predictable.write(fresh, 2, rows).commit.digest != old.digest
+    if same:
+        assert fresh.pinned(pinned.version) == pinned
+        with Loader(fresh, hook="resid_post.1", batch=32, seed=0, manifest=pinned) as loader:
+            assert next(loader).step == 0
+    else:
+        with pytest.raises(UserError, match=r"1 with another commit \(2\)"):
+            fresh.pinned(pinned.version)
+
+
+def test_a_store_that_may_only_be_read_is_pinned_at_the_readers_own_place(double, tmp_path):
+    place, own = storage.open("s3://bucket/store"), storage.open(tmp_path)
+    store = predictable.filled(place)
+    double.fail("denied", method="PUT", nth=0)
+    with pytest.raises(storage.ReadOnly):
+        store.snapshot()
+    pinned = store.snapshot(own)
+    assert reader.open(place).pinned(pinned.version, own) == pinned
+    assert [entry.key for entry in own.list()] == [manifest.manifest_key(1)] and not list(place.list("manifest/"))
 
 
 def test_two_snapshots_at_once_get_two_versions(place):

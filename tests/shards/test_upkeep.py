@@ -1,16 +1,19 @@
 """verify, gc, copy, retention and credits: what is wrong is named, and nothing but garbage is ever deleted."""
 
 import math
+import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from sae_dist import storage
 from sae_dist.config import UserError
-from sae_dist.shards import copy, credits, format, gc, reader, retention, summary, verify, writer
+from sae_dist.shards import copy, credits, format, gc, reader, records, retention, summary, verify, writer
 from sae_dist.shards.credits import Flow, Position
-from sae_dist.shards.format import CorruptData
-from tests.shards import predictable
+from sae_dist.shards.records import CorruptData
+from tests.shards import children, predictable
 
 HOOK = "resid_post.1"
 
@@ -76,6 +79,30 @@ def test_gc_finds_files_that_a_killed_writer_left(tmp_path):
     assert not left.exists()
 
 
+def test_gc_goes_by_the_clock_of_the_storage(tmp_path, monkeypatch):
+    place = storage.open(tmp_path)
+    store = predictable.filled(place)
+    place.write(format.shard_key(HOOK, 2, "deadbeef"), b"of a unit in the making")
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3 * gc.DAY_S)  # this machine's clock runs ahead
+    found = gc.collect(store, delete=True)
+    assert (found.orphans, found.young) == ([], 1)
+    assert place.exists(format.shard_key(HOOK, 2, "deadbeef")) and not list(place.list("probe/"))
+
+
+def test_a_producer_whose_data_was_deleted_before_its_commit_notices(tmp_path):
+    store = writer.create(storage.open(tmp_path), predictable.meta())
+    rule = {"point": "writer.before_commit", "action": "stop", "where": {"unit": 1}}
+    child = children.start(children.produce, str(tmp_path), [0, 1], faults=[rule])
+    while "State:\tT" not in Path(f"/proc/{child.pid}/status").read_text():
+        time.sleep(0.02)
+    gc.collect(store, age_s=0, delete=True, now=time.time() + 9)
+    os.kill(child.pid, signal.SIGCONT)
+    child.join(60)
+    assert child.exitcode == 1
+    assert sorted(store.committed()) == [0] and verify.verify(store).bad == []
+
+
 @pytest.mark.parametrize("kinds", [("file", "double"), ("double", "file"), ("file", "memory")])
 def test_a_copy_is_the_same_store_and_is_resumed(kinds, tmp_path, double):
     places = {"file": tmp_path / "a", "double": "s3://bucket/a", "memory": f"memory://{tmp_path}"}
@@ -137,7 +164,7 @@ def test_a_ring_drops_the_oldest_bytes_as_far_as_consumers_allow(place):
 
 def test_an_interrupted_retirement_is_finished_by_gc(place):
     store = predictable.filled(place)
-    place.create(format.retired_key(1), format.seal({"unit": 1, "saved": 2}))  # killed before it deleted the data
+    place.create(format.retired_key(1), records.seal({"unit": 1, "saved": 2}))  # killed before it deleted the data
     orphans = gc.collect(store, age_s=0, now=time.time() + 9).orphans
     assert {e.key for e in orphans} == {shard.key for shard in store.commit(1).shards.values()}
 

@@ -11,9 +11,10 @@ from sae_dist.config import Stopped, UserError
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import BatchTopK, SAEConfig, TopK
 from sae_dist.shards import credits, lease, reader
-from sae_dist.shards.format import StoreMeta, seal, unseal
+from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
+from sae_dist.shards.records import seal, unseal
 from sae_dist.shards.writer import create, write_unit
 from sae_dist.train import loop
 from sae_dist.train.config import TrainConfig

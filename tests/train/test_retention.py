@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sae_dist import storage
-from sae_dist.shards.format import seal, unseal
+from sae_dist.shards.records import seal, unseal
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train import retention
 from sae_dist.train.folders import folders

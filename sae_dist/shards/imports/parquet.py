@@ -97,7 +97,7 @@ class _Forward:
             start += len(parts[-1])
         return torch.from_numpy(np.concatenate(parts))
 
-    def _rows_of(self, cells: Float[np.ndarray, "cells rows width"]) -> Float[np.ndarray, "rows width"]:
+    def _rows_of(self, cells: Float[np.ndarray, "cells rows width"]) -> Float[np.ndarray, "cells*rows width"]:
         if cells.shape[1:] != self._cell:
             raise self._cells.refusal(f"arrays of shape {self._cell} and {cells.shape[1:]}")
         return cells.reshape(-1, cells.shape[-1])

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sae_dist.config import UserError
-from sae_dist.shards.format import CorruptData
+from sae_dist.shards.records import CorruptData
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train import checkpoint
 from sae_dist.train.checkpoint import DAMAGE, Checkpoint, Mine
