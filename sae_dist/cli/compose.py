@@ -20,6 +20,7 @@ from sae_dist.config import CONF_DIR, UserError
 from sae_dist.text.detect import detect
 
 COLUMN = 26  # where comments begin in --help
+PLACES = ("out", "store", "path", "to")  # keys that are always a name
 
 
 def options(group: str, config: type | None = None) -> list[str]:
@@ -31,17 +32,22 @@ def options(group: str, config: type | None = None) -> list[str]:
 def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     """conf/`command`.yaml with the overrides, resolved, as plain values; UserError for what does not compose."""
     _prepare(command)
-    expanded = [part for override in overrides for part in _expand(override, _config(command))]
-    for override in expanded:
-        try:
-            OverridesParser.create().parse_override(override)
-        except HydraException as error:
-            raise UserError(
-                f"{override} is not understood ({str(error).splitlines()[0]}); quote it: 'key=\"value\"'"
-            ) from None
+    groups, config_class = _groups(command), _config(command)
+    expanded = [
+        _parsable(part)
+        for override in overrides
+        for part in (_expand(override, config_class) if override.partition("=")[0] in groups else [override])
+    ]
+    plain = {  # `model=` of a command that has no such group is a name
+        part: key
+        for part in expanded
+        if (key := part.partition("=")[0]) not in groups and options(key, config_class) and key in _bare(command)
+    }
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            config = hydra.compose(command, expanded)
+            config = hydra.compose(command, [part for part in expanded if part not in plain])
+        for part, key in plain.items():
+            OmegaConf.update(config, key, OverridesParser.create().parse_override(part).value())
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(command, str(error))) from None
@@ -61,6 +67,41 @@ def _leaves(values: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]
     return found
 
 
+def _groups(command: str) -> dict[str, str]:
+    """The groups that a command has, each with what it is unless it is chosen."""
+    config = OmegaConf.load(CONF_DIR / f"{command}.yaml")
+    assert isinstance(config, DictConfig)
+    defaults = config.get("defaults", [])
+    return {str(k): v for entry in defaults if isinstance(entry, DictConfig) for k, v in entry.items()}
+
+
+def _parsable(override: str) -> str:
+    """The override as Hydra reads it: a name or a path with signs of Hydra's grammar in it is quoted."""
+    key, equals, value = override.partition("=")
+    as_it_is, quoted = [override], [f"{key}={_quoted(value)}"]
+    if not equals or value[:1] in ("'", '"') or value == "null":
+        tries = as_it_is
+    elif key in PLACES:  # a folder called 2024, or a,b
+        tries = quoted
+    else:
+        tries = as_it_is if value[:1] in "[{(" else as_it_is + quoted
+    problems = []
+    for attempt in tries:
+        try:
+            parsed = OverridesParser.create().parse_override(attempt)
+        except HydraException as error:
+            problems.append(str(error).splitlines()[0])
+        else:
+            if not parsed.is_sweep_override():
+                return attempt
+            problems.append("several values")
+    raise UserError(f"{override} is not understood ({problems[0]}); quote it: 'key=\"value\"'")
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def _expand(override: str, config: type | None) -> list[str]:
     """`model=` and `text=` also take a name or a path: gpt2 means model=hf model.name=gpt2. Groups may be null."""
     key, equals, value = override.partition("=")
@@ -70,7 +111,7 @@ def _expand(override: str, config: type | None) -> list[str]:
         return [f"{key}='{value}'"]
     if not equals or key not in ("model", "text") or value in options(key, config) or not value:
         return [override]
-    quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    quoted = _quoted(value)
     if key == "model":
         return ["model=hf", f"model.name={quoted}"]
     kind, suffixes = detect(value)
@@ -117,12 +158,7 @@ def _bare(command: str) -> dict[str, Any]:
 def help_text(command: str, about: str) -> str:
     """What the command does, and its keys: defaults, comments, the alternatives of every group."""
     text = (CONF_DIR / f"{command}.yaml").read_text(encoding="utf-8")
-    file = OmegaConf.create(text)
-    assert isinstance(file, DictConfig)
-    groups = {
-        str(k): v for entry in file.get("defaults", []) if isinstance(entry, DictConfig) for k, v in entry.items()
-    }
-    config = _config(command)
+    groups, config = _groups(command), _config(command)
     beside = {} if config is None else keys.comments(config)
     beside |= keys.comments_of_yaml(text)
     for group, chosen in groups.items():

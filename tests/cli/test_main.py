@@ -109,6 +109,20 @@ def test_a_name_or_a_path_will_do_for_model_and_text(tmp_path):
     assert text("owner/name") == text("huggingface") | {"path": "owner/name"}
 
 
+@pytest.mark.parametrize(
+    "name", ["/tmp/lr=1e-3", "résultats", "run (1)", "2024", "1e-3", "true", "a,b", "run's", "x#y & z", "[x", "日本"]
+)
+def test_a_place_is_a_name_whatever_signs_are_in_it(name):
+    assert compose("train", ["store=s", "sae=topk", f"out={name}"])["out"] == name
+
+
+def test_a_group_of_other_commands_is_a_plain_key_here():
+    for model in ("gpt2", "meta-llama/Llama-3.1-8B", "smollm2"):
+        assert compose("store", ["action=import", "store=s", f"model={model}"])["model"] == model
+    with pytest.raises(UserError, match="unknown key sae"):
+        compose("store", ["action=import", "store=s", "sae=topk"])
+
+
 def test_what_may_differ_between_two_starts_is_not_part_of_the_hash():
     def hashed(*overrides):
         return config_hash(load(RunConfig, compose("run", list(overrides))), "a store")
