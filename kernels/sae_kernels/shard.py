@@ -193,11 +193,14 @@ class Shard:
         """
         self._kernels.update_(gradients, **self.hyper_(lr)._asdict())
 
-    def update_vectors_(self, gradients: Mapping[str, Float[Tensor, " n_latents"]], hyper: Hyper) -> None:
-        """Adam on the further vectors; of each a gradient must be given."""
+    def update_vectors_(
+        self, gradients: Mapping[str, Float[Tensor, " n_latents"]], hyper: Hyper, *, rates: Mapping[str, float]
+    ) -> None:
+        """Adam on the further vectors; of each a gradient must be given, and what multiplies its learning rate."""
         for name, vector in self.vectors.items():
             first, second = (self._of_vectors[kind][name] for kind in ("first", "second"))
-            adam_(vector, gradients[name], first, second, **hyper._asdict())
+            own = hyper._replace(lr=hyper.lr * rates[name])
+            adam_(vector, gradients[name], first, second, **own._asdict())
 
     def hyper_(self, lr: float) -> Hyper:
         """Begin the next update: its number, and Adam's other numbers."""

@@ -24,6 +24,7 @@ class Spec(NamedTuple):
     unit: bool = False  # its rows are kept at norm 1
     # learned: by gradients, with moments. tracked: a statistic of the run, one number for all latents while training.
     kept: Literal["learned", "tracked"] = "learned"
+    rate: float = 1.0  # of a vector of a kind's own: times the learning rate
     least: float | None = None  # what lies below counts as this, and is this in the finished dictionary
 
     def shape(self, *, n_latents: int, d_model: int) -> tuple[int, ...]:

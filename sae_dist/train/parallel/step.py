@@ -37,7 +37,16 @@ from sae_kernels.shard import Shard, is_finite
 from sae_kernels.stages import RowGradients, Stages
 from torch import Tensor
 
-from sae_dist.sae.variants.declared import Above, Elementwise, Penalty, Top, TopOfBatch, Variant, tracks_threshold
+from sae_dist.sae.variants.declared import (
+    Above,
+    Elementwise,
+    Penalty,
+    Top,
+    TopOfBatch,
+    Variant,
+    own_vectors,
+    tracks_threshold,
+)
 from sae_dist.train.objective import Own, Through, activated, through
 from sae_dist.train.parallel.batch_select import batch_best, candidates
 from sae_dist.train.parallel.exchange import all_gather, gather_rows, settle, sum_rows, total
@@ -82,6 +91,7 @@ class MeshStep:
         self.widened = 0  # rows here that had to be selected again, wider
         self.penalty: Penalty | None = None  # of the last forward, for kinds that have a price of activity
         self._d_own = dict[str, Tensor]()
+        self._rates = {spec.name: spec.rate for spec in own_vectors(sae)}
         shard.join_(n_latents=n_latents, total=lambda part: total(mesh, mesh.feature, part, name="columns"))
         self._dead: list[int] | None = None  # dead latents of each feature rank; None: not counted yet
         self._flaws = 0  # parts of the mesh where d loss / dz is not finite
@@ -153,7 +163,7 @@ class MeshStep:
             factor = self._clip(*gradients[:3], d_b_dec, *self._d_own.values())
             stages.update_latents_(RowGradients(*(g * factor for g in gradients)), hyper)
         stages.update_b_dec_(d_b_dec * factor, hyper)
-        self.shard.update_vectors_({name: d * factor for name, d in self._d_own.items()}, hyper)
+        self.shard.update_vectors_({name: d * factor for name, d in self._d_own.items()}, hyper, rates=self._rates)
 
     def count_(self, fired: Bool[Tensor, " n_latents"], *, tokens: int) -> None:
         """Count the batch's tokens as silence for every latent here that did not fire."""
