@@ -7,10 +7,11 @@ from pydantic import Field
 from sae_dist.config import UserError
 from sae_dist.sae.variants.batchtopk import BatchTopK
 from sae_dist.sae.variants.declared import Variant
+from sae_dist.sae.variants.jumprelu import JumpReLU
 from sae_dist.sae.variants.topk import TopK
 
-KINDS = {kind.kind: kind for kind in (TopK, BatchTopK)}
-SAEConfig = Annotated[TopK | BatchTopK, Field(discriminator="kind")]
+KINDS = {kind.kind: kind for kind in (TopK, BatchTopK, JumpReLU)}
+SAEConfig = Annotated[TopK | BatchTopK | JumpReLU, Field(discriminator="kind")]
 
 
 def resolved_k_aux(sae: Variant, d_model: int) -> int:

@@ -10,10 +10,10 @@ from sae_dist.plan.memory import memory, state_bytes
 from sae_dist.plan.parallel.simulate import simulate
 from sae_dist.plan.traffic import by_name
 from sae_dist.plan.workload import Workload
-from sae_dist.sae.config import BatchTopK, TopK
+from sae_dist.sae.config import BatchTopK, JumpReLU, TopK
 
 MESHES = [(1, 64), (2, 64), (8, 128)]
-KINDS = [TopK, BatchTopK]
+KINDS = [TopK, BatchTopK, JumpReLU]
 WIDE = [(1, 512), (8, 64), (4, 256)]
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sae_kernels.reference import unit_norm
 from sae_kernels.shard import Backend, Shard
 
-from sae_dist.sae.config import BatchTopK, TopK
+from sae_dist.sae.config import BatchTopK, JumpReLU, TopK
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel import step as steps
 from sae_dist.train.parallel.mesh import Mesh, connect
@@ -38,7 +38,7 @@ class Case:
     micro_batch: int | None = None
     clip_norm: float | None = None
     two_rounds: bool | None = None
-    kind: type[TopK] | type[BatchTopK] = TopK
+    kind: type[TopK] | type[BatchTopK] | type[JumpReLU] = TopK
     width: int | None = None  # BatchTopK: candidates of a row and part
     product_dtype: torch.dtype = torch.float32
     backend: Backend = "auto"
@@ -71,6 +71,9 @@ CASES = {
     ),
     "batch_micro": Case(steps=12, dead_after_tokens=100, kind=BatchTopK, micro_batch=7, clip_norm=0.05, width=1),
     "batch_kernels": Case(steps=12, dead_after_tokens=100, kind=BatchTopK, product_dtype=torch.bfloat16),
+    "jump": Case(steps=12, dead_after_tokens=100, kind=JumpReLU),
+    "jump_micro": Case(steps=12, dead_after_tokens=100, kind=JumpReLU, micro_batch=7, clip_norm=0.05, width=2),
+    "jump_kernels": Case(steps=12, dead_after_tokens=100, kind=JumpReLU, product_dtype=torch.bfloat16),
     "triton": TRITON,
     "triton_uneven": replace(
         TRITON, n_latents=67, d_model=16, k=4, batch=11, steps=3, dead_after_tokens=22, two_rounds=True
@@ -118,6 +121,9 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
         whole["W_enc"][:, latents.start : latents.stop], whole["W_dec"][latents.start : latents.stop],
         b_enc=whole["b_enc"][latents.start : latents.stop], b_dec=whole["b_dec"], k=min(case.k, len(latents)),
         k_aux=case.k_aux, aux_coefficient=1 / 32, dead_after_tokens=case.dead_after_tokens,
+        vectors={"threshold": torch.linspace(0.5, 1.5, case.n_latents)[latents.start : latents.stop]}
+        if case.kind is JumpReLU
+        else {},
         product_dtype=case.product_dtype, backend=case.backend,
     )  # fmt: skip
     step = MeshStep(
