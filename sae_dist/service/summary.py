@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Figures = dict[str, int | float | str | None | dict[str, float | None]]
+Figures = dict[str, int | float | str | None | dict[str, float | str | None]]  # not_measured: reasons by figure
 Seconds = Annotated[float, Field(ge=0, lt=1e12)]
 
 
