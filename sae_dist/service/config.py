@@ -47,6 +47,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.out is not None:
             local_folder("out", self.out)
+        _check_cache(self.train, self.store_uri)
         _ = self.members  # a wrong entry is refused here
         ahead, round_units = self.harvest.ahead_units, self.order.round_units
         per_unit = self.harvest.unit_sequences * (self.harvest.context - self.harvest.rows.drop_first)
@@ -146,6 +147,7 @@ class TrainJob:
 
     def __post_init__(self) -> None:
         local_folder("out", self.out)
+        _check_cache(self.train, absolute_uri(self.store))
         _ = self.members  # a wrong entry is refused here
 
     @property
@@ -156,15 +158,23 @@ class TrainJob:
     def located(self) -> "TrainJob":
         """The same with absolute places: other processes have other working directories."""
         checkpoints = None if self.train.checkpoints is None else absolute_uri(self.train.checkpoints)
+        cache = None if self.train.cache is None else str(Path(self.train.cache).absolute())
         return dataclasses.replace(
             self, out=str(Path(self.out).absolute()), store=absolute_uri(self.store),
-            train=dataclasses.replace(self.train, checkpoints=checkpoints),
+            train=dataclasses.replace(self.train, checkpoints=checkpoints, cache=cache),
         )  # fmt: skip
 
 
 def absolute_uri(place: str) -> str:
     """A folder as an absolute path; anything with a scheme as it is."""
     return place if "://" in place else str(Path(place).absolute())
+
+
+def _check_cache(train: TrainConfig, store_uri: str) -> None:
+    if train.cache is not None and store_uri.startswith(("/", "file://")):
+        raise ValueError(
+            f"train.cache={train.cache}: store={store_uri} is a local folder already; set train.cache=null"
+        )
 
 
 # Keys that may differ between two starts of one run: they say where and how fast it works, not what it works out.
@@ -174,8 +184,9 @@ FREE_KEYS = (
     "out", "store", "live", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas", "harvest.threads",
     "harvest.gpus", "harvest.lease_s", "harvest.start_timeout_s", "harvest.ahead_units", "harvest.retention",
     "harvest.ring_gb", "harvest.batch_sequences", "harvest.batch_memory_gb", "harvest.tensor_parallel",
-    "model.device_map", "train.log_every", "train.checkpoints", "train.keep_checkpoints", "train.keep_every",
-    "train.checkpoint_every", "train.micro_batch", "train.launcher", "train.max_restarts", "train.device",
+    "model.device_map", "train.log_every", "train.cache", "train.cache_gb",
+    "train.checkpoints", "train.keep_checkpoints", "train.keep_every", "train.checkpoint_every",
+    "train.micro_batch", "train.launcher", "train.max_restarts", "train.device",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import threading
 import time
 import uuid
@@ -19,10 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from pydantic import Field
 
 from sae_dist import faults
-from sae_dist.config import frozen
 from sae_dist.shards.commits import SliceRef
 from sae_dist.shards.mapped import map_bytes
 
@@ -30,22 +29,15 @@ logger = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCKS = 64
 ABANDONED_S = 3600.0  # a file that was begun so long ago was begun by a process that is dead
+KEPT, BEGUN = re.compile(r"[0-9a-f]{32}\.slice"), re.compile(r"\.[0-9a-f]{32}")  # names of files that are the cache's
 RESCAN = 32  # writes between two looks at what other jobs have put there
 
 
-@frozen
-class CacheConfig:
-    """Where slices are kept and how much room they may take."""
-
-    folder: str
-    limit_bytes: int = Field(default=64 << 30, ge=0)
-
-
 class FolderCache:
-    """A folder of verified slices, least recently used out first."""
+    """A folder of verified slices that takes at most `limit_bytes`, least recently used out first."""
 
-    def __init__(self, config: CacheConfig):
-        self.folder, self.limit_bytes = Path(config.folder), config.limit_bytes
+    def __init__(self, folder: Path, *, limit_bytes: int):
+        self.folder, self.limit_bytes = folder, limit_bytes
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
         self.counts: Counter[str] = Counter(hits=0, misses=0, evicted=0, dropped=0, uncached=0)
         self._used, self._writes = self._measure(), 0
@@ -139,11 +131,13 @@ class FolderCache:
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self.folder.glob("??/*"):
+            if not (KEPT.fullmatch(path.name) or BEGUN.fullmatch(path.name)):
+                continue  # not the cache's
             try:
                 status = path.stat()
             except FileNotFoundError:
                 continue  # another job was faster
-            if path.suffix == ".slice" or time.time() - status.st_mtime > ABANDONED_S:
+            if KEPT.fullmatch(path.name) or time.time() - status.st_mtime > ABANDONED_S:
                 yield path, status
 
     @contextmanager

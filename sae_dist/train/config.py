@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from sae_kernels.row_state import Moments, Parameters
 
-from sae_dist.config import frozen
+from sae_dist.config import frozen, local_folder
 from sae_dist.train.guard import GuardConfig
 
 # Who starts the processes of a mesh. auto: this one for a mesh of 1, torchrun's where torchrun started it, else actors.
@@ -30,6 +30,10 @@ class TrainConfig:
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the last so many
     keep_every: Annotated[int, Field(ge=0)] = 0  # keep those of every so many steps for good; 0: none
     log_every: Annotated[int, Field(ge=1)] = 20  # steps
+    # folder on a local disk for what is read of a store on object storage, so that later epochs do not read it again;
+    # shared by all ranks and runs of a machine; null: none
+    cache: str | None = None
+    cache_gb: Annotated[float, Field(gt=0)] | None = None  # what it may take, the least recently used goes; null: 64
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU a rank, if there are so many
     threads: Annotated[int, Field(ge=0)] = 0  # a rank; 0: the machine's cores, divided among its ranks
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # rows that a rank encodes at once; null: all of its rows
@@ -47,12 +51,20 @@ class TrainConfig:
     max_restarts: Annotated[int, Field(ge=0)] = 5
 
     def __post_init__(self) -> None:
+        if self.cache is not None:
+            local_folder("train.cache", self.cache)
+        elif self.cache_gb is not None:
+            raise ValueError(f"train.cache_gb={self.cache_gb} without train.cache; give train.cache a local folder")
         if self.tokens is None and self.steps is None:
             raise ValueError("train.tokens and train.steps are both null; set one of them")
         if self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError(
                 f"train.warmup_fraction={self.warmup_fraction} + train.decay_fraction={self.decay_fraction} exceed 1"
             )
+
+    @property
+    def cache_bytes(self) -> int:
+        return round((64.0 if self.cache_gb is None else self.cache_gb) * 1e9)
 
     @property
     def n_steps(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sae_dist import storage
 from sae_dist.shards import copy, gc, reader, writer
-from sae_dist.shards.cache import CacheConfig, FolderCache
+from sae_dist.shards.cache import FolderCache
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
 from sae_dist.storage.aws import models
@@ -67,7 +67,7 @@ def consume(
 ) -> None:
     """Reads `steps` batches, checks every row, and appends a line of (step, share of the order hash) for each."""
     hook = "resid_post.2"
-    store = reader.open(storage.open(uri), cache=FolderCache(CacheConfig(folder=cache)) if cache else None)
+    store = reader.open(storage.open(uri), cache=FolderCache(Path(cache), limit_bytes=1 << 30) if cache else None)
     with Loader(
         store,
         hook=hook,

@@ -1,6 +1,7 @@
 """The cache is never believed, is shared by jobs, and a full disk costs speed only."""
 
 import itertools
+import json
 import logging
 import os
 import resource
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from sae_dist import storage
+from sae_dist.cli.main import main
 from sae_dist.shards import reader
-from sae_dist.shards.cache import CacheConfig, FolderCache
+from sae_dist.shards.cache import FolderCache
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
 from tests.shards import children, predictable
@@ -26,7 +28,7 @@ def remote(double):
 
 
 def cached(remote, folder, limit: int = 1 << 30) -> reader.Store:
-    return reader.open(remote, cache=FolderCache(CacheConfig(folder=str(folder), limit_bytes=limit)))
+    return reader.open(remote, cache=FolderCache(folder, limit_bytes=limit))
 
 
 def hashes(store, n: int = 14) -> list[int]:
@@ -41,8 +43,9 @@ def data_reads(double) -> int:
     return sum(1 for method, key in double.log if method == "GET" and key.startswith("store/data/"))
 
 
-def n_slices(store) -> int:
-    return sum(len(store.commit(unit).shards[HOOK].slices) for unit in range(store.meta.train_units))
+def n_slices(store, *, heldout: bool = False) -> int:
+    units = store.meta.n_units if heldout else store.meta.train_units
+    return sum(len(store.commit(unit).shards[HOOK].slices) for unit in range(units))
 
 
 def test_each_slice_is_read_from_the_store_once_however_many_loaders_read_it(remote, double, tmp_path):
@@ -51,6 +54,41 @@ def test_each_slice_is_read_from_the_store_once_however_many_loaders_read_it(rem
     store = cached(remote, tmp_path)
     assert [hashes(store), hashes(cached(remote, tmp_path)), hashes(store)] == [plain] * 3
     assert data_reads(double) == n_slices(store)
+
+
+def train(store: str, out, *more: str) -> int:
+    """Three epochs of the five training units."""
+    return main([
+        "train", f"store={store}", f"out={out}", f"hook={HOOK}", "sae.n_latents=32", "sae.k=4", "train.tokens=1230",
+        "train.batch=41", "train.init_rows=64", "wandb.mode=disabled", *more,
+    ])  # fmt: skip
+
+
+def test_later_epochs_of_a_training_read_nothing_from_the_store_and_its_result_is_the_same(remote, double, tmp_path):
+    slices, reads = n_slices(reader.open(remote), heldout=True), {}
+    for name, keys in {"cached": [f"train.cache={tmp_path}/cache", "train.cache_gb=0.001"], "plain": []}.items():
+        double.log.clear()
+        assert train(remote.uri, tmp_path / name, *keys) == 0
+        reads[name] = data_reads(double)
+    assert reads["cached"] == slices < reads["plain"]  # held-out ones are read once, to judge the dictionary
+    cached, plain = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("cached", "plain"))
+    assert cached["config_hash"] == plain["config_hash"] and cached["order_hash"] == plain["order_hash"]
+    weights = [tmp_path / name / "dictionary" / "dictionary.safetensors" for name in reads]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (["train.cache=cache"], "is a local folder already; set train.cache=null"),
+        (["train.cache_gb=3"], "train.cache_gb=3.0 without train.cache"),
+        (["train.cache=s3://bucket/cache"], "train.cache=s3://bucket/cache is not a folder on a disk"),
+    ],
+)
+def test_a_cache_that_would_be_of_no_use_is_refused(tmp_path, capsys, keys, words):
+    assert train(str(tmp_path / "store"), tmp_path / "run", *keys) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.strip().splitlines()) == 1, said
 
 
 def test_two_processes_share_a_cache_and_read_each_slice_once(remote, double, tmp_path):
@@ -93,6 +131,22 @@ def test_eviction_keeps_the_limit_and_mapped_slices_alive(remote, tmp_path):
     assert used <= 3 * size and small.cache.counts["evicted"] >= 10
     assert not store.cache._path(store.commit(0).shards[HOOK].slices[0]).exists()
     assert predictable.is_true(HOOK, part.x, part.doc, part.pos)  # evicted by the other job, still whole for this one
+
+
+def test_files_that_are_not_the_caches_stay_however_old_they_are(remote, tmp_path):
+    others = [tmp_path / "my" / "notes.txt", tmp_path / "my" / "pear.slice", tmp_path / "my" / ".hidden"]
+    (tmp_path / "my").mkdir()
+    for path in others:
+        path.write_text("mine")
+        os.utime(path, (1000, 1000))
+    begun = tmp_path / "my" / f".{'0' * 32}"  # by a writer that was killed
+    begun.write_bytes(b"half")
+    os.utime(begun, (1000, 1000))
+    small = cached(remote, tmp_path, limit=2000)
+    for index in range(4):
+        small.read_slice(HOOK, 0, index)
+    assert small.cache.counts["evicted"] > 1 and not begun.exists()
+    assert [path.read_text() for path in others] == ["mine"] * 3
 
 
 def test_the_least_recently_used_goes_first(remote, tmp_path):
