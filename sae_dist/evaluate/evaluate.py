@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.figures import LOSS, RECONSTRUCTION, Figures, measured, together, unmeasured
-from sae_dist.evaluate.loss_recovered import loss_recovered
+from sae_dist.evaluate.loss_recovered import LossRecovered, loss_recovered
 from sae_dist.evaluate.reconstruction import is_constant, reconstruction
 from sae_dist.model.load import LanguageModel
 from sae_dist.sae.dictionary import Dictionary
@@ -68,7 +68,17 @@ def evaluate_loss(
         language_model, hook, batches=batches(), positions=positions, mean=mean, progress=progress,
         reconstruct=lambda rows: dictionary.decode(dictionary.encode(rows.float())),
     )  # fmt: skip
-    ablated = "{} does not change the cross-entropy"
+    return loss_figures(found)
+
+
+def loss_figures(found: LossRecovered) -> Figures:
+    """What was found, by name; null with a reason where there was no token to predict, or no loss to recover."""
+    if not found.tokens:
+        return unmeasured(LOSS, "the held-out text has no token to predict") | {"ce_tokens": 0}
+    shares = {
+        "zero ablation": ("loss_recovered", found.loss_recovered),
+        "mean ablation": ("loss_recovered_mean", found.loss_recovered_mean),
+    }
     return measured(
         {
             "ce_tokens": found.tokens,
@@ -76,12 +86,12 @@ def evaluate_loss(
             "ce_spliced": found.ce_spliced,
             "ce_zero_ablated": found.ce_zero_ablated,
             "ce_mean_ablated": found.ce_mean_ablated,
-            "loss_recovered": found.loss_recovered,
-            "loss_recovered_mean": found.loss_recovered_mean,
+            **dict(shares.values()),
         },
         {
-            "loss_recovered": ablated.format("zero ablation"),
-            "loss_recovered_mean": ablated.format("mean ablation"),
+            name: f"{ablation} does not change the cross-entropy"
+            for ablation, (name, share) in shares.items()
+            if share is None
         },
     )
 

@@ -1,5 +1,6 @@
 """What a dictionary keeps of the model's loss: cross-entropy with the reconstruction spliced into the running model."""
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from sae_dist.model.logits import next_token_loss
 
 
 class LossRecovered(NamedTuple):
-    """Mean cross-entropy in nats a token, over the same predicted tokens in all four runs."""
+    """Mean cross-entropy in nats a token, over the same predicted tokens in all four runs; NaN where there are none."""
 
     tokens: int
     ce_clean: float
@@ -75,7 +76,7 @@ def loss_recovered(
             totals[i] += float(losses.double().sum())
         n_tokens += tokens.shape[0] * (tokens.shape[1] - 1)
         progress(n_tokens)
-    return LossRecovered(n_tokens, *(total / n_tokens for total in totals))
+    return LossRecovered(n_tokens, *(total / n_tokens if n_tokens else math.nan for total in totals))
 
 
 def _where(

@@ -17,16 +17,38 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import Field
 
 from sae_dist.config import UserError
 from sae_dist.shards import records
+from sae_dist.shards.records import Count, Hash
 from sae_dist.storage import Storage
 
 logger = logging.getLogger(__name__)
 
 TTL_S = 30.0
 BEATS = 6  # in TTL_S: one that comes late does not end a lease
+T = TypeVar("T")
+
+
+class Holder(NamedTuple):
+    """<token>.json: the process that took the place."""
+
+    name: Hash  # drawn at random
+    out: str  # the folder of its run
+    host: str
+    pid: Annotated[int, Field(ge=1)]
+    born: str | None = None  # ticks since boot; None where it cannot be told (no /proc)
+    machine: str | None = None  # boot and process namespace; None likewise
+
+
+class Beat(NamedTuple):
+    """<token>.beat: the last sign of life of the holder."""
+
+    beat: Count  # how many there were
+    released: bool  # the holder is done
 
 
 class Place(NamedTuple):
@@ -48,28 +70,33 @@ class Place(NamedTuple):
         )
         return max((int(match[1]) for match in found if match), default=0)
 
-    def take(self, token: int, holder: dict[str, Any]) -> None:
-        self.storage.create(f"{self.folder}/{token:06d}.json", records.seal(holder))
+    def take(self, token: int, holder: Holder) -> None:
+        self.storage.create(f"{self.folder}/{token:06d}.json", records.seal(holder._asdict()))
 
-    def holder(self, token: int) -> dict[str, Any]:
-        """Who holds or held it, as far as that can be read: a damaged file names nobody, and its beat decides."""
-        return self._read(f"{self.folder}/{token:06d}.json") or {
-            "pid": "unknown",
-            "host": "an unknown host",
-            "out": "?",
-        }
+    def holder(self, token: int) -> Holder | None:
+        """Who holds or held it; None, with a warning, when the file is damaged: it names nobody, and its beat decides.
 
-    def beat(self, token: int, content: dict[str, Any]) -> None:
-        self.storage.write(f"{self.folder}/{token:06d}.beat", records.seal(content))
+        So a damaged file keeps nobody out for longer than `TTL_S`.
+        """
+        return self._read(Holder, f"{self.folder}/{token:06d}.json")
 
-    def last_beat(self, token: int) -> dict[str, Any]:
-        return self._read(f"{self.folder}/{token:06d}.beat")
+    def beat(self, token: int, beat: Beat) -> None:
+        self.storage.write(f"{self.folder}/{token:06d}.beat", records.seal(beat._asdict()))
 
-    def _read(self, key: str) -> dict[str, Any]:
+    def last_beat(self, token: int) -> Beat | None:
+        """None, with a warning, when it is damaged: then it counts as one that does not change."""
+        return self._read(Beat, f"{self.folder}/{token:06d}.beat")
+
+    def _read(self, kind: type[T], key: str) -> T | None:
+        place = f"{self.storage.uri}/{key}"
         try:
-            return records.read(self.storage, key, f"{self.storage.uri}/{key}")
-        except (FileNotFoundError, records.CorruptData):
-            return {}
+            record = records.read(self.storage, key, place)
+            return records.checked(kind, {name: value for name, value in record.items() if name != "digest"}, place)
+        except FileNotFoundError:
+            return None
+        except records.CorruptData as damage:
+            logger.warning("%s; whether %s is in use is told by signs of life alone", damage, self.name)
+            return None
 
 
 class Lease:
@@ -103,7 +130,7 @@ class Lease:
 
     def _beat(self, *, released: bool = False) -> None:
         self._beats += 1
-        self._place.beat(self.token, {"beat": self._beats, "released": released})
+        self._place.beat(self.token, Beat(self._beats, released))
 
     def _keep(self) -> None:
         while not self._end.wait(self._ttl_s / BEATS):
@@ -135,49 +162,48 @@ def lease(storage: Storage, out: str, *, key: str, folder: str, ttl_s: float = T
 def _acquire(place: Place, out: str, ttl_s: float) -> int:
     while True:
         newest = place.newest()
-        if newest and not _is_over(place, newest, ttl_s):
+        holder = place.holder(newest) if newest else None
+        if newest and not _is_over(place, newest, holder, ttl_s):
             raise UserError(
-                f"{place.name} is in use by {_described(place.holder(newest))}; wait for it, stop it, or choose "
-                f"another {place.key}="
+                f"{place.name} is in use by {_described(holder)}; wait for it, stop it, or choose another {place.key}="
             )
-        name = uuid.uuid4().hex
-        place.take(newest + 1, {"name": name, "out": out, **_identity(os.getpid())})
-        if place.holder(newest + 1).get("name") == name:  # read back: the answer to `create` may have been lost
+        ours = Holder(uuid.uuid4().hex, out, **_identity(os.getpid()))
+        place.take(newest + 1, ours)
+        if place.holder(newest + 1) == ours:  # read back: the answer to `create` may have been lost
             return newest + 1
 
 
-def _is_over(place: Place, token: int, ttl_s: float) -> bool:
+def _is_over(place: Place, token: int, holder: Holder | None, ttl_s: float) -> bool:
     """Whether the holder of `token` is done or dead; takes up to `ttl_s` to say so of one on another machine."""
-    holder, here = place.holder(token), _identity(os.getpid())
-    before = place.last_beat(token)
-    if before.get("released"):
+    here, before = _identity(os.getpid())["machine"], place.last_beat(token)
+    if before is not None and before.released:
         return True
-    if "machine" in here and holder.get("machine") == here["machine"]:
-        return holder != holder | _identity(holder["pid"])  # gone, or another process by that number
+    if holder is not None and here is not None and holder.machine == here:
+        return holder != holder._replace(**_identity(holder.pid))  # gone, or another process by that number
     logger.info("%s belongs to %s; waiting %.0f s for a sign of life", place.name, _described(holder), ttl_s)
     until = time.monotonic() + ttl_s
     while time.monotonic() < until:
         time.sleep(min(ttl_s / BEATS, max(until - time.monotonic(), 0)))
         now = place.last_beat(token)
-        if now.get("released"):
-            return True
-        if now != before:
-            return False
+        if now is not None and now != before:
+            return now.released
     return True
 
 
 def _identity(pid: int) -> dict[str, Any]:
-    """Who a process is, beyond its number; `machine` only where it can be told (Linux): boot and process namespace."""
-    found: dict[str, Any] = {"host": socket.gethostname(), "pid": pid, "born": None}
+    """Who a process is, beyond its number: the fields of a holder that say so."""
+    found: dict[str, Any] = {"host": socket.gethostname(), "pid": pid, "born": None, "machine": None}
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         found["machine"] = f"{boot} {os.readlink('/proc/self/ns/pid')}"
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        found["born"] = None if fields[0] == "Z" else fields[19]  # ticks since boot; a zombie is dead
+        found["born"] = None if fields[0] == "Z" else fields[19]  # a zombie is dead
     except OSError:  # no such process, or no /proc
         pass
     return found
 
 
-def _described(holder: dict[str, Any]) -> str:
-    return f"process {holder['pid']} on {holder['host']} (out={holder['out']})"
+def _described(holder: Holder | None) -> str:
+    if holder is None:
+        return "a process that its record does not name"
+    return f"process {holder.pid} on {holder.host} (out={holder.out})"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sae_dist.evaluate.loss_recovered import loss_recovered
+from sae_dist.evaluate.evaluate import loss_figures
+from sae_dist.evaluate.loss_recovered import LossRecovered, loss_recovered
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import load
 
@@ -50,6 +51,26 @@ def test_positions_left_alone_are_left_alone():
     first_only = EVERYWHERE.clone()
     first_only[:, 1:] = False
     assert found(torch.zeros_like, positions=first_only).ce_zero_ablated != result.ce_clean
+
+
+def test_without_a_token_to_predict_every_figure_is_null_with_the_reason():
+    result = loss_recovered(
+        MODEL, "resid_post.1", batches=[TOKENS[:, :1]], positions=lambda tokens, x: torch.ones_like(tokens).bool(),
+        reconstruct=lambda rows: rows, mean=torch.zeros(32),
+    )  # fmt: skip
+    figures = loss_figures(result)
+    assert figures["ce_tokens"] == 0 and figures["ce_clean"] is figures["loss_recovered"] is None
+    assert figures["not_measured"]["loss_recovered"] == "the held-out text has no token to predict"
+
+
+def test_an_ablation_without_effect_is_told_from_a_loss_that_is_not_finite():
+    figures = loss_figures(LossRecovered(9, ce_clean=2.0, ce_spliced=3.0, ce_zero_ablated=2.0, ce_mean_ablated=4.0))
+    assert figures["loss_recovered"] is None and figures["loss_recovered_mean"] == 0.5
+    assert figures["not_measured"] == {"loss_recovered": "zero ablation does not change the cross-entropy"}
+    spliced = loss_figures(LossRecovered(9, 2.0, float("nan"), 3.0, 4.0))
+    assert spliced["not_measured"] == dict.fromkeys(
+        ("ce_spliced", "loss_recovered", "loss_recovered_mean"), "it is not finite"
+    )
 
 
 def test_where_to_intervene_is_decided_on_the_activations_themselves():

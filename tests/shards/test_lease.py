@@ -1,5 +1,7 @@
 """Who holds a place: one process at a time, until it is done, dead or silent."""
 
+import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -9,7 +11,7 @@ import pytest
 
 from sae_dist import storage
 from sae_dist.config import UserError
-from sae_dist.shards import lease
+from sae_dist.shards import lease, records
 
 
 def hold_store(place, out, *, ttl_s=lease.TTL_S):
@@ -74,3 +76,42 @@ def test_a_holder_elsewhere_that_hangs_is_replaced_and_finds_out(tmp_path, holde
         process.join(30)
         assert process.exitcode == 3
         held.check()
+
+
+def spoil(place, key: str, **changes: object) -> None:
+    """Seals the record at `key` anew with other values; without a field where the value is `...`."""
+    record = json.loads(place.read(key)) | changes
+    place.write(key, records.seal({k: v for k, v in record.items() if v is not ... and k != "digest"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"pid": ...}, "pid is missing"), ({"pid": "../1"}, "pid"), ({"host": 5}, "host"), ({"more": 1}, "more")],
+)
+def test_a_record_that_does_not_say_who_holds_the_place_is_named_and_the_beat_decides(
+    tmp_path, holder, caplog, changes, said
+):
+    process, _ = holder
+    place = storage.open(tmp_path)
+    spoil(place, "producers/000001.json", **changes)
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(UserError, match="is in use by a process that its record does not name; wait for it"),
+        hold_store(place, "mine", ttl_s=5),
+    ):
+        pass  # it beats
+    (line,) = [record.getMessage() for record in caplog.records if "000001.json" in record.getMessage()]
+    assert "makes no sense" in line and said in line and "\n" not in line
+    process.kill()
+    with hold_store(place, "mine", ttl_s=0.5) as held:
+        assert held.token == 2
+
+
+def test_a_beat_that_makes_no_sense_is_no_sign_that_the_holder_is_done(tmp_path, holder, caplog):
+    process, _ = holder
+    place = storage.open(tmp_path)
+    os.kill(process.pid, signal.SIGSTOP)
+    spoil(place, "producers/000001.beat", released="perhaps")
+    with pytest.raises(UserError, match=f"is in use by process {process.pid}"), hold_store(place, "mine"):
+        pass
+    assert "000001.beat makes no sense" in caplog.text
