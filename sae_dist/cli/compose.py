@@ -71,8 +71,13 @@ def _groups(command: str) -> dict[str, str]:
     """The groups that a command has, each with what it is unless it is chosen."""
     config = OmegaConf.load(CONF_DIR / f"{command}.yaml")
     assert isinstance(config, DictConfig)
-    defaults = config.get("defaults", [])
-    return {str(k): v for entry in defaults if isinstance(entry, DictConfig) for k, v in entry.items()}
+    found: dict[str, str] = {}
+    for entry in config.get("defaults", []):
+        if isinstance(entry, DictConfig):
+            found |= {str(group): chosen for group, chosen in entry.items()}
+        elif (CONF_DIR / f"{entry}.yaml").is_file():  # a command that takes the keys of another
+            found |= _groups(entry)
+    return found
 
 
 def _parsable(override: str) -> str:

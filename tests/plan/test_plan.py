@@ -234,3 +234,8 @@ def test_members_are_planned_and_those_that_fit_nowhere_refused(capsys):
     assert "65,536 latents x 768, k 32" in capsys.readouterr().out
     assert main([*keys, "also=[{n_latents: 10, k: 4}]", "machine.memory=1e9"]) == 2
     assert "and the 1 of also" in capsys.readouterr().err
+
+
+def test_a_plan_takes_the_alternatives_of_a_run_by_name():
+    found = compose("plan", ["sae=jumprelu", "model=tiny-llama", "text=builtin"])
+    assert (found["sae"]["kind"], found["model"]["name"]) == ("jumprelu", "tiny-llama")

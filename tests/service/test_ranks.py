@@ -103,6 +103,20 @@ def test_kill_9_of_ranks_is_mended_within_the_run_and_they_are_named(store, unin
     assert order_hash(tmp_path / "run") == order_hash(uninterrupted)
 
 
+def test_jumprelu_on_two_by_two_ranks_is_killed_and_ends_the_same(store, tmp_path):
+    jumprelu = ("sae=jumprelu", "mesh.data=2")
+    finish(start(command(store, tmp_path / "whole", *jumprelu)))
+    faults = [
+        {"point": "train.step", "where": {"step": step, "rank": rank}, "action": "kill", "once": f"{tmp_path}/{step}"}
+        for step, rank in ((13, 3), (34, 0))
+    ]
+    said = finish(start(command(store, tmp_path / "killed", *jumprelu), faults))
+    assert said.count("the trainer died; a new one") == 2
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    config = json.loads((tmp_path / "whole" / "dictionary" / "config.json").read_text())
+    assert config["variant"] == "jumprelu"
+
+
 def test_a_rank_that_hangs_is_named_after_the_stated_time(store, uninterrupted, tmp_path):
     hang = {"point": "train.step", "where": {"step": 25, "rank": 1}, "action": "stop", "once": f"{tmp_path}/hung"}
     started = time.monotonic()
