@@ -1,6 +1,6 @@
-"""Thresholds and JumpReLU without [batch, n_latents]: rows with different numbers of active latents.
+"""Thresholds without [batch, n_latents]: rows with different numbers of active latents.
 
-Both come from the per-row selection with a width: a row that fills its width may have more, and is selected again four
+They come from the per-row selection with a width: a row that fills its width may have more, and is selected again four
 times as wide, or, beyond what a program can rank, in plain torch. The result is exact, whatever the width; a good guess
 saves the second selection.
 """
@@ -29,34 +29,6 @@ def threshold_encode(
 ) -> Active:
     """`reference.threshold` of the pre-activations: z where z > theta, for theta >= 0."""
     return _above(x, W_enc, b_enc, b_dec, theta, width, product_dtype)
-
-
-def jumprelu_encode(
-    x: Float[Tensor, "batch d_model"],
-    W_enc: Float[Tensor, "d_model n_latents"],
-    b_enc: Float[Tensor, " n_latents"],
-    b_dec: Float[Tensor, " d_model"],
-    *,
-    theta: Float[Tensor, " n_latents"],
-    bandwidth: float,
-    width: int = 128,
-    product_dtype: torch.dtype | None = None,
-) -> tuple[Active, Float[Tensor, " batch"]]:
-    """`reference.jumprelu` of the pre-activations and each row's L0, with its gradients, for theta >= bandwidth / 2.
-
-    The latents within half a bandwidth below theta have the value 0 and are among those returned: theta's gradient
-    needs them. Below bandwidth / 2 the box would reach negative pre-activations, which are not kept.
-    """
-    if bool((theta < bandwidth / 2).any()):
-        raise ValueError(f"theta={float(theta.min())} is below bandwidth/2={bandwidth / 2}; clamp it or narrow the box")
-    z, indices, offsets = _above(x, W_enc, b_enc, b_dec, theta.detach() - bandwidth / 2, width, product_dtype)
-    level = theta[indices]
-    gate = ((z > level) & (z > 0)).to(z.dtype)
-    near = (((z - level).abs() < bandwidth / 2) & (z > 0)).to(z.dtype).detach()
-    box = near * (level - level.detach()) / bandwidth  # 0 in value, carries the gradient
-    values = z * gate - level.detach() * box
-    l0 = plain.bag_sums(z.new_ones(1, 1), torch.zeros_like(indices), gate - box, offsets).squeeze(1)
-    return Active(values, indices, offsets), l0
 
 
 def active_decode(

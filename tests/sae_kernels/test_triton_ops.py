@@ -96,31 +96,3 @@ def test_threshold_selects_what_the_reference_selects_whatever_the_first_width(d
         assert torch.equal(mine, theirs)
     x_hat = triton_active.active_decode(ours, W_dec, b_dec)
     torch.testing.assert_close(x_hat, reference.active_decode(expected, W_dec, b_dec))
-
-
-@pytest.mark.parametrize("widest", [5, 2048])
-def test_jumprelu_matches_the_reference_in_values_l0_and_gradients(device, monkeypatch, widest):
-    monkeypatch.setattr(triton_active, "WIDEST", widest)
-    W_enc, b_enc, b_dec, W_dec = parameters(30, 8, device)
-    x, theta = inputs(4, 8, device), 1.0 + torch.arange(30, device=device).remainder(5) / 2
-    weight = torch.randn(4, 30, generator=torch.Generator().manual_seed(2)).to(device)
-    given = leaves(x, W_enc, b_enc, b_dec, theta)
-    dense, gate = reference.jumprelu(reference.pre_activations(*given[:4]), given[4], bandwidth=2.0)
-    l0 = gate.sum(-1)
-    expected = torch.autograd.grad((dense * weight).sum() + 0.3 * (l0 * l0).sum(), given)
-    mine = leaves(x, W_enc, b_enc, b_dec, theta)
-    active, our_l0 = triton_active.jumprelu_encode(*mine[:4], theta=mine[4], bandwidth=2.0, width=6)
-    loss = (active.values * weight[active.rows, active.indices]).sum() + 0.3 * (our_l0 * our_l0).sum()
-    torch.testing.assert_close(our_l0, l0)
-    scattered = torch.zeros_like(dense).index_put((active.rows, active.indices), active.values)
-    torch.testing.assert_close(scattered, dense)
-    for ours, theirs in zip(torch.autograd.grad(loss, mine), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def test_a_threshold_that_the_box_would_cross_is_refused(device):
-    W_enc, b_enc, b_dec, _ = parameters(8, 4, device)
-    with pytest.raises(ValueError, match=r"bandwidth/2=0.5"):
-        triton_active.jumprelu_encode(
-            inputs(1, 4, device), W_enc, b_enc, b_dec, theta=torch.full((8,), 0.2, device=device), bandwidth=1.0
-        )
