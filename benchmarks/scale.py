@@ -69,7 +69,14 @@ def mesh_step(work: Workload, mesh: Mesh) -> MeshStep:
         W_dec.clone().t(), W_dec, b_enc=torch.zeros(len(here)), b_dec=torch.zeros(work.d_model),
         k=min(work.k, len(here)), k_aux=0, aux_coefficient=0.0, dead_after_tokens=1 << 40,
     )  # fmt: skip
-    return MeshStep(shard, mesh, n_latents=work.n_latents, k=work.k, k_aux=0)
+    return MeshStep(shard, mesh, sae=work.sae, k_aux=0)
+
+
+def one_step(step: MeshStep, x: torch.Tensor) -> None:
+    statistics = step.forward(x, variance=float(x.shape[1]))
+    assert step.is_sound(statistics)
+    step.update_(lr=1e-4)
+    step.count_(statistics.fired, tokens=len(x))
 
 
 def run_rank(rank: int, work: Workload, steps: int, threads: int, port: int, answers: Any) -> None:
@@ -88,7 +95,7 @@ def run_rank(rank: int, work: Workload, steps: int, threads: int, port: int, ans
         if mesh.world.group is not None:
             dist.barrier()
         started, processor_started = time.perf_counter(), time.process_time()
-        step.step(raw.float(), lr=1e-4, variance=float(work.d_model))
+        one_step(step, raw.float())
         if mesh.world.group is not None:
             dist.barrier()
         if number:
@@ -206,11 +213,12 @@ def overhead(rounds: int) -> dict[str, Any]:
     step = mesh_step(work, Mesh.single())
     bare = mesh_step(work, Mesh.single()).shard
     x = torch.randn(work.batch, work.d_model)
-    times: dict[str, list[float]] = {"mesh": [], "bare": []}
+    steps = {"mesh": lambda: one_step(step, x), "bare": lambda: bare.step(x, lr=1e-4, variance=float(work.d_model))}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
-        for name, one in (("mesh", step), ("bare", bare)) if number % 2 else (("bare", bare), ("mesh", step)):
+        for name in sorted(steps, reverse=number % 2 == 1):
             started = time.process_time()
-            one.step(x, lr=1e-4, variance=float(work.d_model))
+            steps[name]()
             times[name].append(time.process_time() - started)
     medians = {name: statistics.median(own[2:]) for name, own in times.items()}
     ratio = statistics.median(m / b for m, b in zip(times["mesh"][2:], times["bare"][2:], strict=True))

@@ -97,16 +97,6 @@ class MeshStep:
         self._flaws = 0  # parts of the mesh where d loss / dz is not finite
         self._through_decoder = torch.empty(0)
 
-    def step(self, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float) -> StepStatistics:
-        """One optimiser step on the whole batch; nothing changes at all where its figures are not sound."""
-        statistics = self.forward(x, variance=variance)
-        if self.is_sound(statistics):
-            self.update_(lr=lr)
-            self.count_(statistics.fired, tokens=len(x))
-        else:
-            self.skip_()
-        return statistics
-
     def is_sound(self, statistics: StepStatistics) -> bool:
         """Whether the loss and all gradients of the last `forward` are finite, on all ranks: the same on each."""
         return is_finite(statistics) and not self._flaws

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from sae_kernels.reference import unit_norm
+from sae_kernels.reference import StepStatistics, unit_norm
 from sae_kernels.shard import Backend, Shard
 
 from sae_dist.sae.config import BatchTopK, JumpReLU, TopK
@@ -113,6 +113,17 @@ def batch_of(case: Case, step: int) -> torch.Tensor:
     return x
 
 
+def one_step(step: MeshStep, x: torch.Tensor, *, lr: float, variance: float) -> StepStatistics:
+    """A step on the whole batch; nothing changes at all where its figures are not sound."""
+    statistics = step.forward(x, variance=variance)
+    if step.is_sound(statistics):
+        step.update_(lr=lr)
+        step.count_(statistics.fired, tokens=len(x))
+    else:
+        step.skip_()
+    return statistics
+
+
 def train(case: Case, mesh: Mesh) -> dict[str, object]:
     """All steps on this rank: its part of the state, and of every step the selected (use, row, latent) and figures."""
     latents = mesh.latents(case.n_latents)
@@ -152,7 +163,7 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
     shard.stages.hold_ = hold  # type: ignore[method-assign]
     with patch.object(steps, "hold_", hold_in_lines):
         for number in range(case.steps):
-            s = step.step(batch_of(case, number).to(mesh.device), lr=case.lr, variance=3.0)
+            s = one_step(step, batch_of(case, number).to(mesh.device), lr=case.lr, variance=3.0)
             figures.append([float(s.squared_error), float(s.aux_squared_error), int(s.active), step.dead_fraction()])
     state = {name: tensor.cpu().clone() for name, tensor in step.state_dict().items()}
     moved = {name: [m.calls, m.bytes, m.seconds] for name, m in mesh.moved.items()}

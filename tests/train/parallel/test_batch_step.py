@@ -10,6 +10,7 @@ from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep
 from tests.allocations import Allocations
 from tests.sae_kernels.test_shard import BACKENDS, batch_of, dictionary, optimised_
+from tests.train.parallel.mesh_steps import one_step
 
 
 def step_of(
@@ -84,7 +85,7 @@ def test_a_step_is_gradient_projection_adam_and_unit_norm(backend):
             over="batch",
         )  # fmt: skip
         optimised_(twin, gradients, step=number, lr=1e-3)
-        step.step(x, lr=1e-3, variance=2.0)
+        one_step(step, x, lr=1e-3, variance=2.0)
         state = step.state_dict()
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):  # Adam divides by |gradient|, which may be near rounding
         torch.testing.assert_close(state[name], twin[name], rtol=1e-4, atol=3e-5)
@@ -93,13 +94,13 @@ def test_a_step_is_gradient_projection_adam_and_unit_norm(backend):
 
 def test_a_step_that_is_left_out_or_looked_at_leaves_the_threshold_alone():
     step = step_of(64, 8, 4)
-    step.step(batch_of(30, 8), lr=1e-3, variance=1.0)
+    one_step(step, batch_of(30, 8), lr=1e-3, variance=1.0)
     before = float(step.threshold)
     step.forward(10 * batch_of(30, 8), variance=1.0)
     step.skip_()
     bad = batch_of(30, 8)
     bad[3, 2] = torch.nan
-    step.step(bad, lr=1e-3, variance=1.0)
+    one_step(step, bad, lr=1e-3, variance=1.0)
     assert before > 0 and float(step.threshold) == before
 
 
@@ -110,7 +111,7 @@ def test_no_tensor_is_as_large_as_the_dense_activations():
     x = batch_of(batch, 16)
     x[7] *= 1e4
     with Allocations() as seen:
-        step.step(x, lr=1e-3, variance=1.0)
+        one_step(step, x, lr=1e-3, variance=1.0)
     assert step.widened > 4
     assert 0 < max(seen.bytes) < 4 * batch * n_latents / 10
 
@@ -121,6 +122,6 @@ def test_widening_is_the_same_to_the_bit_as_a_width_that_is_enough():
     states = []
     for width in (1, 200):
         step = step_of(200, 24, 5, width=width)
-        step.step(x, lr=1e-3, variance=2.0)
+        one_step(step, x, lr=1e-3, variance=2.0)
         states.append(step.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
