@@ -259,7 +259,7 @@ class Harvesting:
                 lease = self._leases.grant(gang.number, now)
                 if lease is None:
                     return
-                for ref in gang.harvest(lease.unit, f"{self._lease.token:06d}-{lease.attempt}-"):
+                for ref in gang.harvest(lease.unit, self._lease.producer(lease.attempt)):
                     self._calls[ref] = (gang.number, lease.attempt)
 
     def _take_in(self, now: float) -> None:

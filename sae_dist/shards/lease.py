@@ -118,6 +118,10 @@ class Lease:
                 f"{self._ttl_s:.0f} s; nothing is lost, that one goes on"
             )
 
+    def producer(self, attempt: int) -> str:
+        """How the names of the data begin that are written in try `attempt` of whoever holds this."""
+        return f"{self.token:06d}-{attempt}-"
+
     def release(self) -> None:
         """Another process may begin at once."""
         self._end.set()

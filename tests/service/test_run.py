@@ -17,6 +17,7 @@ from sae_dist.cli.main import main
 from sae_dist.model import tiny
 from sae_dist.sae import dictionary
 from tests.service.main_job import command, files, finish, has_checkpoint, order_hashes, start, units, wait_until
+from tests.shards import specification
 
 
 def test_a_run_leaves_what_the_design_says(uninterrupted):
@@ -33,6 +34,16 @@ def test_a_run_leaves_what_the_design_says(uninterrupted):
     assert figures["loss_recovered_mean"] == pytest.approx((mean - spliced) / (mean - clean))
     assert summary["order_hash"] == order_hashes(uninterrupted)[summary["steps"]]
     assert yaml.safe_load((uninterrupted / "config.yaml").read_text())["sae"]["n_latents"] == 128
+
+
+def test_its_store_is_as_the_format_of_stores_says(uninterrupted):
+    store = uninterrupted / "store"
+    assert {"producers/<token>.json", "producers/<token>.beat"} < specification.objects(store)
+    meta = specification.record(store, "store.json")["meta"]
+    assert list(meta["extra"]) == list(specification.table("Entry of extra in a harvest"))
+    for unit in (0, meta["n_units"] - 1):
+        (hook,) = meta["hooks"]
+        assert specification.rows(store, hook, unit).x.shape[1] == meta["hooks"][hook]
     assert json.loads((uninterrupted / "status.json").read_text())["state"] == "done"
     assert (uninterrupted / "pages" / "index.html").is_file()
     for name in ("dictionary.safetensors", "config.json"):

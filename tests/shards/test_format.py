@@ -1,75 +1,165 @@
-"""FORMAT.md says what the code does: its tables are read and held against a store."""
+"""FORMAT.md says what the code does: stores of a real harvest and of an import are read by its words alone."""
 
 import dataclasses
 import json
+import random
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from sae_dist import config, storage
-from sae_dist.shards import credits, format, permutation, reader, records, retention, verify
+from sae_dist.harvest.config import HarvestConfig
+from sae_dist.harvest.harvest import harvest
+from sae_dist.harvest.harvester import Harvester
+from sae_dist.harvest.units import sequences_of
+from sae_dist.model.config import ModelConfig
+from sae_dist.model.load import LanguageModel, load
+from sae_dist.service.prepare import prepare
+from sae_dist.shards import commits, credits, format, lease, manifest, reader, records, retention, verify
 from sae_dist.shards.commits import Commit, Shard
 from sae_dist.shards.format import ELEMENTS, StoreMeta
+from sae_dist.shards.imports.commit import import_store
+from sae_dist.shards.imports.config import ImportConfig
 from sae_dist.shards.statistics import Statistics
-from tests.shards import predictable
+from sae_dist.text.jsonl import JsonlText
+from sae_dist.text.tokenize import TokenSplit
+from tests.shards import predictable, specification
+from tests.shards.specification import TEXT, table
 
-TEXT = (Path(format.__file__).parent / "FORMAT.md").read_text()
+HOOKS = ("resid_post.1", "mlp_act.0")
+CONFIG = HarvestConfig(tokens=768, heldout_tokens=128, context=32, unit_sequences=4, slice_rows=50, seed=5)
+RETIRED, AGAIN = 0, 3  # units
 
 
-def table(first_heading: str) -> dict[str, list[str]]:
-    """The table whose first column is headed so: first cell without back-ticks -> the other cells."""
-    lines = TEXT[TEXT.index(f"| {first_heading} |") :].split("\n\n")[0].splitlines()[2:]
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    return {row[0].strip("`"): row[1:] for row in rows}
+class Harvested(NamedTuple):
+    """The folder of a store, and what its rows were made of."""
+
+    folder: Path
+    model: LanguageModel
+    split: TokenSplit
+
+
+@pytest.fixture(scope="module")
+def harvested(tmp_path_factory) -> Harvested:
+    """What the harvest command does to a store, without Ray; then one unit is retired, and one withdrawn and remade."""
+    folder = tmp_path_factory.mktemp("harvested")
+    words, generator = ["river", "stone", "cloud", "light", "under", "winter", "copper"], random.Random(0)
+    lines = (json.dumps({"text": " ".join(generator.choices(words, k=30))}) for _ in range(80))
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    settings = ModelConfig(name="tiny-llama", dtype="float32")
+    prepared = prepare(
+        model=settings, hook_points=HOOKS, text=JsonlText(path=str(folder / "text.jsonl")), harvest=CONFIG,
+        folder=folder / "text", store_uri=str(folder / "store"), progress=lambda _: None,
+    )  # fmt: skip
+    model = load(settings)
+    place = storage.open(folder / "store")
+    fill(place, model, prepared.split)
+    store = reader.open(place)
+    store.snapshot()
+    credits.report(place, credits.Position("a", RETIRED + 1, RETIRED + 1))
+    retention.retire(store, retention.UntilConsumed())
+    verify.withdraw(store, [AGAIN])
+    fill(place, model, prepared.split)
+    return Harvested(folder / "store", model, prepared.split)
+
+
+def fill(place: storage.Storage, model: LanguageModel, split: TokenSplit) -> None:
+    """Harvests the units that the store lacks."""
+    store = reader.open(place)
+    with lease.lease(place, "runs/a", key="store", folder="producers") as held:
+        harvester = Harvester(model, store, HOOKS, split=split, config=CONFIG)
+        for attempt, unit in enumerate(sorted(set(range(store.meta.n_units)) - set(store.committed())), start=1):
+            harvester.harvest(unit, producer=held.producer(attempt))
+        harvester.close()
 
 
 @pytest.fixture
-def store(tmp_path):
-    filled = predictable.filled(storage.open(tmp_path))
-    filled.snapshot()
-    credits.report(filled.storage, credits.Position("a", 2, 1))
-    retention.retire(filled, retention.UntilConsumed())
-    verify.withdraw(filled, [4])
-    return filled
+def imported(tmp_path) -> Path:
+    np.save(tmp_path / "acts.npy", np.random.default_rng(0).standard_normal((600, 8), dtype=np.float32))
+    import_store(storage.open(tmp_path / "store"), ImportConfig(path=str(tmp_path / "acts.npy"), unit_rows=100))
+    return tmp_path / "store"
 
 
 def test_every_field_is_in_the_specification_and_no_other():
     assert list(table("Field of meta")) == [field.name for field in dataclasses.fields(StoreMeta)]
-    assert set(table("Field of a commit")) == {*Commit._fields, "format_version", "statistics"}
-    assert list(table("Field of a shard")) == list(Shard._fields)
-    assert list(table("Field of the statistics")) == list(Statistics._fields)
+    assert {*table("Field of a commit"), "digest"} == {*Commit._fields, "format_version", "statistics"}
+    sealed = {"a manifest": manifest.Manifest, "a store": reader.Named}
+    for name, fields in sealed.items():
+        assert {*table(f"Field of {name}"), "digest"} == set(fields._fields)
+    plain = {"a shard": Shard, "the statistics": Statistics, "a position": credits.Position}
+    for name, fields in (plain | {"a holder": lease.Holder, "a beat": lease.Beat}).items():
+        assert list(table(f"Field of {name}")) == list(fields._fields)
     assert f"format version {format.FORMAT_VERSION}" in TEXT.splitlines()[0]
 
 
-def test_every_key_of_a_store_is_of_a_kind_that_is_specified(store):
-    parts = {
-        "hook": r"[\w.-]+",
-        "unit": r"\d{8}",
-        "attempt": "[0-9a-f]{32}",
-        "version": r"\d{6}",
-        "hash": "[0-9a-f]{32}",
+def test_the_limits_are_those_of_the_specification():
+    def value(name: str) -> int:
+        power, more = re.match(r"2\^(\d+)( - 1)?", table("Limit")[name][0]).groups()
+        return 2 ** int(power) - bool(more)
+
+    assert value("units of a store") == format.MAX_UNITS
+    assert value("hook points of a store") == format.MAX_HOOKS
+    assert value("width of a hook point") == format.MAX_WIDTH
+    assert value("bytes of a commit") == commits.COMMIT_BYTES
+    assert value("bytes of any other record") == records.SMALL_BYTES
+    meta = predictable.meta(unit_rows=value("rows of a unit"))
+    assert format.manifest_bytes(meta) == value("bytes of a manifest") + 128 * meta.n_units
+    with pytest.raises(ValueError, match="a unit holds fewer than"):
+        predictable.meta(unit_rows=value("rows of a unit") + 1)
+
+
+def test_every_object_of_a_harvested_store_is_specified(harvested):
+    assert specification.objects(harvested.folder) == set(table("Key")) - {"probe/<random>"}
+    meta = specification.record(harvested.folder, "store.json")["meta"]
+    assert list(meta["extra"]) == list(table("Entry of extra in a harvest"))
+    assert meta["extra"]["token_streams"] == harvested.split.digest
+    assert not list((harvested.folder / "data").glob(f"*/{RETIRED:08d}/*"))
+
+
+def test_its_rows_are_read_from_the_specification_alone(harvested):
+    n_units = specification.record(harvested.folder, "store.json")["meta"]["n_units"]
+    assert n_units == 7
+    for unit in set(range(n_units)) - {RETIRED}:
+        work = sequences_of(unit, CONFIG)
+        stream = harvested.split.heldout if work.heldout else harvested.split.train
+        source = harvest(harvested.model, HOOKS, sequences=stream.sequences(work.sequences), config=CONFIG)
+        p = specification.scatter(len(source.doc), CONFIG.seed, unit)
+        for hook in HOOKS:
+            rows = specification.rows(harvested.folder, hook, unit)
+            assert np.array_equal(rows.x, source.states[hook].bfloat16().float().numpy()[p])
+            for name in ("doc", "pos", "token"):
+                assert getattr(rows, name).tolist() == getattr(source, name)[p].tolist()
+
+
+def test_a_unit_that_was_withdrawn_returns_with_the_same_rows_and_another_attempt(harvested):
+    (old,) = (path.name for path in (harvested.folder / "withdrawn").iterdir())
+    before = specification.record(harvested.folder, f"withdrawn/{old}")
+    after = specification.record(harvested.folder, f"commit/{AGAIN:08d}.json")
+    assert before["attempt"].startswith("000001-") and after["attempt"].startswith("000002-1-")
+    assert {hook: shard["xxh3_128"] for hook, shard in before["shards"].items()} == {
+        hook: shard["xxh3_128"] for hook, shard in after["shards"].items()
     }
-    parts |= {"consumer": r"[\w.-]+", "name": "[0-9a-f]{32}"}
-    kinds = {kind: re.sub(r"<(\w+)>", lambda m: parts[m[1]], re.escape(kind)) for kind in table("Key")}
-    used = set()
-    for entry in store.storage.list():
-        matching = [kind for kind, pattern in kinds.items() if re.fullmatch(pattern, entry.key)]
-        assert len(matching) == 1, entry.key
-        used.add(matching[0])
-    assert used == set(kinds) - {"probe/<name>"}
+    pinned = specification.record(harvested.folder, "manifest/v000001.json")["commits"]
+    assert pinned[str(AGAIN)] == [before["rows"], specification.digest(before)]
+    store = reader.open(storage.open(harvested.folder))
+    assert store.pinned(1).commits[AGAIN].digest != specification.digest(after)
 
 
-def test_records_are_sealed_as_specified(store):
-    record = json.loads(bytes(store.storage.read("commit/00000000.json")))
-    assert record.pop("digest") == config.digest(record)
-    assert list(record["shards"]["resid_post.1"]) == list(table("Field of a shard"))
-    assert list(record["statistics"]["resid_post.1"]) == list(table("Field of the statistics"))
-    meta = json.loads(bytes(store.storage.read("store.json")))["meta"]
-    name = json.loads(bytes(store.storage.read("store.json")))["name"]
-    assert name == config.digest({k: v for k, v in meta.items() if k != "created_by"})[:32] == record["store"]
+def test_an_imported_store_is_read_from_the_specification_alone(imported):
+    kinds = specification.objects(imported)
+    assert kinds == {"store.json", "data/<hook>/<unit>/<attempt>.arrow", "commit/<unit>.json"}
+    meta = specification.record(imported, "store.json")["meta"]
+    assert list(meta["extra"]) == list(table("Entry of extra in an import"))
+    source = np.load(imported.parent / "acts.npy")
+    units = [specification.rows(imported, "imported", unit) for unit in range(meta["n_units"])]
+    for rows in units:
+        assert np.array_equal(rows.x, source[rows.doc.astype(int)])
+        assert not rows.pos.any() and not rows.token.any()
+    assert sorted(np.concatenate([rows.doc for rows in units])) == list(range(600))
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS)
@@ -79,34 +169,9 @@ def test_shards_have_the_columns_and_types_that_are_specified(tmp_path, dtype):
     with pa.memory_map(str(tmp_path / shard.key)) as source:
         file = pa.ipc.open_file(source)
         schema, batches = file.schema, [file.get_batch(i) for i in range(file.num_record_batches)]
-    stored = table("dtype")[dtype][0]
-    expected = {name: cells[0] for name, cells in table("Column").items()}
-    expected["act"] = f"fixed_size_list<item: {stored}>[{predictable.WIDTH}]"
-    if not ELEMENTS[dtype].scaled:
-        del expected["scale"]
-    assert {field.name: str(field.type) for field in schema} == expected
+    assert {field.name: str(field.type) for field in schema} == specification.columns(dtype, predictable.WIDTH)
     assert {key.decode() for key in schema.metadata} == set(re.findall(r"`(sae\.\w+)`", TEXT))
     assert [batch.num_rows for batch in batches] == [ref.rows for ref in shard.slices] == [20, 20, 20, 20, 9]
-
-
-def test_a_slice_is_read_by_a_stranger_from_the_specification_alone(tmp_path):
-    """One range, one hash, one Arrow message; rows scattered by the permutation that the text defines."""
-    import xxhash
-
-    store = predictable.filled(storage.open(tmp_path))
-    commit = json.loads((tmp_path / "commit" / "00000002.json").read_bytes())
-    shard = commit["shards"]["resid_post.1"]
-    offset, size, rows, digest = shard["slices"][1]
-    data = (tmp_path / shard["key"]).read_bytes()[offset : offset + size]
-    assert xxhash.xxh3_128_hexdigest(data) == digest
-    batch = pa.ipc.read_record_batch(pa.py_buffer(data), format.schema(store.meta, "resid_post.1"))
-    source = predictable.rows_of(2, commit["rows"])
-    scatter = permutation.permutation(commit["rows"], permutation.key(store.meta.seed, 2))
-    assert batch.num_rows == rows == 20
-    assert batch["doc"].to_pylist() == source["doc"][scatter][20:40].tolist()
-    bits = batch["act"].values.to_numpy().astype(np.uint32) << 16
-    truth = predictable.activation(source["doc"][scatter][20:40], source["pos"][scatter][20:40], 1)
-    assert np.array_equal(bits.view(np.float32).reshape(20, -1), truth.numpy())
 
 
 def test_a_store_of_another_version_is_refused(tmp_path):
