@@ -84,7 +84,7 @@ def members(
 def _shared(main: SAEConfig, kind: object) -> dict[str, Any]:
     """The main dictionary's keys that one of `kind` has too; None: of the same kind."""
     values = to_dict(main)
-    if kind not in KINDS or kind == main.kind:
+    if not isinstance(kind, str) or kind not in KINDS or kind == main.kind:
         return values
     return {key: value for key, value in values.items() if key in KINDS[kind].__dataclass_fields__}
 

@@ -23,8 +23,10 @@ from sae_dist.sae.config import BatchTopK, SAEConfig, TopK
 from sae_dist.shards import reader
 from sae_dist.train import checkpoint, loop
 from sae_dist.train.config import MeshConfig, TrainConfig
+from sae_dist.train.folders import folders
 from sae_dist.train.member import MAIN, Member
 from sae_dist.train.parallel.mesh import connect
+from sae_dist.train.task import Task
 from tests.processes import PROCESSES
 from tests.train.test_loop import CONFIG, ORDER, full_store
 
@@ -72,11 +74,11 @@ def rank_of(golden: Golden, folder: Path, rank: int) -> None:
     config = MeshConfig(data=golden.data, feature=golden.feature, collective_timeout_s=120)
     meeting = None if world == 1 else dist.FileStore(str(folder / f"meeting-{golden.name}"), world)
     mesh = connect(config, rank=rank, world=world, device="cpu", store=meeting)
-    loop.train(
+    task = Task(
         reader.open(storage.open(str(folder / "store"))), hook="x", config=golden.config, order=ORDER, seed=0,
-        members=(Member(MAIN, golden.sae, 0), *golden.also), out=folder / golden.name, log=lambda *_: None, mesh=mesh,
-        provenance={},
+        members=(Member(MAIN, golden.sae, 0), *golden.also), out=folder / golden.name,
     )  # fmt: skip
+    loop.train(task, mesh, log=lambda *_: None)
     mesh.close()
 
 
@@ -88,7 +90,7 @@ def hashes(golden: Golden, folder: Path) -> str:
     for file in sorted(out.glob("dictionar*/**/dictionary.safetensors")):
         weights.update(file.read_bytes())
     place = storage.open(str(out / "checkpoints"))
-    saved = checkpoint.read(place, checkpoint.folders(place)[0], lambda *_: None)
+    saved = checkpoint.read(place, folders(place)[0])
     state = hashlib.sha256()
     for name, tensor in sorted(saved.tensors.items()):
         whole = tensor.local if isinstance(tensor, checkpoint.Rows) else tensor
