@@ -39,7 +39,7 @@ from gpu_usual import usual_step  # noqa: E402
 from sae_kernels.triton_latents import Moments, Pairs, schedule_row, update_latents_  # noqa: E402
 from sae_kernels.triton_select import Buffers, tighten_  # noqa: E402
 from sae_kernels.triton_sparse_decode import decode, gather_dot  # noqa: E402
-from sae_kernels.triton_sparse_gradient import row_gradient, row_gradient_atomic_, segments  # noqa: E402
+from sae_kernels.triton_sparse_gradient import row_gradient, segments  # noqa: E402
 from sae_kernels.triton_tiles import Tile, tile_for  # noqa: E402
 from sae_kernels.triton_topk_encode import (  # noqa: E402
     capacity_for,
@@ -168,7 +168,6 @@ def gathers(run: Run, case: tuple[int, int, int, int]) -> None:
         "row_gradient", lambda: row_gradient(x, values, by_latent, n_latents=n_latents), case, moved=read + written
     )
     out = torch.zeros(n_latents, d_model, device=run.device)
-    run.measure("row_gradient atomic", lambda: row_gradient_atomic_(out, x, values, indices), case, moved=2 * read)
     moments = Moments(W, torch.zeros_like(W), torch.zeros_like(W))
     pairs = Pairs(x, values, by_latent, split=k, shift=0)
     schedule = torch.tensor([schedule_row(step=1, lr=1e-4, betas=(0.9, 0.999))], device=run.device)

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from sae_kernels import reference, triton_active, triton_ops
 from sae_kernels.shard import Shard
-from sae_kernels.triton_latents import Moments, Pairs, catch_up_, schedule_row, update_latents_
 from sae_kernels.triton_sparse_decode import decode, gather_dot
-from sae_kernels.triton_sparse_gradient import row_gradient, row_gradient_atomic_, segments
+from sae_kernels.triton_sparse_gradient import row_gradient, segments
 from sae_kernels.triton_tiles import tile_for
 from sae_kernels.triton_topk_encode import encode_select, spread_of
 from torch import Tensor
@@ -29,7 +28,6 @@ def checks(device: torch.device, *, tiny: bool) -> Iterator[Check]:
     yield "ties", lambda: _ties(device, 150 if tiny else 30000)
     yield "overflow", lambda: _overflow(device, 150 if tiny else 5000)
     yield "threshold", lambda: _active(device)
-    yield "lazy rows", lambda: _lazy(device, *((9, 8) if tiny else (500, 768)))
     if not tiny:
         for dead in (0, 500):
             yield f"step, {dead} dead", lambda dead=dead: _step(device, dead)
@@ -94,9 +92,6 @@ def _gradients(device: torch.device, batch: int, n_latents: int, d_model: int, k
     ours, _ = row_gradient(x, values, by_latent, n_latents=n_latents)
     torch.testing.assert_close(ours.double(), gradient, rtol=1e-4, atol=1e-4)
     assert torch.equal(ours, row_gradient(x, values, by_latent, n_latents=n_latents)[0]), "two runs differ"
-    atomic = torch.zeros_like(ours)
-    row_gradient_atomic_(atomic, x, values, indices)
-    torch.testing.assert_close(atomic.double(), gradient, rtol=1e-4, atol=1e-4)
 
 
 def _active(device: torch.device) -> None:
@@ -105,25 +100,6 @@ def _active(device: torch.device) -> None:
     z = reference.pre_activations(x, W.T, b_enc, zero)
     ours = triton_active.threshold_encode(x, W.T, b_enc, zero, theta=theta, width=4)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, reference.threshold(z, theta), strict=True))
-
-
-def _lazy(device: torch.device, n_latents: int, d_model: int) -> None:
-    value = reference.unit_norm(torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(3))).to(device)
-    every, lazy = (Moments(value.clone(), torch.zeros_like(value), torch.zeros_like(value)) for _ in range(2))
-    betas, steps = (0.9, 0.999), 6
-    schedule = torch.tensor([schedule_row(step=max(s, 1), lr=1e-2, betas=betas) for s in range(steps + 1)]).to(device)
-    done, norms = torch.zeros(n_latents, dtype=torch.int32, device=device), torch.empty(n_latents, device=device)
-    for step in range(1, steps + 1):
-        generator = torch.Generator().manual_seed(step)
-        indices = torch.rand(2, n_latents, generator=generator).argsort(1)[:, :3].to(device)
-        weights, rows = (torch.randn(2, size, generator=generator).to(device) for size in (3, d_model))
-        pairs = Pairs(rows, weights, segments(weights, indices, n_latents=n_latents), split=3, shift=0)
-        options = {"schedule": schedule, "step": step, "betas": betas, "eps": 6.25e-10}
-        catch_up_(lazy, done, pairs.by_latent, **options)
-        update_latents_(every, pairs, norms=norms, unit=True, **options)
-        update_latents_(lazy, pairs, norms=norms, unit=True, done=done, **options)
-    catch_up_(lazy, done, None, schedule=schedule, step=steps + 1, betas=betas, eps=6.25e-10)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(lazy, every, strict=True)), "lazy rows differ"
 
 
 def dictionary(n_latents: int, d_model: int, device: torch.device, *, k: int, backend: str, dead: int = 0) -> Shard:

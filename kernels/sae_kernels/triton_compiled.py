@@ -102,7 +102,7 @@ def table() -> Iterator[str]:
 def row_of(name: str) -> str:
     """The row of a configuration: one for a block shape, and one for all shapes of 64 numbers and less."""
     kind, _, size = name.split("/")[0].rpartition("-")
-    small = kind.startswith(("rank", "update", "catch-up")) and int(size) <= 64
+    small = kind.startswith(("rank", "update")) and int(size) <= 64
     return f"`{kind}-64` and less" if small else f"`{name.split('/')[0]}`"
 
 

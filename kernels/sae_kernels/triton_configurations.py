@@ -141,12 +141,6 @@ def _gathers(depth: int) -> Iterator[Configuration]:
             "split:!i32 shift:!i32 d_model:!i32 stride:!i32",
             warps=4, PAIRS=pairs, DEPTH=depth, HAS_SUM=sums,
         )  # fmt: skip
-    for dtype in ("bf16", "fp32"):
-        yield _configuration(
-            _name(f"gradient-atomic-{depth}", fp32=dtype == "fp32"), triton_sparse_gradient._scatter_kernel,
-            f"rows_ptr:*{dtype} weights_ptr:*fp32 indices_ptr:*i64 out_ptr:*fp32 k:!i32 d_model:!i32 stride:!i32",
-            warps=4, DEPTH=depth,
-        )  # fmt: skip
 
 
 def _updates(d_model: int) -> Iterator[Configuration]:
@@ -156,26 +150,19 @@ def _updates(d_model: int) -> Iterator[Configuration]:
         "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 rounded_ptr:*bf16 gradient_ptr:*fp32 norm_ptr:*fp32 bias_ptr:*fp32 "
         "bias_m_ptr:*fp32 bias_v_ptr:*fp32 bias_gradient_ptr:*fp32 slots_ptr:*i32 extra_ptr:*fp32 "
         "extra_bias_ptr:*fp32 rows_ptr:*{} weights_ptr:*fp32 pairs_ptr:*i32 "
-        "offsets_ptr:*i32 done_ptr:*i32 schedule_ptr:*fp32 step:i32 beta2:fp32 eps:fp32 k:i32 split:i32 "
+        "offsets_ptr:*i32 schedule_ptr:*fp32 step:i32 beta2:fp32 eps:fp32 k:i32 split:i32 "
         f"shift:!i32 d_model:{aligned}i32 row_stride:{aligned}i32"
     )
     for parameter, source in (
         ("encoder", ""), ("encoder", "extra"), ("encoder", "dense"),
-        ("decoder", ""), ("decoder", "extra"), ("decoder", "dense"), ("decoder", "lazy"), ("b_dec", "dense"),
+        ("decoder", ""), ("decoder", "extra"), ("decoder", "dense"), ("b_dec", "dense"),
     ):  # fmt: skip
         encoder, dense = parameter == "encoder", source == "dense"
         yield _configuration(
             _name(f"update-{parameter}-{d_model}", **({source: True} if source else {})),
             triton_latents._update_kernel, types.format("bf16" if encoder and not dense else "fp32"), warps=warps,
-            DENSE=dense, UNIT=parameter == "decoder", ROUND=encoder, BIAS=encoder, LAZY=source == "lazy",
+            DENSE=dense, UNIT=parameter == "decoder", ROUND=encoder, BIAS=encoder,
             EXTRA=source == "extra", PAIRS=triton_latents.PAIRS, DEPTH=d_model,
-        )  # fmt: skip
-    for everything in (False, True):
-        yield _configuration(
-            _name(f"catch-up-{d_model}", all=everything), triton_latents._catch_up_kernel,
-            "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 offsets_ptr:*i32 done_ptr:*i32 schedule_ptr:*fp32 step:i32 "
-            f"beta2:fp32 eps:fp32 d_model:{aligned}i32",
-            warps=warps, ALL=everything, DEPTH=d_model,
         )  # fmt: skip
 
 

@@ -3,10 +3,6 @@
 The gradient of a row lives in registers only. A parameter moves 24 bytes (its value and two moments, read and written,
 fp32) and 2 for the bf16 copy that the product reads, where separate kernels move 8 more for the gradient and read the
 row again to project and to normalise it.
-
-A row of W_dec is read only by tokens that select it, so its update may wait: `catch_up_` replays the steps that a row
-has missed, each with a zero gradient, before the row is read. Same operations in the same order: the same bits as an
-update of every row at every step, without the traffic of the rows that nothing read.
 """
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
@@ -57,22 +53,12 @@ def _unit(p):
 
 
 @triton.jit
-def _replay(p, m, v, schedule_ptr, done, step, beta2, eps, UNIT: tl.constexpr):
-    """Steps done + 1 to step - 1 with a zero gradient."""
-    for missed in range(done + 1, step):
-        p, m, v = _adam(p, tl.zeros_like(p), m, v, schedule_ptr, missed, beta2, eps)
-        if UNIT:
-            p = _unit(p)
-    return p, m, v
-
-
-@triton.jit
 def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bias_ptr, bias_m_ptr, bias_v_ptr,
                    bias_gradient_ptr, slots_ptr, extra_ptr, extra_bias_ptr, rows_ptr, weights_ptr, pairs_ptr,
-                   offsets_ptr, done_ptr, schedule_ptr,
+                   offsets_ptr, schedule_ptr,
                    step, beta2, eps, k, split, shift, d_model, row_stride,
                    DENSE: tl.constexpr, UNIT: tl.constexpr, ROUND: tl.constexpr, BIAS: tl.constexpr,
-                   LAZY: tl.constexpr, EXTRA: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+                   EXTRA: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     """One latent: its gradient from its pairs (or DENSE, from memory), then Adam; UNIT projects and normalises."""
     latent = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, DEPTH)
@@ -80,8 +66,6 @@ def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bia
     begin, end = 0, 0
     if not DENSE:
         begin, end = tl.load(offsets_ptr + latent), tl.load(offsets_ptr + latent + 1)
-        if LAZY and begin == end:
-            return
     if DENSE:
         g = tl.load(gradient_ptr + latent * d_model + dim, mask=inside, other=0.0)
     else:
@@ -97,9 +81,6 @@ def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bia
     m = tl.load(m_ptr + address, mask=inside, other=0.0)
     v = tl.load(v_ptr + address, mask=inside, other=0.0)
     tl.store(norm_ptr + latent, tl.sum(g * g, 0))
-    if LAZY:
-        p, m, v = _replay(p, m, v, schedule_ptr, tl.load(done_ptr + latent), step, beta2, eps, UNIT)
-        tl.store(done_ptr + latent, step)
     if UNIT:
         g = g - tl.sum(g * p, 0) * p
     p, m, v = _adam(p, g, m, v, schedule_ptr, step, beta2, eps)
@@ -125,29 +106,6 @@ def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bia
         tl.store(bias_v_ptr + latent, b_v)
 
 
-@triton.jit
-def _catch_up_kernel(p_ptr, m_ptr, v_ptr, offsets_ptr, done_ptr, schedule_ptr, step, beta2, eps, d_model,
-                     ALL: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
-    """One decoder row: the steps before `step` that it has missed, if a token is about to read it."""
-    latent = tl.program_id(0).to(tl.int64)
-    if not ALL and tl.load(offsets_ptr + latent) == tl.load(offsets_ptr + latent + 1):
-        return
-    done = tl.load(done_ptr + latent)
-    if done + 1 >= step:
-        return
-    dim = tl.arange(0, DEPTH)
-    inside = dim < d_model
-    address = latent * d_model + dim
-    p = tl.load(p_ptr + address, mask=inside, other=0.0)
-    m = tl.load(m_ptr + address, mask=inside, other=0.0)
-    v = tl.load(v_ptr + address, mask=inside, other=0.0)
-    p, m, v = _replay(p, m, v, schedule_ptr, done, step, beta2, eps, True)
-    tl.store(p_ptr + address, p, mask=inside)
-    tl.store(m_ptr + address, m, mask=inside)
-    tl.store(v_ptr + address, v, mask=inside)
-    tl.store(done_ptr + latent, step - 1)
-
-
 def warps_for(d_model: int) -> int:
     """Eight numbers a thread up to d_model 2,048, so that value, moments and gathered rows fit its registers."""
     return min(max(power_of_two(d_model) // 256, 1), 8)
@@ -162,19 +120,16 @@ def schedule_row(*, step: int, lr: float, betas: tuple[float, float]) -> tuple[f
 def update_latents_(
     parameter: Moments, source: Pairs | Tensor, *, schedule: Tensor, step: int, betas: tuple[float, float], eps: float,
     norms: Tensor, unit: bool, rounded: Tensor | None = None, bias: Moments | None = None,
-    bias_gradient: Tensor | None = None, done: Tensor | None = None,
-    extra: tuple[Tensor, Tensor, Tensor] | None = None,
+    bias_gradient: Tensor | None = None, extra: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Adam on every row of a parameter [n_latents, d_model], in place, from its pairs or from a dense gradient.
 
     `schedule` [steps, 5] holds `schedule_row` of every step so far. `norms` [n_latents] gets each row's ||g||^2.
     `unit` removes the gradient along each row and keeps rows at norm 1; `rounded` gets the bf16 copy. With `bias`, its
-    gradient (the sum of the weights) is written to `bias_gradient` (dense: read from it) and applied. With `done`
-    [n_latents], rows without a pair wait, and rows with one first make up for the steps that they missed.
+    gradient (the sum of the weights) is written to `bias_gradient` (dense: read from it) and applied.
     `extra` (slots [n_latents], gradient rows, bias) is added where a latent's slot is not -1.
     """
     n_latents, d_model = parameter.value.shape
-    assert extra is None or done is None, "a row that waits has no gradient"
     dense = source if isinstance(source, Tensor) else None
     pairs = None if isinstance(source, Tensor) else source
     none = norms
@@ -183,22 +138,10 @@ def update_latents_(
         *(bias or (none, none, none)), none if bias_gradient is None else bias_gradient,
         *(extra or (none, none, none)),
         *((none, none, none, none) if pairs is None else (pairs.rows, pairs.weights, *pairs.by_latent)),
-        none if done is None else done, schedule, step, betas[1], eps,
+        schedule, step, betas[1], eps,
         1 if pairs is None else pairs.weights.shape[1], 0 if pairs is None else pairs.split,
         0 if pairs is None else pairs.shift, d_model, 0 if pairs is None else pairs.rows.stride(0),
-        DENSE=dense is not None, UNIT=unit, ROUND=rounded is not None, BIAS=bias is not None, LAZY=done is not None,
+        DENSE=dense is not None, UNIT=unit, ROUND=rounded is not None, BIAS=bias is not None,
         EXTRA=extra is not None,
         PAIRS=PAIRS, DEPTH=power_of_two(d_model), num_warps=warps_for(d_model),
-    )  # fmt: skip
-
-
-def catch_up_(
-    parameter: Moments, done: Tensor, by_latent: Segments | None, *, schedule: Tensor, step: int,
-    betas: tuple[float, float], eps: float,
-) -> None:  # fmt: skip
-    """Bring the unit rows that the pairs read (None: all rows) to the state before `step`."""
-    n_latents, d_model = parameter.value.shape
-    _catch_up_kernel[(n_latents,)](
-        *parameter, done if by_latent is None else by_latent.offsets, done, schedule, step, betas[1], eps,
-        d_model, ALL=by_latent is None, DEPTH=power_of_two(d_model), num_warps=warps_for(d_model),
     )  # fmt: skip

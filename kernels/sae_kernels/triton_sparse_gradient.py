@@ -71,19 +71,6 @@ def _gradient_kernel(rows_ptr, weights_ptr, pairs_ptr, offsets_ptr, out_ptr, sum
         tl.store(sum_ptr + latent, weight_sum(weights_ptr, pairs_ptr, begin, end), mask=tl.program_id(1) == 0)
 
 
-@triton.jit
-def _scatter_kernel(rows_ptr, weights_ptr, indices_ptr, out_ptr, k, d_model, stride, DEPTH: tl.constexpr):
-    """Add weights[row, j] * rows[row] to out[indices[row, j]] with atomics; the order of additions is left open."""
-    row = tl.program_id(0).to(tl.int64)
-    dim = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
-    x = tl.load(rows_ptr + row * stride + dim, mask=dim < d_model, other=0.0).to(tl.float32)
-    for place in range(0, k):
-        weight = tl.load(weights_ptr + row * k + place)
-        if weight != 0.0:
-            latent = tl.load(indices_ptr + row * k + place).to(tl.int64)
-            tl.atomic_add(out_ptr + latent * d_model + dim, weight * x, mask=dim < d_model, sem="relaxed")
-
-
 def blocks_for(d_model: int) -> tuple[int, int]:
     """(pairs in flight, dimensions) of a program of four warps: 16 numbers a thread."""
     depth = min(512, max(64, power_of_two(d_model)))
@@ -116,12 +103,3 @@ def row_gradient(
         PAIRS=pairs, DEPTH=depth, HAS_SUM=with_sum, num_warps=4,
     )  # fmt: skip
     return out, total
-
-
-def row_gradient_atomic_(out: Tensor, rows: Tensor, weights: Tensor, indices: Tensor) -> None:
-    """Add the gradient of `row_gradient` to `out` [n_latents, d_model] fp32: no sort, no order, bits vary by run."""
-    (batch, d_model), k = rows.shape, weights.shape[1]
-    depth = min(512, max(64, power_of_two(d_model)))
-    _scatter_kernel[(batch, triton.cdiv(d_model, depth))](
-        rows, weights, indices, out, k, d_model, rows.stride(0), DEPTH=depth, num_warps=4
-    )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from sae_kernels import reference
-from sae_kernels.triton_latents import Moments, Pairs, catch_up_, schedule_row, update_latents_
+from sae_kernels.triton_latents import Moments, Pairs, schedule_row, update_latents_
 from sae_kernels.triton_sparse_gradient import row_gradient, segments
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10
@@ -57,24 +57,3 @@ def test_an_update_is_projection_adam_and_unit_norm(device, unit, d_model, dense
     for ours, theirs in zip([*parameter, *bias], [*twin, *twin_bias], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert torch.equal(rounded, parameter.value.bfloat16())
-
-
-def test_rows_that_wait_are_caught_up_to_the_bits_of_rows_that_did_not(device):
-    n_latents, d_model, steps = 9, 8, 7
-    every, lazy = fresh(n_latents, d_model, device, unit=True), fresh(n_latents, d_model, device, unit=True)
-    done = torch.zeros(n_latents, dtype=torch.int32, device=device)
-    norms, schedule = torch.empty(n_latents, device=device), schedule_of(steps, device)
-    waited = 0
-    for step in range(1, steps + 1):
-        pairs = pairs_of(step, n_latents, d_model, device)
-        options = {"schedule": schedule, "step": step, "betas": BETAS, "eps": EPS}
-        catch_up_(lazy, done, pairs.by_latent, **options)
-        read = pairs.by_latent.offsets.diff() > 0
-        assert torch.equal(lazy.value[read], every.value[read])  # what a token reads is never stale
-        update_latents_(every, pairs, norms=norms, unit=True, **options)
-        update_latents_(lazy, pairs, norms=norms, unit=True, done=done, **options)
-        waited += int((done < step).sum())
-    assert waited > n_latents
-    catch_up_(lazy, done, None, schedule=schedule, step=steps + 1, betas=BETAS, eps=EPS)
-    for ours, theirs in zip(lazy, every, strict=True):
-        assert torch.equal(ours, theirs)
