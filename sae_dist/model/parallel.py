@@ -66,13 +66,6 @@ def join(
     return Group(rank, size)
 
 
-def leave() -> None:
-    """Ends this process's part in its group, if it has one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        _KEPT.clear()
-
-
 def sharding(config: PreTrainedConfig, size: int) -> DistributedConfig:
     """The plan by which `size` processes hold a model of `config`; raises `UserError` for a family without one.
 

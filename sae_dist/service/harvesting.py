@@ -78,7 +78,7 @@ class Harvesting:
         self._started = 0  # replicas so far: the next one's number
         self._calls: dict[ray.ObjectRef, tuple[int, int]] = {}  # (replica, attempt)
         self._throughput: dict[int, Throughput] = {}  # of all replicas that ever were ready
-        self._deaths = self._deaths_in_a_row = self._removed = 0
+        self._deaths = self._deaths_in_a_row = 0
         self._readers: list[Position] = []
         self._flow = Flow(config.ahead_units).look([], len(committed))
         self._held_s, self._polled = 0.0, time.monotonic()
@@ -232,7 +232,6 @@ class Harvesting:
             gang.leaving = True
         for gang in list(self._gangs.values()):
             if gang.leaving and not self._leases.of(gang.number):
-                self._removed += 1
                 del self._gangs[gang.number]
                 gang.close()
 

@@ -16,7 +16,6 @@ class Lease(NamedTuple):
     attempt: int
     unit: int
     replica: int
-    granted: float
     heard: float
 
 
@@ -62,7 +61,7 @@ class Leases:
         if not self._pending:
             return None
         self._attempts += 1
-        lease = Lease(self._attempts, self._pending.popleft(), replica, now, now)
+        lease = Lease(self._attempts, self._pending.popleft(), replica, now)
         self._held[lease.attempt] = lease
         return lease
 

@@ -31,11 +31,6 @@ class Statistics(NamedTuple):
     nonfinite: int  # rows with a NaN or an infinity; in no other figure
 
     @property
-    def square_norm_mean(self) -> float:
-        """E ||x||^2 = sum_i (M2_i / n + mean_i^2)."""
-        return float((self.M2 / max(self.n, 1) + self.mean**2).sum())
-
-    @property
     def total_variance(self) -> float:
         """E ||x - mean||^2, the denominator of FVU per row."""
         return float(self.M2.sum() / max(self.n, 1))

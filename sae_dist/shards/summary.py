@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-from sae_dist.shards import manifest
 from sae_dist.shards.credits import Position, positions
 from sae_dist.shards.reader import Store
 from sae_dist.shards.statistics import Statistics
@@ -32,7 +31,6 @@ class StoreSummary(NamedTuple):
     n_units: int
     heldout_units: int
     relative_error: dict[str, float]
-    newest_manifest: int  # 0 if there is none
     consumers: list[Position]
 
     @property
@@ -70,7 +68,6 @@ def summarize(store: Store) -> StoreSummary:
         meta.n_units,
         meta.heldout_units,
         errors,
-        manifest.latest(store.storage),
         positions(store.storage),
     )
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from sae_dist.config import UserError
@@ -43,7 +44,7 @@ def main(rank: int, size: int, folder: Path, config: dict, hooks: list[str]) -> 
         ),
     }
     (folder / f"{rank}.json").write_text(json.dumps(facts))
-    parallel.leave()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ def test_parts_merge_to_the_whole(cuts: list[int]):
     np.testing.assert_allclose(got.M2, M2, rtol=1e-4)
     assert got.norm_mean == pytest.approx(norm, rel=1e-6)
     assert got.max_abs == pytest.approx(largest, rel=1e-6)
-    assert got.square_norm_mean == pytest.approx(float((x.double() ** 2).sum(1).mean()), rel=1e-5)
 
 
 def test_rows_that_are_not_finite_are_in_no_figure_but_their_count():

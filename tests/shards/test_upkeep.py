@@ -197,9 +197,8 @@ def test_how_hungry_readers_are_is_what_the_hungriest_says():
 
 def test_a_store_is_summarised_from_its_commits(place):
     store = predictable.filled(place, dtype="int8")
-    store.snapshot()
     told = summary.summarize(store)
-    assert (told.rows, told.n_units, told.heldout_units, told.newest_manifest) == (96 * 6 - 7 * 15, 6, 1, 1)
+    assert (told.rows, told.n_units, told.heldout_units) == (96 * 6 - 7 * 15, 6, 1)
     assert told.bytes == verify.verify(store).bytes
     assert told.relative_error == {HOOK: 0.0, "resid_post.2": 0.0}  # the predictable model fits int8 exactly
     assert [unit.heldout for unit in told.units] == [False] * 5 + [True]
