@@ -45,7 +45,7 @@ def tokens(cache: Path, n_sequences: int) -> Path:
     from sae_dist.text.tokenize import tokenize
 
     split = tokenize(
-        BuiltinText(), load(ModelConfig()).tokenizer, context=CONTEXT, n_tokens=n_sequences * CONTEXT,
+        BuiltinText(), load(ModelConfig(name="smollm2")).tokenizer, context=CONTEXT, n_tokens=n_sequences * CONTEXT,
         heldout_fraction=0.0, seed=0, folder=folder / "text",
     )  # fmt: skip
     np.save(folder / "tokens.npy", np.asarray(split.train.tokens).reshape(-1, CONTEXT).astype(np.int32))

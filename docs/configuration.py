@@ -25,6 +25,7 @@ NAMED = {
     "target": "Sizes for `plan`",
     "machine": "Machines for `plan`",
 }  # of values
+GIVEN = "required"  # instead of a default
 HEAD = """# Configuration
 
 Every command takes `key=value`. A key that does not exist is refused, with the nearest one that does.
@@ -58,7 +59,7 @@ def _keys(command: str) -> Iterator[Key]:
     said |= keys.comments_of_yaml((CONF_DIR / f"{command}.yaml").read_text(encoding="utf-8"))
     required, values = REQUIRED.get(command, []), compose(command, _given(command))
     for path, value in _leaves({key: value for key, value in values.items() if not _is_group(key, value)}):
-        yield Key(path, "required" if path in required else f"`{_shown(value)}`", said.get(path, ""))
+        yield Key(path, GIVEN if path in required else f"`{_shown(value)}`", said.get(path, ""))
 
 
 def _kinds() -> Iterator[str]:
@@ -67,7 +68,7 @@ def _kinds() -> Iterator[str]:
     assert config is not None
     found = {group: options(group, config) for group in KINDS}
     composed = [
-        compose("run", [f"{group}={name}" for group, name in zip(found, together, strict=True) if name])
+        compose("run", [part for group, name in zip(found, together, strict=True) for part in _chosen(group, name)])
         for together in zip_longest(*found.values())
     ]
     for group, title in KINDS.items():
@@ -84,10 +85,19 @@ def _kinds() -> Iterator[str]:
             elif name in declared and kind.__doc__ and len(declared) > 1:
                 yield kind.__doc__.strip().split("\n\n")[0] + "\n"
             yield _table(
-                Key(f"{group}.{path}", f"`{_shown(value)}`", said.get(path, ""))
+                Key(f"{group}.{path}", value if value == GIVEN else f"`{_shown(value)}`", said.get(path, ""))
                 for path, value in _leaves(values[group])
                 if path != "kind"
             )
+
+
+def _chosen(group: str, name: str | None) -> list[str]:
+    """The alternative `name` of a group, and the keys that it asks for."""
+    if name is None:
+        return []
+    file = CONF_DIR / group / f"{name}.yaml"
+    own = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return [f"{group}={name}", *(f"{group}.{key}={GIVEN}" for key, value in own.items() if value == keys.MISSING)]
 
 
 def _others(run: Iterable[Key]) -> Iterator[str]:

@@ -26,7 +26,7 @@ class ModelConfig:
     quantization: `none`, or weights in 8 or 4 bits by bitsandbytes, where it is installed: less memory, other values
     """
 
-    name: str = "smollm2"
+    name: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -58,6 +58,7 @@ def test_pages_null_is_no_pages_also_where_a_preset_has_keys_of_it(preset):
         (["run", "model=/nowhere/model", "out={tmp}/c"], "model.name=/nowhere/model"),
         (["train", "store={tmp}/nothing", "out={tmp}/d"], "{tmp}/nothing"),
         (["train"], "store is missing; set store="),
+        (["run", "model=hf"], "model.name is missing; set model.name="),
         (["status", "{tmp}/e"], "holds no run"),
         (
             ["train", "store={tmp}/s", "mesh.feature=2", "train.launcher=process", "out={tmp}/f"],
