@@ -74,7 +74,11 @@ def get(values: Any, path: str) -> Any:
     return values
 
 
-@pytest.mark.parametrize("command", CONFIGS)
+LONG = ("run", "harvest")  # minutes; the keys of train are in the fast tests
+MARKED = [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in CONFIGS]
+
+
+@pytest.mark.parametrize("command", MARKED)
 def test_every_key_changes_the_configuration_or_is_refused(command):
     cached: dict[str, dict[str, Any]] = {}
     for chosen, path, field in flips(command):
