@@ -63,7 +63,7 @@ def test_two_ranks_select_and_learn_what_one_does(tmp_path, device, data, featur
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_every_stage_gives_what_plain_torch_does(device, rows):
-    """A part of a dictionary, AuxK's selection among the dead, places that are empty."""
+    """A part of a dictionary, AuxK's selection among the dead, places that are empty, weights of their own, a level."""
     case = replace(CASES["triton"], batch=rows, k=4)
     whole, x = parameters(case), batch_of(case, 0).to(device)
     triton, plain = (
@@ -89,9 +89,14 @@ def results(step: Shard, case: Case, x: torch.Tensor) -> list[torch.Tensor]:
     for selected, scale in ((main, -0.1), (aux, -0.02)):
         errors = x - stages.partial(selected)
         uses.append(Part(errors, selected, stages.d_z(errors, selected, scale=scale), scale))
+    weights = 0.3 * main.values.square() - 0.05 * (main.values > 0)  # of a value that is not z: here also below 0
+    uses[0] = uses[0]._replace(weights=weights)
     stages.hold_(rows, uses)
-    said = [*stages.row_gradients(), stages.update_latents_(None, step.hyper_(1e-3))]
-    for errors, selected, d_z, _ in uses:
+    level = torch.linspace(0, 0.5, case.n_latents, device=x.device)
+    above = stages.select(rows, k=case.k, level=level)
+    said = [above.values, torch.where(above.values > 0, above.indices, 0)]
+    said += [*stages.row_gradients(), stages.update_latents_(None, step.hyper_(1e-3))]
+    for errors, selected, d_z, *_ in uses:
         indices = torch.where(selected.values > 0, selected.indices, 0)  # of an empty place it may be any
         said += [errors, selected.values, indices, d_z]
     return said + [tensor for _, tensor in sorted(step.state_dict().items())]
