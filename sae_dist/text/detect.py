@@ -35,7 +35,8 @@ def detect(path: str) -> Detected:
     place = Path(path).expanduser()
     suffix = local.plain_name(place).suffix
     if "://" not in path and not os.path.exists(place):
-        if suffix or "/" not in path:
+        version = suffix[1:].isdigit()  # of a dataset's name, as in owner/name-1.0
+        if (suffix and not version) or "/" not in path:
             return Detected("jsonl" if suffix == ".json" else _KINDS.get(suffix, "files"))
         return Detected("huggingface")
     place = local.located(path)

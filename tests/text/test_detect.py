@@ -93,6 +93,7 @@ def test_what_nobody_can_read_is_refused_before_anything_is_loaded(tmp_path):
 def test_what_is_not_there_is_judged_by_its_name():
     for path, kind in {
         "owner/name": "huggingface",
+        "owner/name-1.0": "huggingface",
         "c4/en.json.gz": "jsonl",
         "a/b.jsonl.zst": "jsonl",
         "x.parquet": "parquet",
