@@ -13,7 +13,8 @@ FLOORS = (  # lowest first; packages on one floor do not know each other
     {"storage", "monitor", "records"},
     {"text", "model", "shards", "sae"},
     {"harvest", "train", "evaluate", "interpret"},
-    {"service", "plan"},
+    {"plan", "sweep"},
+    {"service"},
     {"cli"},
     {"__main__"},
 )
@@ -23,6 +24,8 @@ ONLY_IN = {  # a heavy dependency has one home
     "ray": "sae_dist/service/",
     "wandb": "sae_dist/monitor.py",
     "hydra": "sae_dist/cli/",
+    "altair": "sae_dist/sweep/",
+    "scipy": "sae_dist/sweep/",
     "s3fs": "sae_dist/storage/",
     "transformers": "sae_dist/model/",
     "vllm": "sae_dist/model/vllm.py",
