@@ -22,7 +22,7 @@ ONLY_IN = {  # a heavy dependency has one home
     "triton": "kernels/sae_kernels/",
     "torch.distributed": "parallel",  # parallel.py, or a package parallel/
     "ray": "sae_dist/service/",
-    "wandb": "sae_dist/monitor.py",
+    "wandb": "sae_dist/monitor/",
     "hydra": "sae_dist/cli/",
     "altair": "sae_dist/sweep/",
     "scipy": "sae_dist/sweep/",

@@ -11,7 +11,7 @@ from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.interpret.collect import PagesConfig
 from sae_dist.model.config import ModelConfig
-from sae_dist.monitor import WandbConfig
+from sae_dist.monitor.config import WandbConfig
 from sae_dist.sae.config import SAEConfig
 from sae_dist.shards.order import OrderConfig
 from sae_dist.text.corpus import TextConfig

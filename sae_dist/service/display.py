@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from sae_dist.monitor import newest_metrics
+from sae_dist.monitor.metrics import newest_metrics
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.member import split_name
 

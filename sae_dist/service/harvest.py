@@ -7,7 +7,9 @@ from typing import Any
 
 from sae_dist import storage
 from sae_dist.config import to_dict
-from sae_dist.monitor import JsonLines, Log, WandbConfig, WandbMirror
+from sae_dist.monitor.config import WandbConfig
+from sae_dist.monitor.metrics import JsonLines, Log
+from sae_dist.monitor.mirror import WandbMirror
 from sae_dist.service.cluster import check_address, cluster
 from sae_dist.service.config import HarvestJob
 from sae_dist.service.describe import describe_elsewhere

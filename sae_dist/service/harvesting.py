@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.harvester import UnitReport
-from sae_dist.monitor import Log
+from sae_dist.monitor.metrics import Log
 from sae_dist.service.cluster import check_room
 from sae_dist.service.display import duration
 from sae_dist.service.gang import Gang, Lost, Shape, heard

@@ -15,7 +15,8 @@ import torch
 from sae_dist import storage
 from sae_dist.config import Stopped, UserError, to_dict
 from sae_dist.config import load as load_config
-from sae_dist.monitor import JsonLines, Log, WandbMirror, tee
+from sae_dist.monitor.metrics import JsonLines, Log, tee
+from sae_dist.monitor.mirror import WandbMirror
 from sae_dist.refusals import refusal
 from sae_dist.service.config import TrainJob
 from sae_dist.service.devices import of_actor

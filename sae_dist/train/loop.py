@@ -15,7 +15,7 @@ import torch
 
 from sae_dist import faults
 from sae_dist.config import Stopped
-from sae_dist.monitor import Log
+from sae_dist.monitor.metrics import Log
 from sae_dist.shards import lease as leases
 from sae_dist.shards.lease import Lease
 from sae_dist.train.batches import Batches

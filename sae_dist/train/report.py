@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sae_dist.monitor import Log
+from sae_dist.monitor.metrics import Log
 from sae_dist.shards import shuffle
 from sae_dist.train.figures import Window, figures, rates
 from sae_dist.train.learner import Learned

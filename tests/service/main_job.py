@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sae_dist.monitor import read_metrics
+from sae_dist.monitor.metrics import read_metrics
 
 DEADLINE_S = 240
 

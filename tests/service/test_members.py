@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sae_dist.cli.main import main
-from sae_dist.monitor import newest_metrics
+from sae_dist.monitor.metrics import newest_metrics
 from tests.service import main_job
 from tests.train.test_loop import rows_of
 

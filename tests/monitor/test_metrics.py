@@ -7,7 +7,9 @@ import time
 import pytest
 
 from sae_dist.config import UserError, load
-from sae_dist.monitor import JsonLines, WandbConfig, WandbMirror, newest_metrics, read_metrics
+from sae_dist.monitor.config import WandbConfig
+from sae_dist.monitor.metrics import JsonLines, newest_metrics, read_metrics
+from sae_dist.monitor.mirror import WandbMirror
 from sae_dist.records import write_json
 
 
@@ -119,7 +121,8 @@ def test_without_a_key_it_is_said_while_the_run_works(tmp_path, monkeypatch, cap
 
 KILLED = """
 import sys, time, pathlib, psutil
-from sae_dist.monitor import WandbConfig, WandbMirror
+from sae_dist.monitor.config import WandbConfig
+from sae_dist.monitor.mirror import WandbMirror
 log = WandbMirror(WandbConfig(), out=pathlib.Path(sys.argv[1]), name="run", run_config={})
 log(0, {"tokens": 0})
 while not (service := [p for p in psutil.Process().children(recursive=True) if "wandb" in p.name()]):
