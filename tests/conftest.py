@@ -7,15 +7,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import hypothesis  # noqa: E402
-import jaxtyping  # noqa: E402
 import torch  # noqa: E402
 
-from tests.shapes import modules_with_shapes  # noqa: E402
+from tests import shapes  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels then run on CPU tensors
 
-jaxtyping.install_import_hook(modules_with_shapes(), "tests.shapes.checked")  # before anything of ours is imported
+shapes.install()  # before anything of ours is imported
 
 hypothesis.settings.register_profile("ours", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("ours")

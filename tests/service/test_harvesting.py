@@ -141,6 +141,7 @@ def test_more_than_the_cluster_has_is_refused(model, tmp_path, capsys):
     assert "1 x {CPU: 1, GPU: 1}, one for each of its processes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_split_is_refused(tmp_path, capsys):
     arguments = stores.overrides(Path("tiny-gpt2"), str(tmp_path / "store"), tmp_path / "out")
     assert main([*arguments, "harvest.tensor_parallel=2"]) == 2

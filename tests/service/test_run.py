@@ -187,6 +187,7 @@ def kill(victim: subprocess.Popen[str], actor: str) -> None:
     assert found, f"no {actor} to kill"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_time_to_strike")
 def test_a_run_whose_replica_and_trainer_are_killed_ends_in_the_same_dictionary(uninterrupted, tmp_path):
     out = tmp_path / "killed"

@@ -92,7 +92,7 @@ def whole(store, tmp_path_factory) -> Path:
 
 
 def test_it_learns_what_the_data_are_made_of(store, tmp_path):
-    config = TrainConfig(steps=1500, batch=128, lr=3e-3, init_rows=512, checkpoint_every=10_000, threads=1)
+    config = TrainConfig(steps=500, batch=128, lr=8e-3, init_rows=512, checkpoint_every=10_000, threads=1)
     _, lines = train(store, tmp_path, config=config, order=OrderConfig(lanes=2))
     assert lines[-1][1]["fvu"] < 0.1 < 0.3 < lines[0][1]["fvu"]
     x = rows_of(UNITS - 1)
@@ -336,7 +336,7 @@ BATCHES = BatchTopK(n_latents=96, k=4, dead_after_tokens=1000)
 
 
 def test_batchtopk_learns_and_its_threshold_gives_k_latents_a_row(store, tmp_path):
-    config = TrainConfig(steps=1500, batch=128, lr=3e-3, init_rows=512, checkpoint_every=10_000, threads=1)
+    config = TrainConfig(steps=500, batch=128, lr=8e-3, init_rows=512, checkpoint_every=10_000, threads=1)
     _, lines = train(store, tmp_path, config=config, order=OrderConfig(lanes=2), sae=BATCHES)
     assert lines[-1][1]["fvu"] < 0.1 < 0.3 < lines[0][1]["fvu"]
     assert {line["l0"] for _, line in lines} == {4.0}
