@@ -33,6 +33,7 @@ import xxhash
 from sae_dist import storage
 from sae_dist.shards import reader, verify, writer
 from sae_dist.shards.format import StoreMeta
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 
 WIDTH, UNIT_ROWS, SLICE_ROWS, BATCH, HOOK = 4096, 16_384, 1024, 4096, "resid_post.0"  # slices of 8 MiB
@@ -134,7 +135,7 @@ def read_all(folder: Path, units: int, repeats: int) -> dict[str, object]:
             subprocess.run(["cp", folder / "raw" / f"{unit}", folder / "copy"], check=True)
 
     # One loader, epoch after epoch: opened once, as in training. Little is read ahead while others are measured.
-    batches = Loader(store, hook=HOOK, batch=BATCH, seed=0, reuse_buffers=True, prefetch=1)
+    batches = Loader(store, hooks=Hooks((HOOK,)), batch=BATCH, seed=0, reuse_buffers=True, prefetch=1)
 
     def loader() -> None:
         for _ in itertools.islice(batches, units * UNIT_ROWS // BATCH):
@@ -182,7 +183,7 @@ def read_disk(folder: Path, units: int, repeats: int) -> dict[str, object]:
 
     def loader() -> None:
         steps = units * UNIT_ROWS // BATCH  # every row once, as the plain files are read
-        with Loader(store, hook=HOOK, batch=BATCH, seed=0, reuse_buffers=True, stop_step=steps) as batches:
+        with Loader(store, hooks=Hooks((HOOK,)), batch=BATCH, seed=0, reuse_buffers=True, stop_step=steps) as batches:
             for _ in batches:
                 pass
 
@@ -204,7 +205,7 @@ def memory_over(folder: Path, n_bytes: int) -> dict[str, object]:
     """Resident and private memory of this process while a loader reads `n_bytes`, epoch after epoch."""
     store, process, samples = reader.open(storage.open(folder / "ours")), psutil.Process(), []
     every = 1 << 30
-    with Loader(store, hook=HOOK, batch=BATCH, seed=0, reuse_buffers=True) as batches:
+    with Loader(store, hooks=Hooks((HOOK,)), batch=BATCH, seed=0, reuse_buffers=True) as batches:
         read = 0
         for batch in batches:
             read += batch.x.nbytes

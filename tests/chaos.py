@@ -19,6 +19,7 @@ import psutil
 
 from sae_dist import storage
 from sae_dist.shards import gc, reader, verify, writer
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.storage import Storage
 from tests.shards import children, predictable
@@ -131,7 +132,7 @@ def _calm(meta) -> list[int]:
     store = writer.create(storage.open(f"memory://calm-{meta.seed}"), meta)
     for unit in range(UNITS):
         predictable.write(store, unit)
-    with Loader(store, hook="resid_post.2", batch=32, seed=9, order=children.ORDER) as loader:
+    with Loader(store, hooks=Hooks(("resid_post.2",)), batch=32, seed=9, order=children.ORDER) as loader:
         hashes = [next(loader).order_hash for _ in range(STEPS)]
     for entry in store.storage.list():
         store.storage.delete(entry.key)

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from sae_dist.config import UserError
 from sae_dist.shards import order, quantize
+from sae_dist.shards.hooks import Hooks, check, width
 from sae_dist.shards.manifest import Manifest
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.permutation import MASK
 from sae_dist.shards.reader import Store
+from sae_dist.shards.room import Move, move, side
 from sae_dist.shards.schedule import POLL_S, Schedule, Step
 from sae_dist.shards.windows import Closed, Windows
 
-GATHER = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # rows are moved as integers: any dtype, no rounding
 MOVERS = 2  # threads that copy rows; torch copies so few rows at a time in one
 
 
@@ -30,6 +31,7 @@ class Batch(NamedTuple):
     """This rank's rows of one global batch, grouped by slice; use as a set, the order within carries no randomness."""
 
     x: Shaped[Tensor, "batch width"]  # in the store's dtype; bfloat16 where the store is quantised
+    target: Shaped[Tensor, "batch target_width"]  # the same rows of what is to be rebuilt: x itself, or as wide as that
     unit: Int64[np.ndarray, " batch"]
     row: Int64[np.ndarray, " batch"]  # within the unit, as stored
     doc: UInt64[np.ndarray, " batch"]
@@ -60,7 +62,7 @@ class Loader:
         self,
         store: Store,
         *,
-        hook: str,
+        hooks: Hooks,
         batch: int,
         seed: int,
         order: OrderConfig | None = None,
@@ -81,22 +83,27 @@ class Loader:
     ):
         """`batch` is global, over all ranks; `order_hash` is the value after `start_step` steps: on resume, the
         total on rank 0 and 0 elsewhere. Nothing is read that only steps from `stop_step` on would need.
-        `reuse_buffers`: x is overwritten once the next batch has been asked for. `pinned`: x is in page-locked memory,
+        The order of rows does not depend on `hooks`; each hook point is read once, whatever sides it is on.
+        `reuse_buffers`: a batch is overwritten once the next has been asked for. `pinned`: it is in page-locked memory,
         from where a GPU copies while the CPU goes on; only where there is a GPU.
         Once `stop()` is true the iterator ends, within a second, even while it waits for rows.
         `stall_s`: how long a live loader waits for one unit before it says that producers are gone.
         """
-        self.store, self.hook, self.batch, self.live = store, hook, batch, live
+        self.store, self.hooks, self.batch, self.live = store, hooks, batch, live
         self.order = order or OrderConfig()
         self.n_units = store.meta.train_units if n_units is None else n_units
         self._check(rank, world, manifest)
         self._hash, self._asked_to_stop = order_hash, stop
         self._dtype = quantize.batch_dtype(store.meta.dtype)
         self._ready: queue.Queue[Batch | None] = queue.Queue(prefetch)
-        self._spare: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
-        self._reuse, self._lent, self._pinned = reuse_buffers, None, pinned
+        widths = [width(store.meta, names) for names in hooks.sides]
+        # Used buffers by their width; decoded rows are in fresh memory, so that of them none is kept.
+        self._spare: dict[int, queue.SimpleQueue[Tensor]] = {}
+        if reuse_buffers and not store.meta.element.scaled:
+            self._spare = {width: queue.SimpleQueue() for width in widths}
+        self._lent, self._pinned = list[Tensor](), pinned
         self._stop = threading.Event()
-        self._windows = Windows(store, hook, self.order, seed, threads=threads, stop=self._stop)
+        self._windows = Windows(store, hooks.every, self.order, seed, threads=threads, stop=self._stop)
         self._schedule = Schedule(
             self._windows, batch=batch, n_units=self.n_units, start_step=start_step, stop_step=stop_step, live=live,
             lanes=range(rank, self.order.lanes, world),  # interleaved: a round of few slices still reaches every rank
@@ -110,8 +117,7 @@ class Loader:
 
     def _check(self, rank: int, world: int, manifest: Manifest | None) -> None:
         meta = self.store.meta
-        if self.hook not in meta.hooks:
-            raise UserError(f"hook={self.hook} is not in {self.store.storage.uri}; it has {', '.join(meta.hooks)}")
+        check(self.hooks, meta, self.store.storage.uri)
         if not 0 <= rank < world <= self.order.lanes:
             raise UserError(
                 f"rank={rank} of world={world} readers with order.lanes={self.order.lanes}; raise order.lanes"
@@ -134,9 +140,9 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self._lent is not None:
-            self._spare.put(self._lent)
-            self._lent = None
+        for used in self._lent:
+            self._spare[used.shape[1]].put(used)
+        self._lent = []
         started = time.perf_counter()
         item = self._take()
         self._starved_s += time.perf_counter() - started
@@ -144,8 +150,8 @@ class Loader:
             self.close()
             self._producing.result()  # raises here what ended the thread
             raise StopIteration
-        if self._reuse:
-            self._lent = item.x
+        if self._spare:
+            self._lent = [item.x] if item.target is item.x else [item.x, item.target]
         return item
 
     def _take(self) -> Batch | None:
@@ -200,24 +206,23 @@ class Loader:
 
     def _gather(self, step: Step) -> Batch:
         meta, n = self.store.meta, len(step.place)
-        width, scaled = meta.hooks[self.hook], meta.element.scaled
-        moved = GATHER[meta.element.stored.itemsize]
-        target = torch.empty(n, width, dtype=moved) if scaled else self._buffer(n, width).view(moved)
-        scale = torch.empty(n if scaled else 0)
+        sides = [side(meta, hooks, n, self._buffer) for hooks in self.hooks.sides]
+        rooms = [room for one in sides for room in one.rooms]
         unit, row = np.empty(n, np.int64), np.empty(n, np.int64)
         doc, pos, token = np.empty(n, np.uint64), np.empty(n, np.uint32), np.empty(n, np.uint32)
-        at, moves = 0, []
+        at, moves = 0, list[Move]()
         for window, _, pieces in step.parts:
             for piece in pieces:
                 to, index = slice(at, at + len(piece.rows)), torch.from_numpy(piece.rows)
-                stored = window.slices[piece.unit, piece.slice]
-                moves.append((stored.bits.view(moved), index, target[to]))
-                if stored.scale is not None:
-                    torch.index_select(stored.scale, 0, index, out=scale[to])
+                for room in rooms:
+                    stored = window.slices[piece.unit, piece.slice][room.hook]
+                    moves.append(Move(stored.bits.view(room.bits.dtype), index, room.bits[to]))
+                    if stored.scale is not None:
+                        torch.index_select(stored.scale, 0, index, out=room.scale[to])
                 unit[to], row[to] = piece.unit, piece.slice * meta.slice_rows + piece.rows
                 at = to.stop
         shares = [moves[i * len(moves) // MOVERS : (i + 1) * len(moves) // MOVERS] for i in range(MOVERS)]
-        moving = [self._movers.submit(_move, share) for share in shares]
+        moving = [self._movers.submit(move, share) for share in shares]
         at = 0
         for window, rows, _ in step.parts:  # while the rows are on their way
             to = slice(at, at + len(rows))
@@ -226,22 +231,20 @@ class Loader:
         self._hash = (self._hash + order.fold(step.number, unit, row)) & MASK
         for share in moving:
             share.result()
-        x = quantize.decode(target, scale if scaled else None, meta.dtype)
-        x = x.pin_memory() if self._pinned and scaled else x
+        filled = [one.filled(meta) for one in sides]
+        if self._pinned and meta.element.scaled:
+            filled = [rows.pin_memory() for rows in filled]
         self._batches_made += 1
-        self._bytes_made += target.nbytes
-        return Batch(x, unit, row, doc, pos, token, step.place, step.number, step.epoch, self._hash, step.units_done)
+        self._bytes_made += sum(room.bits.nbytes for room in rooms)
+        return Batch(
+            filled[0], filled[-1], unit, row, doc, pos, token, step.place, step.number, step.epoch, self._hash,
+            step.units_done,
+        )  # fmt: skip
 
     def _buffer(self, n: int, width: int) -> Tensor:
         """Room for a batch; a used one if one of that size came back, since fresh pages cost more than the copy."""
-        while self._reuse and not self._spare.empty():
-            spare = self._spare.get()
+        while self._spare and not self._spare[width].empty():
+            spare = self._spare[width].get()
             if len(spare) == n:
                 return spare
         return torch.empty(n, width, dtype=self._dtype, pin_memory=self._pinned)
-
-
-def _move(moves: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Rows `index` of each source into its target."""
-    for source, index, target in moves:
-        torch.index_select(source, 0, index, out=target)

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -137,6 +137,21 @@ class Store:
                 f"{self.storage.uri}/{shard.key} slice {index} is no record batch of {ref.rows} rows "
                 f"({str(error).splitlines()[0]}); unit {unit} has to be harvested again"
             ) from None
+
+    def read_slices(self, hooks: Sequence[str], unit: int, index: int) -> dict[str, Slice]:
+        """Slice `index` of `unit` at several hook points; `CorruptData` unless their rows are of the same tokens."""
+        first, *others = hooks
+        found = {first: self.read_slice(first, unit, index)}
+        for hook in others:
+            part = found[hook] = self.read_slice(hook, unit, index)
+            for name in ("doc", "pos", "token"):
+                if not np.array_equal(getattr(part, name), getattr(found[first], name)):
+                    raise CorruptData(
+                        f"slice {index} of unit {unit} of {self.storage.uri}: the rows of hook={hook} and of "
+                        f"hook={first} differ in their {name}, so that they are not of the same tokens; harvest unit "
+                        f"{unit} again, both hook points in one pass"
+                    )
+        return found
 
     def _bytes(self, key: str, ref: SliceRef) -> UInt8[np.ndarray, " bytes"] | None:
         """The verified bytes of a slice, None if wrong each time."""

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -25,20 +26,22 @@ class Window(NamedTuple):
 
     first: int  # row of the lane that the window begins with
     rows: Int64[np.ndarray, " rows"]  # rows of the lane in the order in which they are served
-    slices: dict[tuple[int, int], Slice]  # by unit and slice
+    slices: dict[tuple[int, int], dict[str, Slice]]  # by unit and slice, then by hook point
     doc: UInt64[np.ndarray, " rows"]
     pos: UInt32[np.ndarray, " rows"]
     token: UInt32[np.ndarray, " rows"]
 
 
 class Windows:
-    """Windows of one hook point, by lane; used by one thread, filled by `threads` others."""
+    """Windows of some hook points, by lane; used by one thread, filled by `threads` others."""
 
-    def __init__(self, store: Store, hook: str, config: OrderConfig, seed: int, *, threads: int, stop: threading.Event):
-        self.store, self.hook, self.config, self.seed, self.stop = store, hook, config, seed, stop
+    def __init__(
+        self, store: Store, hooks: Sequence[str], config: OrderConfig, seed: int, *, threads: int, stop: threading.Event
+    ):
+        self.store, self.hooks, self.config, self.seed, self.stop = store, hooks, config, seed, stop
         self.read_s = 0.0  # seconds that the loader waited for bytes
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="slices")
-        self._coming: dict[Name, list[Future[Slice]]] = {}
+        self._coming: dict[Name, list[Future[dict[str, Slice]]]] = {}
         self._open: dict[Name, Window] = {}
 
     def submit(self, round: Round, lane: int, window: int) -> None:
@@ -49,7 +52,8 @@ class Windows:
         dealt = round.lanes[lane]
         chosen = range(window * self.config.window, min((window + 1) * self.config.window, len(dealt.unit)))
         self._coming[name] = [
-            self._pool.submit(self.store.read_slice, self.hook, int(dealt.unit[i]), int(dealt.slice[i])) for i in chosen
+            self._pool.submit(self.store.read_slices, self.hooks, int(dealt.unit[i]), int(dealt.slice[i]))
+            for i in chosen
         ]
 
     def is_open(self, round: Round, lane: int, window: int) -> bool:
@@ -70,22 +74,23 @@ class Windows:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _assemble(self, round: Round, lane: int, window: int, coming: list[Future[Slice]]) -> Window:
+    def _assemble(self, round: Round, lane: int, window: int, coming: list[Future[dict[str, Slice]]]) -> Window:
         rows = order.window_permutation(self.config, self.seed, round, lane, window)
         started = time.perf_counter()
         slices = [self._wait(future) for future in coming]
         self.read_s += time.perf_counter() - started
         dealt, at = round.lanes[lane], window * self.config.window
+        ids = [part[self.hooks[0]] for part in slices]  # they are the same at every hook point
         return Window(
             int(dealt.start[at]),
             rows,
             {(int(dealt.unit[at + i]), int(dealt.slice[at + i])): part for i, part in enumerate(slices)},
-            np.concatenate([part.doc for part in slices]),
-            np.concatenate([part.pos for part in slices]),
-            np.concatenate([part.token for part in slices]),
+            np.concatenate([part.doc for part in ids]),
+            np.concatenate([part.pos for part in ids]),
+            np.concatenate([part.token for part in ids]),
         )
 
-    def _wait(self, future: Future[Slice]) -> Slice:
+    def _wait(self, future: Future[dict[str, Slice]]) -> dict[str, Slice]:
         while True:
             if self.stop.is_set():
                 raise Closed

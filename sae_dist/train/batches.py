@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_dist.config import Stopped
+from sae_dist.shards.hooks import Hooks
 from sae_dist.train.parallel.feed import Feed
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.state import TrainState
@@ -42,7 +43,7 @@ class Batches(NamedTuple):
     def _feed(self, step: int, order_hash: int, manifest: int | None, *, until: int) -> Feed:
         task = self.task
         return Feed(
-            self.mesh, task.store, task.hook, batch=task.config.batch, seed=task.seed, order=task.order,
+            self.mesh, task.store, Hooks((task.hook,)), batch=task.config.batch, seed=task.seed, order=task.order,
             start_step=step, order_hash=order_hash, live=task.live,
             manifest=None if manifest is None else task.store.pinned(manifest, task.checkpoints), stop=self.stop,
             stop_step=until,

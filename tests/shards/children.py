@@ -9,6 +9,7 @@ from pathlib import Path
 from sae_dist import storage
 from sae_dist.shards import copy, gc, reader, writer
 from sae_dist.shards.cache import FolderCache
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
 from sae_dist.storage.aws import models
@@ -70,7 +71,7 @@ def consume(
     store = reader.open(storage.open(uri), cache=FolderCache(Path(cache), limit_bytes=1 << 30) if cache else None)
     with Loader(
         store,
-        hook=hook,
+        hooks=Hooks((hook,)),
         batch=32,
         seed=9,
         order=ORDER,

@@ -13,6 +13,7 @@ from sae_dist import storage
 from sae_dist.cli.main import main
 from sae_dist.shards import reader
 from sae_dist.shards.cache import FolderCache
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
 from tests.shards import children, predictable
@@ -33,7 +34,9 @@ def cached(remote, folder, limit: int = 1 << 30) -> reader.Store:
 
 def hashes(store, n: int = 14) -> list[int]:
     order = OrderConfig(lanes=2, window=2)
-    with Loader(store, hook=HOOK, batch=32, seed=1, order=order, stop_step=n) as loader:  # no read is left under way
+    with Loader(
+        store, hooks=Hooks((HOOK,)), batch=32, seed=1, order=order, stop_step=n
+    ) as loader:  # no read is left under way
         batches = list(loader)
     assert all(predictable.is_true(HOOK, b.x, b.doc, b.pos) for b in batches)
     return [b.order_hash for b in batches]

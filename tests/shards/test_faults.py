@@ -14,6 +14,7 @@ import pytest
 from sae_dist import faults, storage
 from sae_dist.config import UserError
 from sae_dist.shards import gc, reader, verify, writer
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.records import CorruptData
 from sae_dist.storage.s3 import S3Config, S3Storage
@@ -136,7 +137,7 @@ def test_faults_at_the_commit_itself_leave_one_commit_and_no_orphan(double, acti
 
 
 def read_all(store) -> list[int]:
-    with Loader(store, hook=HOOK, batch=32, seed=9, order=children.ORDER) as loader:
+    with Loader(store, hooks=Hooks((HOOK,)), batch=32, seed=9, order=children.ORDER) as loader:
         batches = list(itertools.islice(loader, 20))
     assert all(predictable.is_true(HOOK, b.x, b.doc, b.pos) for b in batches)
     return [b.order_hash for b in batches]

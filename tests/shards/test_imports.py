@@ -13,6 +13,7 @@ import torch
 from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.shards import reader
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.imports import ImportConfig, import_store
 from sae_dist.shards.imports.plan import Plan, numbers
 from sae_dist.shards.imports.sources import Source
@@ -204,7 +205,7 @@ def test_rows_far_longer_than_the_others_are_left_out_and_counted(tmp_path, wher
     commits = store.committed().values()
     assert (sum(c.rows for c in commits), sum(c.dropped for c in commits)) == (len(x) - n, n)
     assert store.statistics("imported").max_abs < 100
-    with Loader(store, hook="imported", batch=32, seed=0) as loader:
+    with Loader(store, hooks=Hooks(("imported",)), batch=32, seed=0) as loader:
         assert max(float(next(loader).x.abs().max()) for _ in range(30)) < 100
     kept = import_store(storage.open(tmp_path / "all"), ImportConfig(path=path, max_norm_ratio=None))
     assert sum(c.rows for c in kept.committed().values()) == len(x)

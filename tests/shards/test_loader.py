@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import torch
 
 from sae_dist import storage
 from sae_dist.config import UserError
-from sae_dist.shards import reader, writer
+from sae_dist.shards import commits, reader, writer
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
+from sae_dist.shards.records import seal
 from tests.shards import predictable
 
 HOOK = "resid_post.2"
@@ -25,7 +28,7 @@ def store(tmp_path):
 
 
 def batches(store, n: int, **settings):
-    settings = dict(hook=HOOK, batch=32, seed=9, order=ORDERS[0]) | settings
+    settings = dict(hooks=Hooks((HOOK,)), batch=32, seed=9, order=ORDERS[0]) | settings
     with Loader(store, **settings) as loader:
         return list(itertools.islice(loader, n))
 
@@ -117,7 +120,7 @@ def test_a_growing_store_gives_the_batches_of_the_finished_one(tmp_path):
 
     producer = threading.Thread(target=produce)
     producer.start()
-    with Loader(reader.open(store.storage), hook=HOOK, batch=32, seed=9, order=order, live=True) as loader:
+    with Loader(reader.open(store.storage), hooks=Hooks((HOOK,)), batch=32, seed=9, order=order, live=True) as loader:
         got = list(itertools.islice(loader, 20))
         assert loader.waits().uncommitted_s > 0
     producer.join()
@@ -128,8 +131,8 @@ def test_a_growing_store_gives_the_batches_of_the_finished_one(tmp_path):
 def test_a_live_loader_says_when_producers_are_gone_and_can_be_closed_while_it_waits(tmp_path):
     store = writer.create(storage.open(tmp_path), predictable.meta())
     with pytest.raises(UserError, match=r"unit=0 .* was not committed"):
-        next(Loader(store, hook=HOOK, batch=32, seed=9, live=True, stall_s=0.05))
-    loader = Loader(store, hook=HOOK, batch=32, seed=9, live=True)
+        next(Loader(store, hooks=Hooks((HOOK,)), batch=32, seed=9, live=True, stall_s=0.05))
+    loader = Loader(store, hooks=Hooks((HOOK,)), batch=32, seed=9, live=True)
     loader.close()
     with pytest.raises(StopIteration):
         next(loader)
@@ -141,14 +144,16 @@ def test_corruption_reaches_the_consumer_and_never_ends_the_stream_in_silence(st
     data = bytearray(path.read_bytes())
     data[shard.slices[0].offset + 600] ^= 1
     path.write_bytes(data)
-    loader = Loader(reader.open(store.storage), hook=HOOK, batch=32, seed=9)
+    loader = Loader(reader.open(store.storage), hooks=Hooks((HOOK,)), batch=32, seed=9)
     with pytest.raises(UserError, match="unit 2 has to be harvested again"):
         for _ in range(100):
             next(loader)
 
 
 def test_buffers_are_reused_only_when_asked_and_only_after_the_next_request(store):
-    with Loader(store, hook=HOOK, batch=32, seed=9, order=ORDERS[0], reuse_buffers=True, prefetch=1) as loader:
+    with Loader(
+        store, hooks=Hooks((HOOK,)), batch=32, seed=9, order=ORDERS[0], reuse_buffers=True, prefetch=1
+    ) as loader:
         truth = batches(store, 30)
         pointers = set()
         for expected in truth:
@@ -159,17 +164,87 @@ def test_buffers_are_reused_only_when_asked_and_only_after_the_next_request(stor
     assert len(pointers) <= 4
 
 
+WIDTHS = {"resid_post.1": 12, "resid_post.2": 16}
+SIDES = [
+    (("resid_post.1",), ("resid_post.2",)),
+    (("resid_post.2", "resid_post.1"), ()),
+    (("resid_post.1", "resid_post.2"), ("resid_post.2",)),
+]
+
+
+def columns_are_true(hooks, x, batch) -> bool:
+    parts = x.split([WIDTHS[hook] for hook in hooks], 1)
+    return all(predictable.is_true(hook, part, batch.doc, batch.pos) for hook, part in zip(hooks, parts, strict=True))
+
+
+@pytest.mark.parametrize("reads, writes", SIDES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
+def test_rows_of_several_hooks_come_side_by_side_in_the_order_of_one(tmp_path, reads, writes, dtype, monkeypatch):
+    store = predictable.filled(storage.open(tmp_path), hooks=WIDTHS, dtype=dtype)
+    alone = batches(store, 40)
+    read, original = [], store.read_slice
+    monkeypatch.setattr(store, "read_slice", lambda *name: read.append(name) or original(*name))
+    together = batches(store, 12, hooks=Hooks(reads, writes), stop_step=12)
+    assert len(read) == len(set(read)) and {hook for hook, *_ in read} == {*reads, *writes}
+    for batch, one in zip(together, alone, strict=False):
+        assert batch.x.shape[1] == sum(WIDTHS[hook] for hook in reads) and columns_are_true(reads, batch.x, batch)
+        assert columns_are_true(writes or reads, batch.target, batch)
+        assert (batch.target is batch.x) == (not writes)
+        assert batch.order_hash == one.order_hash and ids(batch) == ids(one)
+
+
+def test_one_hook_is_read_once_and_its_target_is_no_copy(store):
+    assert [b.order_hash for b in batches(store, 3, hooks=Hooks((HOOK,), (HOOK,)))] == [
+        b.order_hash for b in batches(store, 3)
+    ]
+    with Loader(store, hooks=Hooks((HOOK,), (HOOK,)), batch=32, seed=9, stop_step=3) as loader:
+        assert all(batch.target is batch.x for batch in loader)
+        assert loader.waits().bytes == 3 * 32 * predictable.WIDTH * 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_batches_that_nobody_holds_any_more_are_freed_or_used_again(tmp_path, dtype):
+    store, seen = predictable.filled(storage.open(tmp_path), dtype=dtype), []
+    with Loader(store, hooks=Hooks((HOOK,)), batch=32, seed=9, reuse_buffers=True, prefetch=1, stop_step=30) as loader:
+        for batch in loader:
+            seen.append(weakref.ref(batch.x))
+            del batch
+    assert len({id(x()) for x in seen if x() is not None}) <= 4
+
+
+def test_hooks_whose_rows_are_of_other_tokens_are_refused(store, tmp_path):
+    first, second = WIDTHS
+    other = writer.create(storage.open(tmp_path / "other"), store.meta)
+    rows = predictable.rows_of(0, 96) | {"token": np.zeros(96, np.int64)}
+    x = {hook: predictable.activation(rows["doc"], rows["pos"], n) for hook, n in predictable.LAYERS.items()}
+    writer.write_unit_once(other, 0, x, **rows)
+    taken, record = other.commit(0).shards[second], commits.read_record(store.storage, 0)
+    del record["digest"]
+    shard = record["shards"][second]
+    (tmp_path / shard["key"]).write_bytes((tmp_path / "other" / taken.key).read_bytes())
+    record["shards"][second] = taken._asdict() | {"key": shard["key"], "slices": [s._asdict() for s in taken.slices]}
+    (tmp_path / "commit" / "00000000.json").write_bytes(seal(record))
+    mixed = reader.open(store.storage)
+    assert len(batches(mixed, 13)) == 13  # each hook by itself is sound
+    with pytest.raises(UserError, match=rf"unit 0 .* hook={second} and of hook={first} differ in their token"):
+        batches(mixed, 13, hooks=Hooks((first,), (second,)))
+
+
 def test_mistakes_are_named(store, tmp_path):
+    with pytest.raises(UserError, match=r"hook=absent is not in .* it has resid_post.1, resid_post.2"):
+        Loader(store, hooks=Hooks((HOOK,), ("absent",)), batch=32, seed=0)
+    with pytest.raises(UserError, match=rf"hook={HOOK}\+{HOOK} names a hook point twice"):
+        Loader(store, hooks=Hooks((HOOK, HOOK)), batch=32, seed=0)
     with pytest.raises(UserError, match=r"hook=nothing .* it has resid_post.1, resid_post.2"):
-        Loader(store, hook="nothing", batch=32, seed=0)
+        Loader(store, hooks=Hooks(("nothing",)), batch=32, seed=0)
     with pytest.raises(UserError, match=r"world=9 readers with order.lanes=8"):
-        Loader(store, hook=HOOK, batch=32, seed=0, world=9)
+        Loader(store, hooks=Hooks((HOOK,)), batch=32, seed=0, world=9)
     with pytest.raises(UserError, match="n_units=6; the store has 5 training units"):
-        Loader(store, hook=HOOK, batch=32, seed=0, n_units=6)
+        Loader(store, hooks=Hooks((HOOK,)), batch=32, seed=0, n_units=6)
     half = writer.create(storage.open(tmp_path / "half"), predictable.meta())
     predictable.write(half, 0)
     with pytest.raises(UserError, match=r"lacks 4 of 5 training units \(unit 1 first\)"):
-        Loader(half, hook=HOOK, batch=32, seed=0)
+        Loader(half, hooks=Hooks((HOOK,)), batch=32, seed=0)
     assert len(batches(half, 2, n_units=1)) == 2
 
 

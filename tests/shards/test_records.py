@@ -10,6 +10,7 @@ import pytest
 from sae_dist import storage
 from sae_dist.config import UserError, digest
 from sae_dist.shards import credits, format, reader, records, retention, summary, verify
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.records import CorruptData
 from tests.shards import predictable
@@ -27,7 +28,7 @@ def use(place) -> None:
     summary.statistics(store)
     verify.verify(store)
     retention.retire(store, retention.UntilConsumed(margin_units=100))
-    with Loader(store, hook="resid_post.1", batch=400, seed=0) as loader:
+    with Loader(store, hooks=Hooks(("resid_post.1",)), batch=400, seed=0) as loader:
         next(loader)
 
 

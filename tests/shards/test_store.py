@@ -12,6 +12,7 @@ import torch
 from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.shards import format, manifest, permutation, reader, verify, writer
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.records import CorruptData
 from tests.shards import predictable
@@ -179,7 +180,7 @@ def test_a_unit_that_was_withdrawn_and_made_again_is_pinned_still_if_its_rows_ar
     assert predictable.write(fresh, 2, rows).commit.digest != old.digest
     if same:
         assert fresh.pinned(pinned.version) == pinned
-        with Loader(fresh, hook="resid_post.1", batch=32, seed=0, manifest=pinned) as loader:
+        with Loader(fresh, hooks=Hooks(("resid_post.1",)), batch=32, seed=0, manifest=pinned) as loader:
             assert next(loader).step == 0
     else:
         with pytest.raises(UserError, match=r"1 with another commit \(2\)"):

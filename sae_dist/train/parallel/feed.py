@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_dist.config import UserError
 from sae_dist.shards import quantize
+from sae_dist.shards.hooks import Hooks, width
 from sae_dist.shards.loader import Batch, Loader
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.permutation import MASK
@@ -26,6 +27,7 @@ class Fed(NamedTuple):
     """A global batch; the same on every rank."""
 
     x: Shaped[Tensor, "batch width"]  # in the store's dtype, on the mesh's device; on CPUs only until the next batch
+    target: Shaped[Tensor, "batch target_width"]  # what is to be rebuilt: x itself, or as that
     epoch: int
     order_hash: int  # of all rows so far
     units_done: int
@@ -39,7 +41,7 @@ class Feed:
         self,
         mesh: Mesh,
         store: Store,
-        hook: str,
+        hooks: Hooks,
         *,
         order: OrderConfig,
         start_step: int,
@@ -53,12 +55,14 @@ class Feed:
                 "order.lanes, or use fewer ranks"
             )
         dtype = quantize.batch_dtype(store.meta.dtype)
-        self._nothing = torch.empty(0, store.meta.hooks[hook], dtype=dtype, device=mesh.device)
+        self._nothing = [
+            torch.empty(0, width(store.meta, names), dtype=dtype, device=mesh.device) for names in hooks.sides
+        ]
         self._step = start_step
         self._loader = None  # of more ranks than lanes, the last have nothing to read
         if rank < readers:
             self._loader = Loader(
-                store, hook=hook, order=order, start_step=start_step, order_hash=order_hash if rank == 0 else 0,
+                store, hooks=hooks, order=order, start_step=start_step, order_hash=order_hash if rank == 0 else 0,
                 rank=rank, world=readers, pinned=mesh.device.type == "cuda", reuse_buffers=mesh.device.type == "cpu",
                 **options,
             )  # fmt: skip
@@ -97,13 +101,15 @@ class Feed:
             return None
         assert {step for _, step, *_ in everybody} == {self._step}, f"ranks at steps {[e[1] for e in everybody]}"
         sizes = [rows for _, _, rows, *_ in everybody]
-        x = self._nothing if mine is None else _sent(mine.x, mesh.device)
-        place = x.new_empty(0, dtype=torch.int64) if mine is None else _sent(torch.from_numpy(mine.place), mesh.device)
-        x = gather_rows(mesh, mesh.world, x, sizes, name="batch")
-        place = gather_rows(mesh, mesh.world, place, sizes, name="batch")
+        sides = self._nothing if mine is None else _sent(mine, mesh.device)
+        place = torch.empty(0, dtype=torch.int64) if mine is None else torch.from_numpy(mine.place)
+        gathered = [gather_rows(mesh, mesh.world, side, sizes, name="batch") for side in sides]
+        place = gather_rows(mesh, mesh.world, _sent_one(place, mesh.device), sizes, name="batch")
+        ordered = [torch.empty_like(side).index_copy_(0, place, side) for side in gathered]
         doc = torch.empty(0, dtype=torch.int64) if mine is None else torch.from_numpy(mine.doc.view("int64"))
         return Fed(
-            x=torch.empty_like(x).index_copy_(0, place, x),
+            x=ordered[0],
+            target=ordered[-1],
             epoch=max(epoch for *_, epoch, _, _ in everybody),
             order_hash=sum(hashed for *_, hashed in everybody) & MASK,
             units_done=max(done for *_, done, _ in everybody),
@@ -112,13 +118,20 @@ class Feed:
 
 
 def _alone(batch: Batch, mesh: Mesh) -> Fed:
+    sides = _sent(batch, mesh.device)
     return Fed(
-        _sent(batch.x, mesh.device), batch.epoch, batch.order_hash, batch.units_done,
+        sides[0], sides[-1], batch.epoch, batch.order_hash, batch.units_done,
         lambda: torch.from_numpy(batch.doc.view("int64")),
     )  # fmt: skip
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def _sent(batch: Batch, device: torch.device) -> list[Tensor]:
+    """x, and the target where it is another tensor."""
+    sides = [batch.x] if batch.target is batch.x else [batch.x, batch.target]
+    return [_sent_one(side, device) for side in sides]
+
+
+def _sent_one(tensor: Tensor, device: torch.device) -> Tensor:
     """On its way to a GPU from page-locked memory: nobody waits for the copy, nor for what the GPU does before it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

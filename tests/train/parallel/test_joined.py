@@ -12,6 +12,7 @@ from sae_kernels.cpu.build import library
 
 from sae_dist.config import UserError
 from sae_dist.parallel.rendezvous import Rendezvous
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.order import OrderConfig
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.feed import Feed
@@ -114,4 +115,4 @@ def test_a_live_training_on_more_ranks_than_lanes_is_refused(tmp_path):
     store = full_store(tmp_path)
     three = dataclasses.replace(Mesh.single(), world=Axis(0, 3))
     with pytest.raises(UserError, match="order.lanes=2 are fewer than the 3 ranks of a live=true training; raise"):
-        Feed(three, store, "x", order=OrderConfig(lanes=2), start_step=0, order_hash=0, live=True)
+        Feed(three, store, Hooks(("x",)), order=OrderConfig(lanes=2), start_step=0, order_hash=0, live=True)
