@@ -25,7 +25,7 @@ from sae_dist.service.room import Bundle
 from sae_dist.service.scaling import INTERVAL_S, Observed, Scale, decide
 from sae_dist.service.throughput import Throughput, laggard, late, remaining_s
 from sae_dist.service.trainer import usable_cores
-from sae_dist.shards.credits import Flow, Position, positions, starved_share
+from sae_dist.shards.consumers import ConsumerPosition, FlowControl, positions, starved_share
 from sae_dist.shards.lease import Lease, lease
 from sae_dist.shards.reader import Store
 from sae_dist.shards.retention import retire
@@ -79,8 +79,8 @@ class Harvesting:
         self._calls: dict[ray.ObjectRef, tuple[int, int]] = {}  # (replica, attempt)
         self._throughput: dict[int, Throughput] = {}  # of all replicas that ever were ready
         self._deaths = self._deaths_in_a_row = 0
-        self._readers: list[Position] = []
-        self._flow = Flow(config.ahead_units).look([], len(committed))
+        self._readers: list[ConsumerPosition] = []
+        self._flow = FlowControl(config.ahead_units).look([], len(committed))
         self._held_s, self._polled = 0.0, time.monotonic()
         self._looked = self._logged = -LOG_EVERY_S
         self._scale = Scale(self._bounds.least)
@@ -130,15 +130,15 @@ class Harvesting:
 
     def unbind(self) -> None:
         """From now on nobody reads any more: harvesting need not wait for anybody."""
-        self._flow = Flow(0).look([], 0)
+        self._flow = FlowControl(0).look([], 0)
 
     def facts(self) -> dict[str, Any]:
         """How far the harvest is, for people: what all replicas did, and a part for each that is at work."""
         facts: dict[str, Any] = self._counts()
         if (left := remaining_s(self._working(), units_left=self._leases.left)) is not None and not self.done:
             facts["eta"] = duration(left)
-        if self._flow.held_by and not self.done:
-            facts["waits for"] = self._flow.held_by
+        if self._flow.blocked_by and not self.done:
+            facts["waits for"] = self._flow.blocked_by
         if (slow := self._alert()) is not None:
             facts["alert"] = slow
         if not self.done:

@@ -24,8 +24,8 @@ from sae_dist.service.orphan import end_with_parent
 from sae_dist.service.room import Bundle
 from sae_dist.service.summary import alerts
 from sae_dist.shards import reader
-from sae_dist.shards.cache import FolderCache
 from sae_dist.shards.reader import Store
+from sae_dist.shards.slice_cache import SliceCache
 from sae_dist.train.loop import Trained, train
 from sae_dist.train.parallel.exchange import ranks_here
 from sae_dist.train.parallel.joined import Joined, joined
@@ -90,7 +90,7 @@ def run_training(
     The first one's figures go to metrics.jsonl, W&B and `watch`.
     """
     torch.set_num_threads(job.train.threads or max(usable_cores() // ranks_here(rank.mesh), 1))
-    cache = None if job.train.cache is None else FolderCache(Path(job.train.cache), limit_bytes=job.train.cache_bytes)
+    cache = None if job.train.cache is None else SliceCache(Path(job.train.cache), limit_bytes=job.train.cache_bytes)
     out, store = Path(job.out), reader.open(storage.open(job.store), cache=cache)
     out.mkdir(parents=True, exist_ok=True)
     meta = store.meta

@@ -23,7 +23,7 @@ class SliceRef(NamedTuple):
     xxh3_128: Hash
 
 
-class Shard(NamedTuple):
+class ShardFile(NamedTuple):
     """The file of one hook point in one unit."""
 
     key: str
@@ -43,7 +43,7 @@ class Commit(NamedTuple):
     store: str  # digest of store.json
     rows: Count
     dropped: Count  # rows left out: not finite, or (of an import) far longer than the others
-    shards: dict[str, Shard]
+    shards: dict[str, ShardFile]
     digest: str  # of the whole record, statistics and all
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sae_dist import faults
 from sae_dist.config import UserError
 from sae_dist.shards import format, records, writer
-from sae_dist.shards.commits import COMMIT_BYTES, Commit, Shard
+from sae_dist.shards.commits import COMMIT_BYTES, Commit, ShardFile
 from sae_dist.shards.reader import Store
 from sae_dist.shards.records import CorruptData
 from sae_dist.storage import Bytes, Storage
@@ -59,9 +59,9 @@ def _record(storage: Storage, key: str, most: int) -> bytes:
     return records.seal({name: value for name, value in record.items() if name != "digest"})
 
 
-def _verified(storage: Storage, unit: int, shard: Shard) -> Bytes:
+def _verified(storage: Storage, unit: int, shard: ShardFile) -> Bytes:
     """The whole shard; read again if it is wrong, for bits also flip on the way."""
-    for _ in range(records.READS):
+    for _ in range(records.READ_TRIES):
         try:
             data = storage.read(shard.key)
         except FileNotFoundError:

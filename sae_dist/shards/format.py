@@ -35,7 +35,7 @@ ELEMENTS: dict[str, Element] = {
 }
 assert set(ELEMENTS) == set(get_args(DType))
 
-RowPolicy = Literal["drop", "keep"]
+NonfiniteRows = Literal["drop", "keep"]
 
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,199}")
@@ -64,7 +64,7 @@ class StoreMeta:
     text_fingerprint: str = ""
     context: int = 0  # positions of a sequence; 0 when unknown
     seed: int = 0
-    row_policy: RowPolicy = "drop"  # rows with a NaN or an infinity: dropped and counted, or kept and counted
+    row_policy: NonfiniteRows = "drop"  # rows with a NaN or an infinity: dropped and counted, or kept and counted
     extra: dict[str, str] = field(
         default_factory=dict
     )  # what else the producer wants to pin, e.g. the slice of the text

@@ -15,7 +15,7 @@ from sae_dist.shards.reader import Store
 from sae_dist.storage import Entry
 
 DAY_S = 86_400.0
-OURS = re.compile(r"data/[A-Za-z0-9._-]+/\d{8,}/[A-Za-z0-9_-]+\.arrow|probe/[0-9a-f]{32}")
+OWN_KEYS = re.compile(r"data/[A-Za-z0-9._-]+/\d{8,}/[A-Za-z0-9_-]+\.arrow|probe/[0-9a-f]{32}")
 
 
 class Garbage(NamedTuple):
@@ -38,7 +38,7 @@ def collect(store: Store, *, age_s: float = 2 * DAY_S, delete: bool = False, now
     now = objects.clock(storage) if now is None else now
     # First the data, then the commits: data that was listed and is committed by then is never taken for an orphan.
     candidates = [
-        entry for prefix in ("data/", "probe/") for entry in storage.list(prefix) if OURS.fullmatch(entry.key)
+        entry for prefix in ("data/", "probe/") for entry in storage.list(prefix) if OWN_KEYS.fullmatch(entry.key)
     ]
     left = list(storage.leftovers())
     commits = store.committed()

@@ -33,7 +33,7 @@ BEATS = 6  # in TTL_S: one that comes late does not end a lease
 T = TypeVar("T")
 
 
-class Holder(NamedTuple):
+class LeaseHolder(NamedTuple):
     """<token>.json: the process that took the place."""
 
     name: Hash  # drawn at random
@@ -44,14 +44,14 @@ class Holder(NamedTuple):
     machine: str | None = None  # boot and process namespace; None likewise
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """<token>.beat: the last sign of life of the holder."""
 
     beat: Count  # how many there were
     released: bool  # the holder is done
 
 
-class Place(NamedTuple):
+class LeasedPlace(NamedTuple):
     """What is leased."""
 
     storage: Storage
@@ -70,22 +70,22 @@ class Place(NamedTuple):
         )
         return max((int(match[1]) for match in found if match), default=0)
 
-    def take(self, token: int, holder: Holder) -> None:
+    def take(self, token: int, holder: LeaseHolder) -> None:
         self.storage.create(f"{self.folder}/{token:06d}.json", records.seal(holder._asdict()))
 
-    def holder(self, token: int) -> Holder | None:
+    def holder(self, token: int) -> LeaseHolder | None:
         """Who holds or held it; None, with a warning, when the file is damaged: it names nobody, and its beat decides.
 
         So a damaged file keeps nobody out for longer than `TTL_S`.
         """
-        return self._read(Holder, f"{self.folder}/{token:06d}.json")
+        return self._read(LeaseHolder, f"{self.folder}/{token:06d}.json")
 
-    def beat(self, token: int, beat: Beat) -> None:
+    def beat(self, token: int, beat: Heartbeat) -> None:
         self.storage.write(f"{self.folder}/{token:06d}.beat", records.seal(beat._asdict()))
 
-    def last_beat(self, token: int) -> Beat | None:
+    def last_beat(self, token: int) -> Heartbeat | None:
         """None, with a warning, when it is damaged: then it counts as one that does not change."""
-        return self._read(Beat, f"{self.folder}/{token:06d}.beat")
+        return self._read(Heartbeat, f"{self.folder}/{token:06d}.beat")
 
     def _read(self, kind: type[T], key: str) -> T | None:
         place = f"{self.storage.uri}/{key}"
@@ -102,7 +102,7 @@ class Place(NamedTuple):
 class Lease:
     """The right to work in a place; `check` says when somebody else has taken it."""
 
-    def __init__(self, place: Place, token: int, ttl_s: float) -> None:
+    def __init__(self, place: LeasedPlace, token: int, ttl_s: float) -> None:
         self.token, self._place, self._ttl_s = token, place, ttl_s
         self._lost_to: str | None = None
         self._beats, self._end = 0, threading.Event()
@@ -134,7 +134,7 @@ class Lease:
 
     def _beat(self, *, released: bool = False) -> None:
         self._beats += 1
-        self._place.beat(self.token, Beat(self._beats, released))
+        self._place.beat(self.token, Heartbeat(self._beats, released))
 
     def _keep(self) -> None:
         while not self._end.wait(self._ttl_s / BEATS):
@@ -155,7 +155,7 @@ def lease(storage: Storage, out: str, *, key: str, folder: str, ttl_s: float = T
     `out` is what the holder is known by, `key` the key of the configuration that names the place, and `folder` where
     the lease's own files lie in it.
     """
-    place = Place(storage, key, folder)
+    place = LeasedPlace(storage, key, folder)
     held = Lease(place, _acquire(place, out, ttl_s), ttl_s)
     try:
         yield held
@@ -163,7 +163,7 @@ def lease(storage: Storage, out: str, *, key: str, folder: str, ttl_s: float = T
         held.release()
 
 
-def _acquire(place: Place, out: str, ttl_s: float) -> int:
+def _acquire(place: LeasedPlace, out: str, ttl_s: float) -> int:
     while True:
         newest = place.newest()
         holder = place.holder(newest) if newest else None
@@ -171,13 +171,13 @@ def _acquire(place: Place, out: str, ttl_s: float) -> int:
             raise UserError(
                 f"{place.name} is in use by {_described(holder)}; wait for it, stop it, or choose another {place.key}="
             )
-        ours = Holder(uuid.uuid4().hex, out, **_identity(os.getpid()))
+        ours = LeaseHolder(uuid.uuid4().hex, out, **_identity(os.getpid()))
         place.take(newest + 1, ours)
         if place.holder(newest + 1) == ours:  # read back: the answer to `create` may have been lost
             return newest + 1
 
 
-def _is_over(place: Place, token: int, holder: Holder | None, ttl_s: float) -> bool:
+def _is_over(place: LeasedPlace, token: int, holder: LeaseHolder | None, ttl_s: float) -> bool:
     """Whether the holder of `token` is done or dead; takes up to `ttl_s` to say so of one on another machine."""
     here, before = _identity(os.getpid())["machine"], place.last_beat(token)
     if before is not None and before.released:
@@ -207,7 +207,7 @@ def _identity(pid: int) -> dict[str, Any]:
     return found
 
 
-def _described(holder: Holder | None) -> str:
+def _described(holder: LeaseHolder | None) -> str:
     if holder is None:
         return "a process that its record does not name"
     return f"process {holder.pid} on {holder.host} (out={holder.out})"

@@ -19,12 +19,12 @@ from sae_dist.shards.hooks import Hooks, check, width
 from sae_dist.shards.manifest import Manifest
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.permutation import MASK
+from sae_dist.shards.read_schedule import POLL_S, ReadSchedule, StepRows
 from sae_dist.shards.reader import Store
 from sae_dist.shards.room import Move, move, side
-from sae_dist.shards.schedule import POLL_S, Schedule, Step
-from sae_dist.shards.windows import Closed, Windows
+from sae_dist.shards.windows import LoaderClosed, WindowPool
 
-MOVERS = 2  # threads that copy rows; torch copies so few rows at a time in one
+COPY_THREADS = 2  # threads that copy rows; torch copies so few rows at a time in one
 
 
 class Batch(NamedTuple):
@@ -103,15 +103,15 @@ class Loader:
             self._spare = {width: queue.SimpleQueue() for width in widths}
         self._lent, self._pinned = list[Tensor](), pinned
         self._stop = threading.Event()
-        self._windows = Windows(store, hooks.every, self.order, seed, threads=threads, stop=self._stop)
-        self._schedule = Schedule(
+        self._windows = WindowPool(store, hooks.every, self.order, seed, threads=threads, stop=self._stop)
+        self._schedule = ReadSchedule(
             self._windows, batch=batch, n_units=self.n_units, start_step=start_step, stop_step=stop_step, live=live,
             lanes=range(rank, self.order.lanes, world),  # interleaved: a round of few slices still reaches every rank
             stall_s=stall_s,
         )  # fmt: skip
         self._starved_s = self._blocked_s = 0.0
         self._batches_made = self._bytes_made = 0
-        self._movers = ThreadPoolExecutor(MOVERS, thread_name_prefix="mover")
+        self._movers = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="mover")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._producing = self._ahead.submit(self._produce)
 
@@ -188,7 +188,7 @@ class Loader:
             for batch in map(self._gather, self._schedule):
                 if not self._hand_over(batch):
                     return
-        except Closed:
+        except LoaderClosed:
             return
         finally:
             self._hand_over(None)  # the consumer then asks this thread what happened
@@ -204,7 +204,7 @@ class Loader:
             return True
         return False
 
-    def _gather(self, step: Step) -> Batch:
+    def _gather(self, step: StepRows) -> Batch:
         meta, n = self.store.meta, len(step.place)
         sides = [side(meta, hooks, n, self._buffer) for hooks in self.hooks.sides]
         rooms = [room for one in sides for room in one.rooms]
@@ -221,7 +221,9 @@ class Loader:
                         torch.index_select(stored.scale, 0, index, out=room.scale[to])
                 unit[to], row[to] = piece.unit, piece.slice * meta.slice_rows + piece.rows
                 at = to.stop
-        shares = [moves[i * len(moves) // MOVERS : (i + 1) * len(moves) // MOVERS] for i in range(MOVERS)]
+        shares = [
+            moves[i * len(moves) // COPY_THREADS : (i + 1) * len(moves) // COPY_THREADS] for i in range(COPY_THREADS)
+        ]
         moving = [self._movers.submit(move, share) for share in shares]
         at = 0
         for window, rows, _ in step.parts:  # while the rows are on their way

@@ -11,7 +11,7 @@ from sae_dist.shards.records import CorruptData, Count
 from sae_dist.storage import Storage
 
 
-class Entry(NamedTuple):
+class PinnedUnit(NamedTuple):
     """One unit as a manifest pins it."""
 
     rows: Count
@@ -24,7 +24,7 @@ class Manifest(NamedTuple):
     store: str  # digest of store.json
     version: Count
     digest: str
-    commits: dict[Count, Entry]
+    commits: dict[Count, PinnedUnit]
 
 
 def manifest_key(version: int) -> str:
@@ -52,7 +52,7 @@ def read(storage: Storage, meta: StoreMeta, version: int) -> Manifest:
 
 def write(storage: Storage, meta: StoreMeta, commits: dict[int, Commit]) -> Manifest:
     """The manifest of `commits`: the newest one if it says the same, else the next version."""
-    entries = {unit: Entry(commit.rows, commit.digest) for unit, commit in sorted(commits.items())}
+    entries = {unit: PinnedUnit(commit.rows, commit.digest) for unit, commit in sorted(commits.items())}
     version = latest(storage)
     if version:
         newest = read(storage, meta, version)

@@ -58,7 +58,7 @@ class Round(NamedTuple):
     rows: int
 
 
-class Piece(NamedTuple):
+class SliceRows(NamedTuple):
     """Rows of a batch that come out of one slice."""
 
     unit: int
@@ -151,16 +151,16 @@ def window_permutation(
     return start + permutation(stop - start, key(seed, ROWS, round.epoch, round.number, lane, window))
 
 
-def split(lane: Lane, rows: Int64[np.ndarray, " rows"]) -> list[Piece]:
+def rows_by_slice(lane: Lane, rows: Int64[np.ndarray, " rows"]) -> list[SliceRows]:
     """Rows of a lane, ascending, as rows of its slices."""
     bounds = np.searchsorted(rows, lane.start)
     return [
-        Piece(int(lane.unit[i]), int(lane.slice[i]), rows[bounds[i] : bounds[i + 1]] - lane.start[i])
+        SliceRows(int(lane.unit[i]), int(lane.slice[i]), rows[bounds[i] : bounds[i + 1]] - lane.start[i])
         for i in np.flatnonzero(np.diff(bounds))
     ]
 
 
-class Place(NamedTuple):
+class RowPosition(NamedTuple):
     """A row of the endless sequence of rounds: `offset` rows into round `number` of `epoch`."""
 
     epoch: int
@@ -168,7 +168,7 @@ class Place(NamedTuple):
     offset: int
 
 
-def locate(row: int, config: OrderConfig, seed: int, n_units: int, row_counts: RowCounts) -> Place:
+def locate(row: int, config: OrderConfig, seed: int, n_units: int, row_counts: RowCounts) -> RowPosition:
     """Where row number `row` of all epochs end to end lies; asks for the counts of no round beyond its own."""
     rounds = n_rounds(config, n_units)
     epoch = 0
@@ -177,7 +177,7 @@ def locate(row: int, config: OrderConfig, seed: int, n_units: int, row_counts: R
         for number in range(rounds):
             size = int(row_counts(round_units(config, seed, n_units, epoch, number)).sum())
             if row < size:
-                return Place(epoch, number, row)
+                return RowPosition(epoch, number, row)
             row -= size
         epoch_rows = before - row
         if epoch_rows == 0:

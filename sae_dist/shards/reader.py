@@ -14,21 +14,21 @@ from torch import Tensor
 from sae_dist.config import UserError
 from sae_dist.shards import commits as commit_files
 from sae_dist.shards import format, manifest, quantize, records, slices, statistics
-from sae_dist.shards.cache import FolderCache
 from sae_dist.shards.commits import Commit, SliceRef
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.manifest import Manifest
 from sae_dist.shards.records import CorruptData
+from sae_dist.shards.slice_cache import SliceCache
 from sae_dist.shards.slices import Slice
 from sae_dist.shards.statistics import Statistics
-from sae_dist.storage import ReadOnly, Storage
+from sae_dist.storage import ReadOnlyError, Storage
 
 logger = logging.getLogger(__name__)
 
 PARALLEL_COMMITS = 16  # small objects, so latency counts
 
 
-class Rows(NamedTuple):
+class StoredRows(NamedTuple):
     """Consecutive rows of one unit, as `heldout` hands them out."""
 
     x: Shaped[Tensor, "rows width"]
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 class Store:
     """A store that is open for reading, and for writing through writer.py. Safe to use from several threads."""
 
-    def __init__(self, storage: Storage, meta: StoreMeta, *, cache: FolderCache | None = None):
+    def __init__(self, storage: Storage, meta: StoreMeta, *, cache: SliceCache | None = None):
         self.storage = storage
         self.meta = meta
         self.cache = cache
@@ -85,7 +85,7 @@ class Store:
         commits = self.committed()
         try:
             return manifest.write(self.storage, self.meta, commits)
-        except ReadOnly as error:
+        except ReadOnlyError as error:
             if otherwise is None:
                 raise
             logger.warning("%s; the manifest that pins it is kept in %s", error, otherwise.uri)
@@ -160,7 +160,7 @@ class Store:
             return slices.fetch(self.storage, key, ref)
 
         cache = self.cache if self.storage.local_path(key) is None else None
-        for _ in range(records.READS):
+        for _ in range(records.READ_TRIES):
             data = fetch() if cache is None else cache.get(ref, fetch)
             if len(data) == ref.bytes and format.xxh3_128(data) == ref.xxh3_128:
                 return data
@@ -194,19 +194,19 @@ class Store:
         return statistics.from_json(own or {}, width=self.meta.hooks[hook], what=what)
 
 
-def open(storage: Storage, *, cache: FolderCache | None = None) -> Store:
+def open(storage: Storage, *, cache: SliceCache | None = None) -> Store:
     """The store at `storage`; `UserError` if there is none."""
     try:
         record = records.read(storage, "store.json", f"{storage.uri}/store.json")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"store={storage.uri} holds no store.json; harvest or import into it first") from None
-    named = records.checked(Named, record, f"{storage.uri}/store.json")
+    named = records.checked(StoreRecord, record, f"{storage.uri}/store.json")
     if named.meta.digest != named.name:
         raise CorruptData(f"{storage.uri}/store.json names itself {named.name} but its content is {named.meta.digest}")
     return Store(storage, named.meta, cache=cache)
 
 
-class Named(NamedTuple):
+class StoreRecord(NamedTuple):
     """The record in store.json."""
 
     name: str
@@ -214,13 +214,13 @@ class Named(NamedTuple):
     digest: str
 
 
-def heldout(store: Store, hook: str, batch_rows: int) -> Iterator[Rows]:
+def heldout(store: Store, hook: str, batch_rows: int) -> Iterator[StoredRows]:
     """The rows of the held-out units in the order stored, at most `batch_rows` at a time, none across two units."""
     for unit in range(store.meta.train_units, store.meta.n_units):
         yield from unit_rows(store, hook, unit, batch_rows)
 
 
-def unit_rows(store: Store, hook: str, unit: int, batch_rows: int) -> Iterator[Rows]:
+def unit_rows(store: Store, hook: str, unit: int, batch_rows: int) -> Iterator[StoredRows]:
     """The rows of one unit in the order stored."""
     commit = store.commit(unit)
     if commit is None:
@@ -231,4 +231,4 @@ def unit_rows(store: Store, hook: str, unit: int, batch_rows: int) -> Iterator[R
             rows = slice(start, start + batch_rows)
             scale = None if part.scale is None else part.scale[rows]
             x = quantize.decode(part.bits[rows], scale, part.dtype)
-            yield Rows(x, part.doc[rows], part.pos[rows], part.token[rows], unit)
+            yield StoredRows(x, part.doc[rows], part.pos[rows], part.token[rows], unit)

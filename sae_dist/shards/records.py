@@ -15,7 +15,7 @@ from sae_dist.storage import Bytes, Storage
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-READS = 3  # of bytes that do not match their checksum, before it is the store that is said to be wrong
+READ_TRIES = 3  # of bytes that do not match their checksum, before it is the store that is said to be wrong
 SMALL_BYTES = 1 << 20  # more than any record whose size does not grow with the store
 
 
@@ -45,7 +45,7 @@ def read(storage: Storage, key: str, what: str, *, most: int = SMALL_BYTES) -> d
 
     Bits also flip on the way. Its fields are not checked: `checked` does that.
     """
-    for _ in range(READS - 1):
+    for _ in range(READ_TRIES - 1):
         try:
             return _read(storage, key, what, most)
         except CorruptData:

@@ -8,7 +8,7 @@ from pydantic import Field
 from sae_dist import faults
 from sae_dist.config import frozen
 from sae_dist.shards import format, records
-from sae_dist.shards.credits import positions
+from sae_dist.shards.consumers import positions
 from sae_dist.shards.reader import Store
 
 

@@ -11,7 +11,7 @@ from sae_dist.shards import quantize
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.hooks import width
 
-GATHER = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # rows are moved as integers: any dtype, no rounding
+AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # rows are moved as integers: any dtype, no rounding
 
 
 class Room(NamedTuple):
@@ -38,7 +38,7 @@ class Side(NamedTuple):
 
 def side(meta: StoreMeta, hooks: Sequence[str], n: int, buffer: Callable[[int, int], Tensor]) -> Side:
     """Room for `n` rows of these hook points; `buffer(rows, width)` gives memory in the dtype of a batch."""
-    moved = GATHER[meta.element.stored.itemsize]
+    moved = AS_INTEGERS[meta.element.stored.itemsize]
     if meta.element.scaled:
         rooms = (Room(hook, torch.empty(n, meta.hooks[hook], dtype=moved), torch.empty(n)) for hook in hooks)
         return Side(tuple(rooms), None)

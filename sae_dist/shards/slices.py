@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_dist.shards import format, quantize
 from sae_dist.shards.commits import SliceRef
-from sae_dist.shards.mapped import map_bytes
+from sae_dist.shards.memory_map import map_bytes
 from sae_dist.storage import Storage
 
 _F4 = np.dtype("<f4")

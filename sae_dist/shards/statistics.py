@@ -40,14 +40,14 @@ def empty(width: int) -> Statistics:
     return Statistics(0, np.zeros(width), np.zeros(width), 0.0, 0.0, 0)
 
 
-class Measured(NamedTuple):
+class MeasuredRows(NamedTuple):
     """The statistics of rows and which of them they are about."""
 
     statistics: Statistics
     finite: Bool[Tensor, " rows"]  # the squared norm is finite in fp32: no NaN, no infinity, no square that overflows
 
 
-def measure(x: Float[Tensor, "rows width"]) -> Measured:
+def measure(x: Float[Tensor, "rows width"]) -> MeasuredRows:
     """The statistics of `x`; rows that are not finite are counted and left out."""
     width = x.shape[1]
     rows_of, squares = torch.empty(2, CHUNK_ROWS, width)  # reused: fresh pages would cost more than the arithmetic
@@ -63,7 +63,7 @@ def measure(x: Float[Tensor, "rows width"]) -> Measured:
         if len(rows):
             total = merge(total, _chunk(rows, norms, squares[: len(rows)]))
         total = total._replace(nonfinite=total.nonfinite + len(part) - len(rows))
-    return Measured(total, finite)
+    return MeasuredRows(total, finite)
 
 
 def _chunk(
@@ -117,7 +117,7 @@ def to_json(statistics: Statistics) -> dict[str, Any]:
     return statistics._asdict() | {"mean": _encode(statistics.mean), "M2": _encode(statistics.M2)}
 
 
-class Stored(NamedTuple):
+class StatisticsRecord(NamedTuple):
     """What `to_json` gives, as it is read back."""
 
     n: Count
@@ -130,7 +130,7 @@ class Stored(NamedTuple):
 
 def from_json(record: dict[str, Any], *, width: int, what: str) -> Statistics:
     """The statistics of rows of that width; CorruptData that begins with `what` where they make no sense."""
-    stored = records.checked(Stored, record, what)
+    stored = records.checked(StatisticsRecord, record, what)
     mean, M2 = _decode(stored.mean), _decode(stored.M2)
     if not all(len(vector) == width and np.isfinite(vector).all() for vector in (mean, M2)) or (M2 < 0).any():
         raise CorruptData(f"{what} makes no sense: mean and M2 are not {width} finite numbers, M2 of them positive")

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from sae_dist.shards.credits import Position, positions
+from sae_dist.shards.consumers import ConsumerPosition, positions
 from sae_dist.shards.reader import Store
 from sae_dist.shards.statistics import Statistics
 
@@ -31,7 +31,7 @@ class StoreSummary(NamedTuple):
     n_units: int
     heldout_units: int
     relative_error: dict[str, float]
-    consumers: list[Position]
+    consumers: list[ConsumerPosition]
 
     @property
     def rows(self) -> int:

@@ -9,15 +9,15 @@ import xxhash
 from sae_dist.config import UserError
 from sae_dist.shards import commits as commit_files
 from sae_dist.shards import format
-from sae_dist.shards.commits import Commit, Shard
-from sae_dist.shards.mapped import map_bytes
+from sae_dist.shards.commits import Commit, ShardFile
+from sae_dist.shards.memory_map import map_bytes
 from sae_dist.shards.reader import Store
 from sae_dist.shards.records import CorruptData
 
 CHUNK_BYTES = 32 << 20
 
 
-class Bad(NamedTuple):
+class BadObject(NamedTuple):
     """One thing that is not what its commit says."""
 
     unit: int
@@ -30,7 +30,7 @@ class Verification(NamedTuple):
 
     units: int
     bytes: int
-    bad: list[Bad]
+    bad: list[BadObject]
     missing: list[int]
     retired: list[int]
 
@@ -42,13 +42,13 @@ class Verification(NamedTuple):
 def verify(store: Store, *, threads: int = 4) -> Verification:
     """Every shard of every unit, whole: size, hash and with it every slice."""
     commits: dict[int, Commit] = {}
-    bad: list[Bad] = []
+    bad: list[BadObject] = []
     listed = {format.unit_of_commit_key(entry.key) for entry in store.storage.list("commit/")}
     for unit in sorted(unit for unit in listed if unit is not None):
         try:
             commit = store.commit(unit)
         except CorruptData as error:
-            bad.append(Bad(unit, format.commit_key(unit), str(error)))
+            bad.append(BadObject(unit, format.commit_key(unit), str(error)))
             continue
         if commit is not None:
             commits[unit] = commit
@@ -59,7 +59,11 @@ def verify(store: Store, *, threads: int = 4) -> Verification:
     ]
     with ThreadPoolExecutor(threads) as pool:
         problems = pool.map(lambda job: _problem(store, job[1]), jobs)
-        bad += [Bad(unit, shard.key, problem) for (unit, shard), problem in zip(jobs, problems, strict=True) if problem]
+        bad += [
+            BadObject(unit, shard.key, problem)
+            for (unit, shard), problem in zip(jobs, problems, strict=True)
+            if problem
+        ]
     missing = [unit for unit in range(store.meta.n_units) if unit not in listed]
     return Verification(len(commits), sum(shard.bytes for _, shard in jobs), bad, missing, retired)
 
@@ -80,7 +84,7 @@ def withdraw(store: Store, units: Iterable[int]) -> None:
         store.storage.delete(format.commit_key(unit))
 
 
-def _problem(store: Store, shard: Shard) -> str:
+def _problem(store: Store, shard: ShardFile) -> str:
     """Why the shard is not what was committed, '' if it is."""
     try:
         size = store.storage.size(shard.key)

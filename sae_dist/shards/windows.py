@@ -14,10 +14,10 @@ from sae_dist.shards.order import OrderConfig, Round
 from sae_dist.shards.reader import Store
 from sae_dist.shards.slices import Slice
 
-Name = tuple[int, int, int, int]  # epoch, round, lane, window
+WindowId = tuple[int, int, int, int]  # epoch, round, lane, window
 
 
-class Closed(Exception):
+class LoaderClosed(Exception):
     """The consumer closed the loader while its thread was waiting."""
 
 
@@ -32,7 +32,7 @@ class Window(NamedTuple):
     token: UInt32[np.ndarray, " rows"]
 
 
-class Windows:
+class WindowPool:
     """Windows of some hook points, by lane; used by one thread, filled by `threads` others."""
 
     def __init__(
@@ -41,8 +41,8 @@ class Windows:
         self.store, self.hooks, self.config, self.seed, self.stop = store, hooks, config, seed, stop
         self.read_s = 0.0  # seconds that the loader waited for bytes
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="slices")
-        self._coming: dict[Name, list[Future[dict[str, Slice]]]] = {}
-        self._open: dict[Name, Window] = {}
+        self._coming: dict[WindowId, list[Future[dict[str, Slice]]]] = {}
+        self._open: dict[WindowId, Window] = {}
 
     def submit(self, round: Round, lane: int, window: int) -> None:
         """Starts to read the slices of a window, once."""
@@ -93,7 +93,7 @@ class Windows:
     def _wait(self, future: Future[dict[str, Slice]]) -> dict[str, Slice]:
         while True:
             if self.stop.is_set():
-                raise Closed
+                raise LoaderClosed
             try:
                 return future.result(timeout=1.0)
             except TimeoutError:

@@ -16,18 +16,18 @@ from sae_dist import config, faults
 from sae_dist import storage as objects
 from sae_dist.config import UserError
 from sae_dist.shards import commits, format, permutation, quantize, reader, records, statistics
-from sae_dist.shards.commits import Commit, Shard, SliceRef
+from sae_dist.shards.commits import Commit, ShardFile, SliceRef
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.reader import Store
 from sae_dist.storage import Storage, StorageError
 
-INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+AS_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MAGIC = b"ARROW1\0\0"  # how an Arrow IPC file begins, padding included
 MAX_NONFINITE = 0.01  # share of rows with a NaN, an infinity or an overflow at which a unit is refused
 logger = logging.getLogger(__name__)
 
 
-class Written(NamedTuple):
+class WrittenUnit(NamedTuple):
     """The winning commit of a unit and whether it is ours: False counts as `duplicate_unit`."""
 
     commit: Commit
@@ -37,7 +37,7 @@ class Written(NamedTuple):
 def create(storage: Storage, meta: StoreMeta) -> Store:
     """The store of `meta` at `storage`, made if it is not there; a different store in its place is refused."""
     if not storage.exists("store.json"):
-        objects.probe(storage)
+        objects.check_conditional_create(storage)
         storage.create("store.json", records.seal({"name": meta.digest, "meta": config.to_dict(meta)}))
     store = reader.open(storage)
     if store.meta.digest != meta.digest:
@@ -78,7 +78,7 @@ def write_unit_once(
     max_nonfinite: float = MAX_NONFINITE,
     left_out: int = 0,
     producer: str = "",
-) -> Written:
+) -> WrittenUnit:
     """Data objects of all hooks first, under a name nobody else has; then the commit, created only if absent.
 
     `producer` begins that name, and so says in the commit who wrote it. `max_nonfinite`: with a larger share of rows
@@ -88,7 +88,7 @@ def write_unit_once(
     """
     known = store.commit(unit)
     if known is not None:
-        return Written(known, won=False)
+        return WrittenUnit(known, won=False)
     meta = store.meta
     x = {hook: activations[hook].detach().cpu().contiguous() for hook in meta.hooks if hook in activations}
     columns = {"doc": _column(doc, np.uint64), "pos": _column(pos, np.uint32), "token": _column(token, np.uint32)}
@@ -103,27 +103,27 @@ def write_unit_once(
     for hook in meta.hooks:
         key = format.shard_key(hook, unit, attempt)
         data, refs, error = _arrow_file(store, hook, x[hook], columns, order)
-        shards[hook] = Shard(key, len(data), format.xxh3_128(data), refs, error)
+        shards[hook] = ShardFile(key, len(data), format.xxh3_128(data), refs, error)
         faults.point("writer.before_hook", unit=unit, hook=hook)
         store.storage.write(key, data)
         faults.point("writer.after_hook", unit=unit, hook=hook)
     commit = Commit(unit, attempt, meta.digest, len(order), left_out + dropped, shards, digest="")
     faults.point("writer.before_commit", unit=unit)
-    _check_there(store, shards)
+    _check_data_exists(store, shards)
     told = {hook: statistics.to_json(measured[hook].statistics) for hook in meta.hooks}
     store.storage.create(format.commit_key(unit), commits.to_bytes(commit, told))
     faults.point("writer.after_commit", unit=unit)
     winner = store.commit(unit)  # read back whatever `create` said: its answer may have been lost and retried
     assert winner is not None, f"unit {unit} has no commit straight after one was created"
     if winner.attempt == attempt:
-        return Written(winner, won=True)
+        return WrittenUnit(winner, won=True)
     for shard in shards.values():
         store.storage.delete(shard.key)
     logger.warning("unit %d was committed by another producer; this copy of it is dropped", unit)
-    return Written(winner, won=False)
+    return WrittenUnit(winner, won=False)
 
 
-def _check_there(store: Store, shards: dict[str, Shard]) -> None:
+def _check_data_exists(store: Store, shards: dict[str, ShardFile]) -> None:
     """A commit must not name data that was deleted meanwhile: whoever collects garbage may take us for dead."""
     for shard in shards.values():
         try:
@@ -219,7 +219,7 @@ def _arrow_file(
 
 def _gather(x: Float[Tensor, "rows width"], rows: Int64[Tensor, " some"]) -> Float[Tensor, "some width"]:
     """x[rows], moved as integers: indexing bfloat16 takes eight times as long."""
-    return torch.index_select(x.view(INTEGER[x.element_size()]), 0, rows).view(x.dtype)
+    return torch.index_select(x.view(AS_INTEGERS[x.element_size()]), 0, rows).view(x.dtype)
 
 
 def _array(values: np.ndarray, kind: pa.DataType) -> pa.Array:

@@ -1,17 +1,17 @@
-"""Object storage: a folder, the memory of this process or S3 behind one handful of operations (object.py)."""
+"""Object storage: a folder, the memory of this process or S3 behind one handful of operations (interface.py)."""
 
 import re
 import uuid
 from pathlib import Path
 
 from sae_dist.config import UserError
+from sae_dist.storage.interface import Bytes, Entry, ReadOnlyError, Storage, StorageError, checked_key
 from sae_dist.storage.local import LocalStorage
 from sae_dist.storage.memory import MemoryStorage
-from sae_dist.storage.object import Bytes, Entry, ReadOnly, Storage, StorageError, checked_key
 
 __all__ = [
-    "Bytes", "Entry", "LocalStorage", "MemoryStorage", "ReadOnly", "Storage", "StorageError", "checked_key", "clock",
-    "open", "probe",
+    "Bytes", "Entry", "LocalStorage", "MemoryStorage", "ReadOnlyError", "Storage", "StorageError",
+    "check_conditional_create", "checked_key", "clock", "open",
 ]  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def open(uri: str | Path) -> Storage:
             raise UserError(f"store={uri}: unknown scheme {scheme}; use a folder, file://, s3:// or memory://")
 
 
-def probe(storage: Storage) -> None:
+def check_conditional_create(storage: Storage) -> None:
     """Refuses a storage on which two writers could both believe that they were first.
 
     Some S3 servers ignore If-None-Match and answer 200 to everybody (rclone 1.75, nanio 0.1 do).

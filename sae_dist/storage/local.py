@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sae_dist import faults
-from sae_dist.storage.object import Bytes, Entry, ReadOnly, StorageError, checked_key
+from sae_dist.storage.interface import Bytes, Entry, ReadOnlyError, StorageError, checked_key
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 TEMPORARY = ".partial-"  # files that a killed writer left; never listed
@@ -62,7 +62,7 @@ class LocalStorage:
                 os.close(folder)
         except OSError as error:
             if error.errno in REFUSED:
-                kind = ReadOnly if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else StorageError
+                kind = ReadOnlyError if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else StorageError
                 raise kind(
                     f"store={self.uri}: {error.strerror} at {error.filename}; choose a folder that this user may write"
                 ) from error

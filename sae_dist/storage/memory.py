@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from sae_dist.storage.object import Bytes, Entry, checked_key
+from sae_dist.storage.interface import Bytes, Entry, checked_key
 
 
 class MemoryStorage:

@@ -25,7 +25,7 @@ from pydantic import Field
 from sae_dist import faults
 from sae_dist.config import UserError, frozen
 from sae_dist.storage import aws
-from sae_dist.storage.object import Bytes, Entry, ReadOnly, StorageError, checked_key
+from sae_dist.storage.interface import Bytes, Entry, ReadOnlyError, StorageError, checked_key
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -330,7 +330,7 @@ class S3Storage:
         if code in EXPIRED:
             return StorageError(f"{start}: the credentials have expired and reloading them gave the same; log in again")
         if status == 403:
-            return ReadOnly(
+            return ReadOnlyError(
                 f"{start}: access denied ({code}); this identity lacks the right, or the bucket is not ours"
             )
         return StorageError(f"{start}: refused with {aws.describe(error)}")

@@ -1,6 +1,6 @@
 """What a training tells the producers of its store: how far it is, and from where it would begin again.
 
-Harvesting ahead of it is bounded by the first, deleting behind it by the second (shards/credits.py).
+Harvesting ahead of it is bounded by the first, deleting behind it by the second (shards/consumers.py).
 """
 
 import logging
@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from sae_dist.config import digest
-from sae_dist.shards import credits
+from sae_dist.shards import consumers
 from sae_dist.storage import Storage, StorageError
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ class Consumer:
 
     def __init__(self, storage: Storage | None, name: str, *, taken: int) -> None:
         self._storage, self._name = storage, name
-        self._position = credits.Position(name, taken, 0)
-        self._told: credits.Position | None = None
+        self._position = consumers.ConsumerPosition(name, taken, 0)
+        self._told: consumers.ConsumerPosition | None = None
         self._telling, self._end = threading.Lock(), threading.Event()
         self._report()  # before anything is read: a producer must not take the store for one that nobody reads
         self._thread = threading.Thread(target=self._keep, name="consumer", daemon=True)
@@ -60,7 +60,7 @@ class Consumer:
         if self._storage is None:
             return
         try:
-            credits.sign_off(self._storage, self._name)
+            consumers.sign_off(self._storage, self._name)
         except (StorageError, OSError) as error:
             logger.warning("the store does not let consumer %s sign off (%s)", self._name, error)
 
@@ -80,7 +80,7 @@ class Consumer:
             if self._storage is None or self._told == position:
                 return
             try:
-                credits.report(self._storage, position)
+                consumers.report(self._storage, position)
                 self._told = position
             except (StorageError, OSError) as error:
                 logger.warning("the store does not take the report of consumer %s (%s)", self._name, error)

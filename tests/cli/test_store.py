@@ -11,7 +11,7 @@ import pytest
 from sae_dist import storage
 from sae_dist.cli.main import main
 from sae_dist.shards.imports import ImportConfig, import_store
-from sae_dist.shards.imports.plan import Plan
+from sae_dist.shards.imports.unit_plan import ImportPlan
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_rows_that_are_all_the_same_are_refused(store, capsys):
 
 def test_training_follows_a_store_that_is_being_filled(store, capsys):
     rows = np.load("acts.npy")
-    plan = Plan(4000, unit_rows=200, heldout_fraction=0.05, seed=0)
+    plan = ImportPlan(4000, unit_rows=200, heldout_fraction=0.05, seed=0)
     rows[plan.ranges(plan.units - 1)[0][0]] = np.nan  # the last unit, which is held out, is refused at first
     np.save("acts.npy", rows)
     filling = ["store", "import", "path=acts.npy", "store=stores/growing", "unit_rows=200"]

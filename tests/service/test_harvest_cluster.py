@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from sae_dist.shards import credits
-from sae_dist.shards.credits import Position
+from sae_dist.shards import consumers
+from sae_dist.shards.consumers import ConsumerPosition
 from sae_dist.shards.reader import Store
 from sae_dist.storage import StorageError
 from tests.service import stores
@@ -244,14 +244,14 @@ def test_a_slow_reader_holds_the_harvest_and_what_it_has_read_goes(model: Path, 
         wait_until(lambda: committed(place) >= 1, "nothing was committed", driver)
         store: Store = stores.opened(place)
         while taken < 60:
-            credits.report(store.storage, Position("reader", taken, max(taken - 2, 0)))
+            consumers.report(store.storage, ConsumerPosition("reader", taken, max(taken - 2, 0)))
             time.sleep(0.25)
             there = len(store.committed())
             most = max(most, there - taken)
             data = max(data, len(list(store.storage.list("data/"))) // len(stores.HOOKS))
             memory.append(sum(p.memory_info().rss for p in replicas_of(driver.pid)))
             taken = min(taken + 1, there)
-        credits.sign_off(store.storage, "reader")
+        consumers.sign_off(store.storage, "reader")
         finish(driver, log)
     finally:
         driver.kill()

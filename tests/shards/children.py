@@ -8,10 +8,10 @@ from pathlib import Path
 
 from sae_dist import storage
 from sae_dist.shards import copy, gc, reader, writer
-from sae_dist.shards.cache import FolderCache
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
+from sae_dist.shards.slice_cache import SliceCache
 from sae_dist.storage.aws import models
 from sae_dist.storage.s3 import S3Config, S3Storage
 from tests.processes import PROCESSES
@@ -68,7 +68,7 @@ def consume(
 ) -> None:
     """Reads `steps` batches, checks every row, and appends a line of (step, share of the order hash) for each."""
     hook = "resid_post.2"
-    store = reader.open(storage.open(uri), cache=FolderCache(Path(cache), limit_bytes=1 << 30) if cache else None)
+    store = reader.open(storage.open(uri), cache=SliceCache(Path(cache), limit_bytes=1 << 30) if cache else None)
     with Loader(
         store,
         hooks=Hooks((hook,)),

@@ -40,7 +40,7 @@ def rows_of(unit: int, n: int) -> dict[str, np.ndarray]:
     return {"doc": 1000 * unit + index // 12, "pos": index % 12, "token": index % 7}
 
 
-def write(store: Store, unit: int, n: int | None = None) -> writer.Written:
+def write(store: Store, unit: int, n: int | None = None) -> writer.WrittenUnit:
     rows = rows_of(unit, store.meta.unit_rows if n is None else n)
     x = {hook: activation(rows["doc"], rows["pos"], LAYERS[hook], width) for hook, width in store.meta.hooks.items()}
     return writer.write_unit_once(store, unit, x, **rows)

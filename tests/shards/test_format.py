@@ -19,11 +19,11 @@ from sae_dist.harvest.units import sequences_of
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import LanguageModel, load
 from sae_dist.service.prepare import prepare
-from sae_dist.shards import commits, credits, format, lease, manifest, reader, records, retention, verify
-from sae_dist.shards.commits import Commit, Shard
+from sae_dist.shards import commits, consumers, format, lease, manifest, reader, records, retention, verify
+from sae_dist.shards.commits import Commit, ShardFile
 from sae_dist.shards.format import ELEMENTS, StoreMeta
-from sae_dist.shards.imports.commit import import_store
 from sae_dist.shards.imports.config import ImportConfig
+from sae_dist.shards.imports.run_import import import_store
 from sae_dist.shards.statistics import Statistics
 from sae_dist.text.jsonl import JsonlText
 from sae_dist.text.tokenize import TokenSplit
@@ -60,7 +60,7 @@ def harvested(tmp_path_factory) -> Harvested:
     fill(place, model, prepared.split)
     store = reader.open(place)
     store.snapshot()
-    credits.report(place, credits.Position("a", RETIRED + 1, RETIRED + 1))
+    consumers.report(place, consumers.ConsumerPosition("a", RETIRED + 1, RETIRED + 1))
     retention.retire(store, retention.UntilConsumed())
     verify.withdraw(store, [AGAIN])
     fill(place, model, prepared.split)
@@ -87,11 +87,11 @@ def imported(tmp_path) -> Path:
 def test_every_field_is_in_the_specification_and_no_other():
     assert list(table("Field of meta")) == [field.name for field in dataclasses.fields(StoreMeta)]
     assert {*table("Field of a commit"), "digest"} == {*Commit._fields, "format_version", "statistics"}
-    sealed = {"a manifest": manifest.Manifest, "a store": reader.Named}
+    sealed = {"a manifest": manifest.Manifest, "a store": reader.StoreRecord}
     for name, fields in sealed.items():
         assert {*table(f"Field of {name}"), "digest"} == set(fields._fields)
-    plain = {"a shard": Shard, "the statistics": Statistics, "a position": credits.Position}
-    for name, fields in (plain | {"a holder": lease.Holder, "a beat": lease.Beat}).items():
+    plain = {"a shard": ShardFile, "the statistics": Statistics, "a position": consumers.ConsumerPosition}
+    for name, fields in (plain | {"a holder": lease.LeaseHolder, "a beat": lease.Heartbeat}).items():
         assert list(table(f"Field of {name}")) == list(fields._fields)
     assert f"format version {format.FORMAT_VERSION}" in TEXT.splitlines()[0]
 

@@ -15,8 +15,8 @@ from sae_dist.config import UserError
 from sae_dist.shards import reader
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.imports import ImportConfig, import_store
-from sae_dist.shards.imports.plan import Plan, numbers
 from sae_dist.shards.imports.sources import Source
+from sae_dist.shards.imports.unit_plan import ImportPlan, row_numbers
 from sae_dist.shards.loader import Loader
 
 ROWS, WIDTH = 1003, 5
@@ -138,8 +138,8 @@ def test_parquet_cells_that_are_no_rows_are_named(tmp_path, column, message):
 
 @pytest.mark.parametrize(("rows", "heldout"), [(40, 8), (3000, 150), (10_241, 512), (100_000, 5000)])
 def test_held_out_rows_are_a_sample_of_the_whole_source(rows, heldout):
-    plan = Plan(rows, unit_rows=0, heldout_fraction=0.05, seed=1)
-    units = [numbers(plan.ranges(unit)) for unit in range(plan.units)]
+    plan = ImportPlan(rows, unit_rows=0, heldout_fraction=0.05, seed=1)
+    units = [row_numbers(plan.ranges(unit)) for unit in range(plan.units)]
     assert np.array_equal(np.sort(np.concatenate(units)), np.arange(rows))
     held = np.concatenate(units[plan.train_units :])
     assert len(held) == heldout
@@ -147,9 +147,9 @@ def test_held_out_rows_are_a_sample_of_the_whole_source(rows, heldout):
     if heldout >= 64:
         eighths = np.bincount(8 * held // rows, minlength=8)
         assert eighths.min() > 0.6 * heldout / 8 and eighths.max() < 1.4 * heldout / 8
-    other = Plan(rows, unit_rows=0, heldout_fraction=0.05, seed=2)
+    other = ImportPlan(rows, unit_rows=0, heldout_fraction=0.05, seed=2)
     assert rows == 40 or other.ranges(plan.units - 1) != plan.ranges(plan.units - 1)
-    assert Plan(rows, unit_rows=0, heldout_fraction=0, seed=1).heldout_units == 0
+    assert ImportPlan(rows, unit_rows=0, heldout_fraction=0, seed=1).heldout_units == 0
 
 
 def test_importing_again_continues_and_a_changed_file_is_noticed(tmp_path):

@@ -90,7 +90,7 @@ def test_a_round_serves_every_row_exactly_once(rows: list[int], slice_rows: int,
             w = order.window_at(config, lane, at)
             start, stop = order.window_rows(config, lane, w)
             assert start == at
-            for piece in order.split(lane, np.sort(order.window_permutation(config, seed, dealt, number, w))):
+            for piece in order.rows_by_slice(lane, np.sort(order.window_permutation(config, seed, dealt, number, w))):
                 seen += [(piece.unit, piece.slice * slice_rows + int(r)) for r in piece.rows]
             at = stop
     assert sorted(seen) == [(u, r) for u, n in enumerate(rows) for r in range(n)]

@@ -9,7 +9,7 @@ import pytest
 
 from sae_dist import storage
 from sae_dist.config import UserError, digest
-from sae_dist.shards import credits, format, reader, records, retention, summary, verify
+from sae_dist.shards import consumers, format, reader, records, retention, summary, verify
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.records import CorruptData
@@ -51,7 +51,7 @@ def test_records_with_senseless_fields_are_one_line_or_harmless(key):
     place = storage.open(f"memory://senseless-{key}")
     store = predictable.filled(place, hooks={"resid_post.1": 16}, n_units=4)
     store.snapshot()
-    credits.report(place, credits.Position("a", taken=3, saved=2))
+    consumers.report(place, consumers.ConsumerPosition("a", taken=3, saved=2))
     use(place)
     good = bytes(place.read(key))
     record = {name: value for name, value in json.loads(good).items() if name != "digest"}
@@ -78,7 +78,7 @@ def test_records_with_senseless_fields_are_one_line_or_harmless(key):
 def test_records_that_are_no_records_are_one_line(tmp_path, key, content):
     place = storage.open(tmp_path)
     predictable.filled(place, n_units=4).snapshot()
-    credits.report(place, credits.Position("a", taken=3, saved=2))
+    consumers.report(place, consumers.ConsumerPosition("a", taken=3, saved=2))
     place.write(key, content)
     with pytest.raises(CorruptData, match=key.partition(".")[0] if "commit" not in key else "commit of unit 2"):
         use(place)
@@ -88,7 +88,7 @@ def test_records_that_are_no_records_are_one_line(tmp_path, key, content):
 def test_a_record_of_many_gigabytes_is_not_read(tmp_path, key):
     place = storage.open(tmp_path)
     predictable.filled(place, n_units=4).snapshot()
-    credits.report(place, credits.Position("a", taken=3, saved=2))
+    consumers.report(place, consumers.ConsumerPosition("a", taken=3, saved=2))
     with (tmp_path / key).open("r+b") as file:
         file.truncate(1 << 40)  # sparse: it takes no room
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

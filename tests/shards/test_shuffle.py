@@ -28,7 +28,7 @@ def served(config: OrderConfig, *, n_units: int, unit_rows: int, slice_rows: int
                 rows = order.window_permutation(config, 0, dealt, number, window)[
                     start - first : min(stop, last) - first
                 ]
-                for piece in order.split(lane, np.sort(rows)):
+                for piece in order.rows_by_slice(lane, np.sort(rows)):
                     if piece.unit not in scatter:
                         scatter[piece.unit] = permutation.permutation(unit_rows, permutation.key(0, piece.unit))
                     row = scatter[piece.unit][piece.slice * slice_rows + piece.rows]

@@ -7,7 +7,7 @@ import pytest
 
 from sae_dist import storage
 from sae_dist.config import UserError
-from sae_dist.shards.mapped import map_bytes
+from sae_dist.shards.memory_map import map_bytes
 from sae_dist.storage import StorageError
 from sae_dist.storage.s3 import S3Config, S3Storage
 
@@ -72,7 +72,7 @@ def test_of_many_creators_one_wins(every_place, key):
 
 
 def test_the_probe_leaves_nothing(every_place):
-    storage.probe(every_place)
+    storage.check_conditional_create(every_place)
     assert list(every_place.list()) == []
 
 
@@ -85,7 +85,7 @@ def test_keys_that_are_not_plain_paths_are_refused(place, key):
 def test_a_file_where_a_folder_should_be_is_named(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(StorageError, match="choose a folder that this user may write"):
-        storage.probe(storage.open(tmp_path / "file"))
+        storage.check_conditional_create(storage.open(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -198,7 +198,7 @@ def test_wrong_keys_are_named(seaweed, monkeypatch):
 def test_a_server_that_ignores_conditions_is_refused(double, s3):
     double.honest = False
     with pytest.raises(StorageError, match="a second conditional create of one key was accepted"):
-        storage.probe(s3)
+        storage.check_conditional_create(s3)
 
 
 def test_uploads_that_were_begun_and_left_are_found_and_discarded(double, s3):

@@ -191,7 +191,7 @@ def test_a_store_that_may_only_be_read_is_pinned_at_the_readers_own_place(double
     place, own = storage.open("s3://bucket/store"), storage.open(tmp_path)
     store = predictable.filled(place)
     double.fail("denied", method="PUT", nth=0)
-    with pytest.raises(storage.ReadOnly):
+    with pytest.raises(storage.ReadOnlyError):
         store.snapshot()
     pinned = store.snapshot(own)
     assert reader.open(place).pinned(pinned.version, own) == pinned

@@ -10,8 +10,9 @@ import pytest
 
 from sae_dist import storage
 from sae_dist.config import UserError
-from sae_dist.shards import copy, credits, format, gc, reader, records, retention, summary, verify, writer
-from sae_dist.shards.credits import Flow, Position
+from sae_dist.shards import consumers, copy, format, gc, reader, records, retention, summary, verify, writer
+from sae_dist.shards.consumers import ConsumerPosition as Position
+from sae_dist.shards.consumers import FlowControl
 from sae_dist.shards.records import CorruptData
 from tests.shards import children, predictable
 
@@ -133,8 +134,8 @@ def test_a_copy_refuses_rotten_data_and_a_store_of_another_harvest(tmp_path):
 def test_data_goes_only_when_every_consumer_has_saved_past_it(place):
     store = predictable.filled(place)
     assert retention.retire(store, retention.UntilConsumed()) == []  # nobody has read anything
-    credits.report(place, Position("a", taken=5, saved=3))
-    credits.report(place, Position("b", taken=4, saved=2))
+    consumers.report(place, Position("a", taken=5, saved=3))
+    consumers.report(place, Position("b", taken=4, saved=2))
     assert retention.retire(store, retention.Keep()) == []
     assert retention.retire(store, retention.UntilConsumed(margin_units=1)) == [0]
     assert retention.retire(store, retention.UntilConsumed()) == [1]
@@ -148,15 +149,15 @@ def test_data_goes_only_when_every_consumer_has_saved_past_it(place):
     found = verify.verify(store)
     assert (found.bad, found.retired) == ([], [0, 1])
     assert not predictable.write(store, 0).won  # retired is not uncommitted: it is not harvested again
-    credits.report(place, Position("a", taken=6, saved=6))
-    credits.sign_off(place, "b")
+    consumers.report(place, Position("a", taken=6, saved=6))
+    consumers.sign_off(place, "b")
     assert retention.retire(store, retention.UntilConsumed()) == [2, 3, 4]  # never the held-out unit 5
 
 
 def test_a_ring_drops_the_oldest_bytes_as_far_as_consumers_allow(place):
     store = predictable.filled(place)
     sizes = [sum(shard.bytes for shard in store.commit(unit).shards.values()) for unit in range(6)]
-    credits.report(place, Position("a", taken=5, saved=3))
+    consumers.report(place, Position("a", taken=5, saved=3))
     assert retention.retire(store, retention.Ring(bytes=sum(sizes))) == []
     assert retention.retire(store, retention.Ring(bytes=sum(sizes) - 1)) == [0]
     assert retention.retire(store, retention.Ring(bytes=0)) == [1, 2]
@@ -170,29 +171,29 @@ def test_an_interrupted_retirement_is_finished_by_gc(place):
 
 
 def test_producers_are_held_for_the_slowest_reader_and_go_on_when_half_is_read():
-    def seen(flow: Flow, *taken: int, out: int) -> Flow:
+    def seen(flow: FlowControl, *taken: int, out: int) -> FlowControl:
         return flow.look([Position(f"reader{i}", n, 0) for i, n in enumerate(taken)], out)
 
-    assert Flow(0).look([], 10**6).room == math.inf  # no bound
-    flow = seen(Flow(4), out=1)
+    assert FlowControl(0).look([], 10**6).room == math.inf  # no bound
+    flow = seen(FlowControl(4), out=1)
     assert flow.room == 3
     flow = seen(flow, out=4)
-    assert (flow.room, flow.held_by) == (0, "a reader that is still to come")
+    assert (flow.room, flow.blocked_by) == (0, "a reader that is still to come")
     flow = seen(flow, 3, 1, out=4)
-    assert (flow.room, flow.held_by) == (0, "reader1")  # 3 wait: fewer than 4, more than half
+    assert (flow.room, flow.blocked_by) == (0, "reader1")  # 3 wait: fewer than 4, more than half
     flow = seen(flow, 3, 2, out=4)
-    assert (flow.room, flow.held_by) == (2, "")
-    assert seen(flow, 3, 2, out=6).held_by == "reader1"
+    assert (flow.room, flow.blocked_by) == (2, "")
+    assert seen(flow, 3, 2, out=6).blocked_by == "reader1"
     assert seen(flow, out=6).room == math.inf  # all have signed off
 
 
 def test_how_hungry_readers_are_is_what_the_hungriest_says():
     before = [Position("a", 1, 0, 2.0), Position("b", 1, 0, 5.0)]
-    assert credits.starved_share(before, [Position("a", 2, 0, 3.0), Position("b", 2, 0, 10.0)], 10.0) == 0.5
-    assert credits.starved_share(before, [Position("a", 2, 0, 2.0), Position("b", 1, 0, 5.0)], 10.0) == 0.0
-    assert credits.starved_share(before, before, 10.0) is None  # nobody has said anything new
-    assert credits.starved_share(before, [Position("c", 2, 0, 9.0)], 10.0) is None
-    assert credits.starved_share(before, [Position("a", 2, 0, 0.5)], 10.0) == 0.0  # it was started again
+    assert consumers.starved_share(before, [Position("a", 2, 0, 3.0), Position("b", 2, 0, 10.0)], 10.0) == 0.5
+    assert consumers.starved_share(before, [Position("a", 2, 0, 2.0), Position("b", 1, 0, 5.0)], 10.0) == 0.0
+    assert consumers.starved_share(before, before, 10.0) is None  # nobody has said anything new
+    assert consumers.starved_share(before, [Position("c", 2, 0, 9.0)], 10.0) is None
+    assert consumers.starved_share(before, [Position("a", 2, 0, 0.5)], 10.0) == 0.0  # it was started again
 
 
 def test_a_store_is_summarised_from_its_commits(place):

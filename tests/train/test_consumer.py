@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sae_dist import storage
-from sae_dist.shards.credits import Position, positions
+from sae_dist.shards.consumers import ConsumerPosition, positions
 from sae_dist.train import consumer
 from sae_dist.train.consumer import Consumer, consumer_name
 
@@ -19,7 +19,7 @@ def place(tmp_path):
 
 def test_it_is_known_from_its_start_until_it_signs_off(place):
     training = Consumer(place, "a", taken=0)
-    assert positions(place) == [Position("a", 0, 0)]
+    assert positions(place) == [ConsumerPosition("a", 0, 0)]
     training.sign_off()
     assert positions(place) == []
 
@@ -28,9 +28,9 @@ def test_a_checkpoint_is_told_at_once_and_steps_now_and_then(place, monkeypatch)
     monkeypatch.setattr(consumer, "REPORT_EVERY_S", 3600.0)
     training = Consumer(place, "a", taken=0)
     training.take(3)
-    assert positions(place) == [Position("a", 0, 0)]
+    assert positions(place) == [ConsumerPosition("a", 0, 0)]
     training.save(2)
-    assert positions(place) == [Position("a", 3, 2)]
+    assert positions(place) == [ConsumerPosition("a", 3, 2)]
 
 
 def test_what_was_taken_is_told_while_the_training_waits_for_rows(place, monkeypatch):
@@ -38,7 +38,7 @@ def test_what_was_taken_is_told_while_the_training_waits_for_rows(place, monkeyp
     monkeypatch.setattr(consumer, "REPORT_EVERY_S", 0.01)
     with closing(Consumer(place, "a", taken=0)) as training:
         training.take(4, starved_s=1.5)
-        while positions(place) != [Position("a", 4, 0, 1.5)]:
+        while positions(place) != [ConsumerPosition("a", 4, 0, 1.5)]:
             time.sleep(0.01)
 
 
@@ -47,7 +47,7 @@ def test_it_never_goes_back(place):
         training.save(4)
         training.take(4)
         training.save(3)
-    assert positions(place) == [Position("a", 5, 4)]
+    assert positions(place) == [ConsumerPosition("a", 5, 4)]
 
 
 def test_a_store_that_cannot_be_written_costs_a_warning(place, tmp_path, caplog):

@@ -10,7 +10,7 @@ from sae_dist import storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import BatchTopK, SAEConfig, TopK
-from sae_dist.shards import credits, lease, reader
+from sae_dist.shards import consumers, lease, reader
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
@@ -286,11 +286,11 @@ def test_live_training_tells_its_store_how_far_it_is_and_leaves_it_in_the_end(st
     config = TrainConfig(**{**vars(CONFIG), "checkpoint_every": 2})
     with pytest.raises(Stopped):  # 45 steps of 64 rows: past the first two of three rounds of 1,200
         train(growing, tmp_path / "run", config=config, live=True, stop=lambda: next(seen) == 45)
-    (position,) = credits.positions(growing.storage)
+    (position,) = consumers.positions(growing.storage)
     assert (position.consumer, position.saved) == (consumer_name(tmp_path / "run"), 4)
     assert position.taken >= position.saved
     train(growing, tmp_path / "run", live=True)
-    assert credits.positions(growing.storage) == []
+    assert consumers.positions(growing.storage) == []
 
 
 def test_the_seed_changes_the_order_and_the_dictionary(store, whole, tmp_path):

@@ -3,7 +3,7 @@
 Every row keeps where it came from: `doc` is its number in the source, `pos` and `token` are 0.
 """
 
-from sae_dist.shards.imports.commit import import_store
 from sae_dist.shards.imports.config import ImportConfig
+from sae_dist.shards.imports.run_import import import_store
 
 __all__ = ["ImportConfig", "import_store"]

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from sae_dist.config import UserError
 from sae_dist.shards.imports.config import ImportConfig
-from sae_dist.shards.imports.plan import sample
 from sae_dist.shards.imports.sources import Source
+from sae_dist.shards.imports.unit_plan import sample
 
 SAMPLE_ROWS = 4096
 
 
-class Bound(NamedTuple):
+class NormBound(NamedTuple):
     """The largest norm of a row that is kept; infinite where all are."""
 
     norm: float = float("inf")
@@ -29,15 +29,15 @@ class Bound(NamedTuple):
         return (norm <= self.norm) | ~norm.isfinite()
 
 
-def bound(source: Source, settings: ImportConfig) -> Bound:
+def norm_bound(source: Source, settings: ImportConfig) -> NormBound:
     """The bound for a source; UserError where it would leave out more than a few rows."""
     if settings.max_norm_ratio is None:
-        return Bound()
+        return NormBound()
     found = sample(source.rows, min(source.rows, SAMPLE_ROWS), settings.seed)
     norms = _norms(source.read(found.cut(0, 1)))
     known = norms[norms.isfinite() & (norms > 0)]  # rows of zeros are padding, and would make everything else long
     if not len(known):
-        return Bound()
+        return NormBound()
     median = float(known.median())
     beyond = int((known > settings.max_norm_ratio * median).sum())
     if beyond > settings.max_outlier_fraction * len(norms):
@@ -46,7 +46,7 @@ def bound(source: Source, settings: ImportConfig) -> Bound:
             f"{settings.max_norm_ratio:g} times the median norm {median:.4g}, more than max_outlier_fraction="
             f"{settings.max_outlier_fraction:g}; raise the ratio (null keeps all rows), or the fraction"
         )
-    return Bound(settings.max_norm_ratio * median)
+    return NormBound(settings.max_norm_ratio * median)
 
 
 def _norms(x: Float[Tensor, "rows width"]) -> Float[Tensor, " rows"]:

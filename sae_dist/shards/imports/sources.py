@@ -26,7 +26,7 @@ SUFFIXES = (".npy", ".parquet", ".pt", ".pth", ".safetensors")
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile)
 UNREADABLE += (pa.ArrowException, safetensors.SafetensorError)
 CHUNK_BYTES = 8 << 20
-TOLD_BYTES = 1 << 30  # hashing more than this is worth a word
+LOG_FROM_BYTES = 1 << 30  # hashing more than this is worth a word
 
 
 class Source:
@@ -51,7 +51,7 @@ class Source:
 
     def fingerprint(self) -> str:
         """The hash of every byte of every file and of what is read of it: two sources of one fingerprint are equal."""
-        if (size := sum(size for size, *_ in self._stamps)) > TOLD_BYTES:
+        if (size := sum(size for size, *_ in self._stamps)) > LOG_FROM_BYTES:
             logger.info("hashing %.1f GB of %s: the hash becomes part of the store's name", size / 1e9, self.path)
         read = [[m.name, _hash(file)] for m, file in zip(self._matrices, self.files, strict=True)]
         return config.digest(read)[:32]
@@ -64,7 +64,7 @@ class Source:
     def _parts(self, start: int, stop: int) -> Iterator[Tensor]:
         for file, matrix in zip(self.files, self._matrices, strict=True):
             if start < matrix.rows and stop > 0:
-                with _legible(file):
+                with _read_errors(file):
                     yield matrix.read(max(start, 0), min(stop, matrix.rows))
             start, stop = start - matrix.rows, stop - matrix.rows
 
@@ -79,7 +79,7 @@ class Source:
 
 
 def _files(path: Path) -> list[Path]:
-    with _legible(path):
+    with _read_errors(path):
         files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES) if path.is_dir() else [path]
         if not files or not path.exists():
             raise UserError(f"path={path} holds nothing to import; give a file or a folder of {', '.join(SUFFIXES)}")
@@ -91,21 +91,21 @@ def _files(path: Path) -> list[Path]:
 
 def _stamp(path: Path) -> tuple[int, int, int]:
     """Size, time and place of a file: another one after every write."""
-    with _legible(path):
+    with _read_errors(path):
         found = path.stat()
         return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _hash(path: Path) -> str:
     whole = xxhash.xxh3_128()
-    with _legible(path), path.open("rb") as file:
+    with _read_errors(path), path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             whole.update(chunk)
     return whole.hexdigest()
 
 
 @contextmanager
-def _legible(path: Path) -> Iterator[None]:
+def _read_errors(path: Path) -> Iterator[None]:
     """Whatever a library finds wrong with a file becomes one line."""
     try:
         yield
@@ -121,7 +121,7 @@ def _legible(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path, key: str) -> Matrix:
-    with _legible(path):
+    with _read_errors(path):
         match path.suffix:
             case ".npy":
                 matrix = of_npy(path)

@@ -14,7 +14,7 @@ class StorageError(UserError):
     """The storage said no, or nothing at all for too long; one line with the cure."""
 
 
-class ReadOnly(StorageError):
+class ReadOnlyError(StorageError):
     """The storage may be read but not written."""
 
 

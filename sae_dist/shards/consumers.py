@@ -17,7 +17,7 @@ from sae_dist.shards.records import CorruptData, Count
 from sae_dist.storage import Storage
 
 
-class Position(NamedTuple):
+class ConsumerPosition(NamedTuple):
     """Units of the first pass that a consumer is through with (`Batch.units_done`), now and at its last checkpoint.
 
     starved_s: seconds that it has waited for rows since it was started
@@ -29,7 +29,7 @@ class Position(NamedTuple):
     starved_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
-def report(storage: Storage, position: Position) -> None:
+def report(storage: Storage, position: ConsumerPosition) -> None:
     """Registers the consumer, or moves it forward."""
     if not 0 <= position.saved <= position.taken:
         raise UserError(f"consumer={position.consumer}: saved={position.saved} is beyond taken={position.taken}")
@@ -41,7 +41,7 @@ def sign_off(storage: Storage, consumer: str) -> None:
     storage.delete(_key(consumer))
 
 
-def positions(storage: Storage) -> list[Position]:
+def positions(storage: Storage) -> list[ConsumerPosition]:
     """Every registered consumer."""
     found = []
     for entry in storage.list("consumers/"):
@@ -50,14 +50,14 @@ def positions(storage: Storage) -> list[Position]:
         except FileNotFoundError:
             continue  # signed off meanwhile
         place = f"{storage.uri}/{entry.key}"
-        position = records.checked(Position, {k: v for k, v in record.items() if k != "digest"}, place)
+        position = records.checked(ConsumerPosition, {k: v for k, v in record.items() if k != "digest"}, place)
         if position.saved > position.taken or _key(position.consumer) != entry.key:
             raise CorruptData(f"{place} makes no sense: {position}; delete it if no training reads this store")
         found.append(position)
     return found
 
 
-class Flow(NamedTuple):
+class FlowControl(NamedTuple):
     """How many units may still be given out to producers, as the readers' positions were last seen.
 
     `ahead` units may wait to be read (0: no bound). When they do, nothing is given out until half of them have been
@@ -66,27 +66,29 @@ class Flow(NamedTuple):
 
     ahead: int
     room: float = 0  # units; inf: as many as there are
-    held_by: str = ""  # the slowest reader, while nothing is given out for its sake
+    blocked_by: str = ""  # the slowest reader, while nothing is given out for its sake
     met: bool = False  # somebody has registered
 
-    def look(self, readers: Sequence[Position], given_out: int) -> "Flow":
+    def look(self, readers: Sequence[ConsumerPosition], given_out: int) -> "FlowControl":
         """The flow after a look at the readers; `given_out`: units of the first pass that are leased or over.
 
         Before anybody has registered nothing is read. When all who had have signed off, nobody waits for anything.
         """
         met = self.met or bool(readers)
         if not self.ahead or (met and not readers):
-            return Flow(self.ahead, math.inf, met=met)
-        nobody = Position("a reader that is still to come", 0, 0)
+            return FlowControl(self.ahead, math.inf, met=met)
+        nobody = ConsumerPosition("a reader that is still to come", 0, 0)
         slowest = min(readers, key=lambda reader: reader.taken, default=nobody)
         waiting = given_out - slowest.taken
-        limit = self.ahead // 2 + 1 if self.held_by else self.ahead
+        limit = self.ahead // 2 + 1 if self.blocked_by else self.ahead
         if waiting >= limit:
-            return Flow(self.ahead, 0, slowest.consumer, met)
-        return Flow(self.ahead, self.ahead - waiting, met=met)
+            return FlowControl(self.ahead, 0, slowest.consumer, met)
+        return FlowControl(self.ahead, self.ahead - waiting, met=met)
 
 
-def starved_share(before: Sequence[Position], after: Sequence[Position], seconds: float) -> float | None:
+def starved_share(
+    before: Sequence[ConsumerPosition], after: Sequence[ConsumerPosition], seconds: float
+) -> float | None:
     """The share of `seconds` that the hungriest reader waited for rows; None while none has said anything new."""
     known = {reader.consumer: reader for reader in before}
     told = [

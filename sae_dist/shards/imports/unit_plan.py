@@ -12,12 +12,12 @@ from jaxtyping import Int64
 
 from sae_dist.shards.permutation import key, mix64
 
-RUNS = 64  # at least, if there are so many rows
-RUN_ROWS = 256  # at most
-ENOUGH = 64  # held-out rows that a figure needs, unless they would be more than a fifth of all
+MIN_RUNS = 64  # at least, if there are so many rows
+MAX_RUN_ROWS = 256  # at most
+MIN_HELDOUT_ROWS = 64  # held-out rows that a figure needs, unless they would be more than a fifth of all
 
 
-class Runs(NamedTuple):
+class RowRuns(NamedTuple):
     """Rows of a source, ascending, as runs of neighbours."""
 
     start: Int64[np.ndarray, " runs"]
@@ -42,24 +42,24 @@ class Runs(NamedTuple):
         return type(self)(start, np.concatenate([self.start, [rows]]) - start)
 
 
-def sample(rows: int, wanted: int, seed: int) -> Runs:
+def sample(rows: int, wanted: int, seed: int) -> RowRuns:
     """`wanted` of `rows` rows, spread over all of them."""
-    run = min(max(wanted // RUNS, 1), RUN_ROWS)
+    run = min(max(wanted // MIN_RUNS, 1), MAX_RUN_ROWS)
     edges = np.arange(-(-wanted // run) + 1)
     strata = max(len(edges) - 1, 1)
     first, size = rows * edges[:-1] // strata, np.diff(rows * edges // strata)
     length = np.minimum(np.diff(wanted * edges // strata), size)
     word = mix64(edges[:-1].astype(np.uint64) ^ np.uint64(key(seed)))
-    return Runs(first + (word % (size - length + 1).astype(np.uint64)).astype(np.int64), length)
+    return RowRuns(first + (word % (size - length + 1).astype(np.uint64)).astype(np.int64), length)
 
 
-class Plan:
+class ImportPlan:
     """Units 0 to `train_units` - 1 are trained on, `heldout_units` more are held out."""
 
     def __init__(self, rows: int, *, unit_rows: int, heldout_fraction: float, seed: int):
-        """`unit_rows`: at most, 0 chooses; `heldout_fraction` of the rows, at least `ENOUGH` of a large source."""
+        """unit_rows: rows of a unit at most; 0 chooses. heldout_fraction: of the rows, at least MIN_HELDOUT_ROWS."""
         self.unit_rows = unit_rows or min(65_536, max(-(-rows // 64), min(1024, -(-rows // 4))))
-        least = max(min(ENOUGH, rows // 5), 1)
+        least = max(min(MIN_HELDOUT_ROWS, rows // 5), 1)
         heldout = min(max(round(heldout_fraction * rows), least), rows - 1) if heldout_fraction else 0
         self._heldout = sample(rows, heldout, seed)
         self._train = self._heldout.others(rows)
@@ -78,6 +78,6 @@ class Plan:
         return self._heldout.cut(unit - self.train_units, self.heldout_units)
 
 
-def numbers(ranges: list[tuple[int, int]]) -> Int64[np.ndarray, " rows"]:
+def row_numbers(ranges: list[tuple[int, int]]) -> Int64[np.ndarray, " rows"]:
     """Every row of the ranges."""
     return np.concatenate([np.arange(start, stop) for start, stop in ranges])

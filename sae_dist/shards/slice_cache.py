@@ -23,17 +23,17 @@ from jaxtyping import UInt8
 
 from sae_dist import faults
 from sae_dist.shards.commits import SliceRef
-from sae_dist.shards.mapped import map_bytes
+from sae_dist.shards.memory_map import map_bytes
 
 logger = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCKS = 64
 ABANDONED_S = 3600.0  # a file that was begun so long ago was begun by a process that is dead
-KEPT, BEGUN = re.compile(r"[0-9a-f]{32}\.slice"), re.compile(r"\.[0-9a-f]{32}")  # names of files that are the cache's
+SLICE_NAME, TEMPORARY_NAME = re.compile(r"[0-9a-f]{32}\.slice"), re.compile(r"\.[0-9a-f]{32}")
 RESCAN = 32  # writes between two looks at what other jobs have put there
 
 
-class FolderCache:
+class SliceCache:
     """A folder of verified slices that takes at most `limit_bytes`, least recently used out first."""
 
     def __init__(self, folder: Path, *, limit_bytes: int):
@@ -49,7 +49,7 @@ class FolderCache:
         found = self._look(path, ref)
         if found is not None:
             return found
-        with self._only_one(ref):
+        with self._locked(ref):
             found = self._look(path, ref)
             if found is not None:
                 return found
@@ -131,17 +131,17 @@ class FolderCache:
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self.folder.glob("??/*"):
-            if not (KEPT.fullmatch(path.name) or BEGUN.fullmatch(path.name)):
+            if not (SLICE_NAME.fullmatch(path.name) or TEMPORARY_NAME.fullmatch(path.name)):
                 continue  # not the cache's
             try:
                 status = path.stat()
             except FileNotFoundError:
                 continue  # another job was faster
-            if KEPT.fullmatch(path.name) or time.time() - status.st_mtime > ABANDONED_S:
+            if SLICE_NAME.fullmatch(path.name) or time.time() - status.st_mtime > ABANDONED_S:
                 yield path, status
 
     @contextmanager
-    def _only_one(self, ref: SliceRef) -> Iterator[None]:
+    def _locked(self, ref: SliceRef) -> Iterator[None]:
         """A lock between threads and processes; the kernel lets go of it when a process dies."""
         with (self.folder / "locks" / str(int(ref.xxh3_128[:8], 16) % LOCKS)).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

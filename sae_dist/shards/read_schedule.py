@@ -11,35 +11,35 @@ from jaxtyping import Int64
 from sae_dist.config import UserError
 from sae_dist.shards import order
 from sae_dist.shards.order import Round
-from sae_dist.shards.windows import Closed, Window, Windows
+from sae_dist.shards.windows import LoaderClosed, Window, WindowPool
 
 POLL_S = 0.05
 
 
-class Part(NamedTuple):
+class WindowPart(NamedTuple):
     """What one lane gives to a batch out of one window."""
 
     window: Window
     rows: Int64[np.ndarray, " rows"]  # of the window, ascending
-    pieces: list[order.Piece]  # the same rows by slice
+    pieces: list[order.SliceRows]  # the same rows by slice
 
 
-class Step(NamedTuple):
+class StepRows(NamedTuple):
     """What the lanes of one reader give to one global batch."""
 
     number: int
     epoch: int  # of the first row of the global batch
-    parts: list[Part]
+    parts: list[WindowPart]
     place: Int64[np.ndarray, " batch"]  # of the parts' rows in the global batch as a single reader has it
     units_done: int  # units of the first epoch that no later step reads again in that epoch
 
 
-class Schedule:
+class ReadSchedule:
     """The steps of the lanes that one reader serves; used by one thread, which may wait for producers and storage."""
 
     def __init__(
         self,
-        windows: Windows,
+        windows: WindowPool,
         *,
         batch: int,
         lanes: range,
@@ -56,12 +56,12 @@ class Schedule:
         self._rounds: dict[tuple[int, int], Round] = {}
         self._last: list[int] | None = None  # rows that the lanes will have given when the last step ends this round
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[StepRows]:
         place = order.locate(self._start_step * self.batch, self.order, self.seed, self.n_units, self._row_counts)
         round, offset = self._enter(place.epoch, place.number, place.offset), place.offset
         step = self._start_step
         while self._stop_step is None or step < self._stop_step:
-            parts: list[Part] = []
+            parts: list[WindowPart] = []
             places: list[Int64[np.ndarray, " rows"]] = []
             need, epoch = self.batch, None
             while need:
@@ -80,7 +80,7 @@ class Schedule:
                     places.append(np.arange(bounds[lane], bounds[lane + 1]))
                 offset, need = offset + count, need - count
             assert epoch is not None
-            yield Step(step, epoch, parts, np.concatenate(places), self._units_done(round, offset))
+            yield StepRows(step, epoch, parts, np.concatenate(places), self._units_done(round, offset))
             step += 1
 
     def _rows_left(self, step: int, need: int) -> float:
@@ -146,12 +146,12 @@ class Schedule:
                     "harvest still running? (sae-dist store ls shows what is there)"
                 )
             if self.windows.stop.wait(pause):
-                raise Closed
+                raise LoaderClosed
             self.uncommitted_s += time.perf_counter() - started - waited
             pause = min(pause * 1.5, 2.0)
         return commit.rows
 
-    def _lane_parts(self, round: Round, lane: int, start: int, stop: int) -> list[Part]:
+    def _lane_parts(self, round: Round, lane: int, start: int, stop: int) -> list[WindowPart]:
         """Rows [start, stop) of a lane in the order in which it serves them, window by window."""
         parts = []
         dealt = round.lanes[lane]
@@ -164,7 +164,7 @@ class Schedule:
             last = window.first + len(window.rows)
             upto = min(stop, last)
             rows = np.sort(window.rows[start - window.first : upto - window.first])
-            parts.append(Part(window, rows - window.first, order.split(dealt, rows)))
+            parts.append(WindowPart(window, rows - window.first, order.rows_by_slice(dealt, rows)))
             start = upto
             if upto == last:
                 self.windows.drop(round, lane, number)

@@ -9,9 +9,9 @@ from sae_dist import config
 from sae_dist.shards import writer
 from sae_dist.shards.format import DType, StoreMeta
 from sae_dist.shards.imports.config import ImportConfig
-from sae_dist.shards.imports.outliers import Bound, bound
-from sae_dist.shards.imports.plan import Plan, numbers
+from sae_dist.shards.imports.outliers import NormBound, norm_bound
 from sae_dist.shards.imports.sources import Source
+from sae_dist.shards.imports.unit_plan import ImportPlan, row_numbers
 from sae_dist.shards.reader import Store
 from sae_dist.storage import Storage
 
@@ -22,11 +22,11 @@ STORED: dict[torch.dtype, DType] = {torch.bfloat16: "bfloat16", torch.float16: "
 def import_store(storage: Storage, settings: ImportConfig) -> Store:
     """A store of the rows at `settings.path`; run it again to resume. UserError for a source that was changed."""
     source = Source(settings.path, settings.key)
-    plan = Plan(
+    plan = ImportPlan(
         source.rows, unit_rows=settings.unit_rows, heldout_fraction=settings.heldout_fraction, seed=settings.seed
     )
     meta = _meta(source, plan, settings)
-    kept = bound(source, settings)
+    kept = norm_bound(source, settings)
     store = writer.create(storage, meta)
     left_out = sum(
         _write_unit(store, unit, source, plan.ranges(unit), kept, settings)
@@ -42,10 +42,10 @@ def import_store(storage: Storage, settings: ImportConfig) -> Store:
 
 
 def _write_unit(
-    store: Store, unit: int, source: Source, ranges: list[tuple[int, int]], kept: Bound, settings: ImportConfig
+    store: Store, unit: int, source: Source, ranges: list[tuple[int, int]], kept: NormBound, settings: ImportConfig
 ) -> int:
     """Commits the unit; returns how many of its rows are too long."""
-    x, doc = source.read(ranges), numbers(ranges)
+    x, doc = source.read(ranges), row_numbers(ranges)
     keeps = kept.keeps(x)
     too_long = int((~keeps).sum())
     if too_long:
@@ -60,7 +60,7 @@ def _write_unit(
     return too_long
 
 
-def _meta(source: Source, plan: Plan, settings: ImportConfig) -> StoreMeta:
+def _meta(source: Source, plan: ImportPlan, settings: ImportConfig) -> StoreMeta:
     values = dict(
         model=settings.model,
         hooks={settings.hook: source.width},

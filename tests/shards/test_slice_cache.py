@@ -12,10 +12,10 @@ import torch
 from sae_dist import storage
 from sae_dist.cli.main import main
 from sae_dist.shards import reader
-from sae_dist.shards.cache import FolderCache
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
+from sae_dist.shards.slice_cache import SliceCache
 from tests.shards import children, predictable
 
 HOOK = "resid_post.1"
@@ -29,7 +29,7 @@ def remote(double):
 
 
 def cached(remote, folder, limit: int = 1 << 30) -> reader.Store:
-    return reader.open(remote, cache=FolderCache(folder, limit_bytes=limit))
+    return reader.open(remote, cache=SliceCache(folder, limit_bytes=limit))
 
 
 def hashes(store, n: int = 14) -> list[int]:
