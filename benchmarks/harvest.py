@@ -58,7 +58,7 @@ def work(name: str, arguments: argparse.Namespace, python: Path | None = None) -
 
     given = {
         "tokens": str(tokens(arguments.cache, arguments.sequences)),
-        "model": str(smollm2.checkpoint()),
+        "model": str(smollm2.model_folder()),
         "layer": LAYER,
         "rounds": arguments.rounds,
         "threads": arguments.threads or os.cpu_count(),

@@ -83,9 +83,9 @@ def _workload(run: RunConfig, job: PlanJob) -> tuple[Workload, Subject | None]:
             raise UserError(f"hook={run.hook} is not in store={run.store}; it has {', '.join(meta.hooks)}")
         d_model, rows, stored = meta.hooks[run.hook], meta.n_units * meta.unit_rows, meta.element.stored.itemsize
     elif d_model is None:
-        from sae_dist.model.skeleton import skeleton  # transformers takes seconds to import
+        from sae_dist.model.model_size import model_size  # transformers takes seconds to import
 
-        found = skeleton(run.model, run.hook)
+        found = model_size(run.model, run.hook)
         d_model, parameters = found.width, parameters or found.parameters
     kept = 1 - run.harvest.rows.drop_first / run.harvest.context
     subject = None if parameters is None else Subject(parameters, run.harvest.context, kept)

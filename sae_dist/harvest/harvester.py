@@ -15,7 +15,7 @@ import torch
 
 from sae_dist import faults
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.harvest.harvest import States, batch_sequences, forward, rows
+from sae_dist.harvest.forward import UnitStates, batch_sequences, forward, to_rows
 from sae_dist.harvest.units import sequences_of
 from sae_dist.memory import keep_freed_memory
 from sae_dist.model.engine import Engine
@@ -127,7 +127,7 @@ class Harvester:
         self._units += 1
         return None
 
-    def _forward(self, sequences: Sequences) -> States:
+    def _forward(self, sequences: Sequences) -> UnitStates:
         while True:
             try:
                 return forward(
@@ -142,11 +142,11 @@ class Harvester:
                 logger.warning("out of GPU memory: %d sequences a batch from now on", self._batch)
 
     def _write(
-        self, unit: int, sequences: Sequences, states: States, *, gather_s: float, blocked_s: float, producer: str
+        self, unit: int, sequences: Sequences, states: UnitStates, *, gather_s: float, blocked_s: float, producer: str
     ) -> UnitReport:
         try:
             began = time.monotonic()
-            kept = rows(self._engine, states.states, sequences=sequences, config=self._config)
+            kept = to_rows(self._engine, states.states, sequences=sequences, config=self._config)
             states.states.clear()  # rows are copies
             written = write_unit_once(
                 self._store, unit, kept.states, doc=kept.doc, pos=kept.pos, token=kept.token, producer=producer,

@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_dist.harvest.config import RowPolicy
 
 
-class Kept(NamedTuple):
+class RowMask(NamedTuple):
     """The positions that become rows, and why the others do not."""
 
     mask: Bool[Tensor, "sequences context"]
@@ -29,11 +29,11 @@ def eligible(
     return mask
 
 
-def keep(
+def row_mask(
     states: Mapping[str, Float[Tensor, "sequences context width"]],
     candidates: Bool[Tensor, "sequences context"],
     policy: RowPolicy,
-) -> Kept:
+) -> RowMask:
     """Of the eligible positions, those that are finite and no norm outlier at every hook point.
 
     Hook points share their rows, so that row i of one is the same token as row i of another. The bound is a multiple of
@@ -51,10 +51,10 @@ def keep(
         for norm in norms.values():
             kept &= norm <= policy.max_norm_ratio * norm[mask].median()
     kept &= mask
-    return Kept(kept, nonfinite, int((mask & ~kept).sum()))
+    return RowMask(kept, nonfinite, int((mask & ~kept).sum()))
 
 
-def select(x: Float[Tensor, "sequences context width"], mask: Bool[Tensor, "sequences context"]) -> Tensor:
+def take_rows(x: Float[Tensor, "sequences context width"], mask: Bool[Tensor, "sequences context"]) -> Tensor:
     """The rows [rows, width] where `mask` is true, moved as integers: indexing bfloat16 takes eight times as long."""
     flat = x.reshape(-1, x.shape[-1])
     integers = flat.view({2: torch.int16, 4: torch.int32}[x.element_size()])

@@ -10,7 +10,7 @@ from sae_dist.shards.permutation import key, permutation
 _UNITS = 0x756E697473  # "units": keeps this permutation apart from others of the same seed
 
 
-class Unit(NamedTuple):
+class UnitSequences(NamedTuple):
     """One unit of work: sequences of one of the two token streams."""
 
     unit: int
@@ -18,22 +18,22 @@ class Unit(NamedTuple):
     sequences: np.ndarray  # int64 [n], ids in the stream
 
 
-def counts(config: HarvestConfig) -> tuple[int, int]:
+def unit_counts(config: HarvestConfig) -> tuple[int, int]:
     """(training units, held-out units): whole units, enough for the tokens asked for."""
     per_unit = config.unit_sequences * config.context
     return -(-config.tokens // per_unit), -(-config.heldout_tokens // per_unit)
 
 
-def sequences_of(unit: int, config: HarvestConfig) -> Unit:
+def sequences_of(unit: int, config: HarvestConfig) -> UnitSequences:
     """Unit `unit`: training units first, the held-out ones last.
 
     Training sequences are dealt to units by a keyed permutation, so that every unit is a random sample of the text and
     a store can be consumed in the order in which it grows.
     """
-    n_train, n_heldout = counts(config)
+    n_train, n_heldout = unit_counts(config)
     assert 0 <= unit < n_train + n_heldout
     heldout = unit >= n_train
     n_sequences = (n_heldout if heldout else n_train) * config.unit_sequences
     first = (unit - n_train if heldout else unit) * config.unit_sequences
     order = np.arange(n_sequences) if heldout else permutation(n_sequences, key(config.seed, _UNITS))
-    return Unit(unit, heldout, order[first : first + config.unit_sequences])
+    return UnitSequences(unit, heldout, order[first : first + config.unit_sequences])

@@ -54,16 +54,16 @@ def check_text(config: ModelConfig, tokenizer: Tokenizer, *, context: int, separ
 
 def check_forward(model: LanguageModel, hooks: Sequence[str], context: int) -> None:
     """Runs one sequence of the length that a harvest runs; UserError when the model cannot."""
-    with _once_for_all(model, context):
+    with _forward_errors(model, context):
         model.capture(_tokens(model, context), hooks)
 
 
-def check_judging(model: LanguageModel, hook: str, context: int) -> None:
+def check_evaluation(model: LanguageModel, hook: str, context: int) -> None:
     """UserError when loss recovered cannot be measured: no loss, or a model that sees the tokens it is to predict."""
     tokens = _tokens(model, context)
     other = tokens.clone()
     other[:, -1] = tokens[:, 0]
-    with _once_for_all(model, context), replace(model.model, {hook: lambda x: x}):
+    with _forward_errors(model, context), replace(model.model, {hook: lambda x: x}):
         losses, changed = (next_token_loss(model.model, each)[:, :-1] for each in (tokens, other))
     if losses.numel() and float((losses - changed).abs().max()) > _ROUNDING:
         raise UserError(
@@ -86,7 +86,7 @@ def _tokens(model: LanguageModel, context: int) -> Int[Tensor, "1 context"]:
 
 
 @contextmanager
-def _once_for_all(model: LanguageModel, context: int) -> Iterator[None]:
+def _forward_errors(model: LanguageModel, context: int) -> Iterator[None]:
     """What a forward pass raises, as a line: whatever it is, it would come again in every replica."""
     try:
         yield

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from sae_dist.model.anatomy import decoder, layers
+from sae_dist.model.families import decoder, layers
 from sae_dist.model.hooks import resolve
 
 
-def passed(model: PreTrainedModel, hooks: Sequence[str]) -> list[nn.Module]:
+def layers_run(model: PreTrainedModel, hooks: Sequence[str]) -> list[nn.Module]:
     """The layers that run, wholly or in part, until the last of `hooks` has its activations.
 
     The whole decoder where its layers are not known.
@@ -36,7 +36,7 @@ def flop_per_token(model: PreTrainedModel, hooks: Sequence[str], context: int) -
     Causal attention looks at (context + 1) / 2 positions on average, at 4 operations for each of heads x head_dim.
     A layer that is left half-way counts whole; of a mixture, experts that are not chosen count too.
     """
-    run = passed(model, hooks)
+    run = layers_run(model, hooks)
     weights = sum(_matrix_size(module) for part in run for module in part.modules())
     n_layers = len(run) if layers(model) else getattr(decoder(model).config, "num_hidden_layers", 0)
     return 2.0 * weights + n_layers * 4 * _heads(model) * _head_dim(model) * (context + 1) / 2

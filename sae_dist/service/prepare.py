@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from sae_dist import storage
 from sae_dist.config import to_dict
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.harvest.units import counts
-from sae_dist.model.check import check_forward, check_judging, check_pages, check_text
+from sae_dist.harvest.units import unit_counts
+from sae_dist.model.check import check_evaluation, check_forward, check_pages, check_text
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.engine import Description, describe, open_engine
 from sae_dist.model.load import LanguageModel, Tokenizer, load_tokenizer
@@ -57,7 +57,7 @@ def prepare(
         description = describe(engine, hook_points)
         if isinstance(engine, LanguageModel):
             _try(engine, hook_points, harvest.context, judged=judged, pages=pages)
-    n_train, n_heldout = counts(harvest)
+    n_train, n_heldout = unit_counts(harvest)
     per_unit = harvest.unit_sequences * harvest.context
     wanted = (n_train + n_heldout) * per_unit
     split = tokenize(
@@ -82,7 +82,7 @@ def _try(model: LanguageModel, hook_points: Sequence[str], context: int, *, judg
     check_forward(model, hook_points, context)
     for hook in hook_points:
         if judged:
-            check_judging(model, hook, context)
+            check_evaluation(model, hook, context)
         if pages:
             check_pages(model, hook)
 
@@ -90,7 +90,7 @@ def _try(model: LanguageModel, hook_points: Sequence[str], context: int, *, judg
 def _meta(
     description: Description, tokenizer: Tokenizer, *, text_fingerprint: str, tokens: str, harvest: HarvestConfig
 ) -> StoreMeta:
-    n_train, n_heldout = counts(harvest)
+    n_train, n_heldout = unit_counts(harvest)
     return StoreMeta(
         model=description.model,
         model_fingerprint=description.fingerprint,

@@ -18,8 +18,8 @@ from sae_dist.model import parallel
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.engine import Description, describe, open_engine, whole_model
 from sae_dist.model.load import LanguageModel, chosen_device
-from sae_dist.model.parallel import ALONE
-from sae_dist.model.peak import product_flop_per_s
+from sae_dist.model.matmul_rate import matmul_flop_per_s
+from sae_dist.model.parallel import ONE_PROCESS
 from sae_dist.parallel.rendezvous import Rendezvous, Served
 from sae_dist.service import judge
 from sae_dist.service.config import RunConfig
@@ -73,7 +73,7 @@ class Replica:
 
     def load(self, at: Rendezvous | None) -> Loaded:
         """Joins the others, if there are others (`at`), and loads the model or this process's part of it."""
-        group = ALONE
+        group = ONE_PROCESS
         faults.point("replica.before_load", rank=self._rank)
         device = chosen_device(self._model.device)
         if at is not None:
@@ -84,7 +84,7 @@ class Replica:
         self._engine = open_engine(self._model, group)
         if self._config.store_uri is not None:
             self._open_store(self._config.store_uri, leads=group.leads)
-        reached = product_flop_per_s(self._engine.device, getattr(torch, self._engine.dtype))
+        reached = matmul_flop_per_s(self._engine.device, getattr(torch, self._engine.dtype))
         description = describe(self._engine, self._config.hooks)
         return Loaded(self._rank, ray.util.get_node_ip_address(), os.getpid(), reached, description)
 

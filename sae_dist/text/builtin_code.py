@@ -1,6 +1,6 @@
 """The built-in corpus's other kinds of text: programs, markup, data, base64, hexadecimal digests.
 
-Readers as in `builtin_prose`; of a piece, also the `Document.whole` of its file.
+Readers as in `builtin_prose`; of a piece, also the `Document.parent_key` of its file.
 """
 
 import base64
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import xxhash
 
 from sae_dist.text import installed
-from sae_dist.text.document import pieces, side_key
+from sae_dist.text.document import pieces, split_key
 
 PIECE_CHARS = 6000
 ROWS = 60  # digests in a document
@@ -21,7 +21,7 @@ def code(distributions: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[tu
     """A tenth of each file's pieces and at least one, anywhere in it: beginnings are licences and imports."""
     for file in installed.files(distributions, suffixes):
         text = file.text()
-        parts, whole = list(pieces([text], PIECE_CHARS)), side_key(text)
+        parts, whole = list(pieces([text], PIECE_CHARS)), split_key(text)
         for i in range(xxhash.xxh3_64_intdigest(file.name.encode(), 1) % min(10, max(1, len(parts))), len(parts), 10):
             yield f"{file.name}[{i}]", parts[i], whole
 

@@ -1,6 +1,6 @@
 """The built-in corpus's natural language: encyclopaedia, Bible, documentation, licences, translated messages.
 
-Each reader yields (source, text), scattered so that a beginning is a fair sample, and nothing where its package is
+Each reader yields (source, text), in hash order, so that a beginning is a fair sample, and nothing where its package is
 not installed.
 """
 
@@ -88,7 +88,7 @@ def bible() -> Iterator[tuple[str, str]]:
             ):
                 chapters.setdefault((book, chapter), []).append(f"{verse} {text}")
         by_name = {f"bible/{book} {chapter}": verses for (book, chapter), verses in chapters.items()}
-        for item in installed.scattered(installed.Installed(name, file.path) for name in by_name):
+        for item in installed.hash_ordered(installed.Installed(name, file.path) for name in by_name):
             yield item.name, f"{item.name.removeprefix('bible/')}\n" + "\n".join(by_name[item.name])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_dist.config import UserError
-from sae_dist.text import local, reading
+from sae_dist.text import local_files, reading
 
 _KINDS = {
     ".txt": "files",
@@ -20,27 +20,27 @@ _TABLES_AND_MARKUP = (".csv", ".tsv", ".html", ".htm", ".xml")
 _LOOKED_INTO = 8  # files of a folder of plain text, which may be JSON lines after all
 
 
-class Detected(NamedTuple):
+class DetectedText(NamedTuple):
     """The configuration of `text` that reads a path: the kind, and `text.suffixes` where its own do not fit."""
 
     kind: str
     suffixes: tuple[str, ...] = ()
 
 
-def detect(path: str) -> Detected:
+def detect(path: str) -> DetectedText:
     """How to read what is at `path`; raises `UserError` where it is no text, or text of several kinds.
 
     Where nothing is, `owner/name` is a Hugging Face dataset, and anything else is judged by its name.
     """
     place = Path(path).expanduser()
-    suffix = local.plain_name(place).suffix
+    suffix = local_files.plain_name(place).suffix
     if "://" not in path and not os.path.exists(place):
         version = suffix[1:].isdigit()  # of a dataset's name, as in owner/name-1.0
         if (suffix and not version) or "/" not in path:
-            return Detected("jsonl" if suffix == ".json" else _KINDS.get(suffix, "files"))
-        return Detected("huggingface")
-    place = local.located(path)
-    return _folder(place, path) if place.is_dir() else Detected(_kind_of_file(place, path, suffix))
+            return DetectedText("jsonl" if suffix == ".json" else _KINDS.get(suffix, "files"))
+        return DetectedText("huggingface")
+    place = local_files.located(path)
+    return _folder(place, path) if place.is_dir() else DetectedText(_kind_of_file(place, path, suffix))
 
 
 def _kind_of_file(file: Path, path: str, suffix: str) -> str:
@@ -57,12 +57,12 @@ def _kind_of_file(file: Path, path: str, suffix: str) -> str:
     return "jsonl" if known == "files" and _holds_json_lines(file) else known
 
 
-def _folder(folder: Path, path: str) -> Detected:
-    files = sorted(local.walk(folder))
+def _folder(folder: Path, path: str) -> DetectedText:
+    files = sorted(local_files.walk(folder))
     top = {file.name for file in files if file.parent == folder}
     if "dataset_dict.json" in top or {"state.json", "dataset_info.json"} <= top:
-        return Detected("huggingface")  # what save_to_disk wrote
-    suffixes = Counter(local.plain_name(file).suffix for file in files)
+        return DetectedText("huggingface")  # what save_to_disk wrote
+    suffixes = Counter(local_files.plain_name(file).suffix for file in files)
     kinds = sorted({_KINDS[suffix] for suffix in suffixes if suffix in _KINDS})
     if len(kinds) > 1:
         held = ", ".join(f"{n} {suffix}" for suffix, n in suffixes.items() if suffix in _KINDS)
@@ -71,11 +71,11 @@ def _folder(folder: Path, path: str) -> Detected:
             + " or ".join(f"text={kind} text.path={path}" for kind in kinds)
         )
     if kinds in ([], ["files"]):  # .json is text only where there is no other: most of it is settings
-        candidates = [file for file in files if local.suffix_of(file, tuple(_KINDS) if kinds else (".json",))]
+        candidates = [file for file in files if local_files.suffix_of(file, tuple(_KINDS) if kinds else (".json",))]
         looked_into = candidates[:_LOOKED_INTO]
         if looked_into and all(map(_holds_json_lines, looked_into)):
-            return Detected("jsonl", tuple(sorted({local.plain_name(file).suffix for file in candidates})))
-    return Detected(kinds[0] if kinds else "files")
+            return DetectedText("jsonl", tuple(sorted({local_files.plain_name(file).suffix for file in candidates})))
+    return DetectedText(kinds[0] if kinds else "files")
 
 
 def _holds_json_lines(file: Path) -> bool:

@@ -23,7 +23,7 @@ class Document(NamedTuple):
     text: str
     source: str  # where it was read, relative to the corpus, e.g. "notes/a.txt[1]" or "web.jsonl:17"
     category: str | None
-    whole: int | None = None  # of a piece: the `side_key` of the document that it was cut from
+    parent_key: int | None = None  # of a piece: the `split_key` of the document that it was cut from
 
 
 def normal(text: str) -> str:
@@ -37,7 +37,7 @@ def doc_id(text: str) -> int:
     return xxhash.xxh3_64_intdigest(normal(text).encode())
 
 
-def side_key(text: str) -> int:
+def split_key(text: str) -> int:
     """The hash that decides the side of a document: of the first `SIDE_CHARS` characters of its `normal` form."""
     return xxhash.xxh3_64_intdigest(normal(text)[:SIDE_CHARS].encode())
 
@@ -69,7 +69,7 @@ def pieces(chunks: Iterable[str], limit: int) -> Iterator[str]:
         yield held
 
 
-def divided(chunks: Iterable[str], separator: str) -> Iterator[tuple[int, Iterator[str]]]:
+def separated(chunks: Iterable[str], separator: str) -> Iterator[tuple[int, Iterator[str]]]:
     """(number from 0, chunks) of each document in the text that `chunks` spell, wherever chunks end.
 
     As with `itertools.groupby`, a document's chunks are gone once the next document is asked for.
@@ -107,7 +107,7 @@ def cut(chunks: Iterable[str], limit: int) -> Iterator[tuple[str, int | None]]:
     if second is None:
         yield first, None
         return
-    whole = side_key("".join(head))
+    whole = split_key("".join(head))
     for piece in itertools.chain([first, second], found):
         yield piece, whole
 

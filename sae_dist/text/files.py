@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal, assert_never
 
 from sae_dist.config import UserError, digest, frozen
-from sae_dist.text import local, reading
-from sae_dist.text.document import MAX_CHARS, Document, cut, divided, shuffled_parts
+from sae_dist.text import local_files, reading
+from sae_dist.text.document import MAX_CHARS, Document, cut, separated, shuffled_parts
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,9 @@ class FilesText:
 
 
 def documents(config: FilesText, seed: int | None, counts: Counter[str]) -> Iterator[Document]:
-    for name, path in shuffled_parts(local.find(config.path, config.suffixes), seed):
+    for name, path in shuffled_parts(local_files.find(config.path, config.suffixes), seed):
         category = _category(config, name)
-        for number, text in divided(_plain_text(config, name, path, counts), _separator(config)):
+        for number, text in separated(_plain_text(config, name, path, counts), _separator(config)):
             source = f"{name}#{number}" if config.separator else name
             n_pieces = 0
             for i, (piece, whole) in enumerate(cut(text, MAX_CHARS)):
@@ -47,7 +47,9 @@ def documents(config: FilesText, seed: int | None, counts: Counter[str]) -> Iter
 
 def fingerprint(config: FilesText) -> str:
     divided_by = [_separator(config)] if config.separator else []  # none: what it was before there were separators
-    return digest([config.category, *divided_by, local.fingerprint(local.find(config.path, config.suffixes))])
+    return digest(
+        [config.category, *divided_by, local_files.fingerprint(local_files.find(config.path, config.suffixes))]
+    )
 
 
 def _separator(config: FilesText) -> str:
@@ -59,10 +61,10 @@ def _plain_text(config: FilesText, name: str, path: Path, counts: Counter[str]) 
     chunks = reading.read_chunks(path, name, counts)
     first = next(chunks, "")
     if reading.holds_json_lines(first[: reading.HEAD_BYTES]):
-        if not local.suffix_of(path, config.suffixes):
+        if not local_files.suffix_of(path, config.suffixes):
             raise UserError(
                 f"text file {name} holds JSON lines; set text=jsonl text.path={config.path}, or "
-                f"text.suffixes=[{local.plain_name(path).suffix}] to take keys and quotes for text too"
+                f"text.suffixes=[{local_files.plain_name(path).suffix}] to take keys and quotes for text too"
             )
         logger.warning("%s looks like JSON lines and is read as plain text; text=jsonl reads its documents", name)
     return itertools.chain([first], chunks)
@@ -76,5 +78,5 @@ def _category(config: FilesText, name: str) -> str | None:
         case "folder":
             return folder.rpartition("/")[2] or None
         case "suffix":
-            return local.plain_name(Path(file)).suffix.removeprefix(".") or None
+            return local_files.plain_name(Path(file)).suffix.removeprefix(".") or None
     assert_never(config.category)

@@ -53,7 +53,7 @@ def _readable(
     config: HuggingfaceText, rows: Iterator[tuple[int, dict[str, Any]]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """`rows`; a damaged file among them is said."""
-    with _plainly(config):
+    with _dataset_errors(config):
         yield from rows
 
 
@@ -79,7 +79,7 @@ def fingerprint(config: HuggingfaceText) -> str:
     if rows is not None:
         identity = rows._fingerprint
     else:
-        with _plainly(config):
+        with _dataset_errors(config):
             identity = datasets.load_dataset_builder(config.path, config.name or None, revision=config.revision).hash
     return digest([identity, config.split, config.field, config.category])
 
@@ -90,7 +90,7 @@ def _load(config: HuggingfaceText) -> "datasets.Dataset | datasets.IterableDatas
     rows = _saved(config)
     if rows is not None:
         return rows
-    with _plainly(config):
+    with _dataset_errors(config):
         return datasets.load_dataset(
             config.path,
             config.name or None,
@@ -118,7 +118,7 @@ def _saved(config: HuggingfaceText) -> "datasets.Dataset | None":
 
 
 @contextlib.contextmanager
-def _plainly(config: HuggingfaceText) -> Iterator[None]:
+def _dataset_errors(config: HuggingfaceText) -> Iterator[None]:
     """What `datasets` says of a wrong name, configuration, split or revision, as one line."""
     from datasets.exceptions import DatasetsError
 

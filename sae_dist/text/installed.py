@@ -1,4 +1,4 @@
-"""What is installed beside us: files of named distributions and of Python's own library, in a scattered fixed order."""
+"""Files of installed distributions and of Python's own library, in a fixed order by the hash of their names."""
 
 import csv
 import importlib.metadata
@@ -21,7 +21,7 @@ class Installed(NamedTuple):
         return self.path.read_text(encoding="utf-8", errors="replace")
 
 
-def scattered(items: Iterable[Installed]) -> list[Installed]:
+def hash_ordered(items: Iterable[Installed]) -> list[Installed]:
     """By hash of the name: a beginning of it is a fair sample of the whole."""
     return sorted(items, key=lambda item: (xxhash.xxh3_64_intdigest(item.name.encode()), item.name))
 
@@ -36,7 +36,7 @@ def versions(distributions: Sequence[str]) -> dict[str, str]:
 
 
 def files(distributions: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[Installed]:
-    """The files of `distributions` whose names end in `suffixes`, scattered; those not installed have none."""
+    """The files of `distributions` whose names end in `suffixes`, in hash order; those not installed have none."""
     found: list[Installed] = []
     for distribution in distributions:
         if distribution == PYTHON:
@@ -48,7 +48,7 @@ def files(distributions: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[I
                 for name in names
                 if name.endswith(suffixes) and not name.startswith("..")
             ]
-    for item in scattered(found):
+    for item in hash_ordered(found):
         if item.path.is_file():
             yield item
 

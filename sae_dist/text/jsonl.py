@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from sae_dist.config import UserError, digest, frozen
-from sae_dist.text import local, reading
+from sae_dist.text import local_files, reading
 from sae_dist.text.document import Document, shuffled_parts
 
 
@@ -25,7 +25,7 @@ class JsonlText:
 
 
 def documents(config: JsonlText, seed: int | None) -> Iterator[Document]:
-    for name, path in shuffled_parts(local.find(config.path, config.suffixes), seed):
+    for name, path in shuffled_parts(local_files.find(config.path, config.suffixes), seed):
         if reading.first_bytes(path, name).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             raise UserError(
                 f"text file {name} is a JSON array; make it an object a line: jq -c '.[]' IN.json > OUT.jsonl"
@@ -39,8 +39,8 @@ def documents(config: JsonlText, seed: int | None) -> Iterator[Document]:
 
 
 def fingerprint(config: JsonlText) -> str:
-    files = local.find(config.path, config.suffixes)
-    return digest([config.field, config.category, local.fingerprint(files)])
+    files = local_files.find(config.path, config.suffixes)
+    return digest([config.field, config.category, local_files.fingerprint(files)])
 
 
 def _parse(line: bytes, source: str) -> dict[str, object]:

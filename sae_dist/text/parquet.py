@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae_dist.config import UserError, digest, frozen
-from sae_dist.text import local
+from sae_dist.text import local_files
 from sae_dist.text.document import Document, shuffled_parts
 
 BATCH_ROWS = 1024
@@ -31,7 +31,7 @@ class ParquetText:
 
 def documents(config: ParquetText, seed: int | None) -> Iterator[Document]:
     groups = []
-    for name, path in local.find(config.path, config.suffixes):
+    for name, path in local_files.find(config.path, config.suffixes):
         with _open(path, name) as file:
             _check(file.schema_arrow, _columns(config), name)
             row = 0
@@ -64,8 +64,8 @@ def _columns(config: ParquetText) -> list[str]:
 
 
 def fingerprint(config: ParquetText) -> str:
-    files = local.find(config.path, config.suffixes)
-    return digest([config.column, config.category, local.fingerprint(files)])
+    files = local_files.find(config.path, config.suffixes)
+    return digest([config.column, config.category, local_files.fingerprint(files)])
 
 
 def _open(path: Path, name: str) -> pq.ParquetFile:

@@ -86,7 +86,7 @@ def holds_json_lines(head: str) -> bool:
 
 def first_bytes(path: Path, name: str) -> bytes:
     """The first bytes of what is in `path`, decompressed; at most `HEAD_BYTES`."""
-    with _reading(path, name) as binary:
+    with _opened(path, name) as binary:
         return binary.peek(HEAD_BYTES)[:HEAD_BYTES]
 
 
@@ -96,7 +96,7 @@ def read_chunks(path: Path, name: str, counts: Counter[str]) -> Iterator[str]:
     A file with such bytes is one more `undecodable` document in `counts`.
     """
     broken = 0
-    with _reading(path, name) as binary:
+    with _opened(path, name) as binary:
         check_text(binary.peek(HEAD_BYTES)[:HEAD_BYTES], name)
         # surrogateescape marks exactly the undecodable bytes; "replace" could not tell them from a U+FFFD of the text
         text = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline=None)
@@ -111,19 +111,19 @@ def read_chunks(path: Path, name: str, counts: Counter[str]) -> Iterator[str]:
 
 def read_lines(path: Path, name: str) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line) of `path`."""
-    with _reading(path, name) as binary:
+    with _opened(path, name) as binary:
         check_text(binary.peek(HEAD_BYTES)[:HEAD_BYTES], name)
         yield from enumerate(binary, start=1)
 
 
 @contextlib.contextmanager
-def _reading(path: Path, name: str) -> Iterator[io.BufferedReader]:
-    with explained(name), open_bytes(path) as binary:
+def _opened(path: Path, name: str) -> Iterator[io.BufferedReader]:
+    with read_errors(name), open_bytes(path) as binary:
         yield binary
 
 
 @contextlib.contextmanager
-def explained(name: str) -> Iterator[None]:
+def read_errors(name: str) -> Iterator[None]:
     """What can go wrong while a file is read (a truncated archive, a missing permission) is said by name."""
     try:
         yield

@@ -22,7 +22,7 @@ class Sequences(NamedTuple):
     pos: UInt32[np.ndarray, "m context"]  # position in the document; a sequence may hold the end of one and more
 
 
-class Window(NamedTuple):
+class TokenWindow(NamedTuple):
     tokens: Int64[np.ndarray, " n"]
     at: int  # index among them of the token that was asked for
 
@@ -83,13 +83,13 @@ class TokenStream:
             raise IndexError(f"pos={pos}, but document {doc} has {end - start} tokens")
         return divmod(start + int(pos), self.context)
 
-    def window(self, doc: int, pos: int, before: int, after: int) -> Window:
+    def window(self, doc: int, pos: int, before: int, after: int) -> TokenWindow:
         """Token `pos` of document `doc` and up to `before` and `after` tokens around it, none of another document."""
         sequence, offset = self.locate(doc, pos)
         at = sequence * self.context + offset
         start, end = self._span(doc)
         first = max(start, at - before)
-        return Window(self.tokens[first : min(end, at + after + 1)].astype(np.int64), at - first)
+        return TokenWindow(self.tokens[first : min(end, at + after + 1)].astype(np.int64), at - first)
 
     def category(self, doc: int) -> str | None:
         return self.documents["category"][self._row(doc)].as_py()

@@ -16,7 +16,7 @@ from sae_dist.config import UserError, digest
 from sae_dist.text import checksums, corpus
 from sae_dist.text.corpus import TextConfig
 from sae_dist.text.document import Document
-from sae_dist.text.sides import Item, Tally, needed, shortage
+from sae_dist.text.split import SplitDocument, TextTally, shortage, split_documents
 from sae_dist.text.stream import TokenStream
 from sae_dist.text.stream_writer import StreamWriter
 
@@ -159,12 +159,14 @@ def _build(
     opened_by = separator(tokenizer)
     opening = [] if opened_by is None else [opened_by]
     wanted = (sizes.train + sizes.heldout) * sizes.context
-    tally = Tally()
+    tally = TextTally()
     with (
         StreamWriter(folder / "train", n_sequences=sizes.train, context=sizes.context) as train,
         StreamWriter(folder / "heldout", n_sequences=sizes.heldout, context=sizes.context) as heldout,
     ):
-        for batch in _batches(needed(found, tally, train=train, heldout=heldout, heldout_fraction=heldout_fraction)):
+        for batch in _batches(
+            split_documents(found, tally, train=train, heldout=heldout, heldout_fraction=heldout_fraction)
+        ):
             encoded = _encode(tokenizer, [item.document.text for item in batch])
             for item, ids in zip(batch, encoded, strict=True):
                 tally.tokenised_chars += len(item.document.text)
@@ -204,8 +206,8 @@ def _shuffled(found: Iterable[Document], seed: int) -> Iterator[Document]:
         yield held.pop()
 
 
-def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    batch: list[Item] = []
+def _batches(items: Iterable[SplitDocument]) -> Iterator[list[SplitDocument]]:
+    batch: list[SplitDocument] = []
     n_chars = 0
     for item in items:
         batch.append(item)

@@ -11,9 +11,8 @@ from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.harvest import harvester as module
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.harvest.harvest import harvest
 from sae_dist.harvest.harvester import Harvester
-from sae_dist.harvest.units import counts, sequences_of
+from sae_dist.harvest.units import sequences_of, unit_counts
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import load
 from sae_dist.shards.format import StoreMeta
@@ -21,6 +20,7 @@ from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.shards.writer import create
 from sae_dist.text.corpus import BuiltinText
 from sae_dist.text.tokenize import TokenSplit, tokenize
+from tests.harvest.one_unit import harvest
 
 MODEL = load(ModelConfig(name="tiny-llama", dtype="float32"))
 HOOKS = ("resid_post.1", "mlp_act.2")
@@ -36,7 +36,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> TokenSplit:
 
 
 def new_store(folder: Path) -> Store:
-    n_train, n_heldout = counts(CONFIG)
+    n_train, n_heldout = unit_counts(CONFIG)
     meta = StoreMeta(
         model="tiny-llama", model_fingerprint=MODEL.fingerprint, tokenizer="-", text_fingerprint="-", context=20,
         hooks={hook: MODEL.width(hook) for hook in HOOKS}, n_units=n_train + n_heldout, heldout_units=n_heldout,

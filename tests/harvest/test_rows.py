@@ -3,7 +3,7 @@
 import torch
 
 from sae_dist.harvest.config import RowPolicy
-from sae_dist.harvest.rows import eligible, keep
+from sae_dist.harvest.rows import eligible, row_mask
 
 
 def test_the_first_position_and_separators_are_dropped():
@@ -23,10 +23,10 @@ def test_a_massive_activation_is_an_outlier_and_an_ordinary_one_is_not():
     x, everywhere = states(), torch.ones(4, 8, dtype=torch.bool)
     x[2, 5] *= 100
     x[1, 3] *= 3
-    kept = keep({"a": x}, everywhere, RowPolicy())
+    kept = row_mask({"a": x}, everywhere, RowPolicy())
     assert (kept.outliers, kept.nonfinite) == (1, 0)
     assert (~kept.mask).nonzero().tolist() == [[2, 5]]
-    assert keep({"a": x}, everywhere, RowPolicy(max_norm_ratio=None)).mask.all()
+    assert row_mask({"a": x}, everywhere, RowPolicy(max_norm_ratio=None)).mask.all()
 
 
 def test_the_median_is_of_candidates_only():
@@ -35,7 +35,7 @@ def test_the_median_is_of_candidates_only():
     candidates = torch.ones(4, 8, dtype=torch.bool)
     candidates[:, 0] = False
     x[3, 7] *= 100
-    kept = keep({"a": x}, candidates, RowPolicy())
+    kept = row_mask({"a": x}, candidates, RowPolicy())
     assert kept.outliers == 1
     assert not kept.mask[:, 0].any()
 
@@ -45,12 +45,12 @@ def test_hook_points_lose_the_same_rows():
     a[0, 1] = float("nan")
     b[3, 2, 4] = float("inf")
     b[1, 1] *= 1000
-    kept = keep({"a": a, "b": b}, everywhere, RowPolicy())
+    kept = row_mask({"a": a, "b": b}, everywhere, RowPolicy())
     assert (kept.nonfinite, kept.outliers) == (2, 1)
     assert (~kept.mask).nonzero().tolist() == [[0, 1], [1, 1], [3, 2]]
 
 
 def test_nothing_but_nan_keeps_nothing_and_says_how_much():
-    kept = keep({"a": torch.full((2, 3, 4), float("nan"))}, torch.ones(2, 3, dtype=torch.bool), RowPolicy())
+    kept = row_mask({"a": torch.full((2, 3, 4), float("nan"))}, torch.ones(2, 3, dtype=torch.bool), RowPolicy())
     assert kept.nonfinite == 6
     assert not kept.mask.any()

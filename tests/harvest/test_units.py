@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.harvest.units import counts, sequences_of
+from sae_dist.harvest.units import sequences_of, unit_counts
 
 
 @given(st.integers(1, 5000), st.integers(1, 500), st.integers(2, 40), st.integers(1, 30), st.integers(0, 5))
@@ -13,7 +13,7 @@ def test_every_sequence_is_in_exactly_one_unit(tokens, heldout_tokens, context, 
     config = HarvestConfig(
         tokens=tokens, heldout_tokens=heldout_tokens, context=context, unit_sequences=unit_sequences, seed=seed
     )
-    n_train, n_heldout = counts(config)
+    n_train, n_heldout = unit_counts(config)
     assert (n_train - 1) * unit_sequences * context < tokens <= n_train * unit_sequences * context
     units = [sequences_of(unit, config) for unit in range(n_train + n_heldout)]
     for heldout, n in ((False, n_train), (True, n_heldout)):

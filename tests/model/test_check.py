@@ -8,7 +8,7 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, WhisperConfi
 
 from sae_dist.config import UserError
 from sae_dist.model import tiny
-from sae_dist.model.check import check_forward, check_judging, check_text
+from sae_dist.model.check import check_evaluation, check_forward, check_text
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import LanguageModel
 from tests.model.families import other
@@ -49,13 +49,13 @@ def test_special_tokens_that_no_text_becomes_may_lie_beyond_the_embedding(tmp_pa
 @pytest.mark.parametrize("name", ["mamba", "llama4", "mpt", "openai-gpt"])
 def test_causal_models_of_any_family_are_judged(name):
     check_forward(held(name), ["resid_post.1"], 16)
-    check_judging(held(name), "resid_post.1", 16)
+    check_evaluation(held(name), "resid_post.1", 16)
 
 
 def test_a_model_that_sees_later_tokens_is_read_but_not_judged():
     check_forward(held("bert"), ["resid_post.1", "bert.encoder.layer.0.output"], 16)
     with pytest.raises(UserError, match="BertLMHeadModel.* is no causal language model"):
-        check_judging(held("bert"), "resid_post.1", 16)
+        check_evaluation(held("bert"), "resid_post.1", 16)
 
 
 def test_what_a_forward_pass_raises_is_a_line():

@@ -7,7 +7,7 @@ from transformers import BartConfig, BartForCausalLM, BloomConfig, BloomForCausa
 
 from sae_dist.config import UserError
 from sae_dist.model import cost, hooks
-from sae_dist.model.anatomy import layers
+from sae_dist.model.families import layers
 from tests.model.families import OTHERS, other
 
 EXACT = {"rtol": 0, "atol": 0}

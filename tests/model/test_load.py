@@ -18,7 +18,7 @@ from sae_dist.config import load as checked
 from sae_dist.model import smollm2, tiny
 from sae_dist.model.config import OURS, ModelConfig
 from sae_dist.model.load import fast_dtype, fingerprint, load
-from sae_dist.model.parallel import Group
+from sae_dist.model.parallel import ReplicaGroup
 
 
 @pytest.mark.parametrize("name", tiny.TINY)
@@ -188,7 +188,7 @@ def _checkpoint(cache: str, log: str) -> None:
 
     os.environ["SAE_DIST_CACHE"] = cache
     smollm2._convert = slow
-    assert (smollm2.checkpoint() / "config.json").exists()
+    assert (smollm2.model_folder() / "config.json").exists()
 
 
 def test_processes_that_ask_at_once_convert_once_and_never_see_half(tmp_path):
@@ -213,9 +213,9 @@ def test_a_conversion_that_was_killed_is_done_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(smollm2, "_convert", dies)
     with pytest.raises(KeyboardInterrupt):
-        smollm2.checkpoint()
+        smollm2.model_folder()
     monkeypatch.setattr(smollm2, "_convert", lambda gguf, folder: (folder / "config.json").write_text("{}"))
-    assert [path.name for path in smollm2.checkpoint().iterdir()] == ["config.json"]
+    assert [path.name for path in smollm2.model_folder().iterdir()] == ["config.json"]
 
 
 def test_every_model_file_is_a_model_config():
@@ -247,7 +247,7 @@ def test_quantisation_says_which_package_it_needs(quantization):
 @pytest.mark.parametrize("keys", [{"device_map": "auto"}, {"quantization": "int8"}])
 def test_one_way_of_holding_a_model_at_a_time(keys):
     with pytest.raises(UserError, match="harvest.tensor_parallel=2 does not go with"):
-        load(ModelConfig(name="tiny-llama", **keys), Group(0, 2))
+        load(ModelConfig(name="tiny-llama", **keys), ReplicaGroup(0, 2))
 
 
 def test_a_folder_is_located_and_a_name_is_not(tmp_path, monkeypatch):

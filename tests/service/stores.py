@@ -9,7 +9,6 @@ import torch
 from sae_dist import storage
 from sae_dist.config import load as load_config
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.harvest.harvest import harvest
 from sae_dist.harvest.units import sequences_of
 from sae_dist.model import tiny
 from sae_dist.model.config import ModelConfig
@@ -18,6 +17,7 @@ from sae_dist.shards import gc, reader, verify
 from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.text.stream import TokenStream
 from sae_dist.text.tokenize import TokenSplit
+from tests.harvest.one_unit import harvest
 from tests.shards import predictable
 
 HOOKS = ("resid_pre.0", "mlp_act.1", "resid_post.2")  # the second is split over the processes of a replica

@@ -11,7 +11,7 @@ from sae_dist.config import UserError, load
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.model.config import ModelConfig
 from sae_dist.service.prepare import Prepared, prepare
-from sae_dist.text import local
+from sae_dist.text import local_files
 from sae_dist.text.jsonl import JsonlText
 
 HARVEST = {"tokens": 512, "heldout_tokens": 256, "context": 32, "unit_sequences": 4}
@@ -44,7 +44,7 @@ def test_a_harvest_goes_on_with_the_tokens_that_it_began_with(text):
 
 
 def test_a_store_is_not_filled_up_from_another_text_of_the_same_fingerprint(text, monkeypatch):
-    monkeypatch.setattr(local, "HASHED_BYTES", 0)  # a corpus so large that sizes and times must do
+    monkeypatch.setattr(local_files, "HASHED_BYTES", 0)  # a corpus so large that sizes and times must do
     prepared(text)
     stat = text.stat()
     text.write_text(text.read_text().replace("stone", "bread"))

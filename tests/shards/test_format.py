@@ -13,7 +13,6 @@ import pytest
 
 from sae_dist import config, storage
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.harvest.harvest import harvest
 from sae_dist.harvest.harvester import Harvester
 from sae_dist.harvest.units import sequences_of
 from sae_dist.model.config import ModelConfig
@@ -27,6 +26,7 @@ from sae_dist.shards.imports.run_import import import_store
 from sae_dist.shards.statistics import Statistics
 from sae_dist.text.jsonl import JsonlText
 from sae_dist.text.tokenize import TokenSplit
+from tests.harvest.one_unit import harvest
 from tests.shards import predictable, specification
 from tests.shards.specification import TEXT, table
 

@@ -14,7 +14,7 @@ import pytest
 from sae_dist.cli.compose import compose
 from sae_dist.config import UserError, load
 from sae_dist.text.corpus import TextConfig, documents
-from sae_dist.text.detect import Detected, detect
+from sae_dist.text.detect import DetectedText, detect
 from sae_dist.text.jsonl import JsonlText
 
 LINES = "".join(json.dumps({"text": f"words {i}", "url": f"https://example.org/{i}"}) + "\n" for i in range(5))
@@ -32,14 +32,14 @@ def text(path: Path) -> list[str]:
 def test_json_lines_are_read_as_such_whatever_they_are_called(tmp_path, name):
     packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": lambda b: pa.Codec("zstd").compress(b, asbytes=True)}
     (tmp_path / name).write_bytes(packed.get(Path(name).suffix.lower(), bytes)(LINES.encode()))
-    assert detect(str(tmp_path / name)) == Detected("jsonl")
+    assert detect(str(tmp_path / name)) == DetectedText("jsonl")
     assert [d.text for d in documents(JsonlText(path=str(tmp_path / name)))] == [f"words {i}" for i in range(5)]
 
 
 @pytest.mark.parametrize("name", ["book", "book.tex", "book.txt.bz2"])
 def test_plain_text_is_read_as_such(tmp_path, name):
     (tmp_path / name).write_bytes((bz2.compress if name.endswith("bz2") else bytes)(PROSE.encode()))
-    assert detect(str(tmp_path / name)) == Detected("files")
+    assert detect(str(tmp_path / name)) == DetectedText("files")
 
 
 def test_folders_are_what_is_in_them(tmp_path):
@@ -51,25 +51,25 @@ def test_folders_are_what_is_in_them(tmp_path):
         return str(path)
 
     settings = json.dumps({"hidden_size": 32, "name": "x"}, indent=1)
-    assert detect(folder(a_jsonl=LINES, b_jsonl=LINES, info_json=settings)) == Detected("jsonl")
-    assert detect(folder(a_json=LINES, b_json=LINES)) == Detected("jsonl", (".json",))
-    assert detect(folder(a_txt=LINES, b_txt=LINES)) == Detected("jsonl", (".txt",))
-    assert detect(folder(a_txt=PROSE, b_txt=LINES, config_json=settings, log=PROSE)) == Detected("files")
-    assert detect(folder(config_json=settings)) == Detected("files")  # and then nothing is found in it
+    assert detect(folder(a_jsonl=LINES, b_jsonl=LINES, info_json=settings)) == DetectedText("jsonl")
+    assert detect(folder(a_json=LINES, b_json=LINES)) == DetectedText("jsonl", (".json",))
+    assert detect(folder(a_txt=LINES, b_txt=LINES)) == DetectedText("jsonl", (".txt",))
+    assert detect(folder(a_txt=PROSE, b_txt=LINES, config_json=settings, log=PROSE)) == DetectedText("files")
+    assert detect(folder(config_json=settings)) == DetectedText("files")  # and then nothing is found in it
     assert text(Path(folder(a_json=LINES))) == [f"words {i}" for i in range(5)]
     with pytest.raises(
         UserError, match=r"several kinds \(1 \.md, 2 \.jsonl\); .* text=files text.path=.* or text=jsonl"
     ):
         detect(folder(a_jsonl=LINES, b_jsonl=LINES, README_md=PROSE))
     datasets.Dataset.from_dict({"text": ["one"]}).save_to_disk(tmp_path / "saved")
-    assert detect(str(tmp_path / "saved")) == Detected("huggingface")
+    assert detect(str(tmp_path / "saved")) == DetectedText("huggingface")
 
 
 def test_parquet_is_known_by_its_name_and_by_its_bytes(tmp_path):
     pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "rows")
     assert text(tmp_path / "rows") == ["one", "two"]
     os.link(tmp_path / "rows", tmp_path / "rows.parquet")
-    assert detect(str(tmp_path / "rows.parquet")) == Detected("parquet")
+    assert detect(str(tmp_path / "rows.parquet")) == DetectedText("parquet")
 
 
 def test_what_nobody_can_read_is_refused_before_anything_is_loaded(tmp_path):
@@ -100,4 +100,4 @@ def test_what_is_not_there_is_judged_by_its_name():
         "nowhere": "files",
         "words " * 400: "files",  # longer than any file's name
     }.items():
-        assert detect(path) == Detected(kind)
+        assert detect(path) == DetectedText(kind)

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sae_dist.text import document
-from sae_dist.text.document import Document, clean, cut, divided, doc_id, pieces, side_key
+from sae_dist.text.document import Document, clean, cut, doc_id, pieces, separated, split_key
 
 
 @given(st.lists(st.text("ab \n", max_size=40)), st.integers(1, 12))
@@ -26,13 +26,13 @@ def test_a_cut_prefers_empty_lines_to_line_breaks_to_spaces_to_nothing():
 @given(st.lists(st.text("ab\n", max_size=9)), st.sampled_from(["", "\n", "\n\n", "ab", "aab"]))
 def test_documents_are_told_apart_by_the_separator_wherever_chunks_end(chunks, separator):
     text = "".join(chunks)
-    found = [(number, "".join(parts)) for number, parts in divided(chunks, separator)]
+    found = [(number, "".join(parts)) for number, parts in separated(chunks, separator)]
     assert found == list(enumerate(text.split(separator) if separator else [text]))
 
 
 def test_a_document_without_end_is_divided_as_it_streams():
     endless = ("x" * 10 for _ in itertools.count())
-    _, parts = next(divided(endless, "\n\n"))
+    _, parts = next(separated(endless, "\n\n"))
     assert len(next(pieces(parts, 1000))) == 1000
 
 
@@ -40,7 +40,7 @@ COPIES = ["Line one\nline two", "line one line two\n", "\n\n Line one\r\n\tLINE 
 
 
 def test_copies_have_one_name_and_one_side_key():
-    assert len({doc_id(text) for text in COPIES}) == len({side_key(text) for text in COPIES}) == 1
+    assert len({doc_id(text) for text in COPIES}) == len({split_key(text) for text in COPIES}) == 1
     assert doc_id("café") == doc_id("cafe\u0301\n") and doc_id("1 2") != doc_id("12") != doc_id("13")
 
 
@@ -53,7 +53,7 @@ def test_all_pieces_of_a_document_know_what_the_whole_would_be_known_by(monkeypa
         found = list(cut(copy, limit))
         assert "".join(piece for piece, _ in found) == "".join(copy)
         wholes = {whole for _, whole in found}
-        assert wholes <= ({None} if len(found) < 2 else {side_key(text)})
+        assert wholes <= ({None} if len(found) < 2 else {split_key(text)})
 
 
 def test_pieces_read_no_further_than_they_must():
@@ -73,7 +73,7 @@ def test_blank_documents_vanish_and_long_ones_are_numbered(monkeypatch):
     counts: Counter[str] = Counter()
     assert list(clean(Document(" \n\t", "a", None), counts)) == []
     assert list(clean(Document("", "a", None), counts)) == []
-    whole = side_key("ab cde")
+    whole = split_key("ab cde")
     found = clean(Document("ab cde", "a", "c"), counts)
     assert list(found) == [Document("ab ", "a[0]", "c", whole), Document("cde", "a[1]", "c", whole)]
     assert counts == {"empty": 2, "cut": 1}

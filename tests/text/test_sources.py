@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sae_dist.config import CONF_DIR, UserError, load, to_dict
-from sae_dist.text import files, local, reading
+from sae_dist.text import files, local_files, reading
 from sae_dist.text.builtin import BuiltinText
 from sae_dist.text.corpus import Document, TextConfig, documents, fingerprint
 from sae_dist.text.files import FilesText
@@ -165,7 +165,7 @@ def test_a_fingerprint_follows_the_text_and_not_the_folder(library, tmp_path):
 
 
 def test_a_huge_corpus_is_known_by_sizes_and_times(library, monkeypatch):
-    monkeypatch.setattr(local, "HASHED_BYTES", 3)
+    monkeypatch.setattr(local_files, "HASHED_BYTES", 3)
     before = fingerprint(FilesText(path=str(library)))
     assert fingerprint(FilesText(path=str(library))) == before
     (library / "a.md").write_text("eins!")

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-class Anatomy(NamedTuple):
+class LayerPaths(NamedTuple):
     """Paths inside one layer: the modules whose output is attn_out and mlp_out, and the one whose input is mlp_act."""
 
     attn_out: str
@@ -29,10 +29,12 @@ class Anatomy(NamedTuple):
     mlp_act: str
 
 
-_LLAMA = Anatomy(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.down_proj")
-_POST_NORM = Anatomy(attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm", mlp_act="mlp.down_proj")
+_LLAMA = LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.down_proj")
+_POST_NORM = LayerPaths(
+    attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm", mlp_act="mlp.down_proj"
+)
 
-ANATOMIES: Mapping[str, Anatomy] = {  # by `model_type`; each is held against the identity above by a test
+FAMILIES: Mapping[str, LayerPaths] = {  # by `model_type`; each is held against the identity above by a test
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -42,10 +44,10 @@ ANATOMIES: Mapping[str, Anatomy] = {  # by `model_type`; each is held against th
     "gemma2": _POST_NORM,
     "gemma3_text": _POST_NORM,
     "olmo2": _POST_NORM,
-    "gpt2": Anatomy(attn_out="attn", mlp_out="mlp", mlp_act="mlp.c_proj"),
-    "gpt_neox": Anatomy(attn_out="attention", mlp_out="mlp", mlp_act="mlp.dense_4h_to_h"),
-    "phi": Anatomy(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.fc2"),
-    "opt": Anatomy(attn_out="self_attn", mlp_out="fc2", mlp_act="fc2"),
+    "gpt2": LayerPaths(attn_out="attn", mlp_out="mlp", mlp_act="mlp.c_proj"),
+    "gpt_neox": LayerPaths(attn_out="attention", mlp_out="mlp", mlp_act="mlp.dense_4h_to_h"),
+    "phi": LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.fc2"),
+    "opt": LayerPaths(attn_out="self_attn", mlp_out="fc2", mlp_act="fc2"),
 }
 
 
@@ -69,9 +71,9 @@ def around_layers(model: PreTrainedModel) -> nn.Module:
     return decoder(model) if stack is None else stack[0]
 
 
-def anatomy(model: PreTrainedModel) -> Anatomy | None:
+def layer_paths(model: PreTrainedModel) -> LayerPaths | None:
     """The inside of the model's layers; None for a family whose inside was never checked."""
-    return ANATOMIES.get(decoder(model).config.model_type)
+    return FAMILIES.get(decoder(model).config.model_type)
 
 
 def _stack(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | None:

@@ -9,7 +9,7 @@ from typing import NoReturn
 import xxhash
 
 from sae_dist.config import UserError, digest
-from sae_dist.text.reading import explained
+from sae_dist.text.reading import read_errors
 
 COMPRESSION = (".gz", ".bz2", ".xz", ".zst")
 HASHED_BYTES = 4 << 30  # a corpus beyond this is known by sizes and times: hashing it would take longer than using it
@@ -91,7 +91,7 @@ def fingerprint(files: Sequence[tuple[str, Path]]) -> str:
 
 def _content_hash(path: Path, name: str) -> str:
     state = xxhash.xxh3_128()
-    with explained(name), path.open("rb") as binary:
+    with read_errors(name), path.open("rb") as binary:
         while block := binary.read(1 << 20):
             state.update(block)
     return state.hexdigest()

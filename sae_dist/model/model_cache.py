@@ -20,7 +20,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae_dist"
 
 
-def checkpoint(name: str, make: Callable[[Path], None]) -> Path:
+def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     """The folder models/`name` of the cache, filled by `make` on first use; UserError where it cannot be written.
 
     Many processes may ask at once: one makes it, the others wait for it. A folder is complete or absent.

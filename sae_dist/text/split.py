@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import xxhash
 
-from sae_dist.text.document import Document, doc_id, side_key
+from sae_dist.text.document import Document, doc_id, split_key
 from sae_dist.text.stream_writer import StreamWriter
 
 HELDOUT_SALT = 0x5AE0  # not the run's seed: what one run holds out, no other run trains on
 
 
-class Item(NamedTuple):
+class SplitDocument(NamedTuple):
     """A document with its id and the stream that it is for."""
 
     document: Document
@@ -25,7 +25,7 @@ class Item(NamedTuple):
 
 
 @dataclasses.dataclass
-class Tally:
+class TextTally:
     """What was read so far, and how much of it was tokenised."""
 
     docs: set[int] = dataclasses.field(default_factory=set)
@@ -42,13 +42,13 @@ class Tally:
 
 
 def is_heldout(whole: int, heldout_fraction: float) -> bool:
-    """The side of the document with that `side_key`; a larger share holds out what a smaller one does, and more."""
+    """The side of the document with that `split_key`; a larger share holds out what a smaller one does, and more."""
     return xxhash.xxh3_64_intdigest(whole.to_bytes(8, "little"), HELDOUT_SALT) < heldout_fraction * 2**64
 
 
-def needed(
-    found: Iterable[Document], tally: Tally, *, train: StreamWriter, heldout: StreamWriter, heldout_fraction: float
-) -> Iterator[Item]:
+def split_documents(
+    found: Iterable[Document], tally: TextTally, *, train: StreamWriter, heldout: StreamWriter, heldout_fraction: float
+) -> Iterator[SplitDocument]:
     """Each new document, as long as its side has room."""
     for document in found:
         if train.full and heldout.full:
@@ -59,17 +59,17 @@ def needed(
             tally.n_repeated += 1
             continue
         tally.docs.add(doc)
-        if document.whole is None:
+        if document.parent_key is None:
             tally.n_whole += 1
         else:
-            tally.cut.add(document.whole)
-        whole = side_key(document.text) if document.whole is None else document.whole
+            tally.cut.add(document.parent_key)
+        whole = split_key(document.text) if document.parent_key is None else document.parent_key
         side = heldout if is_heldout(whole, heldout_fraction) else train
         if not side.full:
-            yield Item(document, doc, side)
+            yield SplitDocument(document, doc, side)
 
 
-def shortage(train: StreamWriter, heldout: StreamWriter, *, tally: Tally, heldout_fraction: float) -> str:
+def shortage(train: StreamWriter, heldout: StreamWriter, *, tally: TextTally, heldout_fraction: float) -> str:
     """Why a side is not full when all is read, and the cure: too little text, or documents too long to be dealt out."""
     all_tokens = tally.tokens * tally.n_chars / max(tally.tokenised_chars, 1)
     if all_tokens >= train.wanted + heldout.wanted:
@@ -84,7 +84,7 @@ def shortage(train: StreamWriter, heldout: StreamWriter, *, tally: Tally, heldou
     )
 
 
-def _too_few_documents(train: StreamWriter, heldout: StreamWriter, *, tally: Tally) -> str:
+def _too_few_documents(train: StreamWriter, heldout: StreamWriter, *, tally: TextTally) -> str:
     short, what = (train, "to train on") if heldout.full else (heldout, "held out (harvest.heldout_tokens)")
     alone = tally.n_documents == 1
     why = (

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from sae_dist.config import UserError
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.harvest.rows import Kept, eligible, keep, select
+from sae_dist.harvest.rows import RowMask, eligible, row_mask, take_rows
 from sae_dist.model.engine import Engine
 from sae_dist.text.stream import Sequences
 from sae_dist.text.tokenize import separator
 
 CPU_BATCH_TOKENS = 2_048  # on a CPU a larger batch falls out of the caches
-_COPIES = 2  # batches whose activations are on their way to the host while the next one is in the model
+COPIES_IN_FLIGHT = 2  # batches whose activations are on their way to the host while the next one is in the model
 
 
-class States(NamedTuple):
+class UnitStates(NamedTuple):
     """The activations of all positions of a unit, in host memory, and the seconds that they took."""
 
     states: dict[str, Float[Tensor, "sequences context width"]]
@@ -29,7 +29,7 @@ class States(NamedTuple):
     copy_s: float  # what was left of the copies when the last batch had left the model
 
 
-class Rows(NamedTuple):
+class UnitRows(NamedTuple):
     """The rows of one unit: row i of every hook point is the same token."""
 
     states: dict[str, Float[Tensor, "rows width"]]
@@ -39,16 +39,6 @@ class Rows(NamedTuple):
     positions: int  # positions run through the model
     nonfinite: int
     outliers: int
-
-
-def harvest(engine: Engine, hooks: Sequence[str], *, sequences: Sequences, config: HarvestConfig) -> Rows:
-    """Runs the sequences through the model in one pass for all hook points and keeps the rows that the policy keeps.
-
-    Batches never reach across units, so a unit's rows do not depend on which replica harvested it, or when; on how many
-    sequences make a batch they depend within rounding, as they do on the machine.
-    """
-    states = forward(engine, hooks, sequences=sequences, batch=batch_sequences(engine, hooks, config)).states
-    return rows(engine, states, sequences=sequences, config=config)
 
 
 def batch_sequences(engine: Engine, hooks: Sequence[str], config: HarvestConfig) -> int:
@@ -72,40 +62,40 @@ def forward(
     sequences: Sequences,
     batch: int,
     progress: Callable[[int], None] = lambda _: None,
-) -> States:
+) -> UnitStates:
     """The activations at `hooks`, `batch` sequences at a time; `progress` hears the positions done after each.
 
     Activations leave a GPU on streams of their own, into page-locked memory, while the next batch is in the model.
     """
     began = time.monotonic()
     tokens = torch.as_tensor(sequences.tokens)
-    landing = _Landing(len(tokens))
+    buffers = _HostBuffers(len(tokens))
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch]
         captured = engine.capture(part.to(engine.device, non_blocking=True), hooks)
-        landing.take(start, captured)
+        buffers.take(start, captured)
         progress(part.numel())
-    landing.wait_forward()
+    buffers.wait_forward()
     forwarded = time.monotonic()
-    states = landing.wait_copies()
-    return States(states, forwarded - began, time.monotonic() - forwarded)
+    states = buffers.wait_copies()
+    return UnitStates(states, forwarded - began, time.monotonic() - forwarded)
 
 
-def rows(
+def to_rows(
     engine: Engine,
     states: dict[str, Float[Tensor, "sequences context width"]],
     *,
     sequences: Sequences,
     config: HarvestConfig,
-) -> Rows:
+) -> UnitRows:
     """Of all positions those that the policy keeps; raises `UserError` when the model gives too many unusable ones."""
     tokens = torch.as_tensor(sequences.tokens)
     candidates = eligible(tokens, config.rows, separator(engine.tokenizer))
-    kept = keep(states, candidates, config.rows)
+    kept = row_mask(states, candidates, config.rows)
     _check(kept, int(candidates.sum()), engine=engine, hooks=list(states), config=config)
     mask = kept.mask.numpy()
-    return Rows(
-        states={hook: select(x, kept.mask) for hook, x in states.items()},
+    return UnitRows(
+        states={hook: take_rows(x, kept.mask) for hook, x in states.items()},
         doc=sequences.doc[mask],
         pos=sequences.pos[mask],
         token=sequences.tokens[mask],
@@ -115,7 +105,7 @@ def rows(
     )
 
 
-def _check(kept: Kept, candidates: int, *, engine: Engine, hooks: list[str], config: HarvestConfig) -> None:
+def _check(kept: RowMask, candidates: int, *, engine: Engine, hooks: list[str], config: HarvestConfig) -> None:
     where = f"positions of {engine.name} in {engine.dtype} at {', '.join(hooks)}"
     if kept.nonfinite > config.max_nonfinite_fraction * candidates:
         raise UserError(
@@ -136,7 +126,7 @@ def _check(kept: Kept, candidates: int, *, engine: Engine, hooks: list[str], con
         )
 
 
-class _Landing:
+class _HostBuffers:
     """Where a unit's activations arrive: one tensor a hook point in host memory, filled batch by batch."""
 
     def __init__(self, n_sequences: int) -> None:
@@ -160,7 +150,7 @@ class _Landing:
                 events.append(stream.record_event())
             x.record_stream(stream)
         self._copies.append(events)
-        while len(self._copies) > _COPIES:  # activations on the device stay bounded when the way out is the slower one
+        while len(self._copies) > COPIES_IN_FLIGHT:  # bounds activations on the device when copies are the slower part
             for event in self._copies.popleft():
                 event.synchronize()
 

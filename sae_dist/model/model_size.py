@@ -11,14 +11,14 @@ from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import architecture
 
 
-class Skeleton(NamedTuple):
+class ModelSize(NamedTuple):
     """What one hook point of a model comes to."""
 
     width: int
     parameters: int  # of the layers that a token passes up to the hook point; the embedding is a look-up
 
 
-def skeleton(config: ModelConfig, hook: str) -> Skeleton:
+def model_size(config: ModelConfig, hook: str) -> ModelSize:
     """Width and parameters, read off a model of fake tensors, which have shapes and no numbers.
 
     UserError when the model's configuration cannot be had, for a hook point that is not there, and for a model whose
@@ -35,4 +35,4 @@ def skeleton(config: ModelConfig, hook: str) -> Skeleton:
                 f"model.name={config.name}: the width of hook={hook} cannot be told without its weights "
                 f"({str(error).strip().splitlines()[0]}); set d_model and subject_parameters"
             ) from error
-        return Skeleton(width, sum(p.numel() for part in cost.passed(model, [hook]) for p in part.parameters()))
+        return ModelSize(width, sum(p.numel() for part in cost.layers_run(model, [hook]) for p in part.parameters()))

@@ -8,7 +8,7 @@ _SIZES = {"cpu": 512, "cuda": 8192}  # a side of the matrices: some milliseconds
 _PRODUCTS = 5
 
 
-def product_flop_per_s(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_flop_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of some square products in `dtype`, with the threads that this process may use.
 
     A measure, not a data sheet: it holds for a share of a processor too. Takes some 0.1 s.

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from sae_dist.config import UserError
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.harvest.harvest import batch_sequences, harvest
+from sae_dist.harvest.forward import batch_sequences
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import load
 from sae_dist.text.stream import Sequences
 from sae_dist.text.tokenize import separator
+from tests.harvest.one_unit import harvest
 
 MODEL = load(ModelConfig(name="tiny-llama", dtype="float32"))
 
