@@ -22,7 +22,7 @@ from sae_dist.config import load
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import resolved_k_aux
 from sae_dist.service.config import TrainJob
-from sae_dist.service.training import train_and_judge
+from sae_dist.service.train_job import train_and_evaluate
 from sae_dist.shards import imports, reader
 from sae_dist.shards.imports import ImportConfig
 from sae_dist.train.config import TrainConfig
@@ -92,7 +92,7 @@ def main() -> int:
         }  # fmt: skip
         job = load(TrainJob, values)
         started = time.perf_counter()
-        summary = train_and_judge(job, stop=lambda: False)
+        summary = train_and_evaluate(job, stop=lambda: False)
         assert summary is not None
         result["command_seconds"] = time.perf_counter() - started
         lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -26,7 +26,7 @@ from benchmarks.gpu_train import made
 from sae_dist import storage
 from sae_dist.config import load
 from sae_dist.service.config import TrainJob
-from sae_dist.service.training import train_and_judge
+from sae_dist.service.train_job import train_and_evaluate
 from sae_dist.shards import imports
 from sae_dist.shards.imports import ImportConfig
 
@@ -40,7 +40,7 @@ def trained(store: Path, out: Path, steps: int, sae: dict[str, Any], *also: dict
         "train": {"tokens": None, "steps": steps, "batch": BATCH, "lr": 1e-3}, "wandb": {"mode": "disabled"},
     }  # fmt: skip
     before = time.process_time()
-    summary = train_and_judge(load(TrainJob, values), stop=lambda: False)
+    summary = train_and_evaluate(load(TrainJob, values), stop=lambda: False)
     assert summary is not None
     return {
         "seconds": steps * BATCH / summary["tokens_per_second"],

@@ -31,7 +31,7 @@ from benchmarks.activations import HOOK, load
 from sae_dist import storage
 from sae_dist.config import load as load_config
 from sae_dist.service.config import TrainJob
-from sae_dist.service.training import train_and_judge
+from sae_dist.service.train_job import train_and_evaluate
 from sae_dist.shards import imports
 from sae_dist.shards.imports import ImportConfig
 
@@ -53,7 +53,7 @@ def trained(rows: Path, folder: Path, given: argparse.Namespace) -> dict[str, di
         "sae": {"kind": "topk", "n_latents": given.latents, "k": K}, "also": [*also, {"seed": 1}],
         "train": {"tokens": None, "steps": given.steps, "batch": given.batch, "checkpoint_every": given.steps},
     }  # fmt: skip
-    summary = train_and_judge(load_config(TrainJob, values), stop=lambda: False)
+    summary = train_and_evaluate(load_config(TrainJob, values), stop=lambda: False)
     assert summary is not None
     names = [*map(name, OPTIONS), "float32, float32, another seed"]
     return {of: own["eval"] for of, own in zip(names, [summary, *summary["also"]], strict=True)}

@@ -20,7 +20,7 @@ from sae_dist.config import CONF_DIR, UserError
 from sae_dist.text.detect import detect
 
 COLUMN = 26  # where comments begin in --help
-PLACES = ("out", "store", "path", "to")  # keys that are always a name
+PATH_KEYS = ("out", "store", "path", "to")  # keys that are always a name
 
 
 def options(group: str, config: type | None = None) -> list[str]:
@@ -86,7 +86,7 @@ def _parsable(override: str) -> str:
     as_it_is, quoted = [override], [f"{key}={_quoted(value)}"]
     if not equals or value[:1] in ("'", '"') or value == "null":
         tries = as_it_is
-    elif key in PLACES:  # a folder called 2024, or a,b
+    elif key in PATH_KEYS:  # a folder called 2024, or a,b
         tries = quoted
     else:
         tries = as_it_is if value[:1] in "[{(" else as_it_is + quoted

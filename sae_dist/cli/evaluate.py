@@ -11,23 +11,23 @@ from typing import Any
 from sae_dist.cli.report import print_summary
 from sae_dist.config import frozen, load, local_folder
 from sae_dist.evaluate.config import EvaluateConfig
-from sae_dist.service.judge import evaluate_again
+from sae_dist.service.evaluate_job import evaluate_run
 
 POSITIONAL = ("out",)
 
 
 @frozen
-class EvaluateAgain:
+class EvaluateJob:
     """Which run to judge, and on how much."""
 
     out: str  # the run's folder
     evaluate: EvaluateConfig
 
 
-CONFIG = EvaluateAgain
+CONFIG = EvaluateJob
 
 
 def main(values: Mapping[str, Any]) -> int:
-    job = load(EvaluateAgain, values)
-    print_summary(evaluate_again(Path(local_folder("out", job.out)), job.evaluate))
+    job = load(EvaluateJob, values)
+    print_summary(evaluate_run(Path(local_folder("out", job.out)), job.evaluate))
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_dist.config import load
 from sae_dist.service.config import HarvestJob
-from sae_dist.service.harvest import harvest_store
+from sae_dist.service.harvest_job import harvest_store
 
 CONFIG = HarvestJob
 

@@ -17,7 +17,7 @@ import yaml
 import sae_dist
 from sae_dist.config import Stopped, UserError
 from sae_dist.refusals import refusal
-from sae_dist.service.stopping import handle
+from sae_dist.service.signals import on_signals
 
 COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "run": "harvest, train, evaluate, feature pages; resumes by itself when repeated",
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for chatty in ("httpx", "urllib3", "filelock", "fsspec", "botocore", "aiobotocore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    handle(_stop, (signal.SIGTERM, signal.SIGHUP))
+    on_signals(_stop, (signal.SIGTERM, signal.SIGHUP))
     try:
         return _dispatch(command, overrides)
     except UserError as error:

@@ -9,23 +9,23 @@ from typing import Any
 
 from sae_dist.config import frozen, load, local_folder
 from sae_dist.interpret.collect import PagesConfig
-from sae_dist.service.judge import pages_again
+from sae_dist.service.evaluate_job import write_run_pages
 
 POSITIONAL = ("out",)
 
 
 @frozen
-class PagesAgain:
+class PagesJob:
     """Which run's pages to write, and what they show."""
 
     out: str  # the run's folder
     pages: PagesConfig
 
 
-CONFIG = PagesAgain
+CONFIG = PagesJob
 
 
 def main(values: Mapping[str, Any]) -> int:
-    job = load(PagesAgain, values)
-    print(f"pages: {pages_again(Path(local_folder('out', job.out)), job.pages)}")
+    job = load(PagesJob, values)
+    print(f"pages: {write_run_pages(Path(local_folder('out', job.out)), job.pages)}")
     return 0

@@ -47,11 +47,11 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             console.print(f"{figure} is not measured: {why}", soft_wrap=True, highlight=False)
     if summary.get("also"):
         console.print(_members(summary))
-    for line in [f"ALERT: {alert}" for alert in summary.get("alerts", [])] + places(summary):
+    for line in [f"ALERT: {alert}" for alert in summary.get("alerts", [])] + result_paths(summary):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def places(summary: Mapping[str, Any]) -> list[str]:
+def result_paths(summary: Mapping[str, Any]) -> list[str]:
     """Where the parts of a finished run are, a line each."""
     own = [f"{key}: {summary[key]}" for key in ("dictionary", "pages") if summary.get(key)]
     return own + [f"{member['name']}: {member['dictionary']}" for member in summary.get("also", [])]

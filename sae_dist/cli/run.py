@@ -10,7 +10,7 @@ from typing import Any
 from sae_dist.cli.report import print_summary
 from sae_dist.config import load
 from sae_dist.service.config import RunConfig
-from sae_dist.service.run import run
+from sae_dist.service.run_job import run
 
 CONFIG = RunConfig
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_dist.cli.report import places
+from sae_dist.cli.report import result_paths
 from sae_dist.config import UserError, local_folder
 from sae_dist.service.display import duration, lines
 from sae_dist.service.run_folder import is_claimed, read_status
@@ -47,4 +47,4 @@ def _finished(summary: Mapping[str, Any]) -> list[str]:
     for name, own in judged:
         found += lines(name, {key: own[key] for key in FIGURES if own.get(key) is not None})
     found += [f"ALERT: {alert}" for alert in summary.get("alerts", [])]
-    return found + places(summary)
+    return found + result_paths(summary)

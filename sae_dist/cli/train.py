@@ -12,15 +12,15 @@ from typing import Any
 from sae_dist.cli.report import print_summary
 from sae_dist.config import load
 from sae_dist.service.config import TrainJob
-from sae_dist.service.stopping import listening
-from sae_dist.service.training import train_and_judge
+from sae_dist.service.signals import catch_signals
+from sae_dist.service.train_job import train_and_evaluate
 
 CONFIG = TrainJob
 
 
 def main(values: Mapping[str, Any]) -> int:
-    with listening() as request:  # the step in hand is finished and saved first
-        summary = train_and_judge(load(TrainJob, values), stop=request.heard)
+    with catch_signals() as request:  # the step in hand is finished and saved first
+        summary = train_and_evaluate(load(TrainJob, values), stop=request.made)
     if summary is not None:
         print_summary(summary)
     return 0

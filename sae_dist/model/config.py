@@ -37,7 +37,7 @@ class ModelConfig:
     quantization: Literal["none", "int8", "nf4"] = "none"  # int8 or nf4 by bitsandbytes, where it is installed
     trust_remote_code: Literal[False] = False
 
-    def located(self) -> "ModelConfig":
+    def with_absolute_paths(self) -> "ModelConfig":
         """The same with a folder's one absolute path: other processes have other working directories.
 
         The store's description names the model: a way round (`../model`) must not make another store of it.

@@ -15,8 +15,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from sae_dist.config import Stopped, UserError
 from sae_dist.service import local_ray
-from sae_dist.service.room import Bundle, Node, explain, never_fits
-from sae_dist.service.stopping import StopRequest, listening
+from sae_dist.service.placement import Bundle, Node, explain, never_fits
+from sae_dist.service.signals import StopRequest, catch_signals
 
 logger = logging.getLogger(__name__)
 QUIET = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": False}
@@ -39,7 +39,7 @@ def cluster(address: str, *, cpus: int) -> Iterator[StopRequest]:
     except SystemExit:  # Ray's own answer to SIGTERM while it starts
         raise Stopped("SIGTERM") from None
     try:
-        with listening() as request:  # only now: Ray has put its own handlers there
+        with catch_signals() as request:  # only now: Ray has put its own handlers there
             yield request
     finally:
         ray.shutdown()
@@ -69,7 +69,7 @@ def _join(address: str) -> None:
     head = _head(address)
     try:
         local_ray.read_token()
-        with local_ray.as_given():
+        with local_ray.keep_loopback_address():
             ray.init(address=head, **QUIET)
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise _no_cluster(address, first_line(error)) from None
@@ -108,7 +108,7 @@ def nodes() -> list[Node]:
     ]
 
 
-def check_room(bundle: Bundle, processes: int, *, others: int = 0, cure: str) -> None:
+def check_capacity(bundle: Bundle, processes: int, *, others: int = 0, cure: str) -> None:
     """UserError when the cluster has not what the run asks for, even empty: its actors would wait for ever.
 
     `others`: processes of one CPU beside those.
@@ -127,7 +127,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def reason_of(death: RayActorError) -> str:
+def death_reason(death: RayActorError) -> str:
     """Why an actor is gone, as far as Ray knows, in one line: out of memory, its node lost, killed."""
     told = [line.strip() for line in str(death).splitlines() if line.strip()]
     return next((line for line in told if "cause" in line.lower() or "reason" in line.lower()), " ".join(told[:2]))[
@@ -135,7 +135,7 @@ def reason_of(death: RayActorError) -> str:
     ]
 
 
-def answer(ref: ray.ObjectRef) -> Any:
+def result_of(ref: ray.ObjectRef) -> Any:
     """`ray.get`, with a user's mistake that was found in an actor raised as what it is."""
     try:
         return ray.get(ref)

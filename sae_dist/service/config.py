@@ -82,13 +82,13 @@ class RunConfig:
     def store_uri(self) -> str:
         return absolute_uri(self.store) if self.store is not None else str(self.folder / "store")
 
-    def located(self) -> "RunConfig":
+    def with_absolute_paths(self) -> "RunConfig":
         """The same with absolute places: other processes have other working directories.
 
         A store that is in the run's folder stays unnamed, so that a copy of the folder is whole.
         """
         store = None if self.store is None else absolute_uri(self.store)
-        return dataclasses.replace(self, out=str(self.folder), store=store, model=self.model.located())
+        return dataclasses.replace(self, out=str(self.folder), store=store, model=self.model.with_absolute_paths())
 
     def train_job(self) -> "TrainJob":
         """The training part of the run."""
@@ -96,7 +96,7 @@ class RunConfig:
             out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae, also=self.also,
             order=self.order, train=self.train, mesh=self.mesh, wandb=self.wandb, cluster=self.cluster,
             live=True,
-        ).located()  # fmt: skip
+        ).with_absolute_paths()  # fmt: skip
 
 
 @frozen
@@ -119,10 +119,13 @@ class HarvestJob:
     def hooks(self) -> tuple[str, ...]:
         return (self.hook,) if isinstance(self.hook, str) else self.hook
 
-    def located(self) -> "HarvestJob":
+    def with_absolute_paths(self) -> "HarvestJob":
         """The same with absolute places: other processes have other working directories."""
         return dataclasses.replace(
-            self, out=str(Path(self.out).absolute()), store=absolute_uri(self.store), model=self.model.located()
+            self,
+            out=str(Path(self.out).absolute()),
+            store=absolute_uri(self.store),
+            model=self.model.with_absolute_paths(),
         )
 
 
@@ -155,7 +158,7 @@ class TrainJob:
         """All dictionaries of the pass, the main one first."""
         return _members(self)
 
-    def located(self) -> "TrainJob":
+    def with_absolute_paths(self) -> "TrainJob":
         """The same with absolute places: other processes have other working directories."""
         checkpoints = None if self.train.checkpoints is None else absolute_uri(self.train.checkpoints)
         cache = None if self.train.cache is None else str(Path(self.train.cache).absolute())
@@ -180,7 +183,7 @@ def _check_cache(train: TrainConfig, store_uri: str) -> None:
 # Keys that may differ between two starts of one run: they say where and how fast it works, not what it works out.
 # (Another thread count, batch size or sharding may round a model's products otherwise, as another machine may.) A store
 # counts by content.
-FREE_KEYS = (
+KEYS_FREE_TO_CHANGE = (
     "out", "store", "live", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas", "harvest.threads",
     "harvest.gpus", "harvest.lease_s", "harvest.start_timeout_s", "harvest.ahead_units", "harvest.retention",
     "harvest.ring_gb", "harvest.batch_sequences", "harvest.batch_memory_gb", "harvest.tensor_parallel",
@@ -199,7 +202,9 @@ def identity(values: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for key, part in value.items() for k, v in flatten(part, f"{prefix}.{key}".lstrip(".")).items()}
 
     flat = flatten(values, "")
-    return {k: v for k, v in flat.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE_KEYS)}
+    return {
+        k: v for k, v in flat.items() if not any(k == free or k.startswith(f"{free}.") for free in KEYS_FREE_TO_CHANGE)
+    }
 
 
 def config_hash(config: object, store: str) -> str:

@@ -16,12 +16,12 @@ from ray._private import ray_constants, services  # none of what is used of thes
 from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 
 ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # see `as_given`
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # see `keep_loopback_address`
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_niceness": "0",  # Ray's own 15 would let anything else on the machine stall the run
 }
-SHIELDED = (signal.SIGTERM, signal.SIGHUP)  # Ray blocks SIGINT itself
+SHIELDED_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # Ray blocks SIGINT itself
 
 
 def start(cpus: int, **quiet: Any) -> None:
@@ -30,7 +30,7 @@ def start(cpus: int, **quiet: Any) -> None:
     The token is in no file. A message that reaches Ray's ports without it is refused.
     """
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with environment(ENVIRONMENT | token), as_given(), _apart():
+    with environment(ENVIRONMENT | token), keep_loopback_address(), _shielded():
         read_token()
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1",
@@ -60,7 +60,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def as_given() -> Iterator[None]:
+def keep_loopback_address() -> Iterator[None]:
     """Lets Ray take the address 127.0.0.1 as it is; it would put the address of a network card in its place.
 
     Ray does this for Windows and macOS, by a variable that it reads when it is imported.
@@ -73,15 +73,15 @@ def as_given() -> Iterator[None]:
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
-    before, services.ConsolePopen = services.ConsolePopen, _Apart
+def _shielded() -> Iterator[None]:
+    before, services.ConsolePopen = services.ConsolePopen, _ShieldedProcess
     try:
         yield
     finally:
         services.ConsolePopen = before
 
 
-class _Apart(subprocess.Popen[bytes]):
+class _ShieldedProcess(subprocess.Popen[bytes]):
     """A process of Ray, the first of a process group, that ignores requests to stop, as all do that it starts.
 
     A terminal, `timeout`, systemd and Slurm signal all processes of a command at once. The driver alone is to hear it:
@@ -89,7 +89,7 @@ class _Apart(subprocess.Popen[bytes]):
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED_SIGNALS)
         try:
             super().__init__(*arguments, process_group=0, **options)
         finally:

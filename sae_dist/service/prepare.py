@@ -37,26 +37,26 @@ def prepare(
     folder: Path,
     store_uri: str,
     progress: Callable[[Mapping[str, Any]], None],
-    describe_elsewhere: Callable[[], Description] | None = None,
-    judged: bool = False,
+    describe_on_cluster: Callable[[], Description] | None = None,
+    evaluated: bool = False,
     pages: bool = False,
 ) -> Prepared:
     """Tokenises the text under `folder` and creates the store, once.
 
     UserError, within seconds, for a model or a hook point that cannot do what the harvest will ask of it, and where the
-    dictionary is `judged` or gets `pages`, what evaluation and pages will. The model is loaded here for that, or
-    `describe_elsewhere` describes it where this process could not hold it.
+    dictionary is `evaluated` or gets `pages`, what evaluation and pages will. The model is loaded here for that, or
+    `describe_on_cluster` describes it where this process could not hold it.
     """
     text_fingerprint = corpus.fingerprint(text)  # first: a missing file is found before a model is loaded for nothing
     tokenizer = load_tokenizer(model)
     check_text(model, tokenizer, context=harvest.context, separator=separator(tokenizer))
-    if describe_elsewhere is not None:
-        description = describe_elsewhere()
+    if describe_on_cluster is not None:
+        description = describe_on_cluster()
     else:
         engine = open_engine(model)
         description = describe(engine, hook_points)
         if isinstance(engine, LanguageModel):
-            _try(engine, hook_points, harvest.context, judged=judged, pages=pages)
+            _check_model(engine, hook_points, harvest.context, evaluated=evaluated, pages=pages)
     n_train, n_heldout = unit_counts(harvest)
     per_unit = harvest.unit_sequences * harvest.context
     wanted = (n_train + n_heldout) * per_unit
@@ -77,11 +77,13 @@ def prepare(
     return Prepared(split, meta, facts)
 
 
-def _try(model: LanguageModel, hook_points: Sequence[str], context: int, *, judged: bool, pages: bool) -> None:
+def _check_model(
+    model: LanguageModel, hook_points: Sequence[str], context: int, *, evaluated: bool, pages: bool
+) -> None:
     """Once, in small, all that replicas will do with the model."""
     check_forward(model, hook_points, context)
     for hook in hook_points:
-        if judged:
+        if evaluated:
             check_evaluation(model, hook, context)
         if pages:
             check_pages(model, hook)

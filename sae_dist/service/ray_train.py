@@ -26,8 +26,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from sae_dist.config import Stopped, UserError, to_dict
 from sae_dist.service.cluster import first_line
 from sae_dist.service.config import TrainJob
-from sae_dist.service.ray_worker import LOOK_S, Outcome, work
-from sae_dist.service.room import Bundle
+from sae_dist.service.placement import Bundle
+from sae_dist.service.ray_train_worker import LOOK_S, Outcome, train_worker
 from sae_dist.train.loop import Trained
 from sae_dist.train.parallel import meeting
 from sae_dist.train.parallel.meeting import Meeting, join
@@ -44,7 +44,7 @@ GRACE_S = 120.0  # for ranks that were asked to stop, or are done: to save and r
 
 
 @dataclass
-class _OwnMeeting(TorchConfig):
+class _NoProcessGroup(TorchConfig):
     """Ray Train starts no process group: the ranks have theirs, at a store that listens on one address only."""
 
     @property
@@ -82,11 +82,11 @@ def train_with_ray_train(
     place, run = Meeting(served.rendezvous, RUN), meeting.names(served, RUN)
     most, least = job.mesh.data * job.mesh.feature, (job.mesh.least_data or job.mesh.data) * job.mesh.feature
     trainer = TorchTrainer(
-        work,
+        train_worker,
         train_loop_config={
             "job": to_dict(job), "provenance": dict(provenance), "bundle": tuple(bundle), "run": tuple(place)
         },
-        torch_config=_OwnMeeting(),
+        torch_config=_NoProcessGroup(),
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most), use_gpu=bundle.gpus > 0,
             resources_per_worker=bundle.resources(),
@@ -97,11 +97,11 @@ def train_with_ray_train(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )  # fmt: skip
-    fitted, driven = _begin(trainer), _Driven(job, run, served)
+    fitted, monitor = _begin(trainer), _WorkerMonitor(job, run, served)
     asked: tuple[Stopped, float] | None = None
     while True:
         ended, _ = ray.wait([fitted], timeout=0)  # first: a worker says what came of it before it returns
-        if (outcome := driven.outcome()) is not None:
+        if (outcome := monitor.outcome()) is not None:
             break
         if ended:
             raise RuntimeError(_why(fitted, job))
@@ -114,8 +114,8 @@ def train_with_ray_train(
         elif time.monotonic() - asked[1] > GRACE_S:
             logger.warning("the ranks did not answer within %.0f s; their last checkpoint counts", GRACE_S)
             raise asked[0]
-        driven.listen()
-        show(driven.facts())
+        monitor.listen()
+        show(monitor.facts())
         time.sleep(LOOK_S)
     match outcome.kind:
         case "refused":
@@ -126,7 +126,7 @@ def train_with_ray_train(
     return Trained(*outcome.told)
 
 
-class _Driven:
+class _WorkerMonitor:
     """What the driver knows of the workers: from the store where they meet."""
 
     def __init__(self, job: TrainJob, run: Any, served: Any) -> None:

@@ -21,9 +21,9 @@ from sae_dist.model.load import LanguageModel, chosen_device
 from sae_dist.model.matmul_rate import matmul_flop_per_s
 from sae_dist.model.parallel import ONE_PROCESS
 from sae_dist.parallel.rendezvous import Rendezvous, Served
-from sae_dist.service import judge
+from sae_dist.service import evaluate_job
 from sae_dist.service.config import RunConfig
-from sae_dist.service.orphan import end_with_parent
+from sae_dist.service.parent_watch import exit_with_parent
 from sae_dist.shards import reader
 from sae_dist.text.tokenize import TokenSplit
 
@@ -51,12 +51,12 @@ class Loaded(NamedTuple):
 
 
 class Replica:
-    """The actor's class; gang.py makes it one, with `CONCURRENCY` threads: units overlap, a `pulse` is always heard."""
+    """A Ray actor's class, with `CONCURRENCY` threads: units overlap, and `pulse` is answered beside them."""
 
     CONCURRENCY = 4  # two units, a pulse, and one to spare
 
     def __init__(self, config: ReplicaConfig, rank: int, size: int, threads: int) -> None:
-        end_with_parent()
+        exit_with_parent()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         torch.set_num_threads(threads)
         self._config, self._rank, self._size = config, rank, size
@@ -122,14 +122,14 @@ class Replica:
 
     def evaluate(self, values: Mapping[str, Any], name: str) -> dict[str, Any]:
         """The figures of a run's dictionary of that name on held-out text."""
-        return judge.evaluate(
+        return evaluate_job.evaluate(
             load_config(RunConfig, values), self._language_model, store=self._store,
             stream=self._split.heldout, name=name, progress=self._say,
         )  # fmt: skip
 
     def pages(self, values: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the feature pages of a run's dictionary; where their index is."""
-        path = judge.pages(
+        path = evaluate_job.pages(
             load_config(RunConfig, values), self._language_model, store=self._store,
             stream=self._split.train, summary=summary, progress=self._say,
         )  # fmt: skip

@@ -58,7 +58,7 @@ class RunFolder:
         self.status("done", step=summary["steps"], tokens=summary["tokens_trained"], **alerts)
 
     @contextmanager
-    def outcome(self) -> Iterator[None]:
+    def recording_outcome(self) -> Iterator[None]:
         """Lets go of the folder at the end, and leaves in status.json how it ended if it did not end well."""
         try:
             yield

@@ -135,7 +135,7 @@ def weights_digest(dictionary: Path) -> str:
     return check(dictionary)[WEIGHTS]
 
 
-def alerted(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+def alert_entry(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """The key `alerts` of a summary, if its dictionaries' figures give reason; the log says them too."""
     cure = "the training diverged or has hardly begun: see metrics.jsonl, lower train.lr or train longer"
     named = {"" if name == MAIN else f"{name}: ": alerts(own) for name, own in figures.items()}
@@ -183,5 +183,5 @@ def summarize(
             "eval": figures[main.name],
         }
         | ({"also": also} if also else {})
-        | alerted(figures)
+        | alert_entry(figures)
     )

@@ -8,8 +8,11 @@ from typing import NamedTuple
 from sae_dist.harvest.harvester import UnitReport
 
 RECENT = 8  # units that the present rate is taken over
-LATE_S, LATE = 1.0, 4.0  # a process that answers after so long, and so many times the median of the others, is named
-LAGGING = 0.5  # of the median of the others: a replica below it is named
+SLOW_ANSWER_S, SLOW_RATIO = (
+    1.0,
+    4.0,
+)  # a process that answers after so long, and so many times the median of the others, is named
+SLOW_RATE = 0.5  # of the median of the others: a replica below it is named
 PARTS: dict[str, Callable[[UnitReport], float]] = {
     "tokenise": lambda report: report.gather_s,
     "forward": lambda report: report.forward_s,
@@ -19,7 +22,7 @@ PARTS: dict[str, Callable[[UnitReport], float]] = {
 }
 
 
-class Moment(NamedTuple):
+class Snapshot(NamedTuple):
     """A time, and the positions and operations that were done by then."""
 
     time: float
@@ -34,7 +37,7 @@ class Throughput:
         self.units = self.rows = self.outliers = self.nonfinite = self.duplicates = 0
         self._began, self._flop_per_s = now, flop_per_s
         self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._recent = deque([Moment(now, 0, 0.0)], maxlen=RECENT + 1)
+        self._recent = deque([Snapshot(now, 0, 0.0)], maxlen=RECENT + 1)
 
     @property
     def positions(self) -> int:
@@ -44,7 +47,7 @@ class Throughput:
     def add(self, report: UnitReport, now: float) -> None:
         """One more unit of it is over."""
         last = self._recent[-1]
-        self._recent.append(Moment(now, last.positions + report.positions, last.flop + report.flop))
+        self._recent.append(Snapshot(now, last.positions + report.positions, last.flop + report.flop))
         self.units += 1
         self.rows += report.rows
         self.outliers += report.outliers
@@ -90,20 +93,20 @@ def remaining_s(replicas: Sequence[Throughput], *, units_left: int) -> float | N
     return units_left * sum(replica.positions for replica in replicas) / units / rate
 
 
-def late(delays: Mapping[tuple[int, int], float]) -> tuple[int, int] | None:
+def slow_process(delays: Mapping[tuple[int, int], float]) -> tuple[int, int] | None:
     """The process, as (replica, process), that answers much later than the others, if there is one."""
     if len(delays) < 2:
         return None
     slowest = max(delays, key=lambda process: delays[process])
     others = median(delay for process, delay in delays.items() if process != slowest)
-    return slowest if delays[slowest] >= max(LATE_S, LATE * others) else None
+    return slowest if delays[slowest] >= max(SLOW_ANSWER_S, SLOW_RATIO * others) else None
 
 
-def laggard(replicas: Mapping[int, Throughput]) -> int | None:
+def slow_replica(replicas: Mapping[int, Throughput]) -> int | None:
     """The replica that is much slower than the others, if there is one; each must have done some units."""
     rates = {number: each.tokens_per_second for number, each in replicas.items() if each.units >= 2}
     if len(rates) < 2:
         return None
     slowest = min(rates, key=lambda number: rates[number])
     others = median(rate for number, rate in rates.items() if number != slowest)
-    return slowest if rates[slowest] < LAGGING * others else None
+    return slowest if rates[slowest] < SLOW_RATE * others else None

@@ -255,7 +255,7 @@ def test_a_folder_is_located_and_a_name_is_not(tmp_path, monkeypatch):
     for folder in ("mine", "smollm2"):
         Path(folder).mkdir()
     names = {"mine": str(tmp_path / "mine"), "smollm2": "smollm2", "openai-community/gpt2": "openai-community/gpt2"}
-    assert {name: ModelConfig(name=name).located().name for name in names} == names
+    assert {name: ModelConfig(name=name).with_absolute_paths().name for name in names} == names
 
 
 def test_the_names_that_are_no_folders_are_those_that_can_be_loaded():
@@ -268,6 +268,6 @@ def test_a_folder_has_one_name_from_wherever_it_is_named(tmp_path, monkeypatch):
     names = set()
     for place, name in ((".", "model"), ("a", "../model"), ("b/c", "../../model"), ("a", str(tmp_path / "model"))):
         monkeypatch.chdir(tmp_path / place)
-        names.add(ModelConfig(name=name).located().name)
+        names.add(ModelConfig(name=name).with_absolute_paths().name)
     assert names == {str(tmp_path.resolve() / "model")}
-    assert ModelConfig(name="openai-community/gpt2").located().name == "openai-community/gpt2"
+    assert ModelConfig(name="openai-community/gpt2").with_absolute_paths().name == "openai-community/gpt2"

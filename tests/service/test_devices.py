@@ -11,8 +11,15 @@ import torch
 
 from sae_dist.cli.main import main
 from sae_dist.config import UserError
-from sae_dist.service.devices import GPU, PROCESSOR, bundle_of_rank, of_actor, of_local_rank, of_one_process
-from sae_dist.service.room import Node
+from sae_dist.service.devices import (
+    CPU_BUNDLE,
+    GPU_BUNDLE,
+    bundle_of_rank,
+    device_of_actor,
+    device_of_local_rank,
+    device_of_process,
+)
+from sae_dist.service.placement import Node
 from sae_dist.train.config import MeshConfig
 from tests.train.test_loop import rows_of
 
@@ -27,16 +34,16 @@ FOUR = MeshConfig(data=2, feature=2)
 @pytest.mark.parametrize(
     "wanted, mesh, there, taken, expected",
     [
-        ("auto", FOUR, nodes(4), 0.0, GPU),
-        ("auto", FOUR, nodes(2, 2), 0.0, GPU),
-        ("auto", FOUR, nodes(3), 0.0, PROCESSOR),
-        ("auto", FOUR, nodes(), 0.0, PROCESSOR),
-        ("auto", FOUR, nodes(4), 1.0, PROCESSOR),  # one is the harvest's
-        ("auto", FOUR, nodes(4, 1), 1.0, GPU),
-        ("auto", FOUR, nodes(*[0.5] * 8), 0.0, PROCESSOR),  # halves of GPUs are none
-        ("cuda", FOUR, nodes(4), 0.0, GPU),
-        ("cpu", FOUR, nodes(8), 0.0, PROCESSOR),
-        ("auto", MeshConfig(), nodes(8), 0.0, PROCESSOR),  # a single rank uses one that it sees
+        ("auto", FOUR, nodes(4), 0.0, GPU_BUNDLE),
+        ("auto", FOUR, nodes(2, 2), 0.0, GPU_BUNDLE),
+        ("auto", FOUR, nodes(3), 0.0, CPU_BUNDLE),
+        ("auto", FOUR, nodes(), 0.0, CPU_BUNDLE),
+        ("auto", FOUR, nodes(4), 1.0, CPU_BUNDLE),  # one is the harvest's
+        ("auto", FOUR, nodes(4, 1), 1.0, GPU_BUNDLE),
+        ("auto", FOUR, nodes(*[0.5] * 8), 0.0, CPU_BUNDLE),  # halves of GPUs are none
+        ("cuda", FOUR, nodes(4), 0.0, GPU_BUNDLE),
+        ("cpu", FOUR, nodes(8), 0.0, CPU_BUNDLE),
+        ("auto", MeshConfig(), nodes(8), 0.0, CPU_BUNDLE),  # a single rank uses one that it sees
     ],
 )
 def test_every_rank_reserves_a_gpu_or_none_does(wanted, mesh, there, taken, expected):
@@ -54,24 +61,24 @@ def test_too_few_gpus_in_a_cluster_are_one_line():
 
 
 def test_ranks_on_one_machine_take_the_gpus_of_their_numbers():
-    assert of_local_rank("auto", rank=2, ranks=3, there=4) == torch.device("cuda", 2)
-    assert of_local_rank("auto", rank=2, ranks=3, there=2) == torch.device("cpu")
-    assert of_local_rank("cpu", rank=0, ranks=1, there=8) == torch.device("cpu")
+    assert device_of_local_rank("auto", rank=2, ranks=3, there=4) == torch.device("cuda", 2)
+    assert device_of_local_rank("auto", rank=2, ranks=3, there=2) == torch.device("cpu")
+    assert device_of_local_rank("cpu", rank=0, ranks=1, there=8) == torch.device("cpu")
     with pytest.raises(UserError, match="3 ranks were started on .*, which has 2 usable GPUs; start as many"):
-        of_local_rank("cuda", rank=0, ranks=3, there=2)
+        device_of_local_rank("cuda", rank=0, ranks=3, there=2)
 
 
 def test_one_process_takes_a_gpu_that_is_there():
-    assert of_one_process("auto", there=1).type == "cuda" and of_one_process("auto", there=0).type == "cpu"
+    assert device_of_process("auto", there=1).type == "cuda" and device_of_process("auto", there=0).type == "cpu"
     with pytest.raises(UserError, match="sees no usable GPU"):
-        of_one_process("cuda", there=0)
+        device_of_process("cuda", there=0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
 def test_a_gpu_that_torch_cannot_use_is_one_line():
-    assert of_actor("auto", MeshConfig(feature=2), PROCESSOR).type == "cpu"
+    assert device_of_actor("auto", MeshConfig(feature=2), CPU_BUNDLE).type == "cpu"
     with pytest.raises(UserError, match="Ray gave a rank a GPU of .*; install a torch with CUDA, or use train.device"):
-        of_actor("auto", MeshConfig(feature=2), GPU)
+        device_of_actor("auto", MeshConfig(feature=2), GPU_BUNDLE)
 
 
 def test_data_ranks_follow_the_workers_and_feature_ranks_stay():

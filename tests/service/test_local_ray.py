@@ -33,7 +33,7 @@ with cluster("local", cpus=1) as request:
     for process in processes:
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGHUP)
-    found["request"] = request.heard()
+    found["request"] = request.made()
     found["same actor"] = ray.get(actor.pid.remote(), timeout=60) == pid
 found["left"] = [process.name() for process in psutil.wait_procs(family, timeout=60)[1]]
 print(json.dumps(found))
@@ -57,7 +57,7 @@ def test_only_the_run_reaches_its_ray_and_a_signal_to_every_process_stops_the_dr
 def test_importing_the_service_changes_no_environment():
     """What Ray reads there would reach other Rays too, e.g. `ray start` in a child process."""
     code = (
-        "import os; before = dict(os.environ); import sae_dist.service.run, sae_dist.service.ray_train; "
+        "import os; before = dict(os.environ); import sae_dist.service.run_job, sae_dist.service.ray_train; "
         "print(*(name for name, value in os.environ.items() if 'RAY' in name and before.get(name) != value))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -195,7 +195,7 @@ def test_a_run_whose_replica_and_trainer_are_killed_ends_in_the_same_dictionary(
     wait_until(lambda: units(out) >= 5, driver)
     kill(driver, "ray::Replica")
     wait_until(lambda: has_checkpoint(out), driver)
-    kill(driver, "ray::Trainer")
+    kill(driver, "ray::RankActor")
     said = finish(driver)
     assert "replica 0 died at unit" in said
     assert "the trainer died; a new one goes on from step_" in said

@@ -22,7 +22,7 @@ def test_a_folder_is_held_by_one_and_free_again_after(tmp_path):
     with pytest.raises(UserError, match="is in use by process"):
         RunFolder(tmp_path / "run", job())
     folder.status("done")
-    with folder.outcome():
+    with folder.recording_outcome():
         pass
     assert not is_claimed(tmp_path / "run")
     RunFolder(tmp_path / "run", job()).close()

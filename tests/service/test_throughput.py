@@ -3,7 +3,7 @@
 import pytest
 
 from sae_dist.harvest.harvester import UnitReport
-from sae_dist.service.throughput import Throughput, laggard, late, remaining_s
+from sae_dist.service.throughput import Throughput, remaining_s, slow_process, slow_replica
 
 
 def report(unit: int, *, positions: int = 100, flop: float = 1e3, duplicate: bool = False) -> UnitReport:
@@ -45,12 +45,12 @@ def test_what_is_left_takes_as_long_as_all_replicas_together_need():
 
 def test_a_replica_below_half_of_the_others_is_named():
     fast, slow = worked(1.0, 2.0), worked(2.5, 5.0)
-    assert laggard({0: fast, 4: slow, 7: fast}) == 4
-    assert laggard({0: fast, 4: worked(1.8, 3.6)}) is None
-    assert laggard({0: fast, 4: worked(30.0)}) is None  # one unit says nothing
+    assert slow_replica({0: fast, 4: slow, 7: fast}) == 4
+    assert slow_replica({0: fast, 4: worked(1.8, 3.6)}) is None
+    assert slow_replica({0: fast, 4: worked(30.0)}) is None  # one unit says nothing
 
 
 def test_a_process_that_answers_much_later_than_the_others_is_named():
-    assert late({(0, 0): 0.1, (0, 1): 2.0, (3, 0): 0.2}) == (0, 1)
-    assert late({(0, 0): 0.1, (0, 1): 0.9}) is None  # not long
-    assert late({(0, 0): 1.0, (0, 1): 2.0}) is None  # all are: the machine is busy
+    assert slow_process({(0, 0): 0.1, (0, 1): 2.0, (3, 0): 0.2}) == (0, 1)
+    assert slow_process({(0, 0): 0.1, (0, 1): 0.9}) is None  # not long
+    assert slow_process({(0, 0): 1.0, (0, 1): 2.0}) is None  # all are: the machine is busy

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 EVERY_S = 2.0
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """From now on this process ends, at once, within two seconds of the one that started it."""
     threading.Thread(target=_watch, args=(os.getppid(),), name="orphan", daemon=True).start()
 

@@ -30,7 +30,7 @@ from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.service.config import RunConfig, TrainJob
 from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.run_folder import claim, read_config
-from sae_dist.service.summary import alerted, read_summary
+from sae_dist.service.summary import alert_entry, read_summary
 from sae_dist.shards import reader
 from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.shards.retention import retired
@@ -112,7 +112,7 @@ def _outputs(language_model: LanguageModel, hook: str) -> Outputs | str:
     return Outputs(W_U[:, tokens], tokens)
 
 
-def evaluate_again(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
+def evaluate_run(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
     """Judges a finished run's dictionaries anew; its summary, with the new figures written into summary.json."""
     with _claimed(out) as (summary, config):
         summary.pop("alerts", None)
@@ -133,12 +133,12 @@ def evaluate_again(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]
             model, stream = load_model(config.model), prepared.split.heldout
             for name, own in judged.items():
                 own["eval"] = evaluate(config, model, store=store, stream=stream, name=name)
-        summary |= alerted({name: own["eval"] for name, own in judged.items()})
+        summary |= alert_entry({name: own["eval"] for name, own in judged.items()})
         write_json(out / "summary.json", summary)
         return summary
 
 
-def pages_again(out: Path, pages_config: PagesConfig) -> Path:
+def write_run_pages(out: Path, pages_config: PagesConfig) -> Path:
     """Writes a finished run's feature pages anew; the path of their index."""
     with _claimed(out) as (summary, config):
         if config is None:

@@ -19,10 +19,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sae_dist import storage
 from sae_dist.config import Stopped, to_dict
-from sae_dist.service.cluster import answer, first_line, reason_of
+from sae_dist.service.cluster import death_reason, first_line, result_of
 from sae_dist.service.config import TrainJob
-from sae_dist.service.room import Bundle
-from sae_dist.service.trainer import Trainer
+from sae_dist.service.placement import Bundle
+from sae_dist.service.rank_session import RankActor
 from sae_dist.train.folders import folders
 from sae_dist.train.loop import Trained
 from sae_dist.train.parallel import meeting
@@ -35,7 +35,7 @@ GRACE_S = 120.0  # for ranks that were asked to stop: to finish their step, save
 CAUSE_S = 15.0  # after one rank failed: for the others to say why, or to be found dead
 
 
-class Ranks:
+class RankActors:
     """Training in actors. Call `poll` until it gives the result; a `with` ends by asking them to save.
 
     `bundle` is what each of them reserves (devices.bundle_of_rank).
@@ -63,7 +63,7 @@ class Ranks:
         finished, _ = ray.wait(list(self._working), num_returns=1, timeout=timeout_s)
         for ref in finished:
             try:
-                report = answer(ref)
+                report = result_of(ref)
             except (RayActorError, RayTaskError) as failure:
                 self._again(self._cause(ref, failure))
                 return None
@@ -112,7 +112,7 @@ class Ranks:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                     self._group, placement_group_bundle_index=rank
                 )
-            actor: Any = ray.remote(Trainer).options(**options)
+            actor: Any = ray.remote(RankActor).options(**options)
             self._actors.append(actor.remote(values, self._provenance, rank=rank, meeting=place, bundle=self._bundle))
         self._working = {actor.train.remote(): rank for rank, actor in enumerate(self._actors)}
 
@@ -135,7 +135,7 @@ class Ranks:
         for other in others:
             rank = self._working.pop(other)
             try:
-                answer(other)
+                result_of(other)
             except (RayActorError, RayTaskError) as error:
                 failures[rank] = error
         for error in failures.values():
@@ -144,7 +144,7 @@ class Ranks:
         if self._listener is not None:
             self._listener.listen()
         dead = [
-            f"{self._who(rank)} died: {reason_of(error)}"
+            f"{self._who(rank)} died: {death_reason(error)}"
             for rank, error in sorted(failures.items())
             if isinstance(error, RayActorError)
         ]

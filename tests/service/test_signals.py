@@ -12,19 +12,19 @@ import pytest
 
 from sae_dist.cli.main import main
 from sae_dist.config import Stopped
-from sae_dist.service import stopping
-from sae_dist.service.stopping import listening
+from sae_dist.service import signals
+from sae_dist.service.signals import catch_signals
 from tests.service.main_job import DEADLINE_S, has_checkpoint
 
-REQUESTS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 
-@pytest.mark.parametrize("number", REQUESTS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_a_request_that_interrupts_nothing(number):
     before = signal.getsignal(number)
-    with listening() as request:
+    with catch_signals() as request:
         os.kill(os.getpid(), number)
-        assert request.heard()
+        assert request.made()
         with pytest.raises(Stopped, match=number.name):
             request.check()
     assert signal.getsignal(number) == before
@@ -32,22 +32,22 @@ def test_a_signal_is_a_request_that_interrupts_nothing(number):
 
 def test_the_same_signal_to_a_process_and_to_its_group_is_one_request():
     """As GNU timeout sends it."""
-    with listening() as request:
+    with catch_signals() as request:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(os.getpid(), number)
-        assert request.heard()
+        assert request.made()
 
 
 def test_a_request_is_heard_where_the_signal_was_blocked_for_others():
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    with listening() as request:
+    with catch_signals() as request:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert request.heard()
+        assert request.made()
 
 
 def test_a_second_ctrl_c_ends_the_wait(monkeypatch):
-    monkeypatch.setattr(stopping, "TWICE_S", 0.0)
-    with listening(), pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(signals, "SAME_REQUEST_S", 0.0)
+    with catch_signals(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -55,9 +55,9 @@ def test_a_second_ctrl_c_ends_the_wait(monkeypatch):
 def test_under_nohup_a_closed_terminal_is_no_request():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with listening() as request:
+        with catch_signals() as request:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not request.heard()
+            assert not request.made()
     finally:
         signal.signal(signal.SIGHUP, before)
 

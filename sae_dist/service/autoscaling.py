@@ -13,14 +13,14 @@ SETTLING = 3  # observations after a change, or while a replica starts, that cou
 STARVED, BLOCKED = 0.05, 0.25  # shares of the time; apart, so that a harvest between them is left as it is
 
 
-class Observed(NamedTuple):
+class Observation(NamedTuple):
     """One interval: the share of it that the hungriest consumer starved, and that producers were blocked."""
 
     starved: float
     blocked: float
 
 
-class Scale(NamedTuple):
+class ScaleState(NamedTuple):
     """How many replicas are wanted, and what the last observations said: votes in a row, +1 or -1 each."""
 
     wanted: int
@@ -28,7 +28,7 @@ class Scale(NamedTuple):
     settling: int = 0
 
 
-def decide(scale: Scale, seen: Observed, *, least: int, most: int, starting: bool) -> Scale:
+def decide(scale: ScaleState, seen: Observation, *, least: int, most: int, starting: bool) -> ScaleState:
     """The scale after one more interval; within [least, most] and by one replica at a time.
 
     `starting`: some replica is not at work yet, so that what is seen is not what the wanted number gives.
@@ -47,4 +47,4 @@ def decide(scale: Scale, seen: Observed, *, least: int, most: int, starting: boo
     votes = vote if scale.votes * vote < 0 else scale.votes + vote
     if abs(votes) < PATIENCE:
         return scale._replace(votes=votes)
-    return Scale(scale.wanted + vote, 0, SETTLING)
+    return ScaleState(scale.wanted + vote, 0, SETTLING)

@@ -10,13 +10,13 @@ from sae_dist.harvest.config import HarvestConfig
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.engine import Description
 from sae_dist.service.cluster import cluster
-from sae_dist.service.gang import Gang, Lost
-from sae_dist.service.harvesting import check_harvest_room, shape_of
 from sae_dist.service.replica import ReplicaConfig
+from sae_dist.service.replica_handle import ReplicaHandle, ReplicaLost
+from sae_dist.service.replica_pool import check_harvest_capacity, replica_shape
 from sae_dist.shards import reader
 
 
-def describe_elsewhere(
+def describe_on_cluster(
     model: ModelConfig, harvest: HarvestConfig, hooks: tuple[str, ...], store_uri: str, address: str
 ) -> Callable[[], Description] | None:
     """How to describe a model that several processes hold together; None where this process may load it."""
@@ -37,20 +37,20 @@ def _by_store_or_replica(
         meta = reader.open(place).meta
         if meta.hooks.keys() == set(hooks):
             return Description(meta.model, meta.model_fingerprint, dict(meta.hooks))
-    shape = shape_of(harvest)
+    shape = replica_shape(harvest)
     config = ReplicaConfig(to_dict(model), to_dict(harvest), hooks, None, None)
     with cluster(address, cpus=harvest.most_processes) as request:
-        check_harvest_room(harvest)
-        gang = Gang(0, config, shape, start_timeout_s=harvest.start_timeout_s, now=time.monotonic())
+        check_harvest_capacity(harvest)
+        handle = ReplicaHandle(0, config, shape, start_timeout_s=harvest.start_timeout_s, now=time.monotonic())
         try:
-            while not gang.ready:
+            while not handle.ready:
                 request.check()
-                gang.advance(time.monotonic())
+                handle.advance(time.monotonic())
                 time.sleep(0.05)
-            return gang.loaded[0].description
-        except Lost as loss:
+            return handle.loaded[0].description
+        except ReplicaLost as loss:
             raise RuntimeError(
-                f"the replica that was to describe {model.name} died while {gang.state}: {loss}"
+                f"the replica that was to describe {model.name} died while {handle.state}: {loss}"
             ) from loss
         finally:
-            gang.close()
+            handle.close()

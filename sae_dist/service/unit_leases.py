@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Lease(NamedTuple):
+class UnitLease(NamedTuple):
     """One unit in the hands of one replica; times in seconds of the coordinator's monotonic clock."""
 
     attempt: int
@@ -19,12 +19,12 @@ class Lease(NamedTuple):
     heard: float
 
 
-class Leases:
+class UnitLeases:
     """Units are pending, leased or over. Pending ones go out in order, those that came back first."""
 
     def __init__(self, todo: Sequence[int], *, lease_s: float) -> None:
         self._pending, self._lease_s = deque(todo), lease_s
-        self._held: dict[int, Lease] = {}  # by attempt
+        self._held: dict[int, UnitLease] = {}  # by attempt
         self._attempts = 0
         self.lost: Counter[int] = Counter()  # how often a unit came back
         self.expired = 0  # replicas of which nothing was heard for too long
@@ -52,16 +52,16 @@ class Leases:
         """Whether the next unit to go out was out before."""
         return bool(self._pending) and self.lost[self._pending[0]] > 0
 
-    def of(self, replica: int) -> list[Lease]:
+    def of(self, replica: int) -> list[UnitLease]:
         """What the replica holds, longest held first."""
         return [lease for lease in self._held.values() if lease.replica == replica]
 
-    def grant(self, replica: int, now: float) -> Lease | None:
+    def grant(self, replica: int, now: float) -> UnitLease | None:
         """The next unit for the replica, None when none is pending."""
         if not self._pending:
             return None
         self._attempts += 1
-        lease = Lease(self._attempts, self._pending.popleft(), replica, now)
+        lease = UnitLease(self._attempts, self._pending.popleft(), replica, now)
         self._held[lease.attempt] = lease
         return lease
 

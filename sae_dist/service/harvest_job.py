@@ -12,21 +12,21 @@ from sae_dist.monitor.metrics import JsonLines, Log
 from sae_dist.monitor.mirror import WandbMirror
 from sae_dist.service.cluster import check_address, cluster
 from sae_dist.service.config import HarvestJob
-from sae_dist.service.describe import describe_elsewhere
+from sae_dist.service.describe_model import describe_on_cluster
 from sae_dist.service.display import Display
-from sae_dist.service.harvesting import Harvesting, check_harvest_room
 from sae_dist.service.prepare import prepare
 from sae_dist.service.replica import ReplicaConfig
+from sae_dist.service.replica_pool import ReplicaPool, check_harvest_capacity
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.shards import reader
 
 
 def harvest_store(job: HarvestJob) -> dict[str, Any]:
     """Harvests the units that the store lacks; how many units and rows it has then."""
-    job = job.located()
+    job = job.with_absolute_paths()
     folder = RunFolder(Path(job.out), job)
     values = to_dict(job)
-    with folder.outcome():
+    with folder.recording_outcome():
         check_address(job.cluster)
         with Display(job.out) as display:
             folder.status("preparing")
@@ -34,7 +34,7 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
                 model=job.model, hook_points=job.hooks, text=job.text, harvest=job.harvest,
                 folder=folder.path / "text", store_uri=job.store,
                 progress=lambda facts: display.update("text", facts),
-                describe_elsewhere=describe_elsewhere(job.model, job.harvest, job.hooks, job.store, job.cluster),
+                describe_on_cluster=describe_on_cluster(job.model, job.harvest, job.hooks, job.store, job.cluster),
             )  # fmt: skip
             display.update("text", prepared.facts, now=True)
             store = reader.open(storage.open(job.store))
@@ -43,13 +43,13 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
                 cluster(job.cluster, cpus=job.harvest.most_processes) as request,
                 harvest_log(folder.path, job.wandb, values) as log,
             ):
-                check_harvest_room(job.harvest)
-                with closing(Harvesting(replica, job.harvest, store=store, out=job.out, log=log)) as harvesting:
-                    while not harvesting.done:
+                check_harvest_capacity(job.harvest)
+                with closing(ReplicaPool(replica, job.harvest, store=store, out=job.out, log=log)) as pool:
+                    while not pool.done:
                         request.check()
-                        harvesting.poll(0.5)
-                        facts = harvesting.facts()
-                        display.update("harvest", facts, now=harvesting.done)
+                        pool.poll(0.5)
+                        facts = pool.facts()
+                        display.update("harvest", facts, now=pool.done)
                         folder.status("running", text=prepared.facts, harvest=facts)
         commits = store.committed()
         facts = {"units": len(commits), "rows": sum(commit.rows for commit in commits.values())}

@@ -19,9 +19,9 @@ from sae_dist.monitor.metrics import JsonLines, Log, tee
 from sae_dist.monitor.mirror import WandbMirror
 from sae_dist.refusals import refusal
 from sae_dist.service.config import TrainJob
-from sae_dist.service.devices import of_actor
-from sae_dist.service.orphan import end_with_parent
-from sae_dist.service.room import Bundle
+from sae_dist.service.devices import device_of_actor
+from sae_dist.service.parent_watch import exit_with_parent
+from sae_dist.service.placement import Bundle
 from sae_dist.service.summary import alerts
 from sae_dist.shards import reader
 from sae_dist.shards.reader import Store
@@ -77,7 +77,7 @@ def _missing_heldout(store: Store) -> list[int]:
     return [u for u in range(store.meta.train_units, store.meta.n_units) if store.commit(u) is None]
 
 
-def run_training(
+def run_rank(
     job: TrainJob,
     rank: Joined,
     *,
@@ -96,7 +96,7 @@ def run_training(
     meta = store.meta
     origin = {"model": meta.model, "model_fingerprint": meta.model_fingerprint, "tokenizer": meta.tokenizer}
     origin |= {"store": job.store, "text_fingerprint": meta.text_fingerprint}
-    with _one_trainer(out) if rank.mesh.first else nullcontext(), _logs(job, out, rank.mesh.first, watch) as log:
+    with _only_trainer(out) if rank.mesh.first else nullcontext(), _logs(job, out, rank.mesh.first, watch) as log:
         task = Task(
             store, hook=chosen_hook(store, job.hook), members=job.members, config=job.train, order=job.order,
             seed=job.seed, out=out, live=job.live, provenance={**origin, **provenance},
@@ -113,7 +113,7 @@ def _logs(job: TrainJob, out: Path, first: bool, watch: Log | None) -> Iterator[
         return
     lines = JsonLines(out / "metrics.jsonl")
     mirror = None
-    say_of_rate(job)
+    log_default_rate(job)
     if job.wandb.mode != "disabled":
         mirror = WandbMirror(job.wandb, out=out, name=out.name, run_config=to_dict(job))
     try:
@@ -124,7 +124,7 @@ def _logs(job: TrainJob, out: Path, first: bool, watch: Log | None) -> Iterator[
             mirror.close()
 
 
-def say_of_rate(job: TrainJob) -> None:
+def log_default_rate(job: TrainJob) -> None:
     """The law for the learning rate is of long runs: in a short one a dictionary has not come far when it ends."""
     lawful = [member for member in job.members if member.lr is None]
     if lawful and job.train.n_steps < SHORT_STEPS:
@@ -159,7 +159,7 @@ def alerting(log: Log, job: TrainJob) -> Log:
 
 
 @contextmanager
-def _one_trainer(out: Path) -> Iterator[None]:
+def _only_trainer(out: Path) -> Iterator[None]:
     """Waits until no other process trains into `out`: a killed driver's trainer may outlive it by a moment."""
     with (out / ".training").open("a") as lock:
         try:
@@ -175,7 +175,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-class Trainer:
+class RankActor:
     """A rank's actor class, with what `bundle` reserves; needs max_concurrency=2, so that `stop` is heard meanwhile."""
 
     def __init__(
@@ -187,7 +187,7 @@ class Trainer:
         meeting: Meeting | None,
         bundle: Bundle,
     ) -> None:
-        end_with_parent()
+        exit_with_parent()
         self._job, self._provenance = load_config(TrainJob, values), provenance
         self._rank, self._meeting, self._bundle = rank, meeting, bundle
         self._stop = threading.Event()
@@ -197,9 +197,9 @@ class Trainer:
         mesh = self._job.mesh
         try:
             world = mesh.data * mesh.feature
-            device = of_actor(self._job.train.device, mesh, self._bundle)
+            device = device_of_actor(self._job.train.device, mesh, self._bundle)
             with joined(mesh, self._meeting, rank=self._rank, world=world, device=device) as rank:
-                return run_training(self._job, rank, provenance=self._provenance, stop=self._stop.is_set)
+                return run_rank(self._job, rank, provenance=self._provenance, stop=self._stop.is_set)
         except Stopped:
             return None
         except (OSError, MemoryError, RuntimeError) as error:  # Ray hands on what a user can cure as what it is

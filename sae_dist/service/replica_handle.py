@@ -1,7 +1,7 @@
 """One model replica as the driver sees it: processes in a placement group that hold the model together.
 
 Nothing here waits: `advance` goes one step further towards `ready` when that step is done, and asks every process for a
-sign of life. Whatever ends a replica is raised as `Lost`; a user's mistake that it found as `UserError`.
+sign of life. Whatever ends a replica is raised as `ReplicaLost`; a user's mistake that it found as `UserError`.
 """
 
 import logging
@@ -17,23 +17,23 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sae_dist.harvest.harvester import Progress
-from sae_dist.service.cluster import answer, first_line, nodes, reason_of
+from sae_dist.service.cluster import death_reason, first_line, nodes, result_of
+from sae_dist.service.placement import Bundle, explain, fits
 from sae_dist.service.replica import Loaded, Replica, ReplicaConfig
-from sae_dist.service.room import Bundle, explain, fits
 
 logger = logging.getLogger(__name__)
 
 PULSE_S = 1.0  # between an answer and the next question to a process
 PATIENCE_S = 15.0  # without a place before a person is told, and until told again
-COME_AGAIN = (IndexError, TypeError, AttributeError, AssertionError, NotImplementedError)  # whoever does the work
+PROGRAM_ERRORS = (IndexError, TypeError, AttributeError, AssertionError, NotImplementedError)  # whoever does the work
 PULSES = 30  # answers of a process that its mean delay is taken over
 
 
-class Lost(Exception):
+class ReplicaLost(Exception):
     """The replica is gone, or one of its processes, or nothing sensible comes from it; says why in a line."""
 
 
-class Shape(NamedTuple):
+class ReplicaShape(NamedTuple):
     """How a replica is made: so many processes, what each reserves, and the threads it computes with."""
 
     size: int
@@ -41,14 +41,16 @@ class Shape(NamedTuple):
     threads: int
 
 
-class Gang:
+class ReplicaHandle:
     """A replica from when it is asked for until `close`. Times: the driver's monotonic clock, in seconds."""
 
-    def __init__(self, number: int, config: ReplicaConfig, shape: Shape, *, start_timeout_s: float, now: float) -> None:
+    def __init__(
+        self, number: int, config: ReplicaConfig, shape: ReplicaShape, *, start_timeout_s: float, now: float
+    ) -> None:
         self.number, self.shape = number, shape
         self.state: Literal["placing", "meeting", "loading", "ready"] = "placing"
         self.loaded: list[Loaded] = []
-        self.leaving = False  # gets no more units, and goes when it has none
+        self.draining = False  # gets no more units, and goes when it has none
         self._config, self._start_timeout_s, self._began, self._told = config, start_timeout_s, now, now
         self._actors: list[ActorHandle] = []
         self.steps: list[ray.ObjectRef] = []  # what the present state waits for, unless it is a place
@@ -73,18 +75,18 @@ class Gang:
         return sum(loaded.flop_per_s for loaded in self.loaded)
 
     def advance(self, now: float) -> bool:
-        """Goes on as far as it can; whether the replica gave a sign of life. Raises `Lost` and `UserError`."""
+        """Goes on as far as it can; whether the replica gave a sign of life. Raises `ReplicaLost` and `UserError`."""
         if self.state == "ready":
             return self._listen(now)
         if now - self._began > self._start_timeout_s:
-            raise Lost(f"it was still {self.state} after harvest.start_timeout_s={self._start_timeout_s:g}")
+            raise ReplicaLost(f"it was still {self.state} after harvest.start_timeout_s={self._start_timeout_s:g}")
         if self.state == "placing":
             if placement_group_table(self._group)["state"] != "CREATED":
-                self._say_what_is_missing(now)
+                self._log_what_is_missing(now)
                 return False
             self._start()
         came, self.steps = ray.wait(self.steps, num_returns=len(self.steps), timeout=0)
-        answers = [heard(ref) for ref in came]  # at once: the others may be waiting for one that failed
+        answers = [replica_result(ref) for ref in came]  # at once: the others may be waiting for one that failed
         if self.state == "meeting":
             if answers:
                 self._load(answers[0])
@@ -128,7 +130,7 @@ class Gang:
         self._strategy = strategy
         self._group = placement_group([self.shape.bundle.resources()] * self.shape.size, strategy=strategy)
 
-    def _say_what_is_missing(self, now: float) -> None:
+    def _log_what_is_missing(self, now: float) -> None:
         if now - self._told < PATIENCE_S:
             return
         self._told, there = now, nodes()
@@ -164,7 +166,7 @@ class Gang:
         alive = False
         for ref in came:
             rank, asked = self._asked.pop(ref)
-            progress: Progress = heard(ref)
+            progress: Progress = replica_result(ref)
             alive |= progress != self._progress.get(rank)
             self._progress[rank], self._answered[rank] = progress, now
             self._delays.setdefault(rank, deque(maxlen=PULSES)).append(now - asked)
@@ -175,18 +177,18 @@ class Gang:
         return alive
 
 
-def heard(ref: ray.ObjectRef) -> Any:
-    """The answer of a process; `Lost` when there is none to be had, `UserError` when it found a user's mistake.
+def replica_result(ref: ray.ObjectRef) -> Any:
+    """The answer of a process; `ReplicaLost` when there is none to be had, `UserError` when it found a user's mistake.
 
     A fault of the program itself is raised as it is: another replica would have it too.
     """
     try:
-        return answer(ref)
+        return result_of(ref)
     except RayTaskError as error:
-        if isinstance(error.cause, COME_AGAIN):
+        if isinstance(error.cause, PROGRAM_ERRORS):
             raise
-        raise Lost(f"{type(error.cause).__name__}: {first_line(error.cause or error)}") from error
+        raise ReplicaLost(f"{type(error.cause).__name__}: {first_line(error.cause or error)}") from error
     except RayActorError as death:
-        raise Lost(reason_of(death)) from death
+        raise ReplicaLost(death_reason(death)) from death
     except RayError as error:
-        raise Lost(first_line(error)) from error
+        raise ReplicaLost(first_line(error)) from error

@@ -17,11 +17,11 @@ from sae_dist.evaluate.figures import together
 from sae_dist.records import write_json
 from sae_dist.sae import dictionary
 from sae_dist.service.config import TrainJob, config_hash
-from sae_dist.service.devices import bundle_of_rank, of_local_rank, of_one_process, usable_gpus
+from sae_dist.service.devices import bundle_of_rank, device_of_local_rank, device_of_process, usable_gpus
 from sae_dist.service.display import Display, progress
+from sae_dist.service.rank_session import check_heldout, chosen_hook, run_rank, wait_for_heldout
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.summary import read_finished, summarize
-from sae_dist.service.trainer import check_heldout, chosen_hook, run_training, wait_for_heldout
 from sae_dist.shards import reader
 from sae_dist.train.config import Launcher
 from sae_dist.train.loop import Trained
@@ -41,22 +41,22 @@ class Work(Protocol):
     def __call__(self, *, provenance: Mapping[str, Any], show: Show) -> Trained: ...
 
 
-def train_and_judge(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
+def train_and_evaluate(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
     """Trains, judges the dictionaries on the store's held-out units, and returns the summary (summary.json).
 
     Of processes that torchrun started, the first one does; the others train and return None.
     """
-    job = job.located()
+    job = job.with_absolute_paths()
     match launcher(job):
         case "process":
             with joined(job.mesh, None, rank=0, world=1, device=_alone(job)) as alone:
-                return _lead(job, in_process(job, alone, stop), stop)
+                return _run_once(job, in_process(job, alone, stop), stop)
         case "torchrun":
             return _of_torchrun(job, stop)
         case "ray_train":
-            return _lead(job, in_ray_train(job, stop), stop)
+            return _run_once(job, in_ray_train(job, stop), stop)
         case _:
-            return _lead(job, in_actors(job, stop), stop)
+            return _run_once(job, in_actors(job, stop), stop)
 
 
 def launcher(job: TrainJob) -> Launcher:
@@ -86,7 +86,7 @@ def in_process(job: TrainJob, rank: Joined, stop: Stop) -> Work:
     """Training as one rank of a mesh that is there."""
 
     def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
-        return run_training(job, rank, provenance=provenance, stop=stop, watch=lambda *_: show({}))
+        return run_rank(job, rank, provenance=provenance, stop=stop, watch=lambda *_: show({}))
 
     return work
 
@@ -95,16 +95,16 @@ def in_actors(job: TrainJob, stop: Stop) -> Work:
     """Training in Ray actors, one a rank."""
 
     def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
-        from sae_dist.service.cluster import check_room, cluster, nodes  # Ray, which other launchers do without
-        from sae_dist.service.ranks import Ranks
+        from sae_dist.service.cluster import check_capacity, cluster, nodes  # Ray, which other launchers do without
+        from sae_dist.service.rank_actors import RankActors
 
         world = job.mesh.data * job.mesh.feature
         with cluster(job.cluster, cpus=world) as request:
             bundle = bundle_of_rank(job.train.device, job.mesh, nodes())
-            check_room(bundle, world, cure="lower mesh.data or mesh.feature")
+            check_capacity(bundle, world, cure="lower mesh.data or mesh.feature")
             if stop():  # while Ray started
                 raise Stopped("asked to stop")
-            with Ranks(job, provenance=provenance, bundle=bundle) as ranks:
+            with RankActors(job, provenance=provenance, bundle=bundle) as ranks:
                 while (trained := ranks.poll(0.5)) is None:
                     request.check()
                     show(ranks.facts())
@@ -117,13 +117,13 @@ def in_ray_train(job: TrainJob, stop: Stop) -> Work:
     """Training in the workers of Ray Train, which starts them again when some fail."""
 
     def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
-        from sae_dist.service.cluster import check_room, cluster, nodes
+        from sae_dist.service.cluster import check_capacity, cluster, nodes
         from sae_dist.service.ray_train import train_with_ray_train
 
         least = dataclasses.replace(job.mesh, data=job.mesh.least_data or job.mesh.data)
         with cluster(job.cluster, cpus=job.mesh.data * job.mesh.feature) as request:
             bundle = bundle_of_rank(job.train.device, least, nodes())
-            check_room(bundle, least.data * least.feature, cure="lower mesh.data or mesh.feature")
+            check_capacity(bundle, least.data * least.feature, cure="lower mesh.data or mesh.feature")
 
             def check() -> None:
                 request.check()
@@ -136,14 +136,16 @@ def in_ray_train(job: TrainJob, stop: Stop) -> Work:
 
 
 def _alone(job: TrainJob) -> torch.device:
-    return of_one_process(job.train.device, there=usable_gpus())
+    return device_of_process(job.train.device, there=usable_gpus())
 
 
 def _of_torchrun(job: TrainJob, stop: Stop) -> dict[str, Any] | None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     here, together = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = (
-        of_local_rank(job.train.device, rank=here, ranks=together, there=usable_gpus()) if world > 1 else _alone(job)
+        device_of_local_rank(job.train.device, rank=here, ranks=together, there=usable_gpus())
+        if world > 1
+        else _alone(job)
     )
     with (
         of_torchrun(Path(job.out), START_S) as place,
@@ -151,14 +153,16 @@ def _of_torchrun(job: TrainJob, stop: Stop) -> dict[str, Any] | None:
     ):
         work = in_process(job, rank, stop)
         if rank.mesh.first:
-            return _lead(job, work, stop, begin=lambda go: of_first(rank.mesh, go, name="begin"))
+            return _run_once(job, work, stop, begin=lambda go: of_first(rank.mesh, go, name="begin"))
         logging.getLogger().setLevel(logging.WARNING)
         if of_first(rank.mesh, 0, name="begin"):
             work(provenance={}, show=lambda _: None)
         return None
 
 
-def _lead(job: TrainJob, work: Work, stop: Stop, *, begin: Callable[[bool], object] = lambda _: None) -> dict[str, Any]:
+def _run_once(
+    job: TrainJob, work: Work, stop: Stop, *, begin: Callable[[bool], object] = lambda _: None
+) -> dict[str, Any]:
     """What is done once: the folder, the summary. `begin` hears in any case whether there is something to train."""
     begun, out = False, Path(job.out)
     try:
@@ -166,7 +170,7 @@ def _lead(job: TrainJob, work: Work, stop: Stop, *, begin: Callable[[bool], obje
         hook = chosen_hook(store, job.hook)
         hashed = config_hash(job, store.meta.digest)
         folder = RunFolder(out, job)
-        with folder.outcome():
+        with folder.recording_outcome():
             if (finished := read_finished(out, hashed, job.members)) is not None:
                 folder.done(finished)
                 return finished

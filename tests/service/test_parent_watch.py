@@ -5,9 +5,13 @@ import sys
 
 import psutil
 
-CHILD = (
-    "import time; from sae_dist.service.orphan import end_with_parent; end_with_parent(); print('up'); time.sleep(60)"
-)
+CHILD = """
+import time
+from sae_dist.service.parent_watch import exit_with_parent
+exit_with_parent()
+print("up")
+time.sleep(60)
+"""
 PARENT = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-uc', {CHILD!r}]); print(p.pid); p.wait()"
 
 

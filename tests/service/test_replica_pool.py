@@ -156,7 +156,7 @@ def test_a_fault_of_the_program_is_no_dead_replica():
     import ray  # isort: skip
     from ray.exceptions import RayTaskError
 
-    from sae_dist.service.gang import Lost, heard
+    from sae_dist.service.replica_handle import ReplicaLost, replica_result
 
     @ray.remote
     def fails(error: Exception) -> None:
@@ -164,8 +164,8 @@ def test_a_fault_of_the_program_is_no_dead_replica():
 
     with cluster("local", cpus=1):
         with pytest.raises(RayTaskError, match="IndexError"):
-            heard(fails.remote(IndexError("index out of range in self")))
-        with pytest.raises(Lost, match="OSError: the disk"):
-            heard(fails.remote(OSError("the disk")))
+            replica_result(fails.remote(IndexError("index out of range in self")))
+        with pytest.raises(ReplicaLost, match="OSError: the disk"):
+            replica_result(fails.remote(OSError("the disk")))
         with pytest.raises(UserError, match="the cure"):
-            heard(fails.remote(UserError("the cure")))
+            replica_result(fails.remote(UserError("the cure")))

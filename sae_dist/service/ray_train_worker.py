@@ -18,10 +18,10 @@ from ray.train.collective import broadcast_from_rank_zero
 from sae_dist.config import Stopped, UserError
 from sae_dist.config import load as load_config
 from sae_dist.service.config import TrainJob
-from sae_dist.service.devices import of_actor
-from sae_dist.service.orphan import end_with_parent
-from sae_dist.service.room import Bundle
-from sae_dist.service.trainer import run_training
+from sae_dist.service.devices import device_of_actor
+from sae_dist.service.parent_watch import exit_with_parent
+from sae_dist.service.placement import Bundle
+from sae_dist.service.rank_session import run_rank
 from sae_dist.train.parallel.joined import joined
 from sae_dist.train.parallel.meeting import Meeting, join
 from sae_dist.train.parallel.pulse import START_S
@@ -36,9 +36,9 @@ class Outcome(NamedTuple):
     told: Any  # the fields of Trained, or a line
 
 
-def work(given: dict[str, Any]) -> None:
+def train_worker(given: dict[str, Any]) -> None:
     """What every worker does: a rank's training, or nothing if it is one too many for the mesh."""
-    end_with_parent()
+    exit_with_parent()
     job, context = load_config(TrainJob, given["job"]), ray.train.get_context()
     rank, bundle, place = context.get_world_rank(), Bundle(*given["bundle"]), Meeting(*given["run"])
     attempt = broadcast_from_rank_zero(secrets.token_hex(4))
@@ -48,14 +48,14 @@ def work(given: dict[str, Any]) -> None:
         return
     run = join(place, START_S)
     try:
-        device = of_actor(job.train.device, job.mesh, bundle)
+        device = device_of_actor(job.train.device, job.mesh, bundle)
         if rank == 0:
             run.set("attempt", json.dumps([attempt, mesh.data]))
         with (
             joined(mesh, place._replace(attempt=attempt), rank=rank, world=world, device=device) as here,
-            _asked(place) as stop,
+            _stop_requested(place) as stop,
         ):
-            trained = run_training(dataclasses.replace(job, mesh=mesh), here, provenance=given["provenance"], stop=stop)
+            trained = run_rank(dataclasses.replace(job, mesh=mesh), here, provenance=given["provenance"], stop=stop)
         outcome = Outcome("trained", trained)
     except Stopped as stopped:
         outcome = Outcome("stopped", str(stopped))
@@ -66,7 +66,7 @@ def work(given: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _asked(place: Meeting) -> Iterator[Callable[[], bool]]:
+def _stop_requested(place: Meeting) -> Iterator[Callable[[], bool]]:
     """Whether the driver has asked to stop; a thread looks, so that a step does not wait for the answer."""
     store, heard, end = join(place, START_S), threading.Event(), threading.Event()
 

@@ -16,15 +16,15 @@ from ray.actor import ActorHandle
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.harvester import UnitReport
 from sae_dist.monitor.metrics import Log
-from sae_dist.service.cluster import check_room
+from sae_dist.service.autoscaling import INTERVAL_S, Observation, ScaleState, decide
+from sae_dist.service.cluster import check_capacity
 from sae_dist.service.display import duration
-from sae_dist.service.gang import Gang, Lost, Shape, heard
-from sae_dist.service.leases import Leases
+from sae_dist.service.placement import Bundle
+from sae_dist.service.rank_session import usable_cores
 from sae_dist.service.replica import ReplicaConfig
-from sae_dist.service.room import Bundle
-from sae_dist.service.scaling import INTERVAL_S, Observed, Scale, decide
-from sae_dist.service.throughput import Throughput, laggard, late, remaining_s
-from sae_dist.service.trainer import usable_cores
+from sae_dist.service.replica_handle import ReplicaHandle, ReplicaLost, ReplicaShape, replica_result
+from sae_dist.service.throughput import Throughput, remaining_s, slow_process, slow_replica
+from sae_dist.service.unit_leases import UnitLeases
 from sae_dist.shards.consumers import ConsumerPosition, FlowControl, positions, starved_share
 from sae_dist.shards.lease import Lease, lease
 from sae_dist.shards.reader import Store
@@ -40,16 +40,16 @@ LOOK_EVERY_S = 2.0  # at how far readers are
 LOG_EVERY_S = 10.0
 
 
-def shape_of(config: HarvestConfig) -> Shape:
+def replica_shape(config: HarvestConfig) -> ReplicaShape:
     """What a replica is made of."""
     threads = config.threads or max(usable_cores() // config.most_processes, 1)
-    return Shape(config.tensor_parallel, Bundle(1.0, config.gpus), threads)
+    return ReplicaShape(config.tensor_parallel, Bundle(1.0, config.gpus), threads)
 
 
-def check_harvest_room(config: HarvestConfig, *, others: int = 0) -> None:
+def check_harvest_capacity(config: HarvestConfig, *, others: int = 0) -> None:
     """UserError when the cluster can never have the least number of replicas, with `others` of one CPU beside them."""
     cure = "lower harvest.replicas, harvest.tensor_parallel or harvest.gpus"
-    check_room(shape_of(config).bundle, config.least_processes, others=others, cure=cure)
+    check_capacity(replica_shape(config).bundle, config.least_processes, others=others, cure=cure)
 
 
 def least_gpus(config: HarvestConfig) -> float:
@@ -57,7 +57,7 @@ def least_gpus(config: HarvestConfig) -> float:
     return config.least_processes * config.gpus
 
 
-class Harvesting:
+class ReplicaPool:
     """The units still to do and the replicas that do them. Call `poll` until `done`; close it."""
 
     def __init__(
@@ -72,23 +72,23 @@ class Harvesting:
         committed = store.committed()
         todo = [unit for unit in range(store.meta.n_units) if unit not in committed]
         self._replica_config, self._config, self._store, self._log = replica, config, store, log
-        self._shape, self._bounds = shape_of(config), config.replica_range
-        self._leases = Leases(todo, lease_s=config.lease_s)
-        self._gangs: dict[int, Gang] = {}
+        self._shape, self._bounds = replica_shape(config), config.replica_range
+        self._leases = UnitLeases(todo, lease_s=config.lease_s)
+        self._handles: dict[int, ReplicaHandle] = {}
         self._started = 0  # replicas so far: the next one's number
         self._calls: dict[ray.ObjectRef, tuple[int, int]] = {}  # (replica, attempt)
         self._throughput: dict[int, Throughput] = {}  # of all replicas that ever were ready
         self._deaths = self._deaths_in_a_row = 0
         self._readers: list[ConsumerPosition] = []
         self._flow = FlowControl(config.ahead_units).look([], len(committed))
-        self._held_s, self._polled = 0.0, time.monotonic()
+        self._blocked_s, self._polled = 0.0, time.monotonic()
         self._looked = self._logged = -LOG_EVERY_S
-        self._scale = Scale(self._bounds.least)
-        self._observed = (self._polled, 0.0, self._readers)  # when, held_s, readers at the last observation
-        self._held_open = ExitStack()
+        self._scale = ScaleState(self._bounds.least)
+        self._observed = (self._polled, 0.0, self._readers)  # when, blocked_s, readers at the last observation
+        self._resources = ExitStack()
         self._lease: Lease | None = None
         if todo:
-            self._lease = self._held_open.enter_context(lease(store.storage, out, key="store", folder="producers"))
+            self._lease = self._resources.enter_context(lease(store.storage, out, key="store", folder="producers"))
 
     @property
     def done(self) -> bool:
@@ -101,34 +101,34 @@ class Harvesting:
         self._lease.check()
         now = time.monotonic()
         if self._flow.room < 1 and self._leases.pending:
-            self._held_s += now - self._polled
+            self._blocked_s += now - self._polled
         self._polled = now
         if now - self._looked >= LOOK_EVERY_S:
             self._looked = now
             self._look(now)
         self._resize()
-        for gang in list(self._gangs.values()):
+        for handle in list(self._handles.values()):
             try:
-                if gang.advance(now):
-                    self._leases.hear(gang.number, now)
-            except Lost as loss:
-                self._bury(gang, str(loss))
+                if handle.advance(now):
+                    self._leases.hear(handle.number, now)
+            except ReplicaLost as loss:
+                self._give_up(handle, str(loss))
         for number in self._leases.overdue(now):
-            self._bury(self._gangs[number], f"no sign of life for harvest.lease_s={self._config.lease_s:g}")
-        self._hand_out(now)
-        waiting = [*self._calls, *(ref for gang in self._gangs.values() for ref in gang.steps)]
+            self._give_up(self._handles[number], f"no sign of life for harvest.lease_s={self._config.lease_s:g}")
+        self._assign_units(now)
+        waiting = [*self._calls, *(ref for handle in self._handles.values() for ref in handle.steps)]
         if waiting:
             ray.wait(waiting, num_returns=1, timeout=timeout_s)
         else:  # for a place in the cluster
             time.sleep(min(timeout_s, 0.1))
-        self._take_in(time.monotonic())
+        self._collect_reports(time.monotonic())
         if self.done or now - self._logged >= LOG_EVERY_S:
             self._logged = now
-            self._log(self._over, self.figures())
+            self._log(self._units_done, self.figures())
         if self.done:
-            self._held_open.close()  # others may fill the store now
+            self._resources.close()  # others may fill the store now
 
-    def unbind(self) -> None:
+    def stop_waiting_for_readers(self) -> None:
         """From now on nobody reads any more: harvesting need not wait for anybody."""
         self._flow = FlowControl(0).look([], 0)
 
@@ -142,7 +142,7 @@ class Harvesting:
         if (slow := self._alert()) is not None:
             facts["alert"] = slow
         if not self.done:
-            facts |= {f"replica {number}": self._at_work(gang) for number, gang in self._gangs.items()}
+            facts |= {f"replica {number}": self._replica_facts(handle) for number, handle in self._handles.items()}
         return facts
 
     def figures(self) -> dict[str, Any]:
@@ -150,8 +150,8 @@ class Harvesting:
         figures: dict[str, Any] = self._counts()
         figures["tokens"] = sum(each.positions for each in self._throughput.values())
         figures["eta_s"] = remaining_s(self._working(), units_left=self._leases.left)
-        for number, gang in self._gangs.items():
-            figures |= {f"replica{number}/{name}": value for name, value in self._at_work(gang).items()}
+        for number, handle in self._handles.items():
+            figures |= {f"replica{number}/{name}": value for name, value in self._replica_facts(handle).items()}
         if (slow := self._alert()) is not None:
             figures["harvest/alert"] = slow
         return figures
@@ -162,33 +162,33 @@ class Harvesting:
         `check` is called now and then while it starts, and may raise.
         """
         assert self.done, "replicas are at work"
-        if self._config.tensor_parallel > 1 and any(gang.shape.size > 1 for gang in self._gangs.values()):
-            self._close_gangs()
+        if self._config.tensor_parallel > 1 and any(handle.shape.size > 1 for handle in self._handles.values()):
+            self._close_replicas()
         while True:
-            gang = next(iter(self._gangs.values()), None) or self._start(self._shape._replace(size=1))
+            handle = next(iter(self._handles.values()), None) or self._start(self._shape._replace(size=1))
             try:
-                gang.advance(time.monotonic())
-            except Lost as loss:
-                self._bury(gang, str(loss))
+                handle.advance(time.monotonic())
+            except ReplicaLost as loss:
+                self._give_up(handle, str(loss))
                 continue
-            if gang.ready:
-                return gang.leader()
+            if handle.ready:
+                return handle.leader()
             check()
             time.sleep(0.05)
 
     def replace(self, replica: ActorHandle) -> None:
         """A replica that died outside a unit is gone; `any_replica` gives another."""
-        for gang in list(self._gangs.values()):
-            if gang.leader() == replica:
-                del self._gangs[gang.number]
-                gang.close()
+        for handle in list(self._handles.values()):
+            if handle.leader() == replica:
+                del self._handles[handle.number]
+                handle.close()
 
     def close(self) -> None:
-        self._close_gangs()
-        self._held_open.close()
+        self._close_replicas()
+        self._resources.close()
 
     @property
-    def _over(self) -> int:
+    def _units_done(self) -> int:
         return self._store.meta.n_units - self._leases.left
 
     def _look(self, now: float) -> None:
@@ -204,64 +204,64 @@ class Harvesting:
             logger.warning("the store does not say how far its readers are (%s); trying again", error)
             return
         self._flow = self._flow.look(self._readers, self._store.meta.n_units - self._leases.pending)
-        since, held_s, before = self._observed
+        since, blocked_s, before = self._observed
         if not grows or now - since < INTERVAL_S:
             return
         # Without a reader the store is what is wanted, as soon as may be.
         starved = starved_share(before, self._readers, now - since) if self._readers else 1.0
         if starved is None:
             return
-        seen = Observed(starved, (self._held_s - held_s) / (now - since))
-        starting = any(not gang.ready for gang in self._gangs.values())
+        seen = Observation(starved, (self._blocked_s - blocked_s) / (now - since))
+        starting = any(not handle.ready for handle in self._handles.values())
         scale = decide(self._scale, seen, least=self._bounds.least, most=self._bounds.most, starting=starting)
         if scale.wanted != self._scale.wanted:
             logger.info(
                 "%d replicas instead of %d: readers starved %.0f %% of the last %.0f s, replicas were held %.0f %%",
                 scale.wanted, self._scale.wanted, 100 * seen.starved, now - since, 100 * seen.blocked,
             )  # fmt: skip
-        self._scale, self._observed = scale, (now, self._held_s, self._readers)
+        self._scale, self._observed = scale, (now, self._blocked_s, self._readers)
 
     def _resize(self) -> None:
         """As many replicas as are wanted, but no more than there are units; those with the least to lose go."""
         wanted = min(self._scale.wanted, self._leases.left)
-        staying = [gang for gang in self._gangs.values() if not gang.leaving]
-        staying.sort(key=lambda gang: (not gang.ready, -len(self._leases.of(gang.number))))
+        staying = [handle for handle in self._handles.values() if not handle.draining]
+        staying.sort(key=lambda handle: (not handle.ready, -len(self._leases.of(handle.number))))
         for _ in range(wanted - len(staying)):
             self._start(self._shape)
-        for gang in staying[wanted:]:
-            gang.leaving = True
-        for gang in list(self._gangs.values()):
-            if gang.leaving and not self._leases.of(gang.number):
-                del self._gangs[gang.number]
-                gang.close()
+        for handle in staying[wanted:]:
+            handle.draining = True
+        for handle in list(self._handles.values()):
+            if handle.draining and not self._leases.of(handle.number):
+                del self._handles[handle.number]
+                handle.close()
 
-    def _start(self, shape: Shape) -> Gang:
-        gang = Gang(
+    def _start(self, shape: ReplicaShape) -> ReplicaHandle:
+        handle = ReplicaHandle(
             self._started, self._replica_config, shape, start_timeout_s=self._config.start_timeout_s,
             now=time.monotonic(),
         )  # fmt: skip
-        self._gangs[gang.number] = gang
+        self._handles[handle.number] = handle
         self._started += 1
-        return gang
+        return handle
 
-    def _hand_out(self, now: float) -> None:
+    def _assign_units(self, now: float) -> None:
         """Units in order, those that came back first and whatever the readers say: they may be waiting for them."""
         assert self._lease is not None
         for depth in range(1, DEPTH + 1):
-            for gang in self._gangs.values():
-                if not gang.ready or gang.leaving or len(self._leases.of(gang.number)) >= depth:
+            for handle in self._handles.values():
+                if not handle.ready or handle.draining or len(self._leases.of(handle.number)) >= depth:
                     continue
                 if not self._leases.next_came_back:
                     if self._flow.room < 1:
                         return
                     self._flow = self._flow._replace(room=self._flow.room - 1)
-                lease = self._leases.grant(gang.number, now)
+                lease = self._leases.grant(handle.number, now)
                 if lease is None:
                     return
-                for ref in gang.harvest(lease.unit, self._lease.producer(lease.attempt)):
-                    self._calls[ref] = (gang.number, lease.attempt)
+                for ref in handle.harvest(lease.unit, self._lease.producer(lease.attempt)):
+                    self._calls[ref] = (handle.number, lease.attempt)
 
-    def _take_in(self, now: float) -> None:
+    def _collect_reports(self, now: float) -> None:
         if not self._calls:
             return
         finished, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
@@ -269,72 +269,72 @@ class Harvesting:
             number, attempt = self._calls.pop(ref, (None, 0))
             if number is None:  # its replica was given up a moment ago
                 continue
-            gang = self._gangs[number]
+            handle = self._handles[number]
             try:
-                report: UnitReport | None = heard(ref)
-            except Lost as loss:
-                self._bury(gang, str(loss))
+                report: UnitReport | None = replica_result(ref)
+            except ReplicaLost as loss:
+                self._give_up(handle, str(loss))
                 continue
             if report is not None and self._leases.finish(attempt):
                 self._leases.hear(number, now)
                 self._deaths_in_a_row = 0
                 if number not in self._throughput:
-                    self._throughput[number] = Throughput(gang.ready_at, gang.flop_per_s)
+                    self._throughput[number] = Throughput(handle.ready_at, handle.flop_per_s)
                 self._throughput[number].add(UnitReport(*report), now)
 
-    def _bury(self, gang: Gang, why: str) -> None:
+    def _give_up(self, handle: ReplicaHandle, why: str) -> None:
         """Gives a replica up, with its units; `_resize` puts another in its place."""
         self._deaths, self._deaths_in_a_row = self._deaths + 1, self._deaths_in_a_row + 1
-        del self._gangs[gang.number]
-        gang.close()
-        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != gang.number}
-        units = self._leases.take_back(gang.number)
+        del self._handles[handle.number]
+        handle.close()
+        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != handle.number}
+        units = self._leases.take_back(handle.number)
         if self._deaths_in_a_row >= MAX_DEATHS:
             raise RuntimeError(f"{MAX_DEATHS} replicas died in a row, the last one at units {units}: {why}")
         for unit in units:
             if self._leases.lost[unit] >= MAX_TRIES:
                 raise RuntimeError(f"unit {unit} was lost {MAX_TRIES} times with its replica; the last time: {why}")
-        at = f"at unit {units[0]}; what it had goes to another" if units else f"while {gang.state}"
-        logger.warning("replica %d died %s (%s)", gang.number, at, why)
+        at = f"at unit {units[0]}; what it had goes to another" if units else f"while {handle.state}"
+        logger.warning("replica %d died %s (%s)", handle.number, at, why)
 
-    def _close_gangs(self) -> None:
-        for gang in self._gangs.values():
-            gang.close()
-        self._gangs.clear()
+    def _close_replicas(self) -> None:
+        for handle in self._handles.values():
+            handle.close()
+        self._handles.clear()
 
     def _working(self) -> Sequence[Throughput]:
-        return [each for number, each in self._throughput.items() if number in self._gangs]
+        return [each for number, each in self._throughput.items() if number in self._handles]
 
     def _counts(self) -> dict[str, Any]:
         every = self._throughput.values()
         return {
-            "units": self._over,
+            "units": self._units_done,
             "of": self._store.meta.n_units,
             "leased": self._leases.leased,
             "retried": self._leases.retried,
             "duplicates": sum(each.duplicates for each in every),
-            "replicas": sum(gang.ready for gang in self._gangs.values()),
+            "replicas": sum(handle.ready for handle in self._handles.values()),
             "deaths": self._deaths,
             "expired": self._leases.expired,
             "tokens_per_second": sum(each.tokens_per_second for each in self._working()),
             "outliers": sum(each.outliers for each in every),
             "nonfinite": sum(each.nonfinite for each in every),
-            "held_s": round(self._held_s, 1),
+            "held_s": round(self._blocked_s, 1),
         }
 
-    def _at_work(self, gang: Gang) -> dict[str, Any]:
-        known = self._throughput.get(gang.number)
-        on = {"on": ", ".join(sorted({loaded.node for loaded in gang.loaded}))} if gang.loaded else {}
-        return {"state": gang.state} | on | (known.facts() if known is not None else {})
+    def _replica_facts(self, handle: ReplicaHandle) -> dict[str, Any]:
+        known = self._throughput.get(handle.number)
+        on = {"on": ", ".join(sorted({loaded.node for loaded in handle.loaded}))} if handle.loaded else {}
+        return {"state": handle.state} | on | (known.facts() if known is not None else {})
 
     def _alert(self) -> str | None:
         """Who holds the others up, if somebody does."""
         now, delays = time.monotonic(), {}
-        for gang in self._gangs.values():
-            delays |= gang.delays(now)
-        if (process := late(delays)) is not None:
+        for handle in self._handles.values():
+            delays |= handle.delays(now)
+        if (process := slow_process(delays)) is not None:
             number, rank = process
-            at = self._gangs[number].loaded[rank]
+            at = self._handles[number].loaded[rank]
             return f"replica {number}: process {rank} (pid {at.pid} on {at.node}) answers after {delays[process]:.1f} s"
-        slow = laggard({number: each for number, each in self._throughput.items() if number in self._gangs})
+        slow = slow_replica({number: each for number, each in self._throughput.items() if number in self._handles})
         return None if slow is None else f"replica {slow} is less than half as fast as the others"

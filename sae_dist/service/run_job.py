@@ -17,19 +17,19 @@ from ray.exceptions import RayActorError
 from sae_dist import storage
 from sae_dist.config import UserError, digest, to_dict
 from sae_dist.records import write_json
-from sae_dist.service.cluster import answer, check_address, cluster, nodes, reason_of
+from sae_dist.service.cluster import check_address, cluster, death_reason, nodes, result_of
 from sae_dist.service.config import RunConfig, config_hash
-from sae_dist.service.describe import describe_elsewhere
+from sae_dist.service.describe_model import describe_on_cluster
 from sae_dist.service.devices import bundle_of_rank
 from sae_dist.service.display import Display, progress
-from sae_dist.service.harvest import harvest_log
-from sae_dist.service.harvesting import Harvesting, check_harvest_room, least_gpus
+from sae_dist.service.harvest_job import harvest_log
+from sae_dist.service.placement import Bundle
 from sae_dist.service.prepare import Prepared, prepare
-from sae_dist.service.ranks import Ranks
+from sae_dist.service.rank_actors import RankActors
 from sae_dist.service.replica import ReplicaConfig
-from sae_dist.service.room import Bundle
+from sae_dist.service.replica_pool import ReplicaPool, check_harvest_capacity, least_gpus
 from sae_dist.service.run_folder import RunFolder
-from sae_dist.service.stopping import StopRequest
+from sae_dist.service.signals import StopRequest
 from sae_dist.service.summary import read_finished, read_phase, summarize, weights_digest
 from sae_dist.shards import reader
 from sae_dist.train.loop import Trained
@@ -51,9 +51,9 @@ def run(config: RunConfig) -> dict[str, Any]:
             f"mesh.least_data={config.mesh.least_data}: this command trains in Ray actors, as many as mesh.data says; "
             "use mesh.least_data=null, or harvest first and use `sae-dist train train.launcher=ray_train`"
         )
-    config = config.located()
+    config = config.with_absolute_paths()
     folder = RunFolder(config.folder, config)
-    with folder.outcome():
+    with folder.recording_outcome():
         if (finished := _finished(config, folder.path)) is not None:
             folder.done(finished)
             return finished
@@ -64,21 +64,21 @@ def run(config: RunConfig) -> dict[str, Any]:
                 model=config.model, hook_points=[config.hook], text=config.text, harvest=config.harvest,
                 folder=folder.path / "text", store_uri=config.store_uri,
                 progress=lambda facts: display.update("text", facts),
-                describe_elsewhere=describe_elsewhere(
+                describe_on_cluster=describe_on_cluster(
                     config.model, config.harvest, (config.hook,), config.store_uri, config.cluster
                 ),
-                judged=True, pages=config.pages is not None,
+                evaluated=True, pages=config.pages is not None,
             )  # fmt: skip
             display.update("text", prepared.facts, now=True)
             hashed = config_hash(config, prepared.meta.digest)
             trainers = config.mesh.data * config.mesh.feature
             with cluster(config.cluster, cpus=config.harvest.most_processes + trainers) as request:
-                check_harvest_room(config.harvest, others=trainers)
+                check_harvest_capacity(config.harvest, others=trainers)
                 bundle = bundle_of_rank(config.train.device, config.mesh, nodes(), taken=least_gpus(config.harvest))
                 job = _Run(
                     config, prepared, folder=folder, display=display, hashed=hashed, request=request, bundle=bundle
                 )
-                summary = job.go() | {"judged": _judgements(config)}
+                summary = job.execute() | {"judged": _evaluation_digest(config)}
         summary["wall_seconds"] = folder.wall_seconds
         write_json(folder.path / "summary.json", summary)
         folder.done(summary)
@@ -91,7 +91,7 @@ def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
         return None
     store = reader.open(storage.open(config.store_uri))
     found = read_finished(out, config_hash(config, store.meta.digest), config.members)
-    if found is None or found.get("judged") != _judgements(config):
+    if found is None or found.get("judged") != _evaluation_digest(config):
         return None
     if config.pages is not None and (gone := _gone(out, PAGES)):
         logger.warning("this run had finished, but %s is gone; making the pages again", gone[0])
@@ -104,7 +104,7 @@ def _gone(out: Path, leaves: Sequence[str]) -> list[Path]:
     return [out / name for name in leaves if not (out / name).is_file()]
 
 
-def _judgements(config: RunConfig) -> str:
+def _evaluation_digest(config: RunConfig) -> str:
     """What may differ between two runs of one dictionary: how it is judged and shown."""
     return digest([to_dict(config)[part] for part in ("evaluate", "pages")])
 
@@ -131,21 +131,21 @@ class _Run:
             self._values["model"], self._values["harvest"], (config.hook,), config.store_uri, prepared.split
         )
 
-    def go(self) -> dict[str, Any]:
+    def execute(self) -> dict[str, Any]:
         """Harvests what is missing while training on it, then judges what came out."""
         with (
             harvest_log(self._out, self._config.wandb, self._values) as log,
             closing(
-                Harvesting(self._replica_config, self._config.harvest, store=self._store, out=str(self._out), log=log)
-            ) as harvesting,
+                ReplicaPool(self._replica_config, self._config.harvest, store=self._store, out=str(self._out), log=log)
+            ) as pool,
         ):
-            return self._phases(harvesting)
+            return self._phases(pool)
 
-    def _phases(self, harvesting: Harvesting) -> dict[str, Any]:
-        report = self._stream(harvesting)
+    def _phases(self, pool: ReplicaPool) -> dict[str, Any]:
+        report = self._stream(pool)
         figures = {
-            member.name: self._judge(
-                "evaluate", [weights_digest(member.folder(self._out)), self._values["evaluate"]], harvesting,
+            member.name: self._phase_result(
+                "evaluate", [weights_digest(member.folder(self._out)), self._values["evaluate"]], pool,
                 lambda replica, name=member.name: replica.evaluate.remote(self._values, name), of=member,
             )
             for member in self._config.members
@@ -159,39 +159,39 @@ class _Run:
             write_json(self._out / "summary.json", summary | {"wall_seconds": self._folder.wall_seconds})
             main = self._config.members[0]  # pages are the main dictionary's
             given = [weights_digest(main.folder(self._out)), figures[main.name], self._values["pages"]]
-            self._judge(
-                "pages", given, harvesting,
+            self._phase_result(
+                "pages", given, pool,
                 lambda replica: replica.pages.remote(self._values, summary), leaves=PAGES,
             )  # fmt: skip
             summary["pages"] = str(self._out / "pages" / "index.html")
         return summary
 
-    def _stream(self, harvesting: Harvesting) -> Trained:
+    def _stream(self, pool: ReplicaPool) -> Trained:
         """Harvest and training side by side: they meet at the committed units of the store."""
         job, provenance = self._config.train_job(), {"config_hash": self._hashed}
-        with Ranks(job, provenance=provenance, bundle=self._bundle) as ranks:
+        with RankActors(job, provenance=provenance, bundle=self._bundle) as ranks:
             report = None
-            while report is None or not harvesting.done:
+            while report is None or not pool.done:
                 self._request.check()
-                harvesting.poll(0.5)
-                self._show(harvesting, ranks)
-                report = ranks.poll(0.5 if harvesting.done else 0)
+                pool.poll(0.5)
+                self._show(pool, ranks)
+                report = ranks.poll(0.5 if pool.done else 0)
                 if report is not None:
-                    harvesting.unbind()
-            self._show(harvesting, ranks, now=True)
+                    pool.stop_waiting_for_readers()
+            self._show(pool, ranks, now=True)
             return report
 
-    def _show(self, harvesting: Harvesting, ranks: Ranks, *, now: bool = False) -> None:
-        harvest, training = harvesting.facts(), progress(self._out, self._config.train)
+    def _show(self, pool: ReplicaPool, ranks: RankActors, *, now: bool = False) -> None:
+        harvest, training = pool.facts(), progress(self._out, self._config.train)
         self._display.update("harvest", harvest)
         self._display.update("train", training, now=now)
         self._folder.status("running", text=self._text, harvest=harvest, train=training, **ranks.facts())
 
-    def _judge(
+    def _phase_result(
         self,
         phase: str,
         given: list[Any],
-        harvesting: Harvesting,
+        pool: ReplicaPool,
         ask: Callable[[ActorHandle], ray.ObjectRef],
         *,
         leaves: Sequence[str] = (),
@@ -206,13 +206,13 @@ class _Run:
             path, phase = of.folder(self._out) / path.name, f"{phase} {of.name}"
         if not _gone(self._out, leaves) and (found := read_phase(path, made_from)) is not None:
             return found
-        replica = harvesting.any_replica(self._request.check)
+        replica = pool.any_replica(self._request.check)
         try:
             result = self._wait(phase, replica, ask(replica))
         except RayActorError as death:
-            logger.warning("the replica died in %s; a new one tries once more (%s)", phase, reason_of(death))
-            harvesting.replace(replica)
-            replica = harvesting.any_replica(self._request.check)
+            logger.warning("the replica died in %s; a new one tries once more (%s)", phase, death_reason(death))
+            pool.replace(replica)
+            replica = pool.any_replica(self._request.check)
             result = self._wait(phase, replica, ask(replica))
         write_json(path, {"made_from": made_from, "result": result})
         self._display.update(phase, {k: v for k, v in result.items() if isinstance(v, int | float | str)}, now=True)
@@ -224,7 +224,7 @@ class _Run:
         while not ray.wait([asked], timeout=0.5)[0]:
             self._request.check()
             ready, _ = ray.wait([saying := replica.progress.remote()], timeout=0.5)
-            said = answer(saying) if ready else said
+            said = result_of(saying) if ready else said
             self._display.update(phase, said)
             self._folder.status(phase, **said)
-        return answer(asked)
+        return result_of(asked)

@@ -13,18 +13,18 @@ from typing import Any
 
 from sae_dist.config import Stopped
 
-REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-TWICE_S = 1.0  # a supervisor may signal a process and then its group; a person takes longer to press Ctrl-C again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SAME_REQUEST_S = 1.0  # a supervisor may signal a process and then its group: a second SIGINT that soon is the same
 
 
 class StopRequest:
-    """Whether there was a request to stop since `listening`."""
+    """Whether there was a request to stop since `catch_signals`."""
 
     def __init__(self) -> None:
         self._heard: str | None = None
         self._heard_at = 0.0
 
-    def heard(self) -> bool:
+    def made(self) -> bool:
         return self._heard is not None
 
     def check(self) -> None:
@@ -36,15 +36,15 @@ class StopRequest:
         """Takes in a signal. A second Ctrl-C does not wait for anything any more."""
         if self._heard is None:
             self._heard, self._heard_at = name, time.monotonic()
-        elif name == "SIGINT" and time.monotonic() - self._heard_at > TWICE_S:
+        elif name == "SIGINT" and time.monotonic() - self._heard_at > SAME_REQUEST_S:
             raise KeyboardInterrupt
 
 
 @contextmanager
-def listening() -> Iterator[StopRequest]:
+def catch_signals() -> Iterator[StopRequest]:
     """Turns signals into a request for as long as the context lasts."""
     request = StopRequest()
-    before = handle(request.hear)
+    before = on_signals(request.hear)
     try:
         yield request
     finally:
@@ -52,7 +52,9 @@ def listening() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def handle(hear: Callable[[str], None], requests: tuple[signal.Signals, ...] = REQUESTS) -> dict[signal.Signals, Any]:
+def on_signals(
+    hear: Callable[[str], None], requests: tuple[signal.Signals, ...] = STOP_SIGNALS
+) -> dict[signal.Signals, Any]:
     """Calls `hear` with the name of each of these signals from now on; what handled them before.
 
     SIGHUP is left alone where it is ignored: that is what nohup is for. A signal that whoever started this process had
@@ -60,7 +62,7 @@ def handle(hear: Callable[[str], None], requests: tuple[signal.Signals, ...] = R
     """
 
     def handler(number: int, _: object) -> None:
-        _let_go_of_what_is_closed()
+        _discard_output_to_closed_files()
         hear(signal.Signals(number).name)
 
     wanted = [one for one in requests if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
@@ -69,7 +71,7 @@ def handle(hear: Callable[[str], None], requests: tuple[signal.Signals, ...] = R
     return before
 
 
-def _let_go_of_what_is_closed() -> None:
+def _discard_output_to_closed_files() -> None:
     """From now on what is said to a terminal or a pipe that was closed goes nowhere.
 
     Writing to it is an error, which would end the saving.

@@ -13,7 +13,7 @@ import torch
 
 from tests.service.clusters import LoopbackCluster
 from tests.service.test_harvest_cluster import HEALTH
-from tests.service.test_ranks import command, finish, order_hash, start, store, uninterrupted, wait_until, weights
+from tests.service.test_rank_actors import command, finish, order_hash, start, store, uninterrupted, wait_until, weights
 
 __all__ = ["store", "uninterrupted"]  # fixtures
 pytestmark = pytest.mark.slow
