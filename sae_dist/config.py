@@ -40,7 +40,7 @@ def load(cls: type[T], values: Mapping[str, Any]) -> T:
     try:
         return _adapter(cls).validate_python(values)
     except ValidationError as error:
-        raise UserError("; ".join(_mistakes(error, values))) from None
+        raise UserError("; ".join(_clauses(error, values))) from None
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def _adapter(cls: type[T]) -> TypeAdapter[T]:
     return TypeAdapter(cls)
 
 
-def wrong_keys(shape: Any, values: object) -> str:
+def shape_errors(shape: Any, values: object) -> str:
     """What in `values` does not have this shape, as a clause; empty when all of it does. Numbers must be finite."""
     try:
         TypeAdapter(shape).validate_python(values)
@@ -68,7 +68,7 @@ def local_folder(key: str, value: str) -> str:
     return value
 
 
-def _mistakes(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+def _clauses(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     """A clause for every bad key; what each alternative of a key would take is one clause."""
     found: dict[tuple[str, str], list[str]] = {}
     for each in error.errors():

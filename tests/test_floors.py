@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (  # lowest first; packages on one floor do not know each other
     {"sae_kernels"},
     {"config"},
-    {"faults", "memory", "network", "parallel", "refusals"},
-    {"storage", "monitor", "records"},
+    {"faults", "allocator", "network", "parallel", "system_errors"},
+    {"storage", "monitor", "run_files"},
     {"text", "model", "shards", "sae"},
     {"harvest", "train", "evaluate", "interpret"},
     {"plan", "sweep"},

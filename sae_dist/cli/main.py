@@ -16,8 +16,8 @@ import yaml
 
 import sae_dist
 from sae_dist.config import Stopped, UserError
-from sae_dist.refusals import refusal
 from sae_dist.service.signals import on_signals
+from sae_dist.system_errors import user_error
 
 COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "run": "harvest, train, evaluate, feature pages; resumes by itself when repeated",
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except (OSError, MemoryError, RuntimeError) as error:
-        if (refused := refusal(error)) is None:
+        if (refused := user_error(error)) is None:
             raise
         print(f"error: {refused}", file=sys.stderr)
         return BAD_INPUT

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 
 from sae_dist import faults
+from sae_dist.allocator import keep_freed_memory
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.forward import UnitStates, batch_sequences, forward, to_rows
 from sae_dist.harvest.units import sequences_of
-from sae_dist.memory import keep_freed_memory
 from sae_dist.model.engine import Engine
 from sae_dist.shards.reader import Store
 from sae_dist.shards.writer import write_unit_once

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_dist.config import UserError
-from sae_dist.refusals import naming
+from sae_dist.system_errors import naming_file
 
 Log = Callable[[int, Mapping[str, Any]], None]  # (step, figures)
 
@@ -37,7 +37,7 @@ class JsonLines:
 
     def _append(self, line: bytes) -> None:
         """All of the line in one write, so that lines of several processes do not mix; OSError when it did not fit."""
-        with naming(self._path):
+        with naming_file(self._path):
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

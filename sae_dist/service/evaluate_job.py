@@ -25,7 +25,7 @@ from sae_dist.interpret.vocabulary import decoder
 from sae_dist.model.load import LanguageModel
 from sae_dist.model.load import load as load_model
 from sae_dist.model.logits import check_direct_path, unembedding
-from sae_dist.records import write_json
+from sae_dist.run_files import write_json
 from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.service.config import RunConfig, TrainJob
 from sae_dist.service.prepare import Prepared, prepare

@@ -17,7 +17,6 @@ from sae_dist.config import Stopped, UserError, to_dict
 from sae_dist.config import load as load_config
 from sae_dist.monitor.metrics import JsonLines, Log, tee
 from sae_dist.monitor.mirror import WandbMirror
-from sae_dist.refusals import refusal
 from sae_dist.service.config import TrainJob
 from sae_dist.service.devices import device_of_actor
 from sae_dist.service.parent_watch import exit_with_parent
@@ -26,6 +25,7 @@ from sae_dist.service.summary import alerts
 from sae_dist.shards import reader
 from sae_dist.shards.reader import Store
 from sae_dist.shards.slice_cache import SliceCache
+from sae_dist.system_errors import user_error
 from sae_dist.train.loop import Trained, train
 from sae_dist.train.parallel.exchange import ranks_here
 from sae_dist.train.parallel.joined import Joined, joined
@@ -203,7 +203,7 @@ class RankActor:
         except Stopped:
             return None
         except (OSError, MemoryError, RuntimeError) as error:  # Ray hands on what a user can cure as what it is
-            if (refused := refusal(error)) is not None:
+            if (refused := user_error(error)) is not None:
                 raise refused from error
             raise
 

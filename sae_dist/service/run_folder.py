@@ -15,9 +15,9 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from sae_dist.config import Stopped, UserError, to_dict
-from sae_dist.records import read_json, read_yaml, write_json, write_whole
-from sae_dist.refusals import refusal
+from sae_dist.run_files import read_json, read_yaml, write_json, write_whole
 from sae_dist.service.config import identity
+from sae_dist.system_errors import user_error
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class RunFolder:
             self._ended("refused", str(error))
             raise
         except Exception as error:
-            if (refused := refusal(error)) is not None:
+            if (refused := user_error(error)) is not None:
                 self._ended("refused", str(refused))
                 raise refused from error
             self._ended("failed", f"{type(error).__name__}: {error}")
@@ -82,7 +82,7 @@ class RunFolder:
         try:
             self.status(state, note=note)
         except OSError as error:
-            logger.warning("status.json still says something else: %s", refusal(error) or error)
+            logger.warning("status.json still says something else: %s", user_error(error) or error)
 
     def close(self) -> None:
         self._lock.close()

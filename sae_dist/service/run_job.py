@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 
 from sae_dist import storage
 from sae_dist.config import UserError, digest, to_dict
-from sae_dist.records import write_json
+from sae_dist.run_files import write_json
 from sae_dist.service.cluster import check_address, cluster, death_reason, nodes, result_of
 from sae_dist.service.config import RunConfig, config_hash
 from sae_dist.service.describe_model import describe_on_cluster

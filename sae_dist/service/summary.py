@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from sae_dist.config import UserError
-from sae_dist.records import read_json
+from sae_dist.run_files import read_json
 from sae_dist.sae.dictionary import WEIGHTS, check
 from sae_dist.service.config import TrainJob
 from sae_dist.shards.reader import Store

@@ -14,7 +14,7 @@ from sae_dist.config import Stopped, UserError
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.evaluate import UNMEASURED, evaluate_reconstruction
 from sae_dist.evaluate.figures import together
-from sae_dist.records import write_json
+from sae_dist.run_files import write_json
 from sae_dist.sae import dictionary
 from sae_dist.service.config import TrainJob, config_hash
 from sae_dist.service.devices import bundle_of_rank, device_of_local_rank, device_of_process, usable_gpus

@@ -10,7 +10,7 @@ from sae_dist.config import UserError, load
 from sae_dist.monitor.config import WandbConfig
 from sae_dist.monitor.metrics import JsonLines, newest_metrics, read_metrics
 from sae_dist.monitor.mirror import WandbMirror
-from sae_dist.records import write_json
+from sae_dist.run_files import write_json
 
 
 def test_lines_of_other_phases_do_not_get_between_the_steps(tmp_path):

@@ -20,7 +20,7 @@ from sae_dist.train.parallel.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-NO_MEMORY = re.compile("can't allocate memory|not enough memory")
+NO_MEMORY_WORDS = re.compile("can't allocate memory|not enough memory")
 NETWORK = re.compile("gloo|nccl|connection|socket|peer|time[d ]*out", re.IGNORECASE)  # gloo's errors have no type
 
 
@@ -75,7 +75,7 @@ def joined(
         ) from None
     except RuntimeError as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-        if NO_MEMORY.search(said):
+        if NO_MEMORY_WORDS.search(said):
             raise UserError(
                 f"rank {rank} needs more memory than there is ({said}); use more mesh.feature ranks on more machines, "
                 "a smaller train.micro_batch or train.batch (sae-dist plan says what they need)"

@@ -5,7 +5,7 @@ import sys
 
 SCRIPT = """
 import resource, sys, threading, torch
-from sae_dist.memory import keep_freed_memory
+from sae_dist.allocator import keep_freed_memory
 
 assert keep_freed_memory() == (sys.platform == "linux")
 

@@ -8,8 +8,8 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from sae_dist.config import UserError, wrong_keys
-from sae_dist.refusals import naming
+from sae_dist.config import UserError, shape_errors
+from sae_dist.system_errors import naming_file
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file whole or not at all: readers never see half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with naming(path):
+    with naming_file(path):
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
 
@@ -35,7 +35,7 @@ def read_json(path: Path, shape: type[T], *, cure: str) -> T:
         values = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: it is not whole JSON; {cure}") from None
-    if wrong := wrong_keys(shape, values):
+    if wrong := shape_errors(shape, values):
         raise UserError(f"{path} is damaged: {wrong}; {cure}")
     return values
 

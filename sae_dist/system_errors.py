@@ -15,28 +15,28 @@ CURES = {
     (errno.EIO, errno.ESTALE, errno.ETIMEDOUT): "look after that disk, and repeat the command",
     (errno.EMFILE, errno.ENFILE): "raise `ulimit -n`, and repeat the command",
 }
-OF_ERRNO = {number: cure for numbers, cure in CURES.items() for number in numbers}
-NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "can't start new thread")
-MORE_MEMORY = (
+CURE_OF = {number: cure for numbers, cure in CURES.items() for number in numbers}
+NO_MEMORY_WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory", "can't start new thread")
+MEMORY_CURE = (
     "give the command more memory, or lower sae.n_latents, train.batch or train.micro_batch, evaluate.batch_rows or "
     "harvest.batch_memory_gb; `sae-dist plan` says what a run needs"
 )
 
 
-def refusal(error: BaseException) -> UserError | None:
+def user_error(error: BaseException) -> UserError | None:
     """`error` as a line for the user where a disk, a permission or memory is the cause; None where it is not."""
-    if isinstance(error, OSError) and error.errno in OF_ERRNO:
+    if isinstance(error, OSError) and error.errno in CURE_OF:
         where = f"{error.filename}: " if error.filename else ""
-        return UserError(f"{where}{error.strerror}; {OF_ERRNO[error.errno]}")
+        return UserError(f"{where}{error.strerror}; {CURE_OF[error.errno]}")
     full = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if full or isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+    if full or isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY_WORDS):
         amount = re.search(r"(tried to|Unable to) allocate [\d.]+ \w+", str(error))
-        return UserError(f"too little memory{f' ({amount[0]})' if amount else ''}; {MORE_MEMORY}")
+        return UserError(f"too little memory{f' ({amount[0]})' if amount else ''}; {MEMORY_CURE}")
     return None
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming_file(path: Path) -> Iterator[None]:
     """Gives an OSError without a file's name, as those of a write are, the name of the file that is written."""
     try:
         yield
