@@ -1,14 +1,13 @@
 """Checkpoints that are made on this machine once and then kept in the user's cache folder."""
 
-import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from sae_dist.config import UserError
+from sae_dist.locks import file_lock
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,8 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder.with_name(f".{name}.lock")):
+        lock = folder.with_name(f".{name}.lock")
+        with file_lock(lock, waiting="waiting for another process that makes the same model"):
             if folder.is_dir():  # another process made it while this one waited
                 return folder
             partial = folder.with_name(f".{name}.partial")
@@ -45,15 +45,3 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
             "that can be written"
         ) from error
     return folder
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the lock file; the system lets go of it when the process dies, however it dies."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process that makes the same model (lock %s)", path)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -1,6 +1,5 @@
 """Training as a job: the loop with its logs and its folder, in this process or in an actor; one of them a rank."""
 
-import fcntl
 import logging
 import os
 import threading
@@ -15,6 +14,7 @@ import torch
 from sae_dist import storage
 from sae_dist.config import Stopped, UserError, to_dict
 from sae_dist.config import load as load_config
+from sae_dist.locks import file_lock
 from sae_dist.monitor.metrics import JsonLines, Log, tee
 from sae_dist.monitor.mirror import WandbMirror
 from sae_dist.service.config import TrainJob
@@ -96,7 +96,9 @@ def run_rank(
     meta = store.meta
     origin = {"model": meta.model, "model_fingerprint": meta.model_fingerprint, "tokenizer": meta.tokenizer}
     origin |= {"store": job.store, "text_fingerprint": meta.text_fingerprint}
-    with _only_trainer(out) if rank.mesh.first else nullcontext(), _logs(job, out, rank.mesh.first, watch) as log:
+    # a trainer may outlive its killed driver by a moment
+    alone = file_lock(out / ".training", waiting=f"another process still trains into {out}; waiting until it has ended")
+    with alone if rank.mesh.first else nullcontext(), _logs(job, out, rank.mesh.first, watch) as log:
         task = Task(
             store, hook=chosen_hook(store, job.hook), members=job.members, config=job.train, order=job.order,
             seed=job.seed, out=out, live=job.live, provenance={**origin, **provenance},
@@ -156,18 +158,6 @@ def alerting(log: Log, job: TrainJob) -> Log:
         log(step, {**figures, **more})
 
     return checked
-
-
-@contextmanager
-def _only_trainer(out: Path) -> Iterator[None]:
-    """Waits until no other process trains into `out`: a killed driver's trainer may outlive it by a moment."""
-    with (out / ".training").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("another process still trains into %s; waiting until it has ended", out)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def usable_cores() -> int:

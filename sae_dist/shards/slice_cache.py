@@ -6,7 +6,6 @@ they let go of it: that is what unlink means.
 """
 
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -15,13 +14,14 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
 from sae_dist import faults
+from sae_dist.locks import file_lock
 from sae_dist.shards.commits import SliceRef
 from sae_dist.shards.memory_map import map_bytes
 
@@ -140,12 +140,9 @@ class SliceCache:
             if SLICE_NAME.fullmatch(path.name) or time.time() - status.st_mtime > ABANDONED_S:
                 yield path, status
 
-    @contextmanager
-    def _locked(self, ref: SliceRef) -> Iterator[None]:
-        """A lock between threads and processes; the kernel lets go of it when a process dies."""
-        with (self.folder / "locks" / str(int(ref.xxh3_128[:8], 16) % LOCKS)).open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def _locked(self, ref: SliceRef) -> AbstractContextManager[None]:
+        """A lock between threads and processes that want the same slice."""
+        return file_lock(self.folder / "locks" / str(int(ref.xxh3_128[:8], 16) % LOCKS))
 
     def _count(self, name: str) -> None:
         with self._lock:

@@ -1,7 +1,5 @@
 """Text to two token streams, one to train on and one held out: streaming, built once, complete or absent, checked."""
 
-import contextlib
-import fcntl
 import json
 import logging
 import random
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from sae_dist.config import UserError, digest
+from sae_dist.locks import file_lock
 from sae_dist.text import checksums, corpus
 from sae_dist.text.corpus import TextConfig
 from sae_dist.text.document import Document
@@ -102,7 +101,7 @@ def tokenize(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / digest(recipe)[:20]
-    with _locked(folder / f".{final.name}.lock"):
+    with file_lock(folder / f".{final.name}.lock", waiting="another process tokenises the same text; waiting for it"):
         if final.is_dir() and (damage := checksums.damage(final)):
             logger.warning("tokens in %s are damaged (%s); they are made again", final, damage)
             shutil.rmtree(final)
@@ -217,15 +216,3 @@ def _batches(items: Iterable[SplitDocument]) -> Iterator[list[SplitDocument]]:
             batch, n_chars = [], 0
     if batch:
         yield batch
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock on `path`; the system lets go of it when its holder dies."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process tokenises the same text; waiting for it (%s)", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
