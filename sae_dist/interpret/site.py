@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_dist import checksums
 from sae_dist.interpret.collect import Collected, Encode, PagesConfig, Rows, collect
 from sae_dist.interpret.contexts import Contexts, Intervals, Shading, choose, shade
 from sae_dist.interpret.logit_effect import LogitEffects, Outputs, logit_effects, no_effects
@@ -82,7 +83,7 @@ def build(
     special: Collection[int] = (),
     config: PagesConfig,
 ) -> Path:
-    """Write `<out>/pages`, whole or not at all, and return the path of its index.
+    """Write `<out>/pages`, whole or not at all and with checksums, and return the path of its index.
 
     `effects` has a row for each of `collected.paged`, `similar` one for each latent. `no_outputs` says why the effects
     have no tokens. `special` are token ids without
@@ -113,6 +114,7 @@ def build(
     )
     for number, batch in enumerate(iter(lambda: list(itertools.islice(records, LATENTS_PER_FILE)), [])):
         _write(partial, f"latents-{number}", batch)
+    checksums.write(partial)
     if pages.exists():
         shutil.rmtree(pages)
     partial.rename(pages)

@@ -5,7 +5,7 @@ run is what lies on disk; this process holds nothing that another start of the s
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from sae_dist import storage
+from sae_dist import checksums, storage
 from sae_dist.config import UserError, digest, to_dict
 from sae_dist.run_files import write_json
 from sae_dist.service.cluster import check_address, cluster, death_reason, nodes, result_of
@@ -36,7 +36,6 @@ from sae_dist.train.loop import Trained
 from sae_dist.train.member import MAIN, Member
 
 logger = logging.getLogger(__name__)
-PAGES = ("pages/index.html", "pages/data/index.js")  # written at once with all the rest of them
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -93,15 +92,10 @@ def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
     found = read_finished(out, config_hash(config, store.meta.digest), config.members)
     if found is None or found.get("judged") != _evaluation_digest(config):
         return None
-    if config.pages is not None and (gone := _gone(out, PAGES)):
-        logger.warning("this run had finished, but %s is gone; making the pages again", gone[0])
+    if config.pages is not None and (damage := checksums.damage(out / "pages")):
+        logger.warning("this run had finished, but %s: %s; making the pages again", out / "pages", damage)
         return None
     return found
-
-
-def _gone(out: Path, leaves: Sequence[str]) -> list[Path]:
-    """Of the files that a phase leaves, those that are not there."""
-    return [out / name for name in leaves if not (out / name).is_file()]
 
 
 def _evaluation_digest(config: RunConfig) -> str:
@@ -161,7 +155,7 @@ class _Run:
             given = [weights_digest(main.folder(self._out)), figures[main.name], self._values["pages"]]
             self._phase_result(
                 "pages", given, pool,
-                lambda replica: replica.pages.remote(self._values, summary), leaves=PAGES,
+                lambda replica: replica.pages.remote(self._values, summary), folder="pages",
             )  # fmt: skip
             summary["pages"] = str(self._out / "pages" / "index.html")
         return summary
@@ -194,7 +188,7 @@ class _Run:
         pool: ReplicaPool,
         ask: Callable[[ActorHandle], ray.ObjectRef],
         *,
-        leaves: Sequence[str] = (),
+        folder: str | None = None,
         of: Member | None = None,
     ) -> dict[str, Any]:
         """The result of a phase: as found in the run's folder when it was made from the same, else made now.
@@ -204,7 +198,8 @@ class _Run:
         path, made_from = self._out / f"{phase}.json", digest(given)
         if of is not None and of.name != MAIN:
             path, phase = of.folder(self._out) / path.name, f"{phase} {of.name}"
-        if not _gone(self._out, leaves) and (found := read_phase(path, made_from)) is not None:
+        sound = folder is None or not checksums.damage(self._out / folder)
+        if sound and (found := read_phase(path, made_from)) is not None:
             return found
         replica = pool.any_replica(self._request.check)
         try:

@@ -12,7 +12,8 @@ from typing import NamedTuple, Protocol
 
 from sae_dist.config import UserError, digest
 from sae_dist.locks import file_lock
-from sae_dist.text import checksums, corpus
+from sae_dist import checksums
+from sae_dist.text import corpus
 from sae_dist.text.corpus import TextConfig
 from sae_dist.text.document import Document
 from sae_dist.text.split import SplitDocument, TextTally, shortage, split_documents
@@ -53,7 +54,7 @@ class TokenSplit(NamedTuple):
     @property
     def digest(self) -> str:
         """Names the tokens of both streams and where documents begin."""
-        return checksums.of_arrays(self.train.folder.parent)
+        return checksums.combined(self.train.folder.parent, ".npy")
 
 
 def separator(tokenizer: Tokenizer) -> int | None:

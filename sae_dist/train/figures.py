@@ -22,14 +22,14 @@ class Window(NamedTuple):
         return Window(self.squared_error + learned.squared_error, self.active + learned.active, self.rows + rows)
 
 
-def figures(window: Window, learner: Learner, state: TrainState, *, lr: float) -> dict[str, Any]:
-    """Loss and latents of one dictionary, under its names; all ranks must ask, or none."""
-    rows, guard = window.rows, learner.guard
+def figures(window: Window, learner: Learner, state: TrainState, *, lr: float, tokens: int) -> dict[str, Any]:
+    """Loss and latents of one dictionary after `tokens` tokens, under its names; all ranks must ask, or none."""
+    rows, guard, may_be_dead = window.rows, learner.guard, tokens >= learner.member.sae.dead_after_tokens
     own = {
         "lr": lr,
         "fvu": window.squared_error / (rows * state.variance) if rows else None,  # every step was left out
         "l0": window.active / rows if rows else None,
-        "dead_fraction": learner.sae.dead_fraction(),
+        "dead_fraction": learner.sae.dead_fraction() if may_be_dead else None,  # before, no latent can be dead
         "skipped_steps": guard.skipped,
         "loss_spikes": guard.spikes,
         "roll_backs": guard.roll_backs,

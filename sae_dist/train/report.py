@@ -35,7 +35,7 @@ class Report:
         if alerts or state.step % task.config.log_every == 0 or state.step == task.config.n_steps:
             line = {"epoch": batch.epoch} | rates(state, self._begun, task.config.batch, feed.starved_s(), self._mesh)
             for window, own in zip(self._windows, state.learners, strict=True):
-                line |= figures(window, own, state, lr=own.member.peak_lr * lr_factor)
+                line |= figures(window, own, state, lr=own.member.peak_lr * lr_factor, tokens=line["tokens"])
             line |= {f"{member.prefix}alert": alert for member, alert in alerts.items()}
             line |= {"shuffle_inflation": shuffle.inflation(batch.docs().numpy())}  # at best 1 + batch m / rows
             self._windows = [Window() for _ in task.members]

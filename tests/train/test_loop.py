@@ -106,6 +106,11 @@ def test_the_same_call_gives_the_same_bits(store, whole, tmp_path):
     assert weights(tmp_path) == weights(whole)
 
 
+def test_the_share_of_dead_latents_is_null_before_a_latent_can_be_dead(store, tmp_path):
+    _, lines = train(store, tmp_path, config=TrainConfig(**{**vars(CONFIG), "steps": 20}))
+    assert [line["dead_fraction"] is None for _, line in lines] == [True, False]  # 640 tokens of 1,000, then 1,280
+
+
 @pytest.mark.parametrize("at", [1, 20, 33])
 def test_stopped_and_repeated_is_as_if_never_stopped(store, whole, tmp_path, at):
     seen = iter(range(1, 1000))
