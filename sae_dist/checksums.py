@@ -19,7 +19,7 @@ def write(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str:
-    """Which files `write` recorded and are not what they were, in words; empty when all are. Other files may be there."""
+    """Which files `write` recorded and are not what they were, in words; empty when all are. Others may be there."""
     try:
         known = dict(json.loads((folder / NAME).read_text()))
     except (OSError, ValueError, TypeError):

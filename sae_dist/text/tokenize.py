@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from sae_dist import checksums
 from sae_dist.config import UserError, digest
 from sae_dist.locks import file_lock
-from sae_dist import checksums
 from sae_dist.text import corpus
 from sae_dist.text.corpus import TextConfig
 from sae_dist.text.document import Document

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sae_kernels import Active, Selected, packed
 
+from sae_dist import checksums
 from sae_dist.interpret.collect import PagesConfig
 from sae_dist.interpret.logit_effect import Outputs
 from sae_dist.interpret.site import STATIC, feature_pages
@@ -63,6 +64,21 @@ def write(out: Path, decode=PIECES.__getitem__, n_latents: int = N_LATENTS, no_o
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("run")).parent
+
+
+def test_every_file_that_is_damaged_or_missing_is_found(tmp_path):
+    pages = write(tmp_path).parent
+    files = [path for path in pages.rglob("*") if path.is_file()]
+    (pages / "notes.txt").write_text("a file that is not the site's is no damage")
+    assert checksums.damage(pages) == ""
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert file.name in checksums.damage(pages)
+        file.unlink()
+        assert file.name in checksums.damage(pages)
+        file.write_bytes(content)
+    assert checksums.damage(pages) == ""
 
 
 def received(pages: Path, name: str):

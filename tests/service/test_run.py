@@ -122,6 +122,18 @@ def _folder_of(place: Path, rows: int) -> Path:
 
 
 @pytest.mark.slow
+def test_a_damaged_page_of_a_finished_run_is_made_again(uninterrupted, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(uninterrupted, copy)
+    page, summary = copy / "pages" / "data" / "latents-0.js", (copy / "summary.json").read_text()
+    before = page.read_bytes()
+    page.write_bytes(before[:-20])
+    assert "data/latents-0.js: not what was written; making the pages again" in finish(start(copy))
+    assert page.read_bytes() == before
+    assert json.loads((copy / "summary.json").read_text())["eval"] == json.loads(summary)["eval"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", ["resid_post.1", "mlp_act.1"])
 def test_pages_that_fail_leave_the_figures_and_are_tried_again(tmp_path, hook):
     """With more rows in the embedding than tokens, and at a hook point that is not in the residual stream."""
