@@ -22,6 +22,7 @@ from sae_dist.shards import gc, reader, verify, writer
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.storage import Storage
+from tests.memory_storage import MemoryStorage
 from tests.shards import children, predictable
 from tests.shards.s3_double import S3Double
 from tests.shards.seaweedfs import KEYS
@@ -129,7 +130,7 @@ def _episode(place: Storage, server: S3Double, rng: random.Random, folder: Path,
 
 def _calm(meta) -> list[int]:
     """order_hash of every step, read from a store that nothing happened to."""
-    store = writer.create(storage.open(f"memory://calm-{meta.seed}"), meta)
+    store = writer.create(MemoryStorage(f"calm-{meta.seed}"), meta)
     for unit in range(UNITS):
         predictable.write(store, unit)
     with Loader(store, hooks=Hooks(("resid_post.2",)), batch=32, seed=9, order=children.ORDER) as loader:

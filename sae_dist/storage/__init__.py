@@ -1,4 +1,4 @@
-"""Object storage: a folder, the memory of this process or S3 behind one handful of operations (interface.py)."""
+"""Object storage: a folder or S3 behind one handful of operations (interface.py)."""
 
 import re
 import uuid
@@ -7,16 +7,15 @@ from pathlib import Path
 from sae_dist.config import UserError
 from sae_dist.storage.interface import Bytes, Entry, ReadOnlyError, Storage, StorageError, checked_key
 from sae_dist.storage.local import LocalStorage
-from sae_dist.storage.memory import MemoryStorage
 
 __all__ = [
-    "Bytes", "Entry", "LocalStorage", "MemoryStorage", "ReadOnlyError", "Storage", "StorageError",
+    "Bytes", "Entry", "LocalStorage", "ReadOnlyError", "Storage", "StorageError",
     "check_conditional_create", "checked_key", "clock", "open",
 ]  # fmt: skip
 
 
 def open(uri: str | Path) -> Storage:
-    """The storage at `uri`: a folder, file:///folder, memory://name or s3://bucket/prefix.
+    """The storage at `uri`: a folder, file:///folder or s3://bucket/prefix.
 
     S3 finds endpoint, region and credentials where every AWS client does (AWS_ENDPOINT_URL, AWS_PROFILE, roles, ...).
     """
@@ -24,22 +23,20 @@ def open(uri: str | Path) -> Storage:
     if not separator:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", str(uri)):
             raise UserError(
-                f"store={uri} is a mistyped URI: those begin with s3://, file:// or memory://; write ./{uri} for a "
+                f"store={uri} is a mistyped URI: those begin with s3:// or file://; write ./{uri} for a "
                 "folder of that name"
             )
         return LocalStorage(Path(uri).absolute())
     match scheme:
         case "file":
             return LocalStorage(Path(rest).absolute())
-        case "memory":
-            return MemoryStorage(rest)
         case "s3":
             from sae_dist.storage.s3 import S3Storage  # its clients take a second to import
 
             bucket, _, prefix = rest.strip("/").partition("/")
             return S3Storage(bucket, prefix)
         case _:
-            raise UserError(f"store={uri}: unknown scheme {scheme}; use a folder, file://, s3:// or memory://")
+            raise UserError(f"store={uri}: unknown scheme {scheme}; use a folder, file:// or s3://")
 
 
 def check_conditional_create(storage: Storage) -> None:

@@ -5,6 +5,7 @@ import uuid
 import pytest
 
 from sae_dist import storage
+from tests.memory_storage import MemoryStorage
 from tests.shards import seaweedfs
 from tests.shards.s3_double import S3Double
 
@@ -36,7 +37,7 @@ def open_place(kind: str, request, tmp_path):
         case "file":
             return storage.open(tmp_path / "store")
         case "memory":
-            return storage.open(f"memory://{uuid.uuid4().hex}")
+            return MemoryStorage(uuid.uuid4().hex)
         case "double":
             request.getfixturevalue("double")
         case "seaweedfs":

@@ -18,6 +18,7 @@ from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.records import CorruptData
 from sae_dist.storage.s3 import S3Config, S3Storage
+from tests.memory_storage import MemoryStorage
 from tests.shards import children, predictable
 from tests.shards.conftest import open_place
 
@@ -145,7 +146,7 @@ def read_all(store) -> list[int]:
 
 def test_a_storm_of_every_fault_changes_no_row_and_costs_half_as_much_again(double):
     quick = S3Config(pause_s=0.01, longest_pause_s=0.1, read_timeout_s=1)
-    calm = read_all(predictable.filled(storage.open("memory://calm")))
+    calm = read_all(predictable.filled(MemoryStorage("calm")))
     place = S3Storage("bucket", "s", quick)
     for index, action in enumerate(("500", "503", "429", "reset", "cut", "lost", "lost500")):
         double.fail(action, share=0.02 + 0.01 * (index % 3))
@@ -227,7 +228,7 @@ def test_a_writer_on_a_full_disk_says_so_and_leaves_nothing(tmp_path):
 )
 def test_ranks_in_processes_killed_and_resized_see_one_order(durable, tmp_path):
     """Worlds of 4, 2 and 3 processes over one store that grows meanwhile; one of them is killed and starts anew."""
-    calm = read_all(predictable.filled(storage.open("memory://resize")))
+    calm = read_all(predictable.filled(MemoryStorage("resize")))
     store = writer.create(durable, predictable.meta())
     step, total, seen = 0, 0, []
     for world, steps in ((4, 5), (2, 6), (3, 9)):

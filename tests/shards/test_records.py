@@ -13,6 +13,7 @@ from sae_dist.shards import consumers, format, reader, records, retention, summa
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.records import CorruptData
+from tests.memory_storage import MemoryStorage
 from tests.shards import predictable
 
 SENSELESS = (None, -1, 10**13, "x", 1e308, float("nan"), [], {}, [1, 2, 3, 4])
@@ -48,7 +49,7 @@ def changed(record: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_records_with_senseless_fields_are_one_line_or_harmless(key):
-    place = storage.open(f"memory://senseless-{key}")
+    place = MemoryStorage(f"senseless-{key}")
     store = predictable.filled(place, hooks={"resid_post.1": 16}, n_units=4)
     store.snapshot()
     consumers.report(place, consumers.ConsumerPosition("a", taken=3, saved=2))

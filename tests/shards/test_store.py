@@ -58,13 +58,13 @@ def test_local_slices_are_views_of_the_file(tmp_path):
     assert any(int(start, 16) <= address < int(end, 16) for start, _, end in (m[0].partition("-") for m in maps))
 
 
-def test_creating_twice_is_the_same_store_and_another_meta_is_refused(every_place):
+def test_creating_twice_is_the_same_store_and_another_meta_is_refused(every_place, tmp_path):
     first = writer.create(every_place, predictable.meta())
     assert writer.create(every_place, predictable.meta()).meta == first.meta
     with pytest.raises(UserError, match=r"slice_rows: 20 there, 24 here"):
         writer.create(every_place, predictable.meta(slice_rows=24))
     with pytest.raises(UserError, match=r"holds no store\.json"):
-        reader.open(storage.open("memory://nothing"))
+        reader.open(storage.open(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("hook", ["../x", "a/b", "", ".hidden", "a..b", "a b", "x" * 300])

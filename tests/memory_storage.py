@@ -1,4 +1,4 @@
-"""Objects in the memory of this process: for tests and for stores that nobody keeps."""
+"""A storage in the memory of this process, by the same protocol as folders and S3."""
 
 import errno
 import time
