@@ -1,4 +1,4 @@
-"""Object storage: a folder or S3 behind one handful of operations (interface.py)."""
+"""Object storage: a folder or S3 behind one small interface (interface.py)."""
 
 import re
 import uuid
@@ -40,7 +40,7 @@ def open(uri: str | Path) -> Storage:
 
 
 def check_conditional_create(storage: Storage) -> None:
-    """Refuses a storage on which two writers could both believe that they were first.
+    """StorageError for a storage that would let two writers create the same key.
 
     Some S3 servers ignore If-None-Match and answer 200 to everybody (rclone 1.75, nanio 0.1 do).
     """
@@ -58,10 +58,10 @@ def check_conditional_create(storage: Storage) -> None:
 
 
 def clock(storage: Storage) -> float:
-    """Seconds since the epoch by the clock that the storage stamps objects with: this machine's may be days off."""
+    """The storage's own time in seconds since the epoch, which `Entry.mtime` goes by; this machine's may differ."""
     key = f"probe/{uuid.uuid4().hex}"
     try:
-        storage.write(key, b"what time is it")
+        storage.write(key, b"clock")
         return next(iter(storage.list(key))).mtime
     finally:
         storage.delete(key)

@@ -1,4 +1,4 @@
-"""What botocore leaves to its callers: sessions that share one description of S3, errors as codes and as words."""
+"""botocore's sessions with a shared description of S3, and its errors as codes and words."""
 
 import functools
 import os
@@ -12,12 +12,12 @@ from aiobotocore.session import AioSession
 
 @functools.cache
 def models() -> botocore.loaders.Loader:
-    """The description of S3 that botocore reads from files; to parse it anew for each client costs 0.2 s of CPU."""
+    """The description of S3 that botocore reads from files, cached: parsing it costs 0.2 s of CPU a client."""
     return botocore.loaders.create_loader(os.environ.get("AWS_DATA_PATH"))
 
 
 def session() -> AioSession:
-    """A session of its own: credentials are looked up once for each."""
+    """A new session; it looks up its credentials once."""
     made = AioSession()
     made.register_component("data_loader", models())
     return made

@@ -1,4 +1,4 @@
-"""What every storage can do, in terms of keys and whole objects."""
+"""The interface of every storage: keys and whole objects."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ Bytes = bytes | bytearray | memoryview
 
 
 class StorageError(UserError):
-    """The storage said no, or nothing at all for too long; one line with the cure."""
+    """The storage refused a request or did not answer it in time; one line with the cure."""
 
 
 class ReadOnlyError(StorageError):
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
 
 class Storage(Protocol):
-    """Objects under one place, read by many and written whole; safe to use from several threads."""
+    """Objects under one URI, written whole; safe to use from several threads and processes."""
 
     uri: str
 
@@ -36,13 +36,13 @@ class Storage(Protocol):
         ...
 
     def write(self, key: str, data: Bytes) -> None:
-        """Puts the object there, in place of any other of that key; nobody sees half of it."""
+        """Writes or replaces the object; readers see the old or the new one, never a part."""
         ...
 
     def create(self, key: str, data: Bytes) -> bool:
-        """Puts the object there if none is; True for exactly one of any number of writers.
+        """Writes the object if the key is free; True for exactly one of any number of writers.
 
-        Writers of equal bytes may all be told that they won, so a writer puts a name of its own into them.
+        Writers of equal bytes may all get True, so every writer includes a unique name.
         """
         ...
 
@@ -63,7 +63,7 @@ class Storage(Protocol):
         ...
 
     def leftovers(self) -> Iterator[Entry]:
-        """What killed writers left behind: no reader can see it, but it takes room."""
+        """Files or uploads that killed writers left: invisible to readers, but they take space."""
         ...
 
     def discard(self, leftover: Entry) -> None:
@@ -72,7 +72,7 @@ class Storage(Protocol):
 
 
 def checked_key(key: str) -> str:
-    """`key` if it is a plain relative path: no empty part, no '..', nothing that a shell or a URL would read."""
+    """`key` if it is a plain relative path: no empty part, no '..', no special characters; else UserError."""
     parts = key.split("/")
     if not re.fullmatch(r"[A-Za-z0-9._/=+-]+", key) or any(part in ("", ".", "..") for part in parts):
         raise UserError(f"key={key!r} is not a plain relative path; names of hooks and units make the keys")

@@ -12,7 +12,7 @@ from sae_dist import faults
 from sae_dist.storage.interface import Bytes, Entry, ReadOnlyError, StorageError, checked_key
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-TEMPORARY = ".partial-"  # files that a killed writer left; never listed
+TEMPORARY = ".partial-"  # prefix of files that are being written, or that a killed writer left; never listed
 
 
 class LocalStorage:
@@ -122,13 +122,13 @@ class LocalStorage:
         for folder in path.parents[: len(Path(key).parts) - 1]:
             if folder.is_symlink():
                 raise StorageError(
-                    f"{path} is not removed: {folder} is a link, and what it leads to is not of this place"
+                    f"{path} is not removed: {folder} is a link, and what it leads to is outside this place"
                 )
         _remove(path)
 
 
 def _open_file(path: str, flags: int) -> int:
-    """Opens what is a file; a named pipe would be waited for, and a folder or a device is none."""
+    """Opens a regular file; StorageError for a pipe, on which a read would block, a device or a folder."""
     file = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
@@ -137,6 +137,6 @@ def _open_file(path: str, flags: int) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Unlinks what is there; below a file that stands where a folder should be, nothing is."""
+    """Unlinks the file if it exists; a path below a regular file does not."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         path.unlink()

@@ -30,7 +30,7 @@ from sae_dist.storage.interface import Bytes, Entry, ReadOnlyError, StorageError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-NETWORK_ERRORS = (  # no answer, or half of one; the request may or may not have been carried out
+NETWORK_ERRORS = (  # no answer or part of one; the request may or may not have been carried out
     asyncio.TimeoutError,
     ConnectionError,
     aiohttp.ClientError,
@@ -55,7 +55,7 @@ UPLOAD_MARK = "#upload="  # key#upload=id names an upload that was begun and nei
 
 @frozen
 class S3Config:
-    """How to speak to S3; where it is and who we are comes from the environment, as for every AWS client."""
+    """Sizes, retries and timeouts; endpoint and credentials come from the environment, as for every AWS client."""
 
     part_bytes: int = Field(default=16 << 20, ge=5 << 20)  # of one range read and of one part of an upload
     connections: int = Field(default=16, ge=1)  # AWS gives about 90 MB/s a connection
@@ -191,8 +191,8 @@ class S3Storage:
             except botocore.exceptions.ClientError as error:
                 if aws.code(error) not in ("PreconditionFailed", "412"):
                     raise
-                # Ours if only the answer was lost. Nobody can tell us whether one was: the HTTP client resends a PUT
-                # by itself when a kept connection turns out to be closed.
+                # The object is ours if only the answer was lost: the HTTP client silently resends a PUT when a kept
+                # connection turns out to be closed.
                 found = await client.get_object(**self._at(key))
                 async with found["Body"] as content:
                     return await content.read() == body
@@ -279,7 +279,7 @@ class S3Storage:
         return [task.result() for task in tasks]
 
     async def _request(self, what: str, send: Callable[[Any], Awaitable[T]]) -> T:
-        """The answer to one request, retried as long as its failures may pass; then a `StorageError` that says why."""
+        """The answer to one request; temporary failures are retried for `retry_s`, then StorageError says why."""
         deadline: float | None = None
         pause, refreshed = self.config.pause_s, False
         while True:
@@ -310,7 +310,7 @@ class S3Storage:
                 )
             self._count(retries=1)
             logger.info("%s %s failed (%s), trying again", self.uri, what, aws.describe(problem))
-            await asyncio.sleep(random.uniform(0, pause))  # full jitter: clients that failed together part ways
+            await asyncio.sleep(random.uniform(0, pause))  # full jitter: clients that failed together do not retry so
             pause = min(2 * pause, self.config.longest_pause_s)
 
     def _refusal(self, what: str, error: botocore.exceptions.ClientError) -> Exception:

@@ -49,7 +49,7 @@ def test_no_link_leads_the_clean_up_elsewhere(place, tmp_path, tmp_path_factory)
     prune(place, [save(place, state(2))], keep=1)
     retention.sweep(place, MARK)
     assert all(path.exists() for path in kept)
-    with pytest.raises(StorageError, match="is a link, and what it leads to is not of this place"):
+    with pytest.raises(StorageError, match="is a link, and what it leads to is outside this place"):
         retention.remove(place, f"step_00000001-{MARK}-abcdef")
     assert all(path.exists() for path in kept)
 
