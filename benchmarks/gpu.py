@@ -36,7 +36,7 @@ except ModuleNotFoundError:  # annotations only; GPU machines often have torch a
 import triton  # noqa: E402
 from gpu_checks import checks, dictionary  # noqa: E402
 from gpu_usual import usual_step  # noqa: E402
-from sae_kernels.triton_latents import Moments, Pairs, schedule_row, update_latents_  # noqa: E402
+from sae_kernels.triton_latents import ParameterState, WeightedPairs, schedule_row, update_latents_  # noqa: E402
 from sae_kernels.triton_select import Buffers, tighten_  # noqa: E402
 from sae_kernels.triton_sparse_decode import decode, gather_dot  # noqa: E402
 from sae_kernels.triton_sparse_gradient import row_gradient, segments  # noqa: E402
@@ -168,8 +168,8 @@ def gathers(run: Run, case: tuple[int, int, int, int]) -> None:
         "row_gradient", lambda: row_gradient(x, values, by_latent, n_latents=n_latents), case, moved=read + written
     )
     out = torch.zeros(n_latents, d_model, device=run.device)
-    moments = Moments(W, torch.zeros_like(W), torch.zeros_like(W))
-    pairs = Pairs(x, values, by_latent, split=k, shift=0)
+    moments = ParameterState(W, torch.zeros_like(W), torch.zeros_like(W))
+    pairs = WeightedPairs(x, values, by_latent, split=k, shift=0)
     schedule = torch.tensor([schedule_row(step=1, lr=1e-4, betas=(0.9, 0.999))], device=run.device)
     norms = torch.empty(n_latents, device=run.device)
     options = {"schedule": schedule, "step": 0, "betas": (0.9, 0.999), "eps": 1e-8, "norms": norms, "unit": True}

@@ -24,7 +24,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from sae_kernels.row_state import Moments, Parameters, StateOptions
+from sae_kernels.row_state import MomentFormat, ParameterFormat, StateOptions
 from sae_kernels.shard import Backend, Shard
 
 from benchmarks.activations import HOOK, load
@@ -35,7 +35,7 @@ from sae_dist.service.train_job import train_and_evaluate
 from sae_dist.shards import imports
 from sae_dist.shards.imports import ImportConfig
 
-OPTIONS = [StateOptions(*both) for both in product(get_args(Parameters), get_args(Moments))]
+OPTIONS = [StateOptions(*both) for both in product(get_args(ParameterFormat), get_args(MomentFormat))]
 PLAIN = OPTIONS[0]
 HELDOUT, K = 0.1, 32
 

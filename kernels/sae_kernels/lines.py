@@ -25,7 +25,7 @@ class Lines(NamedTuple):
     line: Int[Tensor, " pairs"]
     place: Int[Tensor, " pairs"]
 
-    def laid(self, pairs: Shaped[Tensor, " pairs"]) -> Shaped[Tensor, "lines width"]:
+    def scatter(self, pairs: Shaped[Tensor, " pairs"]) -> Shaped[Tensor, "lines width"]:
         """One number a pair at its place; 0 at empty ones."""
         out = pairs.new_zeros(self.rows + len(self.further), self.width)
         return out.index_put_((self.line, self.place), pairs)
@@ -51,7 +51,7 @@ class Lines(NamedTuple):
         return out
 
 
-def lay(row: Int[Tensor, " pairs"], *, rows: int, width: int) -> Lines:
+def split_into_lines(row: Int[Tensor, " pairs"], *, rows: int, width: int) -> Lines:
     """Lines of `width` places for pairs in the order of their rows; a row's pairs keep their order."""
     counts = torch.bincount(row, minlength=rows)
     further = (counts - 1).clamp_min(0) // width

@@ -9,10 +9,10 @@ from torch import Tensor
 from sae_kernels import plain
 from sae_kernels.reference import Gradients, Selected, StepStatistics, adam_
 from sae_kernels.row_state import Hyper, RowState
-from sae_kernels.stages import Aux, Part, RowGradients
+from sae_kernels.stages import AuxK, LossTerm, RowGradients
 
 
-class _Held(NamedTuple):
+class _SortedPairs(NamedTuple):
     """A part's pairs, sorted by latent: latent j's begin at offsets[j], in the order of their places, then rows."""
 
     errors: Tensor  # [batch, d_model]
@@ -45,7 +45,7 @@ class PlainStep:
         (self.b_enc, self.b_dec), self.first, self.second = biases, first, second
         self.n_latents = len(enc.value)  # of the whole dictionary, of which this may be a part
         self.total: Callable[[Tensor], Tensor] = _alone  # over the parts
-        self._rows, self._held, self._through_decoder = torch.empty(0), list[_Held](), torch.empty(0)
+        self._rows, self._pairs, self._through_decoder = torch.empty(0), list[_SortedPairs](), torch.empty(0)
 
     def refresh_(self) -> None:
         """Nothing is kept of the parameters."""
@@ -70,17 +70,17 @@ class PlainStep:
     def d_z(self, errors: Tensor, selected: Selected, *, scale: float) -> Tensor:
         return scale * plain.gather_dot(errors, self.dec.value, selected)
 
-    def hold_(self, rows: Tensor, parts: Sequence[Part]) -> None:
-        self._rows, self._held = rows, []
+    def save_for_backward_(self, rows: Tensor, terms: Sequence[LossTerm]) -> None:
+        self._rows, self._pairs = rows, []
         bounds = torch.arange(len(self.b_enc) + 1, device=rows.device)
-        for part in parts:
-            values, indices = part.selected
+        for term in terms:
+            values, indices = term.selected
             places, row = (values > 0).t().nonzero(as_tuple=True)
             latent, order = indices[row, places].sort(stable=True)
             row, places = row[order], places[order]
-            weights = part.scale * values if part.weights is None else part.weights
-            decoder, encoder = weights[row, places], part.d_z[row, places]
-            self._held.append(_Held(part.errors, row, decoder, encoder, torch.searchsorted(latent, bounds)))
+            weights = term.scale * values if term.weights is None else term.weights
+            decoder, encoder = weights[row, places], term.d_z[row, places]
+            self._pairs.append(_SortedPairs(term.errors, row, decoder, encoder, torch.searchsorted(latent, bounds)))
 
     def row_gradients(self) -> RowGradients:
         every = slice(0, len(self.b_enc))
@@ -97,28 +97,28 @@ class PlainStep:
         for matrix, gradient_of, unit in ((self.enc, enc, False), (self.dec, dec, self.unit)):
             squares = matrix.update_(gradient_of, hyper, unit=unit)
             if squares is not None:
-                matrix.end_step_(self.total(squares), hyper, n_latents=self.n_latents)
+                matrix.update_column_(self.total(squares), hyper, n_latents=self.n_latents)
         adam_(self.b_enc, d_bias, self.first[0], self.second[0], **hyper._asdict())
-        self._rows, self._held = torch.empty(0), []  # not beside the next step's selection
+        self._rows, self._pairs = torch.empty(0), []  # not beside the next step's selection
         return through
 
     def update_b_dec_(self, gradient: Tensor, hyper: Hyper) -> None:
         adam_(self.b_dec, gradient, self.first[1], self.second[1], **hyper._asdict())
 
-    def forward(self, x: Tensor, *, k: int, scale: float, aux: Aux | None) -> StepStatistics:
+    def forward(self, x: Tensor, *, k: int, scale: float, aux: AuxK | None) -> StepStatistics:
         """Selection, reconstruction, errors, AuxK, and the pairs by latent that `gradients` and `update_` take."""
         x = x.float()
         rows = self.rows(x)
         selected = self.select(rows, k=k)
         errors = x - (self.partial(selected) + self.b_dec)
-        parts = [Part(errors, selected, self.d_z(errors, selected, scale=scale), scale)]
+        terms = [LossTerm(errors, selected, self.d_z(errors, selected, scale=scale), scale)]
         aux_squared_error = x.new_zeros(())
         if aux is not None:
             chosen = self.select(rows, k=min(aux.k, len(aux.places)), latents=aux.places)
             remaining = errors - self.partial(chosen)
-            parts.append(Part(remaining, chosen, self.d_z(remaining, chosen, scale=aux.scale), aux.scale))
+            terms.append(LossTerm(remaining, chosen, self.d_z(remaining, chosen, scale=aux.scale), aux.scale))
             aux_squared_error = remaining.square().sum()
-        self.hold_(rows, parts)
+        self.save_for_backward_(rows, terms)
         self._through_decoder = scale * errors.sum(0)
         active = selected.values > 0
         fired = torch.zeros(len(self.b_enc), dtype=torch.bool, device=x.device)
@@ -146,18 +146,18 @@ class PlainStep:
         """The gradient of some rows of W_enc^T: of every pair, d_z (x - b_dec)."""
         return _sum(
             plain.bag_sums(self._rows, h.row, h.encoder, h.offsets[latents.start : latents.stop + 1])
-            for h in self._held
+            for h in self._pairs
         )
 
     def _d_dec(self, latents: slice) -> Tensor:
         """The gradient of some rows of W_dec: of every pair, scale * value * error."""
         return _sum(
-            plain.bag_sums(h.errors, h.row, h.decoder, h.offsets[latents.start : latents.stop + 1]) for h in self._held
+            plain.bag_sums(h.errors, h.row, h.decoder, h.offsets[latents.start : latents.stop + 1]) for h in self._pairs
         )
 
     def _d_bias(self) -> Tensor:
         ones = self._rows.new_ones(len(self._rows), 1)
-        return _sum(plain.bag_sums(ones, h.row, h.encoder, h.offsets) for h in self._held).squeeze(1)
+        return _sum(plain.bag_sums(ones, h.row, h.encoder, h.offsets) for h in self._pairs).squeeze(1)
 
     def _through_b_dec(self, d_bias: Tensor) -> Tensor:
         out = torch.zeros_like(self.b_dec)

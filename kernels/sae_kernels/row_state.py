@@ -27,15 +27,15 @@ IN_CACHE = 1 << 18  # elements updated at once by a CPU: 1 MiB of each stays in 
 IN_MEMORY = 1 << 24  # by an accelerator: 64 MiB of each, for which a launch is short
 LEAST_PROFILE = 1e-6  # of a dimension's mean square over the mean of all: a silent one is not divided by nothing
 
-Parameters = Literal["float32", "bfloat16_stochastic"]
-Moments = Literal["float32", "int8", "factored"]
+ParameterFormat = Literal["float32", "bfloat16_stochastic"]
+MomentFormat = Literal["float32", "int8", "factored"]
 
 
 class StateOptions(NamedTuple):
     """How a dictionary's two matrices and their moments are stored; biases are fp32 always."""
 
-    parameters: Parameters = "float32"
-    moments: Moments = "float32"
+    parameters: ParameterFormat = "float32"
+    moments: MomentFormat = "float32"
     seed: int = 0  # of the roundings
 
     @property
@@ -78,8 +78,8 @@ class RowState:
     def update_(self, gradient_of: GradientOf, hyper: Hyper, *, unit: bool) -> Float[Tensor, " d_model"] | None:
         """One Adam step on every row; `unit` removes the gradient along each row and keeps rows at norm 1.
 
-        Factored moments: returns this shard's sum of squared gradients by dimension, for `end_step_` to take once it
-        is added up over all shards. Otherwise None.
+        Factored moments: returns this shard's sum of squared gradients by dimension; `update_column_` takes the sum of
+        all shards' sums. Otherwise returns None.
         """
         n_latents, d_model = self.value.shape
         rows_at_once = max((IN_CACHE if self.value.device.type == "cpu" else IN_MEMORY) // d_model, 1)
@@ -112,7 +112,7 @@ class RowState:
                 self.value[rows].copy_(round_bfloat16(value, self._bits(rows, hyper.step, 0)))
         return squares if self.options.moments == "factored" else None
 
-    def end_step_(self, squares: Float[Tensor, " d_model"], hyper: Hyper, *, n_latents: int) -> None:
+    def update_column_(self, squares: Float[Tensor, " d_model"], hyper: Hyper, *, n_latents: int) -> None:
         """Factored moments: the dimensions' mean squared gradient over all `n_latents` of the dictionary enters."""
         column = self.moments["second_column"]
         column.lerp_((squares / n_latents).to(column.dtype), 1 - hyper.betas[1])
@@ -153,7 +153,7 @@ def factored_adam_(
     parameter.sub_(update, alpha=lr)
 
 
-def _moments(kind: Moments, n_latents: int, d_model: int, device: torch.device) -> dict[str, Tensor]:
+def _moments(kind: MomentFormat, n_latents: int, d_model: int, device: torch.device) -> dict[str, Tensor]:
     def coded(name: str) -> dict[str, Tensor]:
         codes, scales = eight_bit.zeros(n_latents, d_model, device)
         return {name: codes, f"{name}_scale": scales}

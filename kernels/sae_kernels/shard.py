@@ -18,7 +18,7 @@ from sae_kernels.cpu.kernels import CpuStep, Screen, Screened
 from sae_kernels.plain_step import PlainStep
 from sae_kernels.reference import Gradients, Selected, StepStatistics, adam_, aux_weight, error_scale
 from sae_kernels.row_state import Hyper, RowState, StateOptions
-from sae_kernels.stages import Aux, Stages
+from sae_kernels.stages import AuxK, Stages
 
 if TYPE_CHECKING:
     from sae_kernels.triton_step import TritonStep
@@ -183,7 +183,7 @@ class Shard:
         scale, aux = error_scale(len(x), float(variance)), None
         if self.k_aux and len(places := self.dead.nonzero().squeeze(1)):  # waits for the GPU: before it has work
             weight = aux_weight(self.aux_coefficient, n_dead=len(places), k_aux=self.k_aux)
-            aux = Aux(places, self.k_aux, scale * weight)
+            aux = AuxK(places, self.k_aux, scale * weight)
         return self._kernels.forward(x, k=self.k, scale=scale, aux=aux)
 
     def update_(self, gradients: Gradients | None, *, lr: float) -> None:
@@ -191,7 +191,7 @@ class Shard:
 
         Without gradients those of the last `forward` are used, and never stored.
         """
-        self._kernels.update_(gradients, **self.hyper_(lr)._asdict())
+        self._kernels.update_(gradients, **self.begin_update_(lr)._asdict())
 
     def update_vectors_(
         self, gradients: Mapping[str, Float[Tensor, " n_latents"]], hyper: Hyper, *, rates: Mapping[str, float]
@@ -202,7 +202,7 @@ class Shard:
             own = hyper._replace(lr=hyper.lr * rates[name])
             adam_(vector, gradients[name], first, second, **own._asdict())
 
-    def hyper_(self, lr: float) -> Hyper:
+    def begin_update_(self, lr: float) -> Hyper:
         """Begin the next update: its number, and Adam's other numbers."""
         self.steps += 1
         return Hyper(self.steps, lr, self.betas, self.eps)

@@ -1,9 +1,9 @@
-"""A step in stages: what a trainer over many processes runs between its exchanges, whichever code computes it.
+"""A training step in stages, between which a trainer over many processes exchanges tensors.
 
-One step is: `rows`, `select`, `partial` (summed over the parts of the dictionary it is the reconstruction), `d_z`, then
-`hold_` of what the backward pass needs, then `update_latents_` and `update_b_dec_`, or `row_gradients` in between.
-Everything but the last two works row by row: a row's result does not depend on the rows beside it, up to what a
-library's product makes of its shape (the compiled kernels' does not depend on it at all).
+The order is: `rows`, `select`, `partial` (its sum over the parts of a dictionary is the reconstruction), `d_z`,
+`save_for_backward_`, `update_latents_`, `update_b_dec_`; `row_gradients` comes before the updates where dense gradients
+are needed. Up to `d_z` a row's result does not depend on the other rows, except that a library's matrix product may
+round by its shape (the compiled kernels' product does not).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from sae_kernels.reference import Selected
 from sae_kernels.row_state import Hyper
 
 
-class Part(NamedTuple):
+class LossTerm(NamedTuple):
     """One use of latents in the loss, the reconstruction or AuxK; their gradients are sums over (row, latent) pairs."""
 
     errors: Float[Tensor, "batch d_model"]  # what is left of the target
@@ -28,7 +28,7 @@ class Part(NamedTuple):
     weights: Float[Tensor, "batch k"] | None = None
 
 
-class Aux(NamedTuple):
+class AuxK(NamedTuple):
     """AuxK in a fused step: the dead latents' reconstruction of what the others leave."""
 
     places: Int[Tensor, " dead"]  # one at least
@@ -74,16 +74,16 @@ class Stages(Protocol):
         """scale * errors . W_dec[j], 0 where the selected value is: those values say which places are asked for."""
         ...
 
-    def hold_(self, rows: Shaped[Tensor, "batch width"], parts: Sequence[Part]) -> None:
-        """Keep what the gradients are made of, sorted by latent, until the update."""
+    def save_for_backward_(self, rows: Shaped[Tensor, "batch width"], terms: Sequence[LossTerm]) -> None:
+        """Keeps the pairs of the loss's terms, sorted by latent, until the update."""
         ...
 
     def row_gradients(self) -> RowGradients:
-        """The gradients that `hold_` left to be computed, stored dense."""
+        """The dense gradients of the saved terms."""
         ...
 
     def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Float[Tensor, " d_model"]:
-        """Adam on the rows, from dense gradients or from what is held; returns `through_b_dec`."""
+        """Adam on the rows, from dense gradients or from the saved terms; returns `through_b_dec`."""
         ...
 
     def update_b_dec_(self, gradient: Float[Tensor, " d_model"], hyper: Hyper) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_kernels import plain
-from sae_kernels.lines import lay
+from sae_kernels.lines import split_into_lines
 from sae_kernels.reference import Active, packed
 from sae_kernels.triton_ops import sparse_decode, topk_encode
 
@@ -36,8 +36,8 @@ def active_decode(
 ) -> Float[Tensor, "batch d_model"]:
     """`reference.active_decode`, by lines of twice the mean row's latents (lines.py)."""
     rows = len(active.offsets) - 1
-    lines = lay(active.rows, rows=rows, width=max(1, 2 * len(active.indices) // max(1, rows)))
-    parts = sparse_decode(lines.laid(active.values), lines.laid(active.indices), W_dec, torch.zeros_like(b_dec))
+    lines = split_into_lines(active.rows, rows=rows, width=max(1, 2 * len(active.indices) // max(1, rows)))
+    parts = sparse_decode(lines.scatter(active.values), lines.scatter(active.indices), W_dec, torch.zeros_like(b_dec))
     return lines.summed(parts) + b_dec
 
 

@@ -17,7 +17,7 @@ ALIGNED = 64  # dead latents are filled up to a multiple: of odd numbers librari
 ELEMENTS = 1 << 26  # of A at once: 128 MiB
 
 
-class Compacted(NamedTuple):
+class DeadGradients(NamedTuple):
     """Gradients of the dead latents alone; `slots` [n_latents] is a latent's row in them, -1 where it has none."""
 
     slots: Tensor
@@ -29,7 +29,7 @@ class Compacted(NamedTuple):
 
 def dense_aux(
     rows: Tensor, error: Tensor, W_dec: Tensor, places: Tensor, selected: Selected, *, scale: float
-) -> Compacted:
+) -> DeadGradients:
     """AuxK's gradients and error: d loss / d e_hat = scale (e - e_hat); `selected` counts within the dead, `places`.
 
     Operands are bf16, sums of a product fp32, sums over blocks of rows fp32: 2^-8 of the largest gradient.
@@ -54,4 +54,4 @@ def dense_aux(
         bias += d_z.float().sum(0)
     slots = torch.full((len(W_dec),), -1, dtype=torch.int32, device=rows.device)
     slots[places] = torch.arange(n_dead, dtype=torch.int32, device=rows.device)
-    return Compacted(slots, enc[:n_dead], dec[:n_dead], bias[:n_dead], squared_error)
+    return DeadGradients(slots, enc[:n_dead], dec[:n_dead], bias[:n_dead], squared_error)

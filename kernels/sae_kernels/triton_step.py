@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae_kernels.recorded import Recorded
+from sae_kernels.cuda_graph import GraphedFunction
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.row_state import Hyper
-from sae_kernels.stages import Aux, Part, RowGradients
-from sae_kernels.triton_aux import DENSE, Compacted, dense_aux
-from sae_kernels.triton_latents import Moments, Pairs, schedule_row, update_latents_
+from sae_kernels.stages import AuxK, LossTerm, RowGradients
+from sae_kernels.triton_aux import DENSE, DeadGradients, dense_aux
+from sae_kernels.triton_latents import ParameterState, WeightedPairs, schedule_row, update_latents_
 from sae_kernels.triton_sparse_decode import decode, gather_dot
 from sae_kernels.triton_sparse_gradient import Segments, row_gradient, segments
 from sae_kernels.triton_topk_encode import encode_select
@@ -43,14 +43,14 @@ class TritonStep:
         self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor], *, unit: bool = True
     ) -> None:
         self.unit = unit
-        moments = [Moments(*tensors) for tensors in zip(parameters, first, second, strict=True)]
+        moments = [ParameterState(*tensors) for tensors in zip(parameters, first, second, strict=True)]
         self.W_enc, self.W_dec, self.b_enc, self.b_dec = moments
         self.rounded = torch.empty_like(self.W_enc.value, dtype=torch.bfloat16)
         self.norms = torch.zeros(2, len(self.rounded), device=self.rounded.device)  # of both gradients' rows, squared
         self._d_b_enc = torch.empty_like(self.b_enc.value)
-        self._aux: Compacted | None = None
+        self._aux: DeadGradients | None = None
         self._of: Hyper | None = None
-        self._recorded = Recorded[_Reconstruction]()
+        self._recorded = GraphedFunction[_Reconstruction]()
         self.refresh_()
 
     def refresh_(self) -> None:
@@ -62,7 +62,7 @@ class TritonStep:
         values, indices, _ = encode_select(self._rows(x), self.rounded, self.b_enc.value, k=k)
         return Selected(values, indices)
 
-    def forward(self, x: Tensor, *, k: int, scale: float, aux: Aux | None) -> StepStatistics:
+    def forward(self, x: Tensor, *, k: int, scale: float, aux: AuxK | None) -> StepStatistics:
         """Selection, reconstruction, errors, AuxK, and the pairs by latent that `gradients` and `update_` take."""
         main = self._recorded(self._reconstruction, x.float().contiguous(), k=k, scale=scale)
         rows, error, by_latent = main.rows, main.errors, main.by_latent
@@ -91,8 +91,8 @@ class TritonStep:
                 weights, d_z = torch.cat([weights, aux.scale * chosen.values], 1), torch.cat([d_z, aux_d_z], 1)
                 by_latent = segments(values, indices, n_latents=len(self.rounded))
                 self._through_encoder = self._through_b_dec(d_z, indices)
-        self._encoder = Pairs(rows, d_z, by_latent, split=k, shift=0)
-        self._decoder = Pairs(errors, weights, by_latent, split=k, shift=len(rows))
+        self._encoder = WeightedPairs(rows, d_z, by_latent, split=k, shift=0)
+        self._decoder = WeightedPairs(errors, weights, by_latent, split=k, shift=len(rows))
         return statistics
 
     def _reconstruction(self, x: Tensor, *, k: int, scale: float) -> "_Reconstruction":
@@ -142,19 +142,19 @@ class TritonStep:
     def d_z(self, errors: Tensor, selected: Selected, *, scale: float) -> Tensor:
         return gather_dot(errors, self.W_dec.value, selected.indices, scale=scale, where_positive=selected.values)
 
-    def hold_(self, rows: Tensor, parts: Sequence[Part]) -> None:
+    def save_for_backward_(self, rows: Tensor, terms: Sequence[LossTerm]) -> None:
         def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
             return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
         self._aux = None
-        errors = joined([part.errors for part in parts], 0)
-        values = joined([part.selected.values for part in parts], 1)
-        indices = joined([part.selected.indices for part in parts], 1)
-        weights = joined([p.scale * p.selected.values if p.weights is None else p.weights for p in parts], 1)
-        d_z, split = joined([part.d_z for part in parts], 1), parts[0].d_z.shape[1]
+        errors = joined([term.errors for term in terms], 0)
+        values = joined([term.selected.values for term in terms], 1)
+        indices = joined([term.selected.indices for term in terms], 1)
+        weights = joined([t.scale * t.selected.values if t.weights is None else t.weights for t in terms], 1)
+        d_z, split = joined([term.d_z for term in terms], 1), terms[0].d_z.shape[1]
         by_latent = segments(values, indices, n_latents=len(self.rounded))
-        self._encoder = Pairs(rows, d_z, by_latent, split=split, shift=0)
-        self._decoder = Pairs(errors, weights, by_latent, split=split, shift=len(rows))
+        self._encoder = WeightedPairs(rows, d_z, by_latent, split=split, shift=0)
+        self._decoder = WeightedPairs(errors, weights, by_latent, split=split, shift=len(rows))
         self._through_encoder = self._through_b_dec(d_z, indices)
 
     def row_gradients(self) -> RowGradients:
@@ -195,8 +195,8 @@ class TritonStep:
 
     def update_b_dec_(self, gradient: Tensor, hyper: Hyper) -> None:
         update_latents_(
-            Moments(*(tensor[None] for tensor in self.b_dec)), gradient[None], schedule=self._schedule(hyper), step=0,
-            betas=hyper.betas, eps=hyper.eps, norms=torch.empty(1, device=gradient.device), unit=False,
+            ParameterState(*(tensor[None] for tensor in self.b_dec)), gradient[None], schedule=self._schedule(hyper),
+            step=0, betas=hyper.betas, eps=hyper.eps, norms=torch.empty(1, device=gradient.device), unit=False,
         )  # fmt: skip
 
     def _schedule(self, hyper: Hyper) -> Tensor:
@@ -211,7 +211,7 @@ class TritonStep:
         """W_enc d_b_enc of some pairs: b_dec, subtracted from x, acts through the encoder."""
         return decode(d_z, indices, self.rounded, None).sum(0)
 
-    def _through_dead(self, aux: Compacted, places: Tensor) -> Tensor:
+    def _through_dead(self, aux: DeadGradients, places: Tensor) -> Tensor:
         return aux.bias @ self.rounded[places].float()
 
     def _rows(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import Field
-from sae_kernels.row_state import Moments, Parameters
+from sae_kernels.row_state import MomentFormat, ParameterFormat
 
 from sae_dist.config import frozen, local_folder
 from sae_dist.train.guard import GuardConfig
@@ -39,10 +39,10 @@ class TrainConfig:
     micro_batch: Annotated[int, Field(ge=1)] | None = None  # rows that a rank encodes at once; null: all of its rows
     product: Literal["bfloat16", "float32"] = "bfloat16"  # the encoder's operands are rounded to it; float32 is slower
     # 4 bytes each; bfloat16_stochastic: 2, rounded at random without bias, no masters
-    parameters: Parameters = "float32"
+    parameters: ParameterFormat = "float32"
     # Adam's, 8 bytes a parameter; int8: 2, both coded; factored: 1, the second a product of two vectors. Anything but
     # float32 is computed by plain torch, which is slower than the kernels
-    moments: Moments = "float32"
+    moments: MomentFormat = "float32"
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # the most that the whole gradient may measure; null: any
     guard: GuardConfig = GuardConfig()
     # auto: this process for a mesh of 1 (of `run`: an actor), else actors; or process, actors, torchrun, ray_train

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
-from sae_kernels.row_state import Moments, Parameters, StateOptions
+from sae_kernels.row_state import MomentFormat, ParameterFormat, StateOptions
 
 from sae_dist.config import UserError, frozen, load, to_dict
 from sae_dist.sae.config import KINDS, SAEConfig
@@ -29,8 +29,8 @@ class _Own:
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # of a folder
     seed: int
     lr: Annotated[float, Field(gt=0)] | None
-    parameters: Parameters
-    moments: Moments
+    parameters: ParameterFormat
+    moments: MomentFormat
 
 
 class Member(NamedTuple):
@@ -40,8 +40,8 @@ class Member(NamedTuple):
     sae: SAEConfig
     seed: int  # of its initial weights; rows come in the run's order whatever it is
     lr: float | None = None  # the highest; None: the law for its size
-    parameters: Parameters = "float32"
-    moments: Moments = "float32"
+    parameters: ParameterFormat = "float32"
+    moments: MomentFormat = "float32"
 
     @property
     def prefix(self) -> str:
@@ -63,7 +63,7 @@ class Member(NamedTuple):
 
 def members(
     also: Sequence[Mapping[str, Any]], *, sae: SAEConfig, seed: int, lr: float | None = None,
-    parameters: Parameters = "float32", moments: Moments = "float32",
+    parameters: ParameterFormat = "float32", moments: MomentFormat = "float32",
 ) -> tuple[Member, ...]:  # fmt: skip
     """The main dictionary and those of `also`, checked; UserError names the entry, the value and the cure."""
     found = [Member(MAIN, sae, seed, lr, parameters, moments)]

@@ -13,7 +13,7 @@ from sae_kernels import reference
 from sae_kernels.cpu import build, kernels
 from sae_kernels.row_state import StateOptions
 from sae_kernels.shard import Shard
-from sae_kernels.stages import Part
+from sae_kernels.stages import LossTerm
 
 BACKENDS = ["auto"] if build.library() else []  # without the kernels there is nothing to compare
 SCREENS: list[kernels.Screen] = ["none", "int16"] if BACKENDS else []
@@ -230,8 +230,10 @@ def test_what_is_held_for_the_gradients_stays_the_callers():
     sae, x = sae_of(torch.randn(24, 100, generator=g), torch.zeros(100), torch.zeros(24), 4), torch.randn(9, 24)
     rows, errors = sae.stages.rows(x), torch.randn(9, 24, generator=g)
     selected = sae.stages.select(rows, k=4)
-    part = Part(errors, selected, sae.stages.d_z(errors, selected, scale=-1), -1.0)  # an int would be another register
-    sae.stages.hold_(rows, [part])
+    part = LossTerm(
+        errors, selected, sae.stages.d_z(errors, selected, scale=-1), -1.0
+    )  # an int would be another register
+    sae.stages.save_for_backward_(rows, [part])
     before = rows.clone(), errors.clone()
     sae.forward(x + 1, variance=1.0)
     assert torch.equal(rows, before[0]) and torch.equal(errors, before[1])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_kernels.lines import lay
+from sae_kernels.lines import split_into_lines
 
 
 @pytest.mark.parametrize(
@@ -12,9 +12,9 @@ def test_every_pair_has_a_place_and_sums_over_lines_are_sums_over_rows(counts):
     rows = len(counts)
     row = torch.arange(rows).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
     width = max(-(-2 * len(row) // max(rows, 1)), 1)
-    lines = lay(row, rows=rows, width=width)
+    lines = split_into_lines(row, rows=rows, width=width)
     numbers = torch.arange(1, len(row) + 1)
-    laid = lines.laid(numbers)
+    laid = lines.scatter(numbers)
     assert torch.equal(laid[laid > 0].sort().values, numbers)
     assert torch.equal(laid[lines.line, lines.place], numbers)
     assert len(laid) <= 1.5 * rows
@@ -27,5 +27,10 @@ def test_every_pair_has_a_place_and_sums_over_lines_are_sums_over_rows(counts):
 
 
 def test_a_rows_pairs_keep_their_order():
-    lines = lay(torch.tensor([0, 0, 0, 0, 0, 2]), rows=3, width=4)
-    assert lines.laid(torch.tensor([1, 2, 3, 4, 5, 6])).tolist() == [[1, 2, 3, 4], [0] * 4, [6, 0, 0, 0], [5, 0, 0, 0]]
+    lines = split_into_lines(torch.tensor([0, 0, 0, 0, 0, 2]), rows=3, width=4)
+    assert lines.scatter(torch.tensor([1, 2, 3, 4, 5, 6])).tolist() == [
+        [1, 2, 3, 4],
+        [0] * 4,
+        [6, 0, 0, 0],
+        [5, 0, 0, 0],
+    ]

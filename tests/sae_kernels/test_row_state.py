@@ -131,7 +131,7 @@ def run(options: StateOptions, steps: int = 30, *, parts: tuple[int, ...] = (64,
         squares = [s.update_(gradient(s, start), hyper, unit=unit) for s, start in zip(shards, starts, strict=True)]
         if squares[0] is not None:
             for shard in shards:
-                shard.end_step_(torch.stack(squares).sum(0), hyper, n_latents=64)
+                shard.update_column_(torch.stack(squares).sum(0), hyper, n_latents=64)
     return torch.cat([shard.value for shard in shards]).float()
 
 

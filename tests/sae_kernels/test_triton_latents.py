@@ -1,7 +1,7 @@
 import pytest
 import torch
 from sae_kernels import reference
-from sae_kernels.triton_latents import Moments, Pairs, schedule_row, update_latents_
+from sae_kernels.triton_latents import ParameterState, WeightedPairs, schedule_row, update_latents_
 from sae_kernels.triton_sparse_gradient import row_gradient, segments
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10
@@ -10,7 +10,7 @@ BETAS, EPS = (0.9, 0.999), 6.25e-10
 def fresh(n_latents, d_model, device, *, unit):
     value = torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(3))
     value = (reference.unit_norm(value) if unit else value).to(device)
-    return Moments(value, torch.zeros_like(value), torch.zeros_like(value))
+    return ParameterState(value, torch.zeros_like(value), torch.zeros_like(value))
 
 
 def schedule_of(steps, device):
@@ -24,7 +24,7 @@ def pairs_of(step, n_latents, d_model, device):
     indices = torch.rand(2, n_latents, generator=generator).argsort(1)[:, :2].to(device)
     weights = torch.randn(2, 2, generator=generator).to(device)
     rows = torch.randn(2, d_model, generator=generator).to(device)
-    return Pairs(rows, weights, segments(weights, indices, n_latents=n_latents), split=2, shift=0)
+    return WeightedPairs(rows, weights, segments(weights, indices, n_latents=n_latents), split=2, shift=0)
 
 
 @pytest.mark.parametrize("unit", [False, True])
@@ -33,8 +33,8 @@ def pairs_of(step, n_latents, d_model, device):
 def test_an_update_is_projection_adam_and_unit_norm(device, unit, d_model, dense):
     n_latents, steps = 9, 3
     parameter, twin = fresh(n_latents, d_model, device, unit=unit), fresh(n_latents, d_model, device, unit=unit)
-    bias = Moments(*(torch.zeros(n_latents, device=device) for _ in range(3)))
-    twin_bias = Moments(*(torch.zeros(n_latents, device=device) for _ in range(3)))
+    bias = ParameterState(*(torch.zeros(n_latents, device=device) for _ in range(3)))
+    twin_bias = ParameterState(*(torch.zeros(n_latents, device=device) for _ in range(3)))
     rounded = torch.empty(n_latents, d_model, dtype=torch.bfloat16, device=device)
     norms, d_bias = torch.empty(n_latents, device=device), torch.empty(n_latents, device=device)
     schedule = schedule_of(steps, device)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sae_kernels import recorded, reference, triton_step
-from sae_kernels.recorded import SETTLED
+from sae_kernels.cuda_graph import SETTLED
 from sae_kernels.shard import Shard
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_kernels.cpu.build import library
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.row_state import Hyper
-from sae_kernels.stages import Aux, Part, RowGradients
+from sae_kernels.stages import AuxK, LossTerm, RowGradients
 
 Screen = Literal["auto", "none", "int16"]
 
@@ -25,7 +25,7 @@ class _Adam(ctypes.Structure):
     _fields_ = [(name, ctypes.c_float) for name in ("lr", "beta2", "new1", "new2", "eps", "unbias1", "unbias2")]
 
 
-class _Parameters(ctypes.Structure):
+class _Tensors(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in (
@@ -162,24 +162,24 @@ class CpuStep:
         )  # fmt: skip
         return out
 
-    def hold_(self, rows: Tensor, parts: Sequence[Part]) -> None:
+    def save_for_backward_(self, rows: Tensor, terms: Sequence[LossTerm]) -> None:
         batch, self._dense = len(rows), None
-        errors = torch.cat([part.errors for part in parts]) if len(parts) > 1 else parts[0].errors.contiguous()
+        errors = torch.cat([term.errors for term in terms]) if len(terms) > 1 else terms[0].errors.contiguous()
         self._sources = (errors, rows.contiguous())
         kept = [
             (
-                part.selected.values.contiguous(), part.selected.indices.int().contiguous(), part.d_z.contiguous(),
-                None if part.weights is None else part.weights.contiguous(),
+                term.selected.values.contiguous(), term.selected.indices.int().contiguous(), term.d_z.contiguous(),
+                None if term.weights is None else term.weights.contiguous(),
             )
-            for part in parts
+            for term in terms
         ]  # fmt: skip
-        described = (_Chosen * len(parts))(
+        described = (_Chosen * len(terms))(
             *(
-                _Chosen(*(t if t is None else t.data_ptr() for t in own), own[2].shape[1], kind * batch, part.scale)
-                for kind, (own, part) in enumerate(zip(kept, parts, strict=True))
+                _Chosen(*(t if t is None else t.data_ptr() for t in own), own[2].shape[1], kind * batch, term.scale)
+                for kind, (own, term) in enumerate(zip(kept, terms, strict=True))
             )
         )
-        self._pairs(described, batch, sum(part.d_z.shape[1] for part in parts))
+        self._pairs(described, batch, sum(term.d_z.shape[1] for term in terms))
 
     def row_gradients(self) -> RowGradients:
         d_enc, d_dec = torch.empty(2, self.n_latents, self.d_model)
@@ -204,7 +204,7 @@ class CpuStep:
             _adam(hyper),
         )  # fmt: skip
 
-    def forward(self, x: Tensor, *, k: int, scale: float, aux: Aux | None) -> StepStatistics:
+    def forward(self, x: Tensor, *, k: int, scale: float, aux: AuxK | None) -> StepStatistics:
         """Selection, reconstruction, errors, AuxK, and the pairs by latent that `gradients` and `update_` take."""
         batch = len(x)
         few, k_dead = aux is None or len(aux.places) <= _DENSE * aux.k, min(aux.k, len(aux.places)) if aux else 0
@@ -318,24 +318,24 @@ class CpuStep:
         """The k best latents of every rounded row, among those given, into the buffers of that name."""
         batch = len(rows)
         padded_batch = -(-batch // _PANEL) * _PANEL
-        room = -(-(k + max(k, 64)) // _LANES) * _LANES
+        capacity = -(-(k + max(k, 64)) // _LANES) * _LANES
         screens = self._screen_from is not None and len(b_enc) >= self._screen_from * k
         self._rows_screened += batch if screens else 0
         values = self._buffer(f"values.{name}", (batch, k))
         indices = self._buffer(f"indices.{name}", (batch, k), torch.int32)
         _call(
             "sae_select", rows, rounded, b_enc, batch, len(b_enc), self.padded // 2,
-            self._buffer("panels", (padded_batch, self.padded // 2), torch.int32), k, room,
+            self._buffer("panels", (padded_batch, self.padded // 2), torch.int32), k, capacity,
             self._buffer("least", (padded_batch,)), self._buffer("count", (padded_batch,), torch.int32),
-            self._buffer(f"candidates.{name}", (batch, room)),
-            self._buffer(f"candidate_indices.{name}", (batch, room), torch.int32),
+            self._buffer(f"candidates.{name}", (batch, capacity)),
+            self._buffer(f"candidate_indices.{name}", (batch, capacity), torch.int32),
             values, indices, int(sorted_), int(screens), self._counts, torch.get_num_threads(),
         )  # fmt: skip
         return Selected(values, indices)
 
-    def _described(self) -> _Parameters:
+    def _described(self) -> _Tensors:
         own = [*self.parameters[:3], *self.first[:3], *self.second[:3], self.rounded]
-        return _Parameters(*(tensor.data_ptr() for tensor in own))
+        return _Tensors(*(tensor.data_ptr() for tensor in own))
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         buffer = self._buffers.get(name)

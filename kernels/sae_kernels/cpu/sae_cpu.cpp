@@ -44,14 +44,14 @@ void sae_round(const float* a, const float* minus, uint16_t* out, long n, long d
 }
 
 // The k best of relu(z) per row -> values, indices [batch, k]. x [batch, pairs], w [n_latents, pairs]: bf16 pairs.
-// Scratch: panels, least and count [rows of whole panels], candidates [batch, room]. With `screened`, through int16, and
+// Scratch: panels, least and count [rows of whole panels], candidates [batch, capacity]. With `screened`, through int16, and
 // counts [2] grow by the rows that were not certified and the candidates of the others.
 void sae_select(const uint32_t* x, const uint32_t* w, const float* b_enc, long batch, long n_latents, long pairs,
-                uint32_t* panels, long k, long room, float* least, int* count, float* candidate_values,
+                uint32_t* panels, long k, long capacity, float* least, int* count, float* candidate_values,
                 int* candidate_indices, float* values, int* indices, long sorted, long screened, long* counts,
                 long threads) {
     const Selection selection{x, w, b_enc, batch, n_latents, pairs, panels,
-                              {k, room, least, count, candidate_values, candidate_indices}, values, indices, sorted != 0};
+                              {k, capacity, least, count, candidate_values, candidate_indices}, values, indices, sorted != 0};
     const long n_panels = blocks(batch, PANEL);
     const long size = std::clamp(n_panels / (4 * threads), 1L, TASK_PANELS);
     auto by_panels = [&](auto&& select) {
@@ -109,7 +109,7 @@ void sae_pairs(const Chosen* chosen, int kinds, long batch, long n_latents, long
     pairs_by_latent(chosen, kinds, batch, n_latents, threads, offsets, pairs);
 }
 
-struct Parameters {
+struct Tensors {
     float *enc, *dec, *bias;                         // [n_latents, d], [n_latents, d], [n_latents]
     float *enc_first, *dec_first, *bias_first;       // Adam's moments
     float *enc_second, *dec_second, *bias_second;
@@ -126,9 +126,9 @@ struct Dense {
 // gets rounded enc * d_bias, summed over a chunk. Then the gradient is stored (d_enc given) or the update is made, which
 // keeps decoder rows at norm 1 where they are `unit`.
 void sae_latents(const long* offsets, const Pair* pairs, const float* errors, const uint16_t* rows, const Dense* dense,
-                 const Parameters* parameters, long n_latents, long d, long padded, const Adam* adam, long unit,
+                 const Tensors* parameters, long n_latents, long d, long padded, const Adam* adam, long unit,
                  float* d_enc, float* d_dec, float* d_bias, float* through_b_dec, long threads) {
-    const Parameters& p = *parameters;
+    const Tensors& p = *parameters;
     parallel(blocks(n_latents, CHUNK), threads, [&](long chunk) {
         std::vector<float> scratch(2 * d), biases(CHUNK);
         const long first = chunk * CHUNK, last = first + CHUNK < n_latents ? first + CHUNK : n_latents;
@@ -171,9 +171,9 @@ void sae_latents(const long* offsets, const Pair* pairs, const float* errors, co
 void sae_aux_dense(const Aux* aux, long threads) { aux_dense(*aux, threads); }
 
 // The update from a dense gradient.
-void sae_update(const float* d_enc, const float* d_dec, const float* d_bias, const Parameters* parameters,
+void sae_update(const float* d_enc, const float* d_dec, const float* d_bias, const Tensors* parameters,
                 long n_latents, long d, long padded, const Adam* adam, long unit, long threads) {
-    const Parameters& p = *parameters;
+    const Tensors& p = *parameters;
     parallel(blocks(n_latents, CHUNK), threads, [&](long chunk) {
         for (long j = chunk * CHUNK; j < n_latents && j < (chunk + 1) * CHUNK; j++) {
             if (unit)

@@ -145,8 +145,8 @@ inline void select_exactly(const Selection& s, long first, long last) {
 
 // The row's candidates get their exact values, and those that are not positive go.
 inline void rescore(const Selection& s, long row, const Best& best, uint32_t* panel) {
-    float* values = best.values + row * best.room;
-    int* indices = best.indices + row * best.room;
+    float* values = best.values + row * best.capacity;
+    int* indices = best.indices + row * best.capacity;
     const long n = best.count[row];
     static const float none[1] = {0};
     long kept = 0;
@@ -208,10 +208,10 @@ inline void select_screened(const Selection& s, const Encoder& encoder, long fir
     for (size_t i = 0; i < uncertified.size(); i += PANEL) {  // packed together, selected, and put back
         const long n = std::min((long)(uncertified.size() - i), PANEL), k = best.k;
         std::vector<uint32_t> x(n * s.pairs);
-        std::vector<float> least(PANEL), candidates(n * best.room), values(n * k);
-        std::vector<int> count(PANEL), places(n * best.room), indices(n * k);
+        std::vector<float> least(PANEL), candidates(n * best.capacity), values(n * k);
+        std::vector<int> count(PANEL), places(n * best.capacity), indices(n * k);
         for (long r = 0; r < n; r++) memcpy(&x[r * s.pairs], s.x + uncertified[i + r] * s.pairs, s.pairs * 4);
-        const Best own{k, best.room, least.data(), count.data(), candidates.data(), places.data()};
+        const Best own{k, best.capacity, least.data(), count.data(), candidates.data(), places.data()};
         select_exactly({x.data(), s.w, s.b_enc, n, s.n_latents, s.pairs, panel.data(), own, values.data(),
                         indices.data(), s.sorted}, 0, 1);
         for (long r = 0; r < n; r++) {

@@ -33,16 +33,16 @@ inline float from_bits(int b) {
 
 // The best k of a stream of (positive value, ascending index): candidates above `least`, cut down whenever full.
 struct Best {
-    long k, room;                // room for candidates of one row, a multiple of LANES
+    long k, capacity;            // capacity: candidates of one row, a multiple of LANES
     float* least; int* count;    // [rows]; a value must exceed least[row] to matter
-    float* values; int* indices; // [rows, room], ascending indices
+    float* values; int* indices; // [rows, capacity], ascending indices
     const float* slack = nullptr;  // [rows], of a screen: whatever is within slack of the k-th best stays, too
 
     // Keeps between k and `most` candidates, all of the k best among them. Equal values: those of lower index stay.
     // With slack: keeps all within it of some value that k candidates reach, however many they are.
     void cut(long row, long most) const {
-        float* v = values + row * room;
-        int* ix = indices + row * room;
+        float* v = values + row * capacity;
+        int* ix = indices + row * capacity;
         const int n = count[row];
         if (n <= most) return;
         auto above = [&](int limit) {  // candidates >= limit, as bits: those of positive floats order like integers
@@ -82,12 +82,12 @@ struct Best {
 
     // A row whose slack leaves too many candidates takes none any more: least is infinite.
     void add(long row, float value, int index) const {
-        if (count[row] == room) {
-            cut(row, k + (room - k) / 4);
-            if (count[row] > k + (room - k) / 4 * 3) least[row] = INFINITY;
+        if (count[row] == capacity) {
+            cut(row, k + (capacity - k) / 4);
+            if (count[row] > k + (capacity - k) / 4 * 3) least[row] = INFINITY;
             if (!(value > least[row])) return;
         }
-        const long at = row * room + count[row]++;
+        const long at = row * capacity + count[row]++;
         values[at] = value, indices[at] = index;
     }
 };
@@ -102,7 +102,7 @@ inline void pack(const Row& row, uint32_t* panel, long pairs) {
         long p = 0;
         for (; p + LANES <= pairs; p += LANES) {
             for (long r = 0; r < LANES; r++) here[r] = rows[r] ? rows[r] + p : none;
-            turn(here, panel + p * PANEL + first, PANEL);
+            transpose(here, panel + p * PANEL + first, PANEL);
         }
         for (; p < pairs; p++)
             for (long r = 0; r < LANES; r++) panel[p * PANEL + first + r] = rows[r] ? rows[r][p] : 0;
@@ -214,8 +214,8 @@ inline void select_panels(Product& z_of, long n_latents, long group, long first,
 inline void finish(const Best& best, long row, bool sorted, float* values, int* indices) {
     best.cut(row, best.k);
     const long n = best.count[row];
-    const float* v = best.values + row * best.room;
-    const int* ix = best.indices + row * best.room;
+    const float* v = best.values + row * best.capacity;
+    const int* ix = best.indices + row * best.capacity;
     for (long i = 0; i < best.k; i++) values[i] = 0, indices[i] = 0;
     for (long i = 0; i < n; i++) {
         long place = i;

@@ -98,8 +98,8 @@ inline Bits sign_bits(I a) { return (Bits)_mm256_movemask_ps(_mm256_castsi256_ps
 inline Bits at_least(I a, I b) { return 0xff & ~sign_bits(_mm256_cmpgt_epi32(b, a)); }
 inline Bits equal(I a, I b) { return sign_bits(_mm256_cmpeq_epi32(a, b)); }
 
-// Words 0 ... 7 of 8 rows, turned: out[8 words][stride], lanes are rows.
-inline void turn(const uint32_t* const (&rows)[LANES], uint32_t* out, long stride) {
+// Words 0 ... 7 of 8 rows, transposed: out[8 words][stride], lanes are rows.
+inline void transpose(const uint32_t* const (&rows)[LANES], uint32_t* out, long stride) {
     V a[8], b[8];
     for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps((const float*)rows[i]);
     for (int i = 0; i < 8; i += 2)

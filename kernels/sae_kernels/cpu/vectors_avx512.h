@@ -60,8 +60,8 @@ inline Bits equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline Bits at_least(I a, I b) { return _mm512_cmp_epi32_mask(a, b, _MM_CMPINT_NLT); }
 inline Bits equal(I a, I b) { return _mm512_cmp_epi32_mask(a, b, _MM_CMPINT_EQ); }
 
-// Words 0 ... 15 of 16 rows, turned: out[16 words][stride], lanes are rows.
-inline void turn(const uint32_t* const (&rows)[LANES], uint32_t* out, long stride) {
+// Words 0 ... 15 of 16 rows, transposed: out[16 words][stride], lanes are rows.
+inline void transpose(const uint32_t* const (&rows)[LANES], uint32_t* out, long stride) {
     for (long word = 0; word < LANES; word++)
         for (long r = 0; r < LANES; r++) out[word * stride + r] = rows[r][word];
 }

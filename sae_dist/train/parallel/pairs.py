@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from sae_kernels import plain
-from sae_kernels.lines import Lines, lay
+from sae_kernels.lines import Lines, split_into_lines
 from sae_kernels.reference import Selected
-from sae_kernels.stages import Part, Stages
+from sae_kernels.stages import LossTerm, Stages
 from torch import Tensor
 
 from sae_dist.train.objective import Through
@@ -31,7 +31,7 @@ class Errors(NamedTuple):
 class Use(NamedTuple):
     """The same of the whole batch, with all gradients of its pairs."""
 
-    part: Part
+    part: LossTerm
     lines: Lines | None
     values: Float[Tensor, "lines places"]  # in the reconstruction
     d_own: dict[str, Float[Tensor, "lines places"]]  # d loss / d the latents' own vectors
@@ -62,14 +62,14 @@ def everybodys(
     elif data.size > 1:
         sent, lines = _everybodys_lines(mesh, lines, sent, batch=batch)
     z, indices, d_z, *more = sent
-    part_of_loss = Part(errors, Selected(z, indices.long()), d_z, scale)
+    part_of_loss = LossTerm(errors, Selected(z, indices.long()), d_z, scale)
     if backward is None:
         return Use(part_of_loss, lines, z, {})
     values, *of_own = more
     return Use(part_of_loss._replace(weights=scale * values), lines, values, dict(zip(names, of_own, strict=True)))
 
 
-def hold_(stages: Stages, rows: Float[Tensor, "batch d_model"], uses: Sequence[Use]) -> None:
+def save_for_backward_(stages: Stages, rows: Float[Tensor, "batch d_model"], uses: Sequence[Use]) -> None:
     """Leave the pairs to the kernels; those of the first use may be in lines, of AuxK none are in further ones."""
     held, lines = [use.part for use in uses], uses[0].lines
     if lines is not None:
@@ -77,9 +77,9 @@ def hold_(stages: Stages, rows: Float[Tensor, "batch d_model"], uses: Sequence[U
         held = [main._replace(errors=lines.extended(main.errors))]
         for errors, (values, indices), d_z, scale, _ in others:
             selected = Selected(lines.padded(values), lines.padded(indices))
-            held.append(Part(lines.padded(errors), selected, lines.padded(d_z), scale))
+            held.append(LossTerm(lines.padded(errors), selected, lines.padded(d_z), scale))
         rows = lines.extended(rows)
-    stages.hold_(rows, held)
+    stages.save_for_backward_(rows, held)
 
 
 def by_latent(use: Use, *, n_latents: int) -> dict[str, Float[Tensor, " n_latents"]]:
@@ -112,5 +112,5 @@ def _everybodys_lines(
         gather_rows(mesh, data, pairs, counts, name="pairs")
         for pairs in (row, *(tensor[lines.line, lines.place] for tensor in of_lines))
     )
-    lines = lay(row.long(), rows=batch, width=lines.width)
-    return [lines.laid(pairs) for pairs in others], lines
+    lines = split_into_lines(row.long(), rows=batch, width=lines.width)
+    return [lines.scatter(pairs) for pairs in others], lines

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from jaxtyping import Bool, Float
-from sae_kernels.lines import lay
+from sae_kernels.lines import split_into_lines
 from sae_kernels.reference import Gradients, Selected, StepStatistics, aux_weight, error_scale
 from sae_kernels.shard import Shard, is_finite
 from sae_kernels.stages import RowGradients, Stages
@@ -51,7 +51,7 @@ from sae_dist.train.objective import Own, Through, activated, through
 from sae_dist.train.parallel.batch_select import batch_best, candidates
 from sae_dist.train.parallel.exchange import all_gather, gather_rows, settle, sum_rows, total
 from sae_dist.train.parallel.mesh import Mesh, part, parts
-from sae_dist.train.parallel.pairs import Backward, Errors, Use, by_latent, everybodys, hold_
+from sae_dist.train.parallel.pairs import Backward, Errors, Use, by_latent, everybodys, save_for_backward_
 from sae_dist.train.parallel.select import best, pays_two_rounds
 
 LINE = 2  # times k places in a line, where rows have different numbers of latents
@@ -126,7 +126,7 @@ class MeshStep:
             weight = aux_weight(self.shard.aux_coefficient, n_dead=n_dead, k_aux=self.k_aux)
             uses.append(everybodys(self.mesh, stages, aux, batch=len(x), scale=scale * weight))
             squared_errors[1] = uses[1].part.errors.square().sum()
-        hold_(stages, rows, uses)
+        save_for_backward_(stages, rows, uses)
         self._through_decoder = scale * use.part.errors.sum(0)
         self._d_own = by_latent(use, n_latents=len(self.latents))
         return self._statistics(uses, torch.stack(squared_errors), tokens=len(x))
@@ -144,7 +144,7 @@ class MeshStep:
                 gradients = Gradients(enc * factor, dec * factor, b_enc * factor, b_dec * factor)
             self.shard.update_(gradients, lr=lr)
             return
-        stages, hyper, factor = self.shard.stages, self.shard.hyper_(lr), 1.0
+        stages, hyper, factor = self.shard.stages, self.shard.begin_update_(lr), 1.0
         if self.clip_norm is None:
             d_b_dec = self._d_b_dec(stages.update_latents_(None, hyper))
         else:
@@ -221,8 +221,8 @@ class MeshStep:
         )  # fmt: skip
         self._smallest, self.widened = chosen.smallest, self.widened + chosen.widened
         z = chosen.values if level is None else chosen.values + level[chosen.latent]
-        lines = lay(chosen.row, rows=len(mine), width=LINE * self.k)
-        selected = Selected(lines.laid(z), lines.laid(chosen.latent))
+        lines = split_into_lines(chosen.row, rows=len(mine), width=LINE * self.k)
+        selected = Selected(lines.scatter(z), lines.scatter(chosen.latent))
         summed = self._summed(lines.summed(stages.partial(self._decoded(selected))))
         return Errors(self._left(x[mine.start : mine.stop], summed + self.shard.b_dec), selected, lines)
 

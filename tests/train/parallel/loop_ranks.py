@@ -62,7 +62,7 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
 
     def watched(learner: Learner, config: Any, x: torch.Tensor, **more: Any) -> Any:
         shard, first = learner.sae.shard, learner.sae.latents.start
-        held = type(shard.stages).hold_
+        held = type(shard.stages).save_for_backward_
 
         def hold(rows: torch.Tensor, parts: Any) -> None:
             for use, part in enumerate(parts):
@@ -71,7 +71,7 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
                 chosen.append(torch.stack([torch.full_like(row, n) for n in (done, use)] + [row, latent], 1))
             held(shard.stages, rows, parts)
 
-        shard.stages.hold_ = hold
+        shard.stages.save_for_backward_ = hold
         if last and done == scenario.poison_at:
             shard.W_dec[0] = torch.nan
         return learn(learner, config, x, **more)

@@ -143,25 +143,26 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
     )  # fmt: skip
     if case.data == "integers":
         shard.tokens_since_fired[::2] = 10
-    chosen, figures, held, held_in_lines, in_lines = [], [], shard.stages.hold_, steps.hold_, []
+    chosen, figures, in_lines = [], [], []
+    save_terms, save_lines = shard.stages.save_for_backward_, steps.save_for_backward_
 
-    def hold(rows, parts):
+    def watch_terms(rows, terms):
         owner = torch.arange(len(rows), device=rows.device)
         if in_lines and in_lines[-1] is not None:
             owner = in_lines[-1].extended(torch.arange(in_lines[-1].rows, device=rows.device))
-        for use, part in enumerate(parts):
-            line, place = (part.selected.values > 0).nonzero(as_tuple=True)
-            of_step, of_use = torch.full_like(line, len(figures)), torch.full_like(line, use)
-            latent = part.selected.indices[line, place] + latents.start
-            chosen.append(torch.stack([of_step, of_use, owner[line], latent], 1))
-        held(rows, parts)
+        for number, term in enumerate(terms):
+            line, place = (term.selected.values > 0).nonzero(as_tuple=True)
+            of_step, of_term = torch.full_like(line, len(figures)), torch.full_like(line, number)
+            latent = term.selected.indices[line, place] + latents.start
+            chosen.append(torch.stack([of_step, of_term, owner[line], latent], 1))
+        save_terms(rows, terms)
 
-    def hold_in_lines(stages, rows, uses):
-        in_lines.append(uses[0].lines)
-        held_in_lines(stages, rows, uses)
+    def watch_lines(stages, rows, terms):
+        in_lines.append(terms[0].lines)
+        save_lines(stages, rows, terms)
 
-    shard.stages.hold_ = hold  # type: ignore[method-assign]
-    with patch.object(steps, "hold_", hold_in_lines):
+    shard.stages.save_for_backward_ = watch_terms  # type: ignore[method-assign]
+    with patch.object(steps, "save_for_backward_", watch_lines):
         for number in range(case.steps):
             s = one_step(step, batch_of(case, number).to(mesh.device), lr=case.lr, variance=3.0)
             figures.append([float(s.squared_error), float(s.aux_squared_error), int(s.active), step.dead_fraction()])

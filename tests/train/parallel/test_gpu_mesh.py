@@ -10,7 +10,7 @@ import pytest
 import torch
 from sae_kernels.reference import Selected
 from sae_kernels.shard import Shard
-from sae_kernels.stages import Part
+from sae_kernels.stages import LossTerm
 
 from sae_dist.train.parallel.mesh import Mesh
 from tests.sae_kernels.interpreted import bf16_as_on_a_gpu
@@ -88,14 +88,14 @@ def results(step: Shard, case: Case, x: torch.Tensor) -> list[torch.Tensor]:
     uses = []
     for selected, scale in ((main, -0.1), (aux, -0.02)):
         errors = x - stages.partial(selected)
-        uses.append(Part(errors, selected, stages.d_z(errors, selected, scale=scale), scale))
+        uses.append(LossTerm(errors, selected, stages.d_z(errors, selected, scale=scale), scale))
     weights = 0.3 * main.values.square() - 0.05 * (main.values > 0)  # of a value that is not z: here also below 0
     uses[0] = uses[0]._replace(weights=weights)
-    stages.hold_(rows, uses)
+    stages.save_for_backward_(rows, uses)
     level = torch.linspace(0, 0.5, case.n_latents, device=x.device)
     above = stages.select(rows, k=case.k, level=level)
     said = [above.values, torch.where(above.values > 0, above.indices, 0)]
-    said += [*stages.row_gradients(), stages.update_latents_(None, step.hyper_(1e-3))]
+    said += [*stages.row_gradients(), stages.update_latents_(None, step.begin_update_(1e-3))]
     for errors, selected, d_z, *_ in uses:
         indices = torch.where(selected.values > 0, selected.indices, 0)  # of an empty place it may be any
         said += [errors, selected.values, indices, d_z]

@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 SETTLED = 3  # calls with equal arguments before one is recorded: a last short batch is not worth it
 
 
-class Recorded(Generic[Result]):
+class GraphedFunction(Generic[Result]):
     """`function(x, **constants)` on a GPU from a graph; on other devices, and before it is recorded, the function.
 
     The function is the same at every call. It may neither wait for the GPU nor change anything but what it returns, and
