@@ -91,7 +91,7 @@ def run_rank(rank: int, work: Workload, steps: int, threads: int, port: int, ans
     generator, seconds, processor, before = torch.Generator().manual_seed(7), [], [], {}
     for number in range(steps + 1):
         raw = torch.randn(work.batch, work.d_model, generator=generator).bfloat16()
-        before = {name: (m.calls, m.bytes) for name, m in mesh.moved.items()}
+        before = {name: (m.calls, m.bytes) for name, m in mesh.traffic.items()}
         if mesh.world.group is not None:
             dist.barrier()
         started, processor_started = time.perf_counter(), time.process_time()
@@ -103,7 +103,7 @@ def run_rank(rank: int, work: Workload, steps: int, threads: int, port: int, ans
             processor.append(time.process_time() - processor_started)
     moved = {
         name: (m.calls - before.get(name, (0, 0))[0], m.bytes - before.get(name, (0, 0))[1])
-        for name, m in mesh.moved.items()
+        for name, m in mesh.traffic.items()
     }
     answers.put((rank, Rank(seconds, processor, _peak(), moved, step.shard.backend_used)))
     mesh.close()

@@ -120,7 +120,8 @@ def schedule_row(*, step: int, lr: float, betas: tuple[float, float]) -> tuple[f
 def update_latents_(
     parameter: ParameterState, source: WeightedPairs | Tensor, *, schedule: Tensor, step: int,
     betas: tuple[float, float], eps: float, norms: Tensor, unit: bool, rounded: Tensor | None = None,
-    bias: ParameterState | None = None, bias_gradient: Tensor | None = None, extra: tuple[Tensor, Tensor, Tensor] | None = None,
+    bias: ParameterState | None = None, bias_gradient: Tensor | None = None,
+    extra: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Adam on every row of a parameter [n_latents, d_model], in place, from its pairs or from a dense gradient.
 

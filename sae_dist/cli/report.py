@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sae_dist.service.display import duration, quantity
-from sae_dist.train.member import MAIN
+from sae_dist.train.members import MAIN
 
 _ROWS = (  # (key in summary.json, what a person reads)
     ("n_latents", "latents"),

@@ -19,7 +19,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from sae_dist.config import UserError
 from sae_dist.network import let_gloo_listen_towards
-from sae_dist.parallel.rendezvous import Joined, Rendezvous, Served
+from sae_dist.parallel.key_value import StoreAddress, StoreClient, StoreServer
 
 
 class ReplicaGroup(NamedTuple):
@@ -42,9 +42,9 @@ def join(
     rank: int,
     size: int,
     *,
-    at: Rendezvous,
+    at: StoreAddress,
     device: torch.device,
-    served: Served | None = None,
+    served: StoreServer | None = None,
     timeout_s: float = 600.0,
 ) -> ReplicaGroup:
     """Makes this process rank `rank` of a replica of `size`; returns when all of them have come.
@@ -56,7 +56,7 @@ def join(
     if dist.is_initialized():
         raise RuntimeError("this process belongs to a process group already; a replica's processes are its own")
     wait = timedelta(seconds=timeout_s)
-    store = Joined(at, timeout_s) if served is None else served
+    store = StoreClient(at, timeout_s) if served is None else served
     store.set_timeout(wait)
     _STORES.append(store)
     let_gloo_listen_towards(at.host)

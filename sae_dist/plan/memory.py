@@ -12,9 +12,9 @@ from sae_kernels.eight_bit import block_of
 from sae_dist.plan.machine import Machine
 from sae_dist.plan.workload import Workload
 from sae_dist.sae.variants.declared import Elementwise
-from sae_dist.train.parallel.batch_select import candidates
-from sae_dist.train.parallel.select import pays_two_rounds
-from sae_dist.train.parallel.step import LINE
+from sae_dist.train.parallel.batch_select import initial_width
+from sae_dist.train.parallel.row_select import pays_two_rounds
+from sae_dist.train.parallel.step import LINE_WIDTH
 
 TILE = 4096  # latents that plain torch multiplies at a time (sae_kernels.plain)
 KEYS = 24  # bytes a pre-activation of a tile while its keys are made: z, relu(z), and two int64
@@ -96,7 +96,7 @@ def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
     d, batch, rows, k, kernels = work.d_model, work.batch, work.rows, work.k, work.kernels(machine.backend)
     width = places = k  # candidates a row, and places that what is chosen of them takes
     if work.in_lines:
-        width, places = min(candidates(k, work.feature), work.latents), LINE * k
+        width, places = min(initial_width(k, work.feature), work.latents), LINE_WIDTH * k
     read, scaled, errors = 2 * batch * d, 4 * batch * d, 4 * batch * d
     exchange = candidate_bytes(work) + (3 * 4 * rows * d if work.ranks > 1 else 0)
     after = errors + (4 * rows * d if work.data > 1 else 0)  # the loss's squares, and the errors of this rank's rows
@@ -137,8 +137,8 @@ def candidate_bytes(work: Workload) -> float:
     """
     rows, k, parts = work.rows, work.k, work.feature
     if work.in_lines:
-        own = min(candidates(k, parts), work.latents)
-        return max(17 * rows * own, 16 * work.batch * (k // parts + LINE * k))
+        own = min(initial_width(k, parts), work.latents)
+        return max(17 * rows * own, 16 * work.batch * (k // parts + LINE_WIDTH * k))
     if parts == 1:
         return 0
     if pays_two_rounds(k, parts, work.d_model):

@@ -1,4 +1,4 @@
-"""Bytes that a rank receives in one step, exchange by exchange, as `train.parallel` makes them and `Mesh.moved` counts.
+"""Bytes that a rank receives in one step, exchange by exchange: what `Mesh.traffic` counts while it runs.
 
 The figures are those of rank 0, which has the largest part of everything. What a step decides by its data, how many
 keys reach the bound of a selection in two rounds and, where rows have different numbers of pairs, how many are chosen
@@ -11,7 +11,7 @@ from sae_dist.plan.workload import Workload
 from sae_dist.sae.variants.declared import Elementwise, TopOfBatch
 from sae_dist.train.parallel.batch_select import DIGIT, VALUE_BITS
 from sae_dist.train.parallel.batch_select import NAME as THRESHOLD
-from sae_dist.train.parallel.select import pays_two_rounds
+from sae_dist.train.parallel.row_select import pays_two_rounds
 
 KEY, VALUE, INDEX, COUNT = 8, 4, 4, 8  # bytes of a (value, index) key, a value or d_z, an index, a count
 SUM = 8  # bytes of a sum of squares
@@ -20,7 +20,7 @@ SUM = 8  # bytes of a sum of squares
 class Exchange(NamedTuple):
     """One kind of collective of a step."""
 
-    name: str  # as in `Mesh.moved`
+    name: str  # as in `Mesh.traffic`
     axis: Literal["data", "feature", "world"]
     calls: int  # in a step
     bytes: int  # received in a step
@@ -119,7 +119,7 @@ def feeding(work: Workload) -> list[Exchange]:
 
 
 def by_name(work: Workload) -> dict[str, tuple[int, int]]:
-    """(calls, bytes) of a step by name of the exchange, as `Mesh.moved` adds them up over axes."""
+    """(calls, bytes) of a step by name of the exchange, as `Mesh.traffic` adds them up over axes."""
     sums: dict[str, tuple[int, int]] = {}
     for exchange in exchanges(work):
         calls, size = sums.get(exchange.name, (0, 0))

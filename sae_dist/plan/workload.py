@@ -69,7 +69,7 @@ class Workload(NamedTuple):
 
     @property
     def latents(self) -> int:
-        """Latents of the largest rank, as `parallel.mesh.part` cuts."""
+        """Latents of the largest rank, as `parallel.mesh.owned_range` cuts."""
         return -(-self.n_latents // self.feature)
 
     @property

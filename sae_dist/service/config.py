@@ -16,7 +16,7 @@ from sae_dist.sae.config import SAEConfig
 from sae_dist.shards.order import OrderConfig
 from sae_dist.text.corpus import TextConfig
 from sae_dist.train.config import MeshConfig, TrainConfig
-from sae_dist.train.member import Member, members
+from sae_dist.train.members import Member, members
 
 ONE_PASS = 0.95  # of the positions of a harvest surely become rows: separators and outliers do not
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sae_dist.monitor.metrics import newest_metrics
 from sae_dist.train.config import TrainConfig
-from sae_dist.train.member import split_name
+from sae_dist.train.members import split_name
 
 logger = logging.getLogger(__name__)
 

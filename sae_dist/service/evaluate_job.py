@@ -36,7 +36,7 @@ from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.shards.retention import retired
 from sae_dist.text.stream import TokenStream
 from sae_dist.text.tokenize import separator
-from sae_dist.train.member import MAIN, folder
+from sae_dist.train.members import MAIN, folder
 
 
 def evaluate(

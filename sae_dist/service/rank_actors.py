@@ -23,11 +23,11 @@ from sae_dist.service.cluster import death_reason, first_line, result_of
 from sae_dist.service.config import TrainJob
 from sae_dist.service.placement import Bundle
 from sae_dist.service.rank_session import RankActor
-from sae_dist.train.folders import folders
+from sae_dist.train.checkpoint_folders import folders
 from sae_dist.train.loop import Trained
-from sae_dist.train.parallel import meeting
-from sae_dist.train.parallel.joined import PeersLost
-from sae_dist.train.parallel.pulse import EVERY_S, Listener
+from sae_dist.train.parallel import rendezvous
+from sae_dist.train.parallel.heartbeat import EVERY_S, HeartbeatMonitor
+from sae_dist.train.parallel.rank_session import PeersLost
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class RankActors:
         self._checkpoints = storage.open(job.train.checkpoints or Path(job.out) / "checkpoints")
         self._group = self._served = self._listener = None
         if self._world > 1:
-            self._served = meeting.serve("127.0.0.1" if job.cluster == "local" else ray.util.get_node_ip_address())
+            self._served = rendezvous.serve("127.0.0.1" if job.cluster == "local" else ray.util.get_node_ip_address())
             self._group = placement_group([bundle.resources()] * self._world, strategy="PACK")
         self._attempts, self._deaths, self._saved = 0, 0, self._newest_checkpoint()
         self._result: Trained | None = None
@@ -103,8 +103,9 @@ class RankActors:
         if self._bundle.gpus:  # of an actor that asks for none Ray hides none
             options["num_gpus"] = self._bundle.gpus
         if self._served is not None:
-            place = meeting.Meeting(self._served.rendezvous, attempt)
-            self._listener, self._heard_at = Listener(meeting.names(self._served, attempt), self._world), 0.0
+            place = rendezvous.Rendezvous(self._served.address, attempt)
+            store = rendezvous.attempt_store(self._served, attempt)
+            self._listener, self._heard_at = HeartbeatMonitor(store, self._world), 0.0
         self._actors: list[ActorHandle] = []
         self._working: dict[ray.ObjectRef, int] = {}  # calls that are not over -> rank
         for rank in range(self._world):
@@ -113,7 +114,9 @@ class RankActors:
                     self._group, placement_group_bundle_index=rank
                 )
             actor: Any = ray.remote(RankActor).options(**options)
-            self._actors.append(actor.remote(values, self._provenance, rank=rank, meeting=place, bundle=self._bundle))
+            self._actors.append(
+                actor.remote(values, self._provenance, rank=rank, rendezvous=place, bundle=self._bundle)
+            )
         self._working = {actor.train.remote(): rank for rank, actor in enumerate(self._actors)}
 
     def _again(self, cause: str) -> None:
@@ -142,7 +145,7 @@ class RankActors:
             if isinstance(error, RayTaskError) and not isinstance(error.cause, PeersLost):
                 raise error
         if self._listener is not None:
-            self._listener.listen()
+            self._listener.poll()
         dead = [
             f"{self._who(rank)} died: {death_reason(error)}"
             for rank, error in sorted(failures.items())
@@ -151,14 +154,14 @@ class RankActors:
         return "; ".join(dead) or "; ".join(first_line(error.cause) for error in failures.values())  # type: ignore[union-attr]
 
     def _who(self, rank: int) -> str:
-        return f"rank {rank}" if self._listener is None else self._listener.who(rank)
+        return f"rank {rank}" if self._listener is None else self._listener.describe(rank)
 
     def _listen(self) -> str | None:
         """Who has been silent for too long; says meanwhile who is slow."""
         if self._listener is None or time.monotonic() - self._heard_at < EVERY_S:
             return None
         self._heard_at = time.monotonic()
-        self._listener.listen()
+        self._listener.poll()
         for slow in self._listener.stragglers():
             logger.warning("%s", slow)
         return self._listener.silent(self._job.mesh.collective_timeout_s, among=list(self._working.values()))

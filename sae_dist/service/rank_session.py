@@ -27,9 +27,9 @@ from sae_dist.shards.reader import Store
 from sae_dist.shards.slice_cache import SliceCache
 from sae_dist.system_errors import user_error
 from sae_dist.train.loop import Trained, train
-from sae_dist.train.parallel.exchange import ranks_here
-from sae_dist.train.parallel.joined import Joined, joined
-from sae_dist.train.parallel.meeting import Meeting
+from sae_dist.train.parallel.collectives import ranks_on_this_machine
+from sae_dist.train.parallel.rank_session import RankSession, rank_session
+from sae_dist.train.parallel.rendezvous import Rendezvous
 from sae_dist.train.task import Task
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _missing_heldout(store: Store) -> list[int]:
 
 def run_rank(
     job: TrainJob,
-    rank: Joined,
+    rank: RankSession,
     *,
     provenance: Mapping[str, Any],
     stop: Callable[[], bool],
@@ -89,7 +89,7 @@ def run_rank(
 
     The first one's figures go to metrics.jsonl, W&B and `watch`.
     """
-    torch.set_num_threads(job.train.threads or max(usable_cores() // ranks_here(rank.mesh), 1))
+    torch.set_num_threads(job.train.threads or max(usable_cores() // ranks_on_this_machine(rank.mesh), 1))
     cache = None if job.train.cache is None else SliceCache(Path(job.train.cache), limit_bytes=job.train.cache_bytes)
     out, store = Path(job.out), reader.open(storage.open(job.store), cache=cache)
     out.mkdir(parents=True, exist_ok=True)
@@ -98,13 +98,13 @@ def run_rank(
     origin |= {"store": job.store, "text_fingerprint": meta.text_fingerprint}
     # a trainer may outlive its killed driver by a moment
     alone = file_lock(out / ".training", waiting=f"another process still trains into {out}; waiting until it has ended")
-    with alone if rank.mesh.first else nullcontext(), _logs(job, out, rank.mesh.first, watch) as log:
+    with alone if rank.mesh.is_rank_0 else nullcontext(), _logs(job, out, rank.mesh.is_rank_0, watch) as log:
         task = Task(
             store, hook=chosen_hook(store, job.hook), members=job.members, config=job.train, order=job.order,
             seed=job.seed, out=out, live=job.live, provenance={**origin, **provenance},
             checkpoint_timeout_s=job.mesh.checkpoint_timeout_s,
         )  # fmt: skip
-        return train(task, rank.mesh, log=log, stop=stop, at=rank.at)
+        return train(task, rank.mesh, log=log, stop=stop, set_phase=rank.set_phase)
 
 
 @contextmanager
@@ -174,12 +174,12 @@ class RankActor:
         provenance: Mapping[str, Any],
         *,
         rank: int,
-        meeting: Meeting | None,
+        rendezvous: Rendezvous | None,
         bundle: Bundle,
     ) -> None:
         exit_with_parent()
         self._job, self._provenance = load_config(TrainJob, values), provenance
-        self._rank, self._meeting, self._bundle = rank, meeting, bundle
+        self._rank, self._rendezvous, self._bundle = rank, rendezvous, bundle
         self._stop = threading.Event()
 
     def train(self) -> Trained | None:
@@ -188,7 +188,7 @@ class RankActor:
         try:
             world = mesh.data * mesh.feature
             device = device_of_actor(self._job.train.device, mesh, self._bundle)
-            with joined(mesh, self._meeting, rank=self._rank, world=world, device=device) as rank:
+            with rank_session(mesh, self._rendezvous, rank=self._rank, world=world, device=device) as rank:
                 return run_rank(self._job, rank, provenance=self._provenance, stop=self._stop.is_set)
         except Stopped:
             return None

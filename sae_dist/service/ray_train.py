@@ -29,9 +29,9 @@ from sae_dist.service.config import TrainJob
 from sae_dist.service.placement import Bundle
 from sae_dist.service.ray_train_worker import LOOK_S, Outcome, train_worker
 from sae_dist.train.loop import Trained
-from sae_dist.train.parallel import meeting
-from sae_dist.train.parallel.meeting import Meeting, join
-from sae_dist.train.parallel.pulse import START_S, Listener
+from sae_dist.train.parallel import rendezvous
+from sae_dist.train.parallel.heartbeat import START_S, HeartbeatMonitor
+from sae_dist.train.parallel.rendezvous import Rendezvous, connect_store
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ class _NoProcessGroup(TorchConfig):
 class _Failures(UserCallback):
     """Tells the driver why workers failed; runs in Ray Train's controller."""
 
-    def __init__(self, run: Meeting) -> None:
+    def __init__(self, run: Rendezvous) -> None:
         self._run = run
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
         del run_context
         told = {rank: first_line(error) for rank, error in worker_exceptions.items()}
-        join(self._run, START_S).set("failures", json.dumps(told))
+        connect_store(self._run, START_S).set("failures", json.dumps(told))
 
 
 def train_with_ray_train(
@@ -78,8 +78,8 @@ def train_with_ray_train(
     mistake; RuntimeError when workers failed more than train.max_restarts times, whatever checkpoints came in between.
     """
     host = "127.0.0.1" if job.cluster == "local" else ray.util.get_node_ip_address()
-    served = meeting.serve(host)
-    place, run = Meeting(served.rendezvous, RUN), meeting.names(served, RUN)
+    served = rendezvous.serve(host)
+    place, run = Rendezvous(served.address, RUN), rendezvous.attempt_store(served, RUN)
     most, least = job.mesh.data * job.mesh.feature, (job.mesh.least_data or job.mesh.data) * job.mesh.feature
     trainer = TorchTrainer(
         train_worker,
@@ -114,7 +114,7 @@ def train_with_ray_train(
         elif time.monotonic() - asked[1] > GRACE_S:
             logger.warning("the ranks did not answer within %.0f s; their last checkpoint counts", GRACE_S)
             raise asked[0]
-        monitor.listen()
+        monitor.poll()
         show(monitor.facts())
         time.sleep(LOOK_S)
     match outcome.kind:
@@ -140,7 +140,7 @@ class _WorkerMonitor:
     def listen(self) -> None:
         """Takes in where the ranks are; says who is slow, who failed and how it goes on."""
         if self._listener is not None:
-            self._listener.listen()
+            self._listener.poll()
             for slow in self._listener.stragglers():
                 logger.warning("%s", slow)
         if self._run.check(["failures"]):
@@ -152,7 +152,8 @@ class _WorkerMonitor:
             attempt, data = json.loads(self._run.get("attempt"))
             if attempt != self._attempt:
                 self._attempt = attempt
-                self._listener = Listener(meeting.names(self._served, attempt), data * self._job.mesh.feature)
+                store = rendezvous.attempt_store(self._served, attempt)
+                self._listener = HeartbeatMonitor(store, data * self._job.mesh.feature)
                 if data < self._job.mesh.data:
                     logger.warning("training with %d data ranks of mesh.data=%d", data, self._job.mesh.data)
 
@@ -161,7 +162,7 @@ class _WorkerMonitor:
         return {} if self._listener is None else {"ranks": self._listener.facts()}
 
     def _who(self, rank: int) -> str:
-        return f"rank {rank}" if self._listener is None else self._listener.who(rank)
+        return f"rank {rank}" if self._listener is None else self._listener.describe(rank)
 
 
 def _begin(trainer: TorchTrainer) -> ray.ObjectRef:

@@ -22,9 +22,9 @@ from sae_dist.service.devices import device_of_actor
 from sae_dist.service.parent_watch import exit_with_parent
 from sae_dist.service.placement import Bundle
 from sae_dist.service.rank_session import run_rank
-from sae_dist.train.parallel.joined import joined
-from sae_dist.train.parallel.meeting import Meeting, join
-from sae_dist.train.parallel.pulse import START_S
+from sae_dist.train.parallel.heartbeat import START_S
+from sae_dist.train.parallel.rank_session import rank_session
+from sae_dist.train.parallel.rendezvous import Rendezvous, connect_store
 
 LOOK_S = 0.5
 
@@ -40,19 +40,19 @@ def train_worker(given: dict[str, Any]) -> None:
     """What every worker does: a rank's training, or nothing if it is one too many for the mesh."""
     exit_with_parent()
     job, context = load_config(TrainJob, given["job"]), ray.train.get_context()
-    rank, bundle, place = context.get_world_rank(), Bundle(*given["bundle"]), Meeting(*given["run"])
+    rank, bundle, place = context.get_world_rank(), Bundle(*given["bundle"]), Rendezvous(*given["run"])
     attempt = broadcast_from_rank_zero(secrets.token_hex(4))
     mesh = job.mesh.of_workers(context.get_world_size())
     world = mesh.data * mesh.feature
     if rank >= world:
         return
-    run = join(place, START_S)
+    run = connect_store(place, START_S)
     try:
         device = device_of_actor(job.train.device, job.mesh, bundle)
         if rank == 0:
             run.set("attempt", json.dumps([attempt, mesh.data]))
         with (
-            joined(mesh, place._replace(attempt=attempt), rank=rank, world=world, device=device) as here,
+            rank_session(mesh, place._replace(attempt=attempt), rank=rank, world=world, device=device) as here,
             _stop_requested(place) as stop,
         ):
             trained = run_rank(dataclasses.replace(job, mesh=mesh), here, provenance=given["provenance"], stop=stop)
@@ -66,9 +66,9 @@ def train_worker(given: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _stop_requested(place: Meeting) -> Iterator[Callable[[], bool]]:
+def _stop_requested(place: Rendezvous) -> Iterator[Callable[[], bool]]:
     """Whether the driver has asked to stop; a thread looks, so that a step does not wait for the answer."""
-    store, heard, end = join(place, START_S), threading.Event(), threading.Event()
+    store, heard, end = connect_store(place, START_S), threading.Event(), threading.Event()
 
     def look() -> None:
         while not end.wait(LOOK_S):

@@ -20,7 +20,7 @@ from sae_dist.model.engine import Description, describe, open_engine, whole_mode
 from sae_dist.model.load import LanguageModel, chosen_device
 from sae_dist.model.matmul_rate import matmul_flop_per_s
 from sae_dist.model.parallel import ONE_PROCESS
-from sae_dist.parallel.rendezvous import Rendezvous, Served
+from sae_dist.parallel.key_value import StoreAddress, StoreServer
 from sae_dist.service import evaluate_job
 from sae_dist.service.config import RunConfig
 from sae_dist.service.parent_watch import exit_with_parent
@@ -62,16 +62,16 @@ class Replica:
         self._config, self._rank, self._size = config, rank, size
         self._harvest = load_config(HarvestConfig, config.harvest)
         self._model = load_config(ModelConfig, config.model)
-        self._served: Served | None = None
+        self._served: StoreServer | None = None
         self._harvester: Harvester | None = None
         self._progress: dict[str, Any] = {}
 
-    def meet(self) -> Rendezvous:
+    def meet(self) -> StoreAddress:
         """Opens the place where the other processes of the replica come; for the first of them."""
-        self._served = Served(ray.util.get_node_ip_address())
-        return self._served.rendezvous
+        self._served = StoreServer(ray.util.get_node_ip_address())
+        return self._served.address
 
-    def load(self, at: Rendezvous | None) -> Loaded:
+    def load(self, at: StoreAddress | None) -> Loaded:
         """Joins the others, if there are others (`at`), and loads the model or this process's part of it."""
         group = ONE_PROCESS
         faults.point("replica.before_load", rank=self._rank)

@@ -33,7 +33,7 @@ from sae_dist.service.signals import StopRequest
 from sae_dist.service.summary import read_finished, read_phase, summarize, weights_digest
 from sae_dist.shards import reader
 from sae_dist.train.loop import Trained
-from sae_dist.train.member import MAIN, Member
+from sae_dist.train.members import MAIN, Member
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from sae_dist.run_files import read_json
 from sae_dist.sae.dictionary import WEIGHTS, check
 from sae_dist.service.config import TrainJob
 from sae_dist.shards.reader import Store
-from sae_dist.train.member import MAIN, Member
+from sae_dist.train.members import MAIN, Member
 
 logger = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ from sae_dist.service.summary import read_finished, summarize
 from sae_dist.shards import reader
 from sae_dist.train.config import Launcher
 from sae_dist.train.loop import Trained
-from sae_dist.train.parallel.exchange import of_first
-from sae_dist.train.parallel.joined import Joined, joined
-from sae_dist.train.parallel.meeting import of_torchrun
-from sae_dist.train.parallel.pulse import START_S
+from sae_dist.train.parallel.collectives import broadcast_number
+from sae_dist.train.parallel.heartbeat import START_S
+from sae_dist.train.parallel.rank_session import RankSession, rank_session
+from sae_dist.train.parallel.rendezvous import torchrun_rendezvous
 
 logger = logging.getLogger(__name__)
 Stop = Callable[[], bool]
@@ -49,7 +49,7 @@ def train_and_evaluate(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
     job = job.with_absolute_paths()
     match launcher(job):
         case "process":
-            with joined(job.mesh, None, rank=0, world=1, device=_alone(job)) as alone:
+            with rank_session(job.mesh, None, rank=0, world=1, device=_alone(job)) as alone:
                 return _run_once(job, in_process(job, alone, stop), stop)
         case "torchrun":
             return _of_torchrun(job, stop)
@@ -82,7 +82,7 @@ def launcher(job: TrainJob) -> Launcher:
     return asked
 
 
-def in_process(job: TrainJob, rank: Joined, stop: Stop) -> Work:
+def in_process(job: TrainJob, rank: RankSession, stop: Stop) -> Work:
     """Training as one rank of a mesh that is there."""
 
     def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
@@ -148,14 +148,14 @@ def _of_torchrun(job: TrainJob, stop: Stop) -> dict[str, Any] | None:
         else _alone(job)
     )
     with (
-        of_torchrun(Path(job.out), START_S) as place,
-        joined(job.mesh, place, rank=rank, world=world, device=device) as rank,
+        torchrun_rendezvous(Path(job.out), START_S) as place,
+        rank_session(job.mesh, place, rank=rank, world=world, device=device) as rank,
     ):
         work = in_process(job, rank, stop)
-        if rank.mesh.first:
-            return _run_once(job, work, stop, begin=lambda go: of_first(rank.mesh, go, name="begin"))
+        if rank.mesh.is_rank_0:
+            return _run_once(job, work, stop, begin=lambda go: broadcast_number(rank.mesh, go, name="begin"))
         logging.getLogger().setLevel(logging.WARNING)
-        if of_first(rank.mesh, 0, name="begin"):
+        if broadcast_number(rank.mesh, 0, name="begin"):
             work(provenance={}, show=lambda _: None)
         return None
 

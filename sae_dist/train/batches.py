@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sae_dist.config import Stopped
 from sae_dist.shards.hooks import Hooks
-from sae_dist.train.parallel.feed import Feed
 from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.parallel.mesh_loader import MeshLoader
 from sae_dist.train.state import TrainState
 from sae_dist.train.task import Task
 
@@ -22,7 +22,7 @@ class Batches(NamedTuple):
     mesh: Mesh
     stop: Callable[[], bool]
 
-    def after(self, state: TrainState) -> Feed:
+    def after(self, state: TrainState) -> MeshLoader:
         """What is still to be trained on; use it in a `with`."""
         return self._feed(state.step, state.order_hash, state.source.manifest, until=self.task.config.n_steps)
 
@@ -40,9 +40,9 @@ class Batches(NamedTuple):
                 parts.append(fed.x.float().clone())
         return torch.cat(parts)[:n_rows]
 
-    def _feed(self, step: int, order_hash: int, manifest: int | None, *, until: int) -> Feed:
+    def _feed(self, step: int, order_hash: int, manifest: int | None, *, until: int) -> MeshLoader:
         task = self.task
-        return Feed(
+        return MeshLoader(
             self.mesh, task.store, Hooks((task.hook,)), batch=task.config.batch, seed=task.seed, order=task.order,
             start_step=step, order_hash=order_hash, live=task.live,
             manifest=None if manifest is None else task.store.pinned(manifest, task.checkpoints), stop=self.stop,

@@ -20,13 +20,13 @@ from sae_dist import faults
 from sae_dist.shards.format import xxh3_128
 from sae_dist.shards.records import CorruptData
 from sae_dist.storage import Storage
-from sae_dist.train.manifest import DTYPES, Block, File, Layout, Manifest, read_manifest
+from sae_dist.train.checkpoint_manifest import DTYPES, Block, CheckpointManifest, File, TensorLayout, read_manifest
 
 FILE_BYTES = 64 << 20  # of a file, and so of what is read for one row; a single longer row makes a longer file
 DAMAGE = (CorruptData, FileNotFoundError)  # bytes that are not what was written; that none could be read is no proof
 
 
-class Rows(NamedTuple):
+class OwnedRows(NamedTuple):
     """This process's rows of a tensor that several processes hold together, each some consecutive rows."""
 
     local: Tensor  # rows first
@@ -34,8 +34,8 @@ class Rows(NamedTuple):
     total: int  # rows of the whole
 
 
-Tensors = Mapping[str, Tensor | Rows]
-Mine = Callable[[str, Layout], range | None]  # of a tensor, the rows that this process holds; None: all
+Tensors = Mapping[str, Tensor | OwnedRows]
+RowSelector = Callable[[str, TensorLayout], range | None]  # of a tensor, the rows that this process holds; None: all
 
 
 class Checkpoint(NamedTuple):
@@ -48,18 +48,18 @@ class Checkpoint(NamedTuple):
     folder: str = ""  # that it was read from
 
 
-def layout(tensor: Tensor | Rows) -> Layout:
+def layout(tensor: Tensor | OwnedRows) -> TensorLayout:
     """The whole that a process's part belongs to."""
-    local, total = (tensor.local, tensor.total) if isinstance(tensor, Rows) else (tensor, None)
+    local, total = (tensor.local, tensor.total) if isinstance(tensor, OwnedRows) else (tensor, None)
     shape = tuple(local.shape) if total is None else (total, *local.shape[1:])
-    return Layout(str(local.dtype).removeprefix("torch."), shape)
+    return TensorLayout(str(local.dtype).removeprefix("torch."), shape)
 
 
 def blocks(tensors: Tensors) -> dict[Block, Tensor]:
     """This process's part of every tensor, cut into blocks that fit a file; a scalar is one row of nothing else."""
     found: dict[Block, Tensor] = {}
     for name, tensor in tensors.items():
-        local, first = (tensor.local, tensor.start) if isinstance(tensor, Rows) else (tensor, 0)
+        local, first = (tensor.local, tensor.start) if isinstance(tensor, OwnedRows) else (tensor, 0)
         if local.ndim == 0:
             found[Block(name, 0, 1)] = local
             continue
@@ -81,7 +81,7 @@ def write_files(storage: Storage, folder: str, rank: int, parts: Mapping[Block, 
         yield File(name, len(content), xxh3_128(content), tuple(group))
 
 
-def read_file(storage: Storage, manifest: Manifest, file: File) -> dict[Block, Tensor]:
+def read_file(storage: Storage, manifest: CheckpointManifest, file: File) -> dict[Block, Tensor]:
     """The blocks of a file that is what was written; read up to three times, for bits also flip on the way."""
     what = f"{storage.uri}/{manifest.folder}/{file.name}"
     for _ in range(3):
@@ -102,13 +102,13 @@ def read_file(storage: Storage, manifest: Manifest, file: File) -> dict[Block, T
     return {block: found[block.key] for block in file.blocks}
 
 
-def read(storage: Storage, folder: str, mine: Mine = lambda *_: None) -> Checkpoint:
-    """What one process holds of a checkpoint: of every tensor the rows that `mine` says, all where it says None.
+def read(storage: Storage, folder: str, owned_rows: RowSelector = lambda *_: None) -> Checkpoint:
+    """What one process holds of a checkpoint: of every tensor the rows that `owned_rows` says, all where it says None.
 
     One of DAMAGE when the folder is not what was written.
     """
     manifest = read_manifest(storage, folder)
-    wanted = {name: mine(name, whole) for name, whole in manifest.tensors.items()}
+    wanted = {name: owned_rows(name, whole) for name, whole in manifest.tensors.items()}
     files = [file for file in manifest.files if any(_overlap(block, wanted[block.name]) for block in file.blocks)]
     for file in files:  # before there is room made for what they are said to hold
         if (size := storage.size(f"{folder}/{file.name}")) != file.bytes:
@@ -120,12 +120,12 @@ def read(storage: Storage, folder: str, mine: Mine = lambda *_: None) -> Checkpo
     return Checkpoint(manifest.step, parts, manifest.facts, manifest.scheduled, folder)
 
 
-def _empty(whole: Layout, rows: range | None) -> Tensor | Rows:
+def _empty(whole: TensorLayout, rows: range | None) -> Tensor | OwnedRows:
     """Room for all rows of a tensor, or for some."""
     dtype = DTYPES[whole.dtype]
     if rows is None:
         return torch.empty(whole.shape, dtype=dtype)
-    return Rows(torch.empty(len(rows), *whole.shape[1:], dtype=dtype), rows.start, whole.shape[0])
+    return OwnedRows(torch.empty(len(rows), *whole.shape[1:], dtype=dtype), rows.start, whole.shape[0])
 
 
 def _overlap(block: Block, rows: range | None) -> range:
@@ -134,9 +134,9 @@ def _overlap(block: Block, rows: range | None) -> range:
     return of_block if rows is None else range(max(of_block.start, rows.start), min(of_block.stop, rows.stop))
 
 
-def _copy_(part: Tensor | Rows, block: Block, content: Tensor) -> None:
+def _copy_(part: Tensor | OwnedRows, block: Block, content: Tensor) -> None:
     """Puts into the part what the block has of it."""
-    if not isinstance(part, Rows):
+    if not isinstance(part, OwnedRows):
         (part[block.start : block.start + block.rows] if part.ndim else part).copy_(content)
         return
     common = _overlap(block, range(part.start, part.start + len(part.local)))

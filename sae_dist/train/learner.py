@@ -9,7 +9,7 @@ from sae_dist.config import UserError
 from sae_dist.sae.config import check_width
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.guard import Decision, Guard, judge
-from sae_dist.train.member import MAIN, Member
+from sae_dist.train.members import MAIN, Member
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep
 
@@ -22,7 +22,7 @@ class Learner(NamedTuple):
     guard: Guard
 
 
-class Learned(NamedTuple):
+class StepOutcome(NamedTuple):
     """What came of one batch."""
 
     learner: Learner  # with the guard after it
@@ -38,7 +38,7 @@ class Learned(NamedTuple):
         return f"{self.alert}, up to step {step}; lower {rate}={member.peak_lr:g}, in another out="
 
 
-def check(member: Member, d_model: int, mesh: Mesh) -> None:
+def check_member(member: Member, d_model: int, mesh: Mesh) -> None:
     """Refuses a dictionary that cannot work on activations of this width, or be parted over this mesh."""
     try:
         check_width(member.sae, d_model)
@@ -49,9 +49,9 @@ def check(member: Member, d_model: int, mesh: Mesh) -> None:
         raise UserError(f"also={member.name}: {error}") from None
 
 
-def learn(
+def train_step(
     learner: Learner, config: TrainConfig, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float
-) -> Learned:
+) -> StepOutcome:
     """One step, or none, as the learner's own guard says; all ranks call this at the same time."""
     sae = learner.sae
     said = sae.forward(x, variance=variance)
@@ -59,13 +59,13 @@ def learn(
     unit = len(x) * variance
     verdict = judge(
         learner.guard, config.guard, loss=squared_error / unit, aux_loss=float(said.aux_squared_error) / unit,
-        finite=sae.is_sound(said),
+        finite=sae.gradients_are_finite(said),
     )  # fmt: skip
     if verdict.decision == "step":
         sae.update_(lr=lr)
         sae.count_(said.fired, tokens=len(x))
     else:
         sae.skip_()
-    return Learned(
+    return StepOutcome(
         learner._replace(guard=verdict.guard), verdict.decision, verdict.alert, squared_error, float(said.active)
     )

@@ -21,22 +21,22 @@ from sae_dist.shards.lease import Lease
 from sae_dist.train.batches import Batches
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.consumer import Consumer, consumer_name
-from sae_dist.train.finish import write_dictionary
-from sae_dist.train.learner import check, learn
-from sae_dist.train.parallel.checkpoint import Checkpoints
+from sae_dist.train.learner import check_member, train_step
 from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.parallel.mesh_checkpoints import Checkpoints
 from sae_dist.train.report import Report
-from sae_dist.train.resume import Begun, resume
+from sae_dist.train.resume import StartPoint, resume
 from sae_dist.train.retention import Retention
 from sae_dist.train.roll_back import is_sound, judge_states, roll_back
 from sae_dist.train.saver import Saver
 from sae_dist.train.schedule import lr_factor
 from sae_dist.train.state import TrainState, to_checkpoint
 from sae_dist.train.task import Task
+from sae_dist.train.write_dictionary import write_dictionary
 
 logger = logging.getLogger(__name__)
 
-PLACE = "train.checkpoints"  # the key that names it
+CHECKPOINTS_KEY = "train.checkpoints"  # the key that names it
 
 
 class Trained(NamedTuple):
@@ -54,81 +54,81 @@ def train(
     *,
     log: Log,
     stop: Callable[[], bool] = lambda: False,
-    at: Callable[[int, str], None] = lambda *_: None,
+    set_phase: Callable[[int, str], None] = lambda *_: None,
 ) -> Trained:
     """Trains the task's dictionaries and writes them into its folder; resumes at the newest checkpoint.
 
     A dictionary is a function of the store, its member, the config, the order, the seed (of the order) and the kernels:
     a run that was stopped, or killed, and repeated on the same machine and mesh ends in the same one, and so does a run
     of that member alone. Raises `Stopped`, after a checkpoint, once `stop()` is true on any rank, and `UserError` when
-    a member's guard gives up. `at` is told where this rank is; `log` is called on rank 0 alone.
+    a member's guard gives up. `set_phase` is told the step and the phase of this rank; `log` is called on rank 0 alone.
     """
     mesh, n_steps = mesh or Mesh.single(), task.config.n_steps
     for member in task.members:
-        check(member, task.d_model, mesh)
-    if mesh.first:
+        check_member(member, task.d_model, mesh)
+    if mesh.is_rank_0:
         _warn_of_slow_states(task)
     with ExitStack() as held:
-        place = task.checkpoints
-        lease = (
-            held.enter_context(leases.lease(place, str(task.out), key=PLACE, folder="lease")) if mesh.first else None
-        )
+        place, lease = task.checkpoints, None
+        if mesh.is_rank_0:
+            lease = held.enter_context(leases.lease(place, str(task.out), key=CHECKPOINTS_KEY, folder="lease"))
         batches = Batches(task, mesh, stop)
-        checkpoints = Checkpoints(mesh, place, task.mark, timeout_s=task.checkpoint_timeout_s)
-        at(0, "reading")
-        begun = resume(batches, checkpoints)
-        state, told = begun.state, task.store.storage if task.live and mesh.first else None
+        checkpoints = Checkpoints(mesh, place, task.run_id, timeout_s=task.checkpoint_timeout_s)
+        set_phase(0, "reading")
+        start = resume(batches, checkpoints)
+        state, told = start.state, task.store.storage if task.live and mesh.is_rank_0 else None
         consumer = held.enter_context(closing(Consumer(told, consumer_name(task.out), taken=state.units_done)))
         if state.step < n_steps:
-            state = _take_steps(begun, batches, checkpoints, consumer, lease, log=log, at=at)
+            state = _take_steps(start, batches, checkpoints, consumer, lease, log=log, set_phase=set_phase)
         if state.step < n_steps:
             raise Stopped(f"step {state.step} of {n_steps} is saved")
-        if mesh.first:
+        if mesh.is_rank_0:
             for learner in state.learners:
-                write_dictionary(place, task.mark, task.out, learner, step=n_steps, info=_info(task, state))
+                write_dictionary(place, task.run_id, task.out, learner, step=n_steps, info=_info(task, state))
             consumer.sign_off()
     return Trained(n_steps, n_steps * task.config.batch, f"{state.order_hash:016x}", state.seconds)
 
 
 def _take_steps(
-    begun: Begun,
+    start: StartPoint,
     batches: Batches,
     checkpoints: Checkpoints,
     consumer: Consumer,
     lease: Lease | None,
     *,
     log: Log,
-    at: Callable[[int, str], None],
+    set_phase: Callable[[int, str], None],
 ) -> TrainState:
     """Takes all steps that are left, or those until some rank is asked to stop; the state after them, saved."""
-    task, mesh, config, state = batches.task, batches.mesh, batches.task.config, begun.state
+    task, mesh, config, state = batches.task, batches.mesh, batches.task.config, start.state
     report, started, stopping = Report(task, mesh, state, log=log), time.monotonic(), False
     fits = [functools.partial(is_sound, member=member) for member in task.members]
     saver = Saver(
-        checkpoints.storage, task.mark, Retention(config.keep_checkpoints, config.keep_every, fits),
-        write=checkpoints.save, leads=mesh.first, resumed_from=begun.folder,
+        checkpoints.storage, task.run_id, Retention(config.keep_checkpoints, config.keep_every, fits),
+        write=checkpoints.save, is_rank_0=mesh.is_rank_0, resumed_from=start.folder,
         tell=lambda kept: consumer.save(kept[0].facts["units_done"]),
     )  # fmt: skip
     with closing(saver), batches.after(state) as feed:
-        at(state.step, "training")
+        set_phase(state.step, "training")
         while (batch := feed.next(stop=stopping)) is not None:
             factor, x = lr_factor(state.step, config), batch.x.float() * state.scale
-            learned = [
-                learn(one, config, x, lr=one.member.peak_lr * factor, variance=state.variance) for one in state.learners
+            outcomes = [
+                train_step(one, config, x, lr=one.member.peak_lr * factor, variance=state.variance)
+                for one in state.learners
             ]
             step, last = state.step + 1, state.step + 1 == config.n_steps
             if _is_due(step, config):
-                learned = judge_states(learned, config.guard, mesh, last=last)
+                outcomes = judge_states(outcomes, config.guard, mesh, last=last)
             state = state._replace(
-                step=step, learners=tuple(one.learner for one in learned), order_hash=batch.order_hash,
-                units_done=batch.units_done, seconds=begun.state.seconds + time.monotonic() - started,
+                step=step, learners=tuple(one.learner for one in outcomes), order_hash=batch.order_hash,
+                units_done=batch.units_done, seconds=start.state.seconds + time.monotonic() - started,
             )  # fmt: skip
-            at(step, "training")
-            if any(one.decision in ("roll_back", "stop") for one in learned):
+            set_phase(step, "training")
+            if any(one.decision in ("roll_back", "stop") for one in outcomes):
                 saver.wait()  # what is being saved may be what to go back to
-                state = roll_back(learned, state, batches, checkpoints)
+                state = roll_back(outcomes, state, batches, checkpoints)
             consumer.take(state.units_done, starved_s=feed.starved_s())
-            report.add(state, learned, batch, feed, lr_factor=factor, more=saver.figures)
+            report.add(state, outcomes, batch, feed, lr_factor=factor, more=saver.figures)
             if last:
                 break
             faults.point("train.step", step=step, rank=mesh.world.rank)
@@ -138,7 +138,7 @@ def _take_steps(
                 saver.save(to_checkpoint(state))
             saver.poll()
             stopping = batches.stop()
-        at(state.step, "saving")  # done, or asked to stop, perhaps while no rows came
+        set_phase(state.step, "saving")  # done, or asked to stop, perhaps while no rows came
         saver.finish(to_checkpoint(state)._replace(scheduled=_is_due(state.step, config)))
     return state
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sae_dist.sae.variants.declared import Elementwise
 
-Own = Mapping[str, Float[Tensor, "..."]]  # the latents' own vectors, at each pair's latent
+OwnVectors = Mapping[str, Float[Tensor, "..."]]  # the latents' own vectors, at each pair's latent
 
 
-class Through(NamedTuple):
+class PairGradients(NamedTuple):
     """What pairs are worth, and d loss of what they were made from, at every place."""
 
     values: Float[Tensor, "lines places"]
@@ -28,8 +28,8 @@ class Through(NamedTuple):
     d_own: dict[str, Float[Tensor, "lines places"]]
 
 
-def activated(
-    maths: Elementwise, z: Float[Tensor, "lines places"], own: Own
+def pair_values(
+    maths: Elementwise, z: Float[Tensor, "lines places"], own: OwnVectors
 ) -> tuple[Float[Tensor, "lines places"], Float[Tensor, ""]]:
     """Every place's value, 0 at empty ones, and the sum of all costs, in fp64."""
     with torch.no_grad():
@@ -39,10 +39,10 @@ def activated(
     return torch.where(chosen, values, 0.0), total
 
 
-def through(
-    maths: Elementwise, z: Float[Tensor, "lines places"], own: Own, d_values: Float[Tensor, "lines places"],
+def pair_gradients(
+    maths: Elementwise, z: Float[Tensor, "lines places"], own: OwnVectors, d_values: Float[Tensor, "lines places"],
     *, price: float | Tensor,
-) -> Through:  # fmt: skip
+) -> PairGradients:  # fmt: skip
     """d loss / d z and d loss / d own from d loss / d value and `price`, d loss / d cost of a pair.
 
     A place is empty where z is 0, and everything is 0 there.
@@ -56,7 +56,7 @@ def through(
         if cost is not None:
             loss = loss + price * torch.where(chosen, cost, 0.0).sum()
         d_z, *d_own = torch.autograd.grad(loss, [leaf, *of_own.values()], materialize_grads=True)
-    return Through(
+    return PairGradients(
         torch.where(chosen, values.detach(), 0.0), torch.where(chosen, d_z, 0.0),
         {name: torch.where(chosen, d, 0.0) for name, d in zip(of_own, d_own, strict=True)},
     )  # fmt: skip

@@ -6,10 +6,10 @@ from typing import Any
 
 from sae_dist.monitor.metrics import Log
 from sae_dist.shards import shuffle
-from sae_dist.train.figures import Window, figures, rates
-from sae_dist.train.learner import Learned
-from sae_dist.train.parallel.feed import Fed, Feed
+from sae_dist.train.learner import StepOutcome
+from sae_dist.train.log_metrics import IntervalSums, dictionary_metrics, run_metrics
 from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.parallel.mesh_loader import GlobalBatch, MeshLoader
 from sae_dist.train.state import TrainState
 from sae_dist.train.task import Task
 
@@ -19,28 +19,29 @@ logger = logging.getLogger(__name__)
 class Report:
     """Sums over the steps since the last line. All ranks call it at the same steps: figures are the whole mesh's."""
 
-    def __init__(self, task: Task, mesh: Mesh, begun: TrainState, *, log: Log) -> None:
-        """`begun` is the state that this attempt began with."""
-        self._task, self._mesh, self._begun, self._log = task, mesh, begun, log
-        self._windows = [Window() for _ in task.members]
+    def __init__(self, task: Task, mesh: Mesh, start: TrainState, *, log: Log) -> None:
+        """`start` is the state that this attempt began with."""
+        self._task, self._mesh, self._start, self._log = task, mesh, start, log
+        self._sums = [IntervalSums() for _ in task.members]
 
     def add(
-        self, state: TrainState, learned: Sequence[Learned], batch: Fed, feed: Feed, *, lr_factor: float,
-        more: Callable[[], dict[str, Any]],
+        self, state: TrainState, outcomes: Sequence[StepOutcome], batch: GlobalBatch, loader: MeshLoader, *,
+        lr_factor: float, more: Callable[[], dict[str, Any]],
     ) -> None:  # fmt: skip
         """Counts a step, after which the state is `state`; writes a line when one is due. `more` figures go with it."""
         task = self._task
-        self._windows = [w.add(one, task.config.batch) for w, one in zip(self._windows, learned, strict=True)]
-        alerts = {one.learner.member: f"step {state.step}: {one.alert}" for one in learned if one.alert}
+        self._sums = [w.add(one, task.config.batch) for w, one in zip(self._sums, outcomes, strict=True)]
+        alerts = {one.learner.member: f"step {state.step}: {one.alert}" for one in outcomes if one.alert}
         if alerts or state.step % task.config.log_every == 0 or state.step == task.config.n_steps:
-            line = {"epoch": batch.epoch} | rates(state, self._begun, task.config.batch, feed.starved_s(), self._mesh)
-            for window, own in zip(self._windows, state.learners, strict=True):
-                line |= figures(window, own, state, lr=own.member.peak_lr * lr_factor, tokens=line["tokens"])
+            starved_s = loader.starved_s()
+            line = {"epoch": batch.epoch} | run_metrics(state, self._start, task.config.batch, starved_s, self._mesh)
+            for sums, own in zip(self._sums, state.learners, strict=True):
+                line |= dictionary_metrics(sums, own, state, lr=own.member.peak_lr * lr_factor, tokens=line["tokens"])
             line |= {f"{member.prefix}alert": alert for member, alert in alerts.items()}
             line |= {"shuffle_inflation": shuffle.inflation(batch.docs().numpy())}  # at best 1 + batch m / rows
-            self._windows = [Window() for _ in task.members]
-            if self._mesh.first:
+            self._sums = [IntervalSums() for _ in task.members]
+            if self._mesh.is_rank_0:
                 self._log(state.step, line | more())
-        if self._mesh.first:
+        if self._mesh.is_rank_0:
             for member, alert in alerts.items():
                 logger.error("ALERT: %s%s", task.named(member), alert)

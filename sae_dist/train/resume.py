@@ -10,35 +10,35 @@ from sae_dist.shards.records import CorruptData
 from sae_dist.train import guard as guards
 from sae_dist.train.batches import Batches
 from sae_dist.train.checkpoint import Checkpoint
-from sae_dist.train.parallel.checkpoint import Checkpoints
-from sae_dist.train.parallel.exchange import of_first
-from sae_dist.train.state import Source, TrainState, begin, from_checkpoint, mine
+from sae_dist.train.parallel.collectives import broadcast_number
+from sae_dist.train.parallel.mesh_checkpoints import Checkpoints
+from sae_dist.train.state import RowSource, TrainState, from_checkpoint, initial_state, owned_rows
 
 logger = logging.getLogger(__name__)
 
 
-class Begun(NamedTuple):
+class StartPoint(NamedTuple):
     """What an attempt begins with."""
 
     state: TrainState
     folder: str = ""  # of the checkpoint that it was read from
 
 
-def resume(batches: Batches, checkpoints: Checkpoints) -> Begun:
+def resume(batches: Batches, checkpoints: Checkpoints) -> StartPoint:
     """The newest checkpoint's state, or that of untrained dictionaries.
 
     UserError when the place holds another run's checkpoints and none of this one.
     """
     task, mesh = batches.task, batches.mesh
-    saved = checkpoints.latest(mine(mesh, task.members))
+    saved = checkpoints.latest(owned_rows(mesh, task.members))
     if saved is not None:
         _check_facts(saved, checkpoints)
         state = from_checkpoint(saved, task.members, task.config, mesh)
-        if mesh.first:
+        if mesh.is_rank_0:
             logger.info("resuming at step %d of %d", state.step, task.config.n_steps)
-        return Begun(state, saved.folder)
-    if (facts := checkpoints.anothers()) is not None:
-        here, there = task.source(None), Source(*facts["source"])
+        return StartPoint(state, saved.folder)
+    if (facts := checkpoints.facts_of_another_run()) is not None:
+        here, there = task.source(None), RowSource(*facts["source"])
         if (there.store, there.hook) != (here.store, here.hook):
             raise UserError(
                 f"out={task.out} was trained on {there.hook} of store {there.store}, not on {here.hook} of "
@@ -50,10 +50,10 @@ def resume(batches: Batches, checkpoints: Checkpoints) -> Begun:
         )
     manifest = None
     if not task.live:
-        version = task.store.snapshot(task.checkpoints).version if mesh.first else 0
-        manifest = of_first(mesh, version, name="manifest")
+        version = task.store.snapshot(task.checkpoints).version if mesh.is_rank_0 else 0
+        manifest = broadcast_number(mesh, version, name="manifest")
     x = batches.sample(manifest)
-    return Begun(begin(x, task.members, task.config, mesh, source=task.source(manifest)))
+    return StartPoint(initial_state(x, task.members, task.config, mesh, source=task.source(manifest)))
 
 
 class _Facts(NamedTuple):
@@ -63,7 +63,7 @@ class _Facts(NamedTuple):
     variance: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     order_hash: Annotated[int, Field(ge=0, lt=1 << 64)]
     units_done: Annotated[int, Field(ge=0)]
-    source: Source
+    source: RowSource
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 

@@ -1,7 +1,7 @@
 """Which checkpoints stay: the newest, the last ones that each dictionary may go back to, and milestones.
 
-Only what this run wrote is ever removed: folders with its mark, and in them files with the names of its files. Folders
-that somebody copied or renamed, files that somebody put there and what lies behind a link are left alone.
+Only what this run wrote is ever removed: folders with its id, and in them files with the names of its files. Folders
+that somebody copied or renamed, files that somebody put there and targets of links are left alone.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ from typing import NamedTuple
 from sae_dist.shards import records
 from sae_dist.storage import Entry, Storage
 from sae_dist.train.checkpoint import DAMAGE
-from sae_dist.train.folders import MANIFEST, MANIFEST_BYTES, OWN_FILE, folders, is_of, step_of
-from sae_dist.train.manifest import Manifest, read_manifest
+from sae_dist.train.checkpoint_folders import MANIFEST, MANIFEST_BYTES, OWN_FILE, folders, is_of, step_of
+from sae_dist.train.checkpoint_manifest import CheckpointManifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -23,20 +23,21 @@ class Retention(NamedTuple):
 
     keep: int  # the last so many that fit, for each of `fits`
     every: int  # and those whose step it divides; 0: no others
-    fits: Sequence[Callable[[Manifest], bool]] = (lambda _: True,)  # for each dictionary: may it go back to this one?
+    # for each dictionary: whether it may go back to a checkpoint
+    fits: Sequence[Callable[[CheckpointManifest], bool]] = (lambda _: True,)
 
 
-def prune(storage: Storage, mark: str, retention: Retention, *, sound: Collection[str]) -> list[Manifest]:
-    """Removes the checkpoints of the run with this mark that `retention` does not keep, and what killed saves left.
+def prune(storage: Storage, run_id: str, retention: Retention, *, sound: Collection[str]) -> list[CheckpointManifest]:
+    """Removes the checkpoints of the run with this id that `retention` does not keep, and what killed saves left.
 
     `sound`: the folder that the run was resumed from, and those that it wrote since. Older ones count as long as their
     manifest verifies; any other of these steps did not verify when the run was resumed from before it, and would hide
     what is written since. Returns the manifests of those that the run may resume from or go back to, oldest first, but
     none while there are fewer than `keep` for some dictionary: it might have to begin anew.
     """
-    since, last, kept = min(map(step_of, sound)), list[Manifest](), set[str]()
+    since, last, kept = min(map(step_of, sound)), list[CheckpointManifest](), set[str]()
     counts = [0] * len(retention.fits)
-    for folder in folders(storage, mark):
+    for folder in folders(storage, run_id):
         if folder not in sound and step_of(folder) >= since:
             continue
         if not last or min(counts) < retention.keep:
@@ -52,13 +53,13 @@ def prune(storage: Storage, mark: str, retention: Retention, *, sound: Collectio
                 kept.add(folder)
         if retention.every and step_of(folder) % retention.every == 0:
             kept.add(folder)
-    _clear(storage, mark, kept)
+    _clear(storage, run_id, kept)
     return last[::-1] if min(counts) == retention.keep else []
 
 
-def sweep(storage: Storage, mark: str) -> None:
+def sweep(storage: Storage, run_id: str) -> None:
     """Removes what killed saves of the run left, or such as had no room."""
-    _clear(storage, mark, folders(storage, mark))
+    _clear(storage, run_id, folders(storage, run_id))
 
 
 def remove(storage: Storage, folder: str) -> None:
@@ -72,14 +73,14 @@ def remove(storage: Storage, folder: str) -> None:
             path.rmdir()
 
 
-def _clear(storage: Storage, mark: str, kept: Collection[str]) -> None:
+def _clear(storage: Storage, run_id: str, kept: Collection[str]) -> None:
     """Removes all checkpoints of the run but those, and what killed saves have left."""
-    killed = [leftover for leftover in storage.leftovers() if is_of(_folder(leftover), mark)]
+    killed = [leftover for leftover in storage.leftovers() if is_of(_folder(leftover), run_id)]
     for leftover in killed:
         storage.discard(leftover)
     there = {_folder(entry) for entry in storage.list("step_") if _is_own(entry)} | {_folder(entry) for entry in killed}
     for folder in sorted(there - set(kept)):
-        if is_of(folder, mark) and not _was_renamed(storage, folder):
+        if is_of(folder, run_id) and not _was_renamed(storage, folder):
             remove(storage, folder)
 
 

@@ -13,33 +13,33 @@ import torch
 from sae_dist.config import UserError
 from sae_dist.train import guard as guards
 from sae_dist.train.batches import Batches
+from sae_dist.train.checkpoint_manifest import CheckpointManifest
 from sae_dist.train.guard import GuardConfig
-from sae_dist.train.learner import Learned, Learner
-from sae_dist.train.manifest import Manifest
-from sae_dist.train.member import Member
-from sae_dist.train.parallel.checkpoint import Checkpoints
-from sae_dist.train.parallel.exchange import all_gather
+from sae_dist.train.learner import Learner, StepOutcome
+from sae_dist.train.members import Member
+from sae_dist.train.parallel.collectives import all_gather
 from sae_dist.train.parallel.mesh import Mesh
-from sae_dist.train.state import TrainState, begin, local, mine
+from sae_dist.train.parallel.mesh_checkpoints import Checkpoints
+from sae_dist.train.state import TrainState, initial_state, local_tensors, owned_rows
 
 logger = logging.getLogger(__name__)
 
 
-def is_sound(manifest: Manifest, member: Member) -> bool:
+def is_sound(manifest: CheckpointManifest, member: Member) -> bool:
     """Whether the member may go back to this checkpoint; `judge_states` saw to it that its numbers are finite."""
     guard = manifest.facts.get(f"{member.prefix}guard")
     return manifest.scheduled and isinstance(guard, dict) and guard.get("in_a_row") == 0
 
 
-def judge_states(learned: Sequence[Learned], config: GuardConfig, mesh: Mesh, *, last: bool) -> list[Learned]:
-    """The learned before their checkpoint is saved: one that holds a number that is not finite goes back at once.
+def judge_states(outcomes: Sequence[StepOutcome], config: GuardConfig, mesh: Mesh, *, last: bool) -> list[StepOutcome]:
+    """The outcomes of a step before its checkpoint is saved: a dictionary with a number that is not finite rolls back.
 
-    One amid steps that are left out is left to its guard, unless this is the `last` step. All ranks call this.
+    While its guard skips steps, the guard decides, unless this is the `last` step. All ranks call this together.
     """
-    here = torch.stack([_is_finite(one.learner) for one in learned])
+    here = torch.stack([_is_finite(one.learner) for one in outcomes])
     finite = all_gather(mesh, mesh.control, here.to(torch.uint8), name="finite").bool().all(0).tolist()
     judged = []
-    for one, sound in zip(learned, finite, strict=True):
+    for one, sound in zip(outcomes, finite, strict=True):
         if not sound and (one.decision == "step" or last):
             verdict = guards.judge_state(one.learner.guard, config)
             one = one._replace(
@@ -49,15 +49,17 @@ def judge_states(learned: Sequence[Learned], config: GuardConfig, mesh: Mesh, *,
     return judged
 
 
-def roll_back(learned: Sequence[Learned], state: TrainState, batches: Batches, checkpoints: Checkpoints) -> TrainState:
+def roll_back(
+    outcomes: Sequence[StepOutcome], state: TrainState, batches: Batches, checkpoints: Checkpoints
+) -> TrainState:
     """`state` with what the guards decided on its last step; UserError once one has gone back too often."""
     task = batches.task
-    if given_up := [one for one in learned if one.decision == "stop"]:
+    if given_up := [one for one in outcomes if one.decision == "stop"]:
         raise UserError(f"{task.named(given_up[0].learner.member)}{given_up[0].cure(state.step)}")
     return state._replace(
         learners=tuple(
             _earlier(one.learner, state, batches, checkpoints) if one.decision == "roll_back" else one.learner
-            for one in learned
+            for one in outcomes
         )
     )
 
@@ -69,16 +71,16 @@ def _earlier(learner: Learner, state: TrainState, batches: Batches, checkpoints:
     """
     task, mesh, member = batches.task, batches.mesh, learner.member
     earlier = checkpoints.latest(
-        mine(mesh, task.members, member),
-        among=lambda manifest: manifest.step < state.step and is_sound(manifest, member),
+        owned_rows(mesh, task.members, member),
+        accept=lambda manifest: manifest.step < state.step and is_sound(manifest, member),
     )
-    if mesh.first:
+    if mesh.is_rank_0:
         to = f"step {earlier.step}" if earlier is not None else "the start: no checkpoint is from before the trouble"
         logger.warning("%sgoing back to %s", task.named(member), to)
     if earlier is None:
         x = batches.sample(state.source.manifest)
-        return learner._replace(sae=begin(x, [member], task.config, mesh, source=state.source).learners[0].sae)
-    learner.sae.load_state_dict_(local(earlier, member))
+        return learner._replace(sae=initial_state(x, [member], task.config, mesh, source=state.source).learners[0].sae)
+    learner.sae.load_state_dict_(local_tensors(earlier, member))
     return learner
 
 

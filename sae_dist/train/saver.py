@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sae_dist.storage import Storage
 from sae_dist.train import retention
-from sae_dist.train.checkpoint import Checkpoint, Rows
-from sae_dist.train.manifest import Manifest
+from sae_dist.train.checkpoint import Checkpoint, OwnedRows
+from sae_dist.train.checkpoint_manifest import CheckpointManifest
 from sae_dist.train.retention import Retention
 
 logger = logging.getLogger(__name__)
@@ -22,28 +22,28 @@ MAX_FAILURES = 3  # saves in a row that may fail before the training does
 class Saver:
     """Saves checkpoints one after the other; `save` waits for the one before. Close it, or use `closing`.
 
-    `write` puts what this process holds into the storage, and returns its folder once the checkpoint counts; `mark` is
-    in the names of the run's folders; `leads` is true for the one process of a training that removes old ones;
-    `resumed_from` is the folder that the run was read from; `tell` hears, in the thread of the training, which
-    checkpoints the run may need again (retention.prune). A failed save is an alert, not the end: the next one may
-    succeed. All processes of a training call `save` at the same steps, and so hear of a failure at the same step.
+    `write` stores this process's part and returns the checkpoint's folder once it is complete. `run_id` is in the names
+    of the run's folders. Only rank 0 removes old checkpoints. `resumed_from` is the folder that the run was read from.
+    `tell` is called in the training's thread with the checkpoints that the run may need again (retention.prune). A
+    failed save is an alert, and the next one is tried. All processes of a training call `save` at the same steps, and
+    so learn of a failure at the same step.
     """
 
     def __init__(
         self,
         storage: Storage,
-        mark: str,
+        run_id: str,
         retention: Retention,
         *,
         write: Callable[[Checkpoint], str],
-        leads: bool = True,
+        is_rank_0: bool = True,
         resumed_from: str = "",
-        tell: Callable[[list[Manifest]], None] = lambda _: None,
+        tell: Callable[[list[CheckpointManifest]], None] = lambda _: None,
     ) -> None:
-        self._storage, self._mark, self._retention = storage, mark, retention
-        self._write, self._leads, self._tell = write, leads, tell
+        self._storage, self._run_id, self._retention = storage, run_id, retention
+        self._write, self._is_rank_0, self._tell = write, is_rank_0, tell
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[list[Manifest]] | None = None
+        self._writing: Future[list[CheckpointManifest]] | None = None
         self._sound = [resumed_from] if resumed_from else []
         self._step, self._failures = 0, 0
         self._saved = -1  # the step of the last save that went well
@@ -99,34 +99,34 @@ class Saver:
         """Lets the save in flight end, whatever comes of it."""
         self._thread.shutdown(wait=True)
 
-    def _stage(self, name: str, tensor: Tensor | Rows) -> Tensor | Rows:
+    def _stage(self, name: str, tensor: Tensor | OwnedRows) -> Tensor | OwnedRows:
         """A copy in host memory that is used again for every save."""
-        local = tensor.local if isinstance(tensor, Rows) else tensor
+        local = tensor.local if isinstance(tensor, OwnedRows) else tensor
         there = self._staged.get(name)
         if there is None or there.shape != local.shape or there.dtype != local.dtype:
             there = self._staged[name] = local.detach().to("cpu", copy=True).contiguous()
         else:
             there.copy_(local.detach())
-        return tensor._replace(local=there) if isinstance(tensor, Rows) else there
+        return tensor._replace(local=there) if isinstance(tensor, OwnedRows) else there
 
-    def _save(self, state: Checkpoint) -> list[Manifest]:
+    def _save(self, state: Checkpoint) -> list[CheckpointManifest]:
         started = time.perf_counter()
         try:
             folder = self._write(state)
         except (OSError, ValueError):
-            if self._leads:  # what it wrote would take the next one's room
-                self._tidy(lambda: retention.sweep(self._storage, self._mark))
+            if self._is_rank_0:  # what it wrote would take the next one's room
+                self._tidy(lambda: retention.sweep(self._storage, self._run_id))
             raise
         self._sound.append(folder)
-        kept: list[Manifest] = []
-        if self._leads:
+        kept: list[CheckpointManifest] = []
+        if self._is_rank_0:
             self._tidy(lambda: kept.extend(self._prune()))
             logger.info("checkpoint %s: %.2f s", folder, time.perf_counter() - started)
         self._seconds = time.perf_counter() - started
         return kept
 
-    def _prune(self) -> list[Manifest]:
-        return retention.prune(self._storage, self._mark, self._retention, sound=self._sound)
+    def _prune(self) -> list[CheckpointManifest]:
+        return retention.prune(self._storage, self._run_id, self._retention, sound=self._sound)
 
     def _tidy(self, remove: Callable[[], None]) -> None:
         """Removes files; when it cannot, the save has not failed, and the next one tries again."""

@@ -14,21 +14,21 @@ from sae_dist.sae.initialize import initialize
 from sae_dist.sae.scale import input_scale
 from sae_dist.sae.variants.declared import Elementwise, Spec, own_vectors
 from sae_dist.train import guard as guards
-from sae_dist.train.checkpoint import Checkpoint, Mine, Rows
+from sae_dist.train.checkpoint import Checkpoint, OwnedRows, RowSelector
+from sae_dist.train.checkpoint_identity import identity, refuse_others
+from sae_dist.train.checkpoint_manifest import TensorLayout
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.guard import Guard
-from sae_dist.train.identity import identity, refuse_others
 from sae_dist.train.learner import Learner
-from sae_dist.train.manifest import Layout
-from sae_dist.train.member import Member, split_name
-from sae_dist.train.parallel.exchange import all_gather, total
+from sae_dist.train.members import Member, split_name
+from sae_dist.train.parallel.collectives import all_gather, ordered_sum
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep
 
-CONSTANT = 1e-9  # of the mean squared norm: less than fp32 makes of rows that are all the same
+MIN_VARIANCE = 1e-9  # of the mean squared norm: less than fp32 makes of rows that are all the same
 
 
-class Source(NamedTuple):
+class RowSource(NamedTuple):
     """Where the rows come from, and for whom; a checkpoint goes on with these rows only."""
 
     store: str  # digest of store.json
@@ -46,12 +46,12 @@ class TrainState(NamedTuple):
     variance: float  # mean over rows of ||x - mean||^2, scaled: the loss's constant denominator
     order_hash: int  # of the rows seen
     units_done: int  # of the first pass: what no later step reads in it
-    source: Source
+    source: RowSource
     seconds: float  # of training so far, over all attempts
 
 
-def begin(
-    x: Float[Tensor, "rows d_model"], members: Sequence[Member], config: TrainConfig, mesh: Mesh, *, source: Source
+def initial_state(
+    x: Float[Tensor, "rows d_model"], members: Sequence[Member], config: TrainConfig, mesh: Mesh, *, source: RowSource
 ) -> TrainState:
     """The state before step 0, from a sample of raw rows: input scale, variance, this rank's initial parameters.
 
@@ -60,7 +60,7 @@ def begin(
     scale = input_scale(float(x.double().square().sum(-1).mean()), x.shape[1])
     x = x * scale
     variance = float((x - x.mean(0)).double().square().sum(-1).mean())
-    if variance < CONSTANT * x.shape[1]:
+    if variance < MIN_VARIANCE * x.shape[1]:
         raise UserError(
             f"hook={source.hook}: the first {len(x)} rows are all the same, so that there is nothing to learn; look at "
             "what the store holds (sae-dist store stats)"
@@ -72,12 +72,12 @@ def begin(
 
 
 def to_checkpoint(state: TrainState) -> Checkpoint:
-    """This rank's part of the state as it is; the tensors share memory with it. Rows are latents, in W_enc too."""
+    """This rank's part of the state as it is; the tensors share memory with it. OwnedRows are latents, in W_enc too."""
     facts = {name: value for name, value in state._asdict().items() if name not in ("step", "learners")}
-    tensors: dict[str, Tensor | Rows] = {}
+    tensors: dict[str, Tensor | OwnedRows] = {}
     for member, sae, guard in state.learners:
         for name, tensor in _transposed(sae.state_dict(), member).items():
-            rows = Rows(tensor, sae.latents.start, sae.n_latents) if _is_split(name, member) else tensor
+            rows = OwnedRows(tensor, sae.latents.start, sae.n_latents) if _is_split(name, member) else tensor
             tensors[member.prefix + name] = rows
         facts[f"{member.prefix}guard"] = guards.to_facts(guard)
         facts[f"{member.prefix}identity"] = identity(member)
@@ -85,27 +85,27 @@ def to_checkpoint(state: TrainState) -> Checkpoint:
 
 
 def from_checkpoint(saved: Checkpoint, members: Sequence[Member], config: TrainConfig, mesh: Mesh) -> TrainState:
-    """The state as it was saved, bit for bit; `saved` has of every tensor what `mine` says.
+    """The state as it was saved, bit for bit; `saved` has of every tensor what `owned_rows` says.
 
     UserError when it is of other dictionaries, or of some that are stored in another way.
     """
     refuse_others(saved, members)
     facts, learners = dict(saved.facts), []
     for member in members:
-        tensors = local(saved, member)
+        tensors = local_tensors(saved, member)
         facts.pop(f"{member.prefix}identity")
         step = _step(tensors, member, config, mesh)
         step.load_state_dict_(tensors)
         learners.append(Learner(member, step, guards.from_facts(facts.pop(f"{member.prefix}guard"))))
-    source = Source(*facts.pop("source"))
+    source = RowSource(*facts.pop("source"))
     return TrainState(saved.step, tuple(learners), source=source, **facts)
 
 
-def mine(mesh: Mesh, members: Sequence[Member], only: Member | None = None) -> Mine:
+def owned_rows(mesh: Mesh, members: Sequence[Member], only: Member | None = None) -> RowSelector:
     """Of every tensor of a checkpoint, the rows that this rank holds, of `only` one member's alone; None: all."""
     by_prefix = {member.prefix: member for member in members}
 
-    def rows(name: str, whole: Layout) -> range | None:
+    def rows(name: str, whole: TensorLayout) -> range | None:
         if only is not None and whole.shape and not _is_of(name, only):
             return range(0)
         prefix, own = split_name(name)
@@ -115,10 +115,10 @@ def mine(mesh: Mesh, members: Sequence[Member], only: Member | None = None) -> M
     return rows
 
 
-def local(saved: Checkpoint, member: Member) -> dict[str, Tensor]:
+def local_tensors(saved: Checkpoint, member: Member) -> dict[str, Tensor]:
     """This rank's part of one dictionary of a checkpoint as `MeshStep.load_state_dict_` takes it."""
     own = {name.removeprefix(member.prefix): part for name, part in saved.tensors.items() if _is_of(name, member)}
-    tensors = {name: part.local if isinstance(part, Rows) else part for name, part in own.items()}
+    tensors = {name: part.local if isinstance(part, OwnedRows) else part for name, part in own.items()}
     return _transposed(tensors, member)
 
 
@@ -164,7 +164,7 @@ def _initial(x: Float[Tensor, "rows d_model"], sae: SAEConfig, mesh: Mesh, *, se
 
     parameters, level = initialize(
         x, n_latents=sae.n_latents, k=k, seed=seed, latents=mesh.latents(sae.n_latents), kth=kth,
-        total=lambda part: total(mesh, mesh.feature, part, name="initialize"),
+        total=lambda part: ordered_sum(mesh, mesh.feature, part, name="initialize"),
     )  # fmt: skip
     own = sae.start(level) if isinstance(sae, Elementwise) else {}
     return parameters._asdict() | {name: torch.full_like(parameters.b_enc, value) for name, value in own.items()}

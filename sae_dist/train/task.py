@@ -10,8 +10,8 @@ from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
 from sae_dist.storage import Storage
 from sae_dist.train.config import TrainConfig
-from sae_dist.train.member import Member
-from sae_dist.train.state import Source
+from sae_dist.train.members import Member
+from sae_dist.train.state import RowSource
 
 
 class Task(NamedTuple):
@@ -37,13 +37,13 @@ class Task(NamedTuple):
         return storage.open(self.config.checkpoints or self.out / "checkpoints")
 
     @property
-    def mark(self) -> str:
+    def run_id(self) -> str:
         """In the names of this training's checkpoints: equal for two that must end in the same dictionaries."""
         return digest([*self.source(None)])[:8]
 
-    def source(self, manifest: int | None) -> Source:
+    def source(self, manifest: int | None) -> RowSource:
         """What a checkpoint says of its rows, with the version of the store's manifest that they are pinned to."""
-        return Source(self.store.meta.digest, self.hook, manifest, self.provenance.get("config_hash"))
+        return RowSource(self.store.meta.digest, self.hook, manifest, self.provenance.get("config_hash"))
 
     def named(self, member: Member) -> str:
         """What a message about a member begins with; nothing where there is one dictionary alone."""

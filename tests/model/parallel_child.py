@@ -13,19 +13,19 @@ from sae_dist.config import UserError
 from sae_dist.model import parallel
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import load
-from sae_dist.parallel.rendezvous import Rendezvous, Served
+from sae_dist.parallel.key_value import StoreAddress, StoreServer
 
 
 def main(rank: int, size: int, folder: Path, config: dict, hooks: list[str]) -> None:
     torch.set_num_threads(1)
-    served = Served("127.0.0.1") if rank == 0 else None
+    served = StoreServer("127.0.0.1") if rank == 0 else None
     place = folder / "place"
     if served is not None:
-        (folder / "place.tmp").write_text(json.dumps(served.rendezvous))
+        (folder / "place.tmp").write_text(json.dumps(served.address))
         (folder / "place.tmp").rename(place)
     while not place.exists():
         time.sleep(0.02)
-    at = Rendezvous(*json.loads(place.read_text()))
+    at = StoreAddress(*json.loads(place.read_text()))
     group = parallel.join(rank, size, at=at, device=torch.device("cpu"), served=served)
     try:
         model = load(ModelConfig(**config), group)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_kernels import recorded, reference, triton_step
+from sae_kernels import cuda_graph, reference, triton_step
 from sae_kernels.cuda_graph import SETTLED
 from sae_kernels.shard import Shard
 
@@ -91,7 +91,7 @@ def test_a_recorded_step_gives_the_bits_of_one_that_is_not(device, monkeypatch, 
     batches.append(batches[0][:4])  # another shape goes on without the recording
     for x in batches:
         replayed.step(x, lr=1e-3, variance=2.0)
-    monkeypatch.setattr(recorded, "SETTLED", len(batches) + 1)
+    monkeypatch.setattr(cuda_graph, "SETTLED", len(batches) + 1)
     for x in batches:
         launched.step(x, lr=1e-3, variance=2.0)
     for name, tensor in replayed.state_dict().items():

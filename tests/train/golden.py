@@ -22,9 +22,9 @@ from sae_dist import storage
 from sae_dist.sae.config import BatchTopK, SAEConfig, TopK
 from sae_dist.shards import reader
 from sae_dist.train import checkpoint, loop
+from sae_dist.train.checkpoint_folders import folders
 from sae_dist.train.config import MeshConfig, TrainConfig
-from sae_dist.train.folders import folders
-from sae_dist.train.member import MAIN, Member
+from sae_dist.train.members import MAIN, Member
 from sae_dist.train.parallel.mesh import connect
 from sae_dist.train.task import Task
 from tests.processes import PROCESSES
@@ -93,7 +93,7 @@ def hashes(golden: Golden, folder: Path) -> str:
     saved = checkpoint.read(place, folders(place)[0])
     state = hashlib.sha256()
     for name, tensor in sorted(saved.tensors.items()):
-        whole = tensor.local if isinstance(tensor, checkpoint.Rows) else tensor
+        whole = tensor.local if isinstance(tensor, checkpoint.OwnedRows) else tensor
         state.update(f"{name} {whole.dtype} {list(whole.shape)}".encode())
         state.update(whole.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return f"{golden.name} {order} {weights.hexdigest()[:16]} {state.hexdigest()[:16]}"

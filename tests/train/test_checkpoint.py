@@ -12,19 +12,19 @@ import torch
 from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.storage import Storage
-from sae_dist.train import checkpoint, manifest, retention
-from sae_dist.train.checkpoint import Checkpoint, Rows
-from sae_dist.train.folders import folders as complete
-from sae_dist.train.folders import new_folder, step_of
-from sae_dist.train.manifest import Manifest
-from sae_dist.train.parallel.checkpoint import Checkpoints
+from sae_dist.train import checkpoint, checkpoint_manifest, retention
+from sae_dist.train.checkpoint import Checkpoint, OwnedRows
+from sae_dist.train.checkpoint_folders import folders as complete
+from sae_dist.train.checkpoint_folders import new_folder, step_of
+from sae_dist.train.checkpoint_manifest import CheckpointManifest
 from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.parallel.mesh_checkpoints import Checkpoints
 from sae_dist.train.retention import Retention
 from sae_dist.train.saver import Saver
 from tests.shards import seaweedfs
 from tests.shards.s3_double import S3Double
 
-MARK = "1f2e3d4c"
+RUN_ID = "1f2e3d4c"
 
 
 def state(step: int, rows: int = 7) -> Checkpoint:
@@ -38,8 +38,8 @@ def state(step: int, rows: int = 7) -> Checkpoint:
     return Checkpoint(step, tensors, {"scale": 0.1, "order_hash": 2**64 - step})
 
 
-def of(place: Storage, mark: str = MARK) -> Checkpoints:
-    return Checkpoints(Mesh.single(), place, mark)
+def of(place: Storage, run_id: str = RUN_ID) -> Checkpoints:
+    return Checkpoints(Mesh.single(), place, run_id)
 
 
 def save(place: Storage, state: Checkpoint) -> str:
@@ -50,8 +50,8 @@ def latest(place: Storage) -> Checkpoint | None:
     return of(place).latest()
 
 
-def prune(place: Storage, sound: list[str], keep: int, every: int = 0) -> list[Manifest]:
-    return retention.prune(place, MARK, Retention(keep, every), sound=sound)
+def prune(place: Storage, sound: list[str], keep: int, every: int = 0) -> list[CheckpointManifest]:
+    return retention.prune(place, RUN_ID, Retention(keep, every), sound=sound)
 
 
 def same(read: Checkpoint | None, written: Checkpoint) -> bool:
@@ -77,7 +77,7 @@ def test_a_checkpoint_reads_back_as_written(place):
 
 def test_tensors_larger_than_a_file_are_cut_and_put_together(place, small_files):
     folder = save(place, state(3))
-    written = manifest.read_manifest(place, folder)
+    written = checkpoint_manifest.read_manifest(place, folder)
     assert [sum(block.rows for block in file.blocks if block.name == "W") for file in written.files][:4] == [
         2,
         2,
@@ -96,32 +96,36 @@ def test_an_empty_folder_has_none(tmp_path):
 def test_what_any_number_of_processes_wrote_any_other_number_reads(place, small_files, writers, readers):
     whole = state(8, rows=13)
 
-    def shard(rank: int, world: int) -> dict[str, torch.Tensor | Rows]:
+    def shard(rank: int, world: int) -> dict[str, torch.Tensor | OwnedRows]:
         each = -(-13 // world)
-        cut = {n: Rows(t[rank * each : (rank + 1) * each], rank * each, 13) for n, t in whole.tensors.items() if t.ndim}  # pyright: ignore[reportAttributeAccessIssue]
+
+        def cut_rows(t):
+            return OwnedRows(t[rank * each : (rank + 1) * each], rank * each, 13)
+
+        cut = {n: cut_rows(t) for n, t in whole.tensors.items() if t.ndim}  # pyright: ignore[reportAttributeAccessIssue]
         return cut | {"steps": whole.tensors["steps"]}
 
-    folder, files = new_folder(8, MARK), []
+    folder, files = new_folder(8, RUN_ID), []
     for rank in range(writers):
         mine = shard(rank, writers) if rank == 0 else {n: t for n, t in shard(rank, writers).items() if n != "steps"}
         files += checkpoint.write_files(place, folder, rank, checkpoint.blocks(mine))
     layouts = {name: checkpoint.layout(tensor) for name, tensor in shard(0, writers).items()}
-    manifest.commit(place, Manifest(folder, 8, True, whole.facts, layouts, tuple(files)))
+    checkpoint_manifest.commit(place, CheckpointManifest(folder, 8, True, whole.facts, layouts, tuple(files)))
     each = -(-13 // readers)
     for rank in range(readers):
         rows = range(rank * each, min((rank + 1) * each, 13))
         read = checkpoint.read(place, folder, lambda name, _, rows=rows: None if name == "steps" else rows)
         for name, part in shard(rank, readers).items():
             got = read.tensors[name]
-            if isinstance(part, Rows):
-                assert isinstance(got, Rows)
+            if isinstance(part, OwnedRows):
+                assert isinstance(got, OwnedRows)
                 assert torch.equal(got.local, part.local) and got[1:] == part[1:]
             else:
                 assert torch.equal(got, part)
 
 
 def test_what_would_not_be_whole_is_never_committed(place):
-    half = {"W": Rows(torch.zeros(3, 2), 0, 6)}
+    half = {"W": OwnedRows(torch.zeros(3, 2), 0, 6)}
     with pytest.raises(AssertionError, match="would not be whole"):
         save(place, Checkpoint(1, half, {}))
     assert latest(place) is None
@@ -228,7 +232,7 @@ def test_that_nothing_can_be_read_never_means_to_begin_anew(place, tmp_path, mon
     """An older checkpoint, or none, only where bytes are proven to be others; nothing is removed."""
     folders = [save(place, state(step)) for step in (1, 2)]
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "FORMAT", manifest.FORMAT + 1)
+        patch.setattr(checkpoint_manifest, "FORMAT", checkpoint_manifest.FORMAT + 1)
         with pytest.raises(
             UserError, match=r"has format \d+, this program reads \d+; resume with the program that wrote"
         ):
@@ -256,7 +260,7 @@ def test_a_save_that_fails_leaves_no_files_and_one_that_cannot_tidy_has_not_fail
 ):
     told: list[list[int]] = []
     saver = Saver(
-        place, MARK, Retention(1, 0), write=of(place).save,
+        place, RUN_ID, Retention(1, 0), write=of(place).save,
         tell=lambda kept: told.append([kept_one.step for kept_one in kept]),
     )  # fmt: skip
     saver.save(state(1))

@@ -19,7 +19,7 @@ from sae_dist.shards.writer import create, write_unit
 from sae_dist.train import loop
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.consumer import consumer_name
-from sae_dist.train.member import MAIN, Member
+from sae_dist.train.members import MAIN, Member
 from sae_dist.train.task import Task
 
 N_TRUE, D_MODEL, ROWS, UNITS = 48, 24, 600, 8
@@ -71,13 +71,13 @@ def store(tmp_path_factory) -> Store:
 
 def train(
     store: Store, out: Path, *, config: TrainConfig = CONFIG, sae: SAEConfig = SAE, stop=lambda: False,
-    at=lambda *_: None, **more,
+    set_phase=lambda *_: None, **more,
 ):  # fmt: skip
     lines: list[tuple[int, dict]] = []
     seed = more.get("seed", 0)
     given = {"seed": seed, "order": ORDER, "members": (Member(MAIN, sae, seed, config.lr),)} | more
     task = Task(store, hook="x", config=config, out=out, **given)
-    return loop.train(task, log=lambda *entry: lines.append(entry), stop=stop, at=at), lines
+    return loop.train(task, log=lambda *entry: lines.append(entry), stop=stop, set_phase=set_phase), lines
 
 
 def weights(out: Path) -> bytes:
@@ -151,8 +151,8 @@ def spoil(monkeypatch, bad, factor: float = torch.nan):
         nonlocal step
         step = now
 
-    learn = loop.learn
-    monkeypatch.setattr(loop, "learn", spoilt)
+    learn = loop.train_step
+    monkeypatch.setattr(loop, "train_step", spoilt)
     return note
 
 
@@ -160,7 +160,7 @@ def test_going_back_finds_what_was_learned_before_the_trouble(store, tmp_path, m
     """Ten bad steps, a checkpoint due every three, two kept: none within the trouble pushes the good ones out."""
     note = spoil(monkeypatch, lambda _, step: 30 < step <= 40)
     config = TrainConfig(**{**vars(CONFIG), "checkpoint_every": 3, "log_every": 1})
-    _, lines = train(store, tmp_path, config=config, at=note)
+    _, lines = train(store, tmp_path, config=config, set_phase=note)
     fvu = {number: line["fvu"] for number, line in lines}
     assert "going back to step 30" in caplog.text
     assert all(fvu[number] is None for number in range(31, 41))  # a step that was left out explains nothing
@@ -173,7 +173,7 @@ def test_stopped_anywhere_a_run_goes_back_to_where_the_uninterrupted_one_does(
 ):
     """Bad steps from 42 to 51; stopped before, twice amid them and just after going back."""
     note = spoil(monkeypatch, lambda _, step: 41 < step <= 51)
-    train(store, tmp_path / "whole", at=note)
+    train(store, tmp_path / "whole", set_phase=note)
     assert "going back to step 40" in caplog.text
     seen = 0
 
@@ -184,8 +184,8 @@ def test_stopped_anywhere_a_run_goes_back_to_where_the_uninterrupted_one_does(
 
     for stop in stops:
         with pytest.raises(Stopped, match=f"step {stop} of 60"):
-            train(store, tmp_path / "cut", at=at, stop=lambda stop=stop: seen == stop)
-    train(store, tmp_path / "cut", at=at)
+            train(store, tmp_path / "cut", set_phase=at, stop=lambda stop=stop: seen == stop)
+    train(store, tmp_path / "cut", set_phase=at)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
@@ -193,15 +193,15 @@ def test_a_member_goes_back_as_if_it_were_alone(store, tmp_path, monkeypatch):
     """The other one leaves steps out just when the checkpoint is due that this one will go back to."""
     note = spoil(monkeypatch, lambda name, step: 38 < step < 43 if name == "other" else 45 < step <= 55)
     other = Member("other", SAE, seed=7)
-    train(store, tmp_path / "alone", at=note)
-    train(store, tmp_path / "both", at=note, members=(Member(MAIN, SAE, 0, CONFIG.lr), other))
+    train(store, tmp_path / "alone", set_phase=note)
+    train(store, tmp_path / "both", set_phase=note, members=(Member(MAIN, SAE, 0, CONFIG.lr), other))
     assert weights(tmp_path / "both") == weights(tmp_path / "alone")
 
 
 def test_finite_rows_that_are_enormous_are_not_learned_from(store, tmp_path, monkeypatch, caplog):
     """Their squared gradients would be infinite, and stay so in Adam's second moment: nothing could be saved again."""
     note = spoil(monkeypatch, lambda _, step: step == 31, factor=1e13)
-    train(store, tmp_path, at=note)
+    train(store, tmp_path, set_phase=note)
     assert "is too large: its gradients have no finite squares; the step is left out" in caplog.text
     assert "not saved" not in caplog.text and "going back" not in caplog.text
 
@@ -235,8 +235,8 @@ def test_what_is_not_finite_when_a_checkpoint_is_due_goes_back_at_once(store, tm
             learner.sae.state_dict()["second.W_dec"][0, 0] = torch.inf
         return learned
 
-    learn = loop.learn
-    monkeypatch.setattr(loop, "learn", spoilt)
+    learn = loop.train_step
+    monkeypatch.setattr(loop, "train_step", spoilt)
     config = TrainConfig(**{**vars(CONFIG), "checkpoint_every": 3, "log_every": 1})
     _, lines = train(store, tmp_path, config=config)
     assert "step 27: a weight or a moment is not finite; going back (roll-back 1)" in caplog.text

@@ -13,7 +13,7 @@ from sae_dist.sae.config import TopK
 from sae_dist.shards.reader import Store
 from sae_dist.train import loop
 from sae_dist.train.guard import GuardConfig
-from sae_dist.train.member import MAIN, Member, members
+from sae_dist.train.members import MAIN, Member, members
 from tests.train.test_loop import CONFIG, SAE, full_store, train
 
 ALSO = (
@@ -116,7 +116,7 @@ def test_the_rows_are_read_once_for_all_members(place, store, tmp_path):
 
 def spoil(monkeypatch, name: str, steps: range) -> Any:
     """From now on the member's decoder is not a number before each of these steps; to be given as `at`."""
-    learn, now = loop.learn, 0
+    learn, now = loop.train_step, 0
 
     def spoiled(learner: Any, *given: Any, **more: Any) -> Any:
         if learner.member.name == name and now in steps:
@@ -127,7 +127,7 @@ def spoil(monkeypatch, name: str, steps: range) -> Any:
         nonlocal now
         now = step
 
-    monkeypatch.setattr(loop, "learn", spoiled)
+    monkeypatch.setattr(loop, "train_step", spoiled)
     return at
 
 
@@ -136,10 +136,11 @@ def test_only_the_member_that_is_not_finite_skips_and_goes_back(store, together,
     _, healthy, *others = GIVEN
     with monkeypatch.context() as patch:
         _, lines = train(
-            store, tmp_path / "a", config=config, members=GIVEN, at=spoil(patch, healthy.name, range(25, 28))
+            store, tmp_path / "a", config=config, members=GIVEN, set_phase=spoil(patch, healthy.name, range(25, 28))
         )
     with monkeypatch.context() as patch:
-        train(store, tmp_path / "b", config=config, members=[by_itself(healthy)], at=spoil(patch, MAIN, range(25, 28)))
+        alone = [by_itself(healthy)]
+        train(store, tmp_path / "b", config=config, members=alone, set_phase=spoil(patch, MAIN, range(25, 28)))
     assert weights(healthy, tmp_path / "a") == weights(by_itself(healthy), tmp_path / "b")
     for member in (GIVEN[0], *others):
         assert weights(member, tmp_path / "a") == weights(member, together[0])
@@ -155,7 +156,7 @@ def test_broken_off_after_a_roll_back_it_goes_back_to_the_same_again(store, tmp_
 
     def go(out: Path) -> None:
         with monkeypatch.context() as patch:
-            train(store, out, config=config, members=GIVEN[:2], at=spoil(patch, "k8", range(25, 28)))
+            train(store, out, config=config, members=GIVEN[:2], set_phase=spoil(patch, "k8", range(25, 28)))
 
     go(tmp_path / "whole")
     with monkeypatch.context() as patch:

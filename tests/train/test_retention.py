@@ -10,9 +10,9 @@ from sae_dist import storage
 from sae_dist.shards.records import seal, unseal
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train import retention
-from sae_dist.train.folders import folders
+from sae_dist.train.checkpoint_folders import folders
 from sae_dist.train.retention import Retention
-from tests.train.test_checkpoint import MARK, latest, prune, same, save, state
+from tests.train.test_checkpoint import RUN_ID, latest, prune, same, save, state
 
 
 @pytest.fixture
@@ -32,10 +32,10 @@ def test_what_others_put_there_stays(place, tmp_path):
     foreign = [put(tmp_path / name / "checkpoint.json") for name in names]
     foreign += [put(tmp_path / "step_00000009-99999999-abcdef" / "rank00000-00000.safetensors")]  # another run's
     foreign += [put(own / "notes.txt"), put(tmp_path / "step_00000009-1f2e3d4c-abcdef" / "model.safetensors")]
-    copy = tmp_path / f"step_00000001-{MARK}-000000"
+    copy = tmp_path / f"step_00000001-{RUN_ID}-000000"
     shutil.copytree(own, copy)
     prune(place, [save(place, state(2))], keep=1)
-    retention.sweep(place, MARK)
+    retention.sweep(place, RUN_ID)
     assert all(path.read_text() == "mine" for path in foreign)
     assert (copy / "checkpoint.json").exists() and not (own / "checkpoint.json").exists()
     assert same(latest(place), state(2))
@@ -44,13 +44,13 @@ def test_what_others_put_there_stays(place, tmp_path):
 def test_no_link_leads_the_clean_up_elsewhere(place, tmp_path, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     kept = [put(elsewhere / name) for name in ("checkpoint.json", "rank00000-00000.safetensors", ".partial-0")]
-    for name in (f"step_00000001-{MARK}-abcdef", "step_00000001-abcdef"):
+    for name in (f"step_00000001-{RUN_ID}-abcdef", "step_00000001-abcdef"):
         (tmp_path / name).symlink_to(elsewhere)
     prune(place, [save(place, state(2))], keep=1)
-    retention.sweep(place, MARK)
+    retention.sweep(place, RUN_ID)
     assert all(path.exists() for path in kept)
     with pytest.raises(StorageError, match="is a link, and what it leads to is outside this place"):
-        retention.remove(place, f"step_00000001-{MARK}-abcdef")
+        retention.remove(place, f"step_00000001-{RUN_ID}-abcdef")
     assert all(path.exists() for path in kept)
 
 
@@ -66,7 +66,7 @@ def test_a_checkpoint_renamed_to_a_later_step_is_none(place, tmp_path, caplog):
 def test_each_dictionary_keeps_what_it_may_go_back_to(place):
     sound = [save(place, state(step)) for step in (1, 2, 3, 4, 5, 6)]
     fits = (lambda one: one.step <= 2, lambda one: one.step % 2 == 1)
-    told = retention.prune(place, MARK, Retention(1, 0, fits), sound=sound)
+    told = retention.prune(place, RUN_ID, Retention(1, 0, fits), sound=sound)
     assert [one.step for one in told] == [2, 5, 6]
     assert folders(place) == [sound[5], sound[4], sound[1]]
 

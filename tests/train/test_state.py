@@ -15,11 +15,11 @@ from sae_dist.config import Stopped, UserError
 from sae_dist.sae.config import BatchTopK, TopK
 from sae_dist.shards.reader import Store
 from sae_dist.train import checkpoint
-from sae_dist.train.checkpoint import Rows
-from sae_dist.train.folders import folders
-from sae_dist.train.member import MAIN, Member, split_name
+from sae_dist.train.checkpoint import OwnedRows
+from sae_dist.train.checkpoint_folders import folders
+from sae_dist.train.members import MAIN, Member, split_name
 from sae_dist.train.parallel.mesh import Axis, Mesh
-from sae_dist.train.state import from_checkpoint, mine, to_checkpoint
+from sae_dist.train.state import from_checkpoint, owned_rows, to_checkpoint
 from tests.train.test_loop import CONFIG, D_MODEL, SAE, full_store, train, weights
 
 OPTIONS = list(product(("float32", "bfloat16_stochastic"), ("float32", "int8", "factored")))
@@ -93,12 +93,12 @@ def test_every_rank_of_any_mesh_takes_over_its_latents_bit_for_bit(whole, featur
     parts: list[dict[str, Any]] = []
     for rank in range(feature):
         mesh = dataclasses.replace(Mesh.single(), feature=Axis(rank, feature))
-        here = checkpoint.read(storage.open(whole / "checkpoints"), newest_folder(whole), mine(mesh, MEMBERS))
+        here = checkpoint.read(storage.open(whole / "checkpoints"), newest_folder(whole), owned_rows(mesh, MEMBERS))
         parts.append(dict(to_checkpoint(from_checkpoint(here, MEMBERS, SHORT, mesh)).tensors))
     for name, there in saved.tensors.items():
         assert isinstance(there, torch.Tensor)
         rows = [part[name] for part in parts]
-        if isinstance(rows[0], Rows):
+        if isinstance(rows[0], OwnedRows):
             assert [row.start for row in rows] == [rank * -(-SAE.n_latents // feature) for rank in range(feature)]
             assert torch.equal(torch.cat([row.local for row in rows]), there)
         else:

@@ -45,10 +45,10 @@ def simulate(work: Workload) -> Simulated:
             x = torch.empty(work.batch, work.d_model, dtype=torch.bfloat16)
             with _Assumed(work):
                 _run(step, x)  # the first step also asks how many latents are dead
-                before = {name: (m.calls, m.bytes) for name, m in mesh.moved.items()}
+                before = {name: (m.calls, m.bytes) for name, m in mesh.traffic.items()}
                 _run(step, x)
             shapes = {name: tuple(tensor.shape) for name, tensor in step.state_dict().items()}
-        moved = {name: (m.calls - before[name][0], m.bytes - before[name][1]) for name, m in mesh.moved.items()}
+        moved = {name: (m.calls - before[name][0], m.bytes - before[name][1]) for name, m in mesh.traffic.items()}
         return Simulated(moved, state, memory.peak, shapes)
     finally:
         dist.destroy_process_group()

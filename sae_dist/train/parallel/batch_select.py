@@ -21,7 +21,7 @@ from sae_kernels.reference import Selected
 from torch import Tensor
 
 from sae_dist.config import UserError
-from sae_dist.train.parallel.exchange import sum_counts
+from sae_dist.train.parallel.collectives import sum_counts
 from sae_dist.train.parallel.mesh import Mesh
 
 DIGIT = 8  # bits that one all-reduce finds
@@ -31,10 +31,10 @@ WIDTH = 4  # times k / parts candidates a row and part: few rows of a batch choo
 LEAST_WIDTH = 16
 MOST = 64  # times k candidates a row that are held at once while rows are selected again, in the mean over the batch
 
-Select = Callable[[Tensor, int], Selected]  # some rows, k -> the k best latents of this part for each
+SelectFunction = Callable[[Tensor, int], Selected]  # some rows, k -> the k best latents of this part for each
 
 
-class Chosen(NamedTuple):
+class BatchSelection(NamedTuple):
     """The pairs of the batch's best that are this rank's: its rows, its latents; by row, descending within one."""
 
     row: Int[Tensor, " pairs"]  # within this rank's rows
@@ -69,14 +69,14 @@ class _Cut(NamedTuple):
         return chosen
 
 
-def candidates(k: int, parts: int) -> int:
+def initial_width(k: int, parts: int) -> int:
     """How many of a row's best a part selects at first."""
     return max(-(-WIDTH * k // parts), LEAST_WIDTH)
 
 
 def batch_best(
     mesh: Mesh,
-    select: Select,
+    select: SelectFunction,
     rows: Tensor,
     *,
     first_row: int,
@@ -87,7 +87,7 @@ def batch_best(
     counted: bool,
     width: int,
     at_once: int | None = None,
-) -> Chosen:
+) -> BatchSelection:
     """Of all rows' and parts' positive values the batch * k largest, ties by row, then latent.
 
     Where they are not `counted` it is all of them, and k is how many are expected of a row, in the mean. `rows` are
@@ -119,7 +119,7 @@ def batch_best(
         if not n_full:
             values, latent = settled.selected
             smallest = None if cut.key is None else _float(cut.key)
-            return Chosen(settled.rows, latent.squeeze(1), values.squeeze(1), smallest, widened)
+            return BatchSelection(settled.rows, latent.squeeze(1), values.squeeze(1), smallest, widened)
         if n_full * 2 * width > batch * MOST * k:
             raise UserError(
                 f"the rows of a batch have far more active latents than the {k} that sae.k asks for (more than {MOST} "

@@ -15,7 +15,7 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from sae_dist.config import UserError
 from sae_dist.train.config import MeshConfig
-from sae_dist.train.parallel.watch import MARGIN_S
+from sae_dist.train.parallel.watchdog import MARGIN_S
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Axis:
 
 
 @dataclass
-class Moved:
+class Traffic:
     """What one kind of exchange has cost this rank so far."""
 
     calls: int = 0
@@ -36,10 +36,10 @@ class Moved:
     seconds: float = 0.0  # waiting for others included
 
 
-class OnGpu(NamedTuple):
+class GpuTiming(NamedTuple):
     """An exchange in a GPU's queue: its time counts once the GPU has come by."""
 
-    moved: Moved
+    traffic: Traffic
     begun: torch.cuda.Event
     ended: torch.cuda.Event
 
@@ -54,8 +54,8 @@ class Mesh:
     control: Axis
     device: torch.device
     timeout_s: float  # no collective lasts longer
-    moved: dict[str, Moved] = field(default_factory=dict, compare=False)  # by name of the exchange
-    on_gpu: list[OnGpu] = field(default_factory=list, compare=False)  # whose seconds are not in `moved` yet
+    traffic: dict[str, Traffic] = field(default_factory=dict, compare=False)  # by name of the exchange
+    gpu_timings: list[GpuTiming] = field(default_factory=list, compare=False)  # whose seconds are not in `traffic` yet
 
     @staticmethod
     def single(device: str | torch.device = "cpu") -> "Mesh":
@@ -66,18 +66,18 @@ class Mesh:
         )  # fmt: skip
 
     @property
-    def first(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this rank speaks for all: it logs and writes what there is only one of."""
         return self.world.rank == 0
 
     def latents(self, n_latents: int) -> range:
         """The latents that this rank holds; raises UserError when a rank would have none."""
-        if len(part(n_latents, Axis(self.feature.size - 1, self.feature.size))) == 0:
+        if len(owned_range(n_latents, Axis(self.feature.size - 1, self.feature.size))) == 0:
             raise UserError(
                 f"mesh.feature={self.feature.size} ranks for sae.n_latents={n_latents}: parts of "
                 f"{-(-n_latents // self.feature.size)} leave the last rank without a latent; use fewer ranks"
             )
-        return part(n_latents, self.feature)
+        return owned_range(n_latents, self.feature)
 
     def close(self) -> None:
         """Leave the process group."""
@@ -85,15 +85,15 @@ class Mesh:
             dist.destroy_process_group()
 
 
-def part(n: int, axis: Axis) -> range:
+def owned_range(n: int, axis: Axis) -> range:
     """Of n things in a row, those of this rank: chunks of ceil(n / size), as torch's Shard cuts; the last are less."""
     size = -(-n // axis.size)
     return range(min(axis.rank * size, n), min((axis.rank + 1) * size, n))
 
 
-def parts(n: int, size: int) -> list[range]:
-    """`part` of every rank."""
-    return [part(n, Axis(rank, size)) for rank in range(size)]
+def owned_ranges(n: int, size: int) -> list[range]:
+    """`owned_range` of every rank."""
+    return [owned_range(n, Axis(rank, size)) for rank in range(size)]
 
 
 def connect(

@@ -47,15 +47,22 @@ from sae_dist.sae.variants.declared import (
     own_vectors,
     tracks_threshold,
 )
-from sae_dist.train.objective import Own, Through, activated, through
-from sae_dist.train.parallel.batch_select import batch_best, candidates
-from sae_dist.train.parallel.exchange import all_gather, gather_rows, settle, sum_rows, total
-from sae_dist.train.parallel.mesh import Mesh, part, parts
-from sae_dist.train.parallel.pairs import Backward, Errors, Use, by_latent, everybodys, save_for_backward_
-from sae_dist.train.parallel.select import best, pays_two_rounds
+from sae_dist.train.objective import OwnVectors, PairGradients, pair_gradients, pair_values
+from sae_dist.train.parallel.batch_select import batch_best, initial_width
+from sae_dist.train.parallel.collectives import all_gather, gather_rows, ordered_sum, settle_timings, sum_rows
+from sae_dist.train.parallel.loss_terms import (
+    Backward,
+    GlobalTerm,
+    LocalTerm,
+    gather_term,
+    own_vector_gradients,
+    save_for_backward_,
+)
+from sae_dist.train.parallel.mesh import Mesh, owned_range, owned_ranges
+from sae_dist.train.parallel.row_select import pays_two_rounds, row_best
 
-LINE = 2  # times k places in a line, where rows have different numbers of latents
-SLOWEST = 0.1  # weight of a batch in the running mean of thresholds, 1 / steps at first: at 0.01 it lags behind
+LINE_WIDTH = 2  # times k places in a line, where rows have different numbers of latents
+THRESHOLD_EMA = 0.1  # weight of a batch in the running mean of thresholds, 1 / steps at first: at 0.01 it lags behind
 
 
 class MeshStep:
@@ -84,7 +91,7 @@ class MeshStep:
         self.micro_batch, self.clip_norm, self._two_rounds = micro_batch, clip_norm, two_rounds
         self._maths = sae if isinstance(sae, Elementwise) else None
         self._fused = mesh.world.size == 1 and micro_batch is None and isinstance(sae.rule, Top) and not self._maths
-        self._width = width or candidates(k, mesh.feature.size)
+        self._width = width or initial_width(k, mesh.feature.size)
         # Where a latent of the finished dictionary is active: a statistic of the run, for kinds that choose by it.
         self.threshold = torch.zeros((), dtype=torch.float64) if tracks_threshold(sae) else None
         self._smallest: float | None = None  # chosen value of the last forward
@@ -92,12 +99,12 @@ class MeshStep:
         self.penalty: Penalty | None = None  # of the last forward, for kinds that have a price of activity
         self._d_own = dict[str, Tensor]()
         self._rates = {spec.name: spec.rate for spec in own_vectors(sae)}
-        shard.join_(n_latents=n_latents, total=lambda part: total(mesh, mesh.feature, part, name="columns"))
+        shard.join_(n_latents=n_latents, total=lambda part: ordered_sum(mesh, mesh.feature, part, name="columns"))
         self._dead: list[int] | None = None  # dead latents of each feature rank; None: not counted yet
         self._flaws = 0  # parts of the mesh where d loss / dz is not finite
         self._through_decoder = torch.empty(0)
 
-    def is_sound(self, statistics: StepStatistics) -> bool:
+    def gradients_are_finite(self, statistics: StepStatistics) -> bool:
         """Whether the loss and all gradients of the last `forward` are finite, on all ranks: the same on each."""
         return is_finite(statistics) and not self._flaws
 
@@ -115,27 +122,27 @@ class MeshStep:
             main = self._reconstruct(stages, rows, x, None, k=self.k)
         else:
             main = self._reconstruct_lines(stages, rows, x)
-        use = everybodys(
+        term = gather_term(
             self.mesh, stages, main, batch=len(x), scale=scale, backward=self._backward(main.selected, batch=len(x))
         )
-        uses = [use]
-        squared_errors = [use.part.errors.square().sum(), x.new_zeros(())]
+        terms = [term]
+        squared_errors = [term.loss.errors.square().sum(), x.new_zeros(())]
         n_dead = sum(self._dead_by_rank())
         if self.k_aux and n_dead:
             aux = self._reconstruct(stages, rows, x, main.errors, k=min(self.k_aux, n_dead))
             weight = aux_weight(self.shard.aux_coefficient, n_dead=n_dead, k_aux=self.k_aux)
-            uses.append(everybodys(self.mesh, stages, aux, batch=len(x), scale=scale * weight))
-            squared_errors[1] = uses[1].part.errors.square().sum()
-        save_for_backward_(stages, rows, uses)
-        self._through_decoder = scale * use.part.errors.sum(0)
-        self._d_own = by_latent(use, n_latents=len(self.latents))
-        return self._statistics(uses, torch.stack(squared_errors), tokens=len(x))
+            terms.append(gather_term(self.mesh, stages, aux, batch=len(x), scale=scale * weight))
+            squared_errors[1] = terms[1].loss.errors.square().sum()
+        save_for_backward_(stages, rows, terms)
+        self._through_decoder = scale * term.loss.errors.sum(0)
+        self._d_own = own_vector_gradients(term, n_latents=len(self.latents))
+        return self._statistics(terms, torch.stack(squared_errors), tokens=len(x))
 
     def update_(self, *, lr: float) -> None:
         """The update that the last `forward` leads to."""
         if self.threshold is not None and self._smallest is not None:
             # A running mean over batches (Bussmann et al. 2024, sec. 3).
-            self.threshold += max(1 / (self.shard.steps + 1), SLOWEST) * (self._smallest - self.threshold)
+            self.threshold += max(1 / (self.shard.steps + 1), THRESHOLD_EMA) * (self._smallest - self.threshold)
         if self._fused:
             gradients = None
             if self.clip_norm is not None:
@@ -179,10 +186,10 @@ class MeshStep:
         self.shard.load_state_dict_(rest)
         self._dead = None
 
-    def _reconstruct(self, stages: Stages, rows: Tensor, x: Tensor, residual: Tensor | None, *, k: int) -> Errors:
+    def _reconstruct(self, stages: Stages, rows: Tensor, x: Tensor, residual: Tensor | None, *, k: int) -> LocalTerm:
         """What the k best latents leave of x, or the k best dead ones of the residual, for this data rank's rows."""
-        mine, feature = part(len(x), self.mesh.data), self.mesh.feature
-        latents, available = None, [len(r) for r in parts(self.n_latents, feature.size)]
+        mine, feature = owned_range(len(x), self.mesh.data), self.mesh.feature
+        latents, available = None, [len(r) for r in owned_ranges(self.n_latents, feature.size)]
         if residual is not None:
             latents, available = self.shard.dead.nonzero().squeeze(1), self._dead_by_rank()
         name = "candidates" if residual is None else "aux_candidates"
@@ -192,25 +199,25 @@ class MeshStep:
         errors, chosen = [], []
         for chunk in self._chunks(mine):
             own = self._best_here(stages, rows[chunk.start : chunk.stop], latents, k=min(k, available[feature.rank]))
-            selected = best(
+            selected = row_best(
                 self.mesh, own, latents=self.latents, k=k, width=min(k, max(available)), two_rounds=two_rounds,
                 name=name,
             )  # fmt: skip
-            summed = self._summed(stages.partial(selected if residual is not None else self._decoded(selected)))
+            summed = self._reduced(stages.partial(selected if residual is not None else self._decoder_values(selected)))
             if residual is None:
-                errors.append(self._left(x[chunk.start : chunk.stop], summed + self.shard.b_dec))
+                errors.append(self._residual(x[chunk.start : chunk.stop], summed + self.shard.b_dec))
             else:
                 at = range(chunk.start - mine.start, chunk.stop - mine.start)
-                errors.append(self._left(residual[at.start : at.stop], summed))
+                errors.append(self._residual(residual[at.start : at.stop], summed))
             del summed  # not beside the next chunk's candidates
             chosen.append(selected)
-        return Errors(
+        return LocalTerm(
             torch.cat(errors), Selected(torch.cat([s.values for s in chosen]), torch.cat([s.indices for s in chosen]))
         )
 
-    def _reconstruct_lines(self, stages: Stages, rows: Tensor, x: Tensor) -> Errors:
+    def _reconstruct_lines(self, stages: Stages, rows: Tensor, x: Tensor) -> LocalTerm:
         """What a batch's best latents, or all above their level, leave of x, for this data rank's rows."""
-        mine, level = part(len(x), self.mesh.data), None
+        mine, level = owned_range(len(x), self.mesh.data), None
         if isinstance(self.sae.rule, Above):
             assert self._maths is not None, f"{self.sae.kind} has a rule Above and no level"
             level = self._maths.level(self.shard.vectors)
@@ -221,46 +228,46 @@ class MeshStep:
         )  # fmt: skip
         self._smallest, self.widened = chosen.smallest, self.widened + chosen.widened
         z = chosen.values if level is None else chosen.values + level[chosen.latent]
-        lines = split_into_lines(chosen.row, rows=len(mine), width=LINE * self.k)
+        lines = split_into_lines(chosen.row, rows=len(mine), width=LINE_WIDTH * self.k)
         selected = Selected(lines.scatter(z), lines.scatter(chosen.latent))
-        summed = self._summed(lines.summed(stages.partial(self._decoded(selected))))
-        return Errors(self._left(x[mine.start : mine.stop], summed + self.shard.b_dec), selected, lines)
+        summed = self._reduced(lines.summed(stages.partial(self._decoder_values(selected))))
+        return LocalTerm(self._residual(x[mine.start : mine.stop], summed + self.shard.b_dec), selected, lines)
 
-    def _own(self, indices: Tensor) -> Own:
+    def _own(self, indices: Tensor) -> OwnVectors:
         """The latents' own vectors at every place."""
         return {name: vector[indices] for name, vector in self.shard.vectors.items()}
 
-    def _decoded(self, z: Selected) -> Selected:
+    def _decoder_values(self, z: Selected) -> Selected:
         """What the decoder reads of the chosen pairs."""
         if self._maths is None:
             return z
-        return Selected(activated(self._maths, z.values, self._own(z.indices))[0], z.indices)
+        return Selected(pair_values(self._maths, z.values, self._own(z.indices))[0], z.indices)
 
     def _backward(self, z: Selected, *, batch: int) -> Backward | None:
         """How gradients of values go on to z and the latents' own vectors; all ranks call this together."""
         if self._maths is None:
             return None
-        _, here = activated(self._maths, z.values, self._own(z.indices))
-        mean = total(self.mesh, self.mesh.world, here, name="cost") / batch
+        _, here = pair_values(self._maths, z.values, self._own(z.indices))
+        mean = ordered_sum(self.mesh, self.mesh.world, here, name="cost") / batch
         self.penalty = self._maths.penalty(mean)
         price = self.penalty.slope / batch
 
-        def backward(z: Selected, d_values: Tensor) -> Through:
+        def backward(z: Selected, d_values: Tensor) -> PairGradients:
             assert self._maths is not None
-            return through(self._maths, z.values, self._own(z.indices), d_values, price=price)
+            return pair_gradients(self._maths, z.values, self._own(z.indices), d_values, price=price)
 
         return backward
 
-    def _summed(self, partial: Float[Tensor, "rows d_model"]) -> Float[Tensor, "share d_model"]:
+    def _reduced(self, partial: Float[Tensor, "rows d_model"]) -> Float[Tensor, "share d_model"]:
         """The sum of all parts' partial sums, of this rank's share of the rows."""
-        sizes = [len(r) for r in parts(len(partial), self.mesh.feature.size)]
+        sizes = [len(r) for r in owned_ranges(len(partial), self.mesh.feature.size)]
         return sum_rows(self.mesh, self.mesh.feature, partial, sizes, name="reconstruction")
 
-    def _left(
+    def _residual(
         self, target: Float[Tensor, "rows d_model"], rebuilt: Float[Tensor, "share d_model"]
     ) -> Float[Tensor, "rows d_model"]:
         """The target less what the shares of all ranks of this feature axis have rebuilt of it, on each of them."""
-        shares, feature = parts(len(target), self.mesh.feature.size), self.mesh.feature
+        shares, feature = owned_ranges(len(target), self.mesh.feature.size), self.mesh.feature
         share = shares[feature.rank]
         left = target[share.start : share.stop] - rebuilt
         return gather_rows(self.mesh, feature, left, [len(r) for r in shares], name="errors")
@@ -271,23 +278,25 @@ class MeshStep:
             return Selected(nothing, nothing.long())
         return stages.select(rows, k=k, latents=latents)
 
-    def _statistics(self, uses: list[Use], squared_errors: Float[Tensor, " 2"], *, tokens: int) -> StepStatistics:
+    def _statistics(
+        self, terms: list[GlobalTerm], squared_errors: Float[Tensor, " 2"], *, tokens: int
+    ) -> StepStatistics:
         """The step's figures, which one exchange makes the whole mesh's.
 
         It also says how many latents of each part are dead once these tokens are counted, and who has a flaw. The loss
         is that of rank 0: another number of threads may add another rank's up to other bits.
         """
-        values, indices = uses[0].values, uses[0].part.selected.indices
+        values, indices = terms[0].values, terms[0].loss.selected.indices
         n_here, silence = len(self.latents), self.shard.tokens_since_fired
         fired = torch.zeros(n_here + 1, dtype=torch.bool, device=values.device)
         fired = fired.index_fill_(0, torch.where(values > 0, indices, n_here).flatten(), True)[:-1]
         dead = (~fired & (silence + tokens >= self.shard.dead_after_tokens)).sum()
-        gradients = [use.part.d_z for use in uses] + list(self._d_own.values())
+        gradients = [term.loss.d_z for term in terms] + list(self._d_own.values())
         flaw = torch.stack([~torch.isfinite(gradient).all() for gradient in gradients]).any()
         counted = torch.stack([(values > 0).sum(), dead, flaw.long()])
         mine = torch.cat([counted, squared_errors.double().view(torch.int64)])
         everybody = all_gather(self.mesh, self.mesh.world, mine, name="counts").cpu()  # all at once: see above
-        settle(self.mesh)
+        settle_timings(self.mesh)
         counts = everybody.tolist()
         parts = counts[: self.mesh.feature.size]  # of one data rank
         self._dead = [dead for _, dead, *_ in parts]
@@ -302,13 +311,13 @@ class MeshStep:
         return self._dead
 
     def _d_b_dec(self, through: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-        return self._through_decoder - total(self.mesh, self.mesh.feature, through, name="b_dec")
+        return self._through_decoder - ordered_sum(self.mesh, self.mesh.feature, through, name="b_dec")
 
     def _clip(self, enc: Tensor, dec: Tensor, b_enc: Tensor, b_dec: Tensor, *own: Tensor) -> float:
         """What the gradient is multiplied by so that its norm over the whole mesh is at most `clip_norm`."""
         assert self.clip_norm is not None
         here = torch.stack([g.double().square().sum() for g in (enc, dec, b_enc, *own)]).sum()
-        square = total(self.mesh, self.mesh.feature, here, name="norm") + b_dec.double().square().sum()
+        square = ordered_sum(self.mesh, self.mesh.feature, here, name="norm") + b_dec.double().square().sum()
         return min(self.clip_norm / max(float(square) ** 0.5, 1e-30), 1.0)
 
     def _chunks(self, rows: range) -> Iterator[range]:

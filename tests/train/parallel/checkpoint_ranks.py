@@ -11,13 +11,13 @@ from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.train import checkpoint as plain
 from sae_dist.train import retention
-from sae_dist.train.checkpoint import Checkpoint, Rows
+from sae_dist.train.checkpoint import Checkpoint, OwnedRows
 from sae_dist.train.config import MeshConfig
-from sae_dist.train.parallel.checkpoint import Checkpoints
 from sae_dist.train.parallel.mesh import Mesh, connect
+from sae_dist.train.parallel.mesh_checkpoints import Checkpoints
 
 N = 13
-MARK = "1f2e3d4c"
+RUN_ID = "1f2e3d4c"
 
 
 def whole(step: int) -> dict[str, torch.Tensor]:
@@ -34,7 +34,7 @@ def shard(mesh: Mesh, step: int) -> Checkpoint:
     rows = mesh.latents(N)
     held = whole(step)
     for name in ("W", "silent"):
-        held[name] = Rows(held[name][rows.start : rows.stop], rows.start, N)  # type: ignore[assignment]
+        held[name] = OwnedRows(held[name][rows.start : rows.stop], rows.start, N)  # type: ignore[assignment]
     return Checkpoint(step, held, {"scale": 0.5})
 
 
@@ -44,8 +44,8 @@ def holds(read: Checkpoint | None, mesh: Mesh, step: int) -> bool:
     same = (read.step, read.facts, read.tensors.keys()) == (wanted.step, wanted.facts, wanted.tensors.keys())
     for name, part in wanted.tensors.items():
         got = read.tensors[name]
-        if isinstance(part, Rows):
-            assert isinstance(got, Rows)
+        if isinstance(part, OwnedRows):
+            assert isinstance(got, OwnedRows)
             same &= got[1:] == part[1:] and torch.equal(got.local, part.local)
         else:
             same &= torch.equal(got, part)
@@ -62,7 +62,7 @@ def main(folder: Path, rank: int, world: int) -> None:
             MeshConfig(data=data, feature=feature), rank=rank, world=world, device="cpu",
             store=dist.PrefixStore(str(number), shared),
         )  # fmt: skip
-        checkpoints = Checkpoints(mesh, place, MARK, timeout_s=60)
+        checkpoints = Checkpoints(mesh, place, RUN_ID, timeout_s=60)
         previous = checkpoints.latest(mine(mesh))
         told[f"{data}x{feature} reads"] = holds(previous, mesh, 5 if number == 0 else 6 + number - 1)
         checkpoints.save(shard(mesh, 6 + number))
@@ -80,14 +80,14 @@ def main(folder: Path, rank: int, world: int) -> None:
         dist.barrier()
         newest = checkpoints.save(shard(mesh, 200 + number))
         dist.barrier()
-        if mesh.first:
+        if mesh.is_rank_0:
             torn = folder / "checkpoints" / newest / "rank00000-00000.safetensors"
             torn.write_bytes(torn.read_bytes()[:-1])
         dist.barrier()
         read = checkpoints.latest(mine(mesh))
         told[f"{data}x{feature} passes over damage"] = holds(read, mesh, 6 + number)
         dist.barrier()
-        if mesh.first:
+        if mesh.is_rank_0:
             retention.remove(place, newest)
         dist.barrier()
         mesh.close()

@@ -15,7 +15,7 @@ from sae_dist.train import loop, resume
 from sae_dist.train.config import MeshConfig, TrainConfig
 from sae_dist.train.guard import GuardConfig
 from sae_dist.train.learner import Learner
-from sae_dist.train.member import MAIN, Member
+from sae_dist.train.members import MAIN, Member
 from sae_dist.train.parallel.mesh import Mesh, connect
 from sae_dist.train.task import Task
 from tests.train.test_loop import CONFIG, ORDER, SAE
@@ -56,27 +56,27 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
     """Trains `folder`/`name` on the store `folder`/store: the lines of its log, what was selected, how it ended."""
     lines: list[tuple[int, dict]] = []
     chosen: list[torch.Tensor] = []
-    learn, begin = loop.learn, resume.begin
+    learn, begin = loop.train_step, resume.initial_state
     last = mesh.world.rank == mesh.world.size - 1
     done = 0
 
     def watched(learner: Learner, config: Any, x: torch.Tensor, **more: Any) -> Any:
         shard, first = learner.sae.shard, learner.sae.latents.start
-        held = type(shard.stages).save_for_backward_
+        save = type(shard.stages).save_for_backward_
 
-        def hold(rows: torch.Tensor, parts: Any) -> None:
-            for use, part in enumerate(parts):
-                row, place = (part.selected.values > 0).nonzero(as_tuple=True)
-                latent = part.selected.indices[row, place] + first
-                chosen.append(torch.stack([torch.full_like(row, n) for n in (done, use)] + [row, latent], 1))
-            held(shard.stages, rows, parts)
+        def watched_terms(rows: torch.Tensor, terms: Any) -> None:
+            for number, term in enumerate(terms):
+                row, place = (term.selected.values > 0).nonzero(as_tuple=True)
+                latent = term.selected.indices[row, place] + first
+                chosen.append(torch.stack([torch.full_like(row, n) for n in (done, number)] + [row, latent], 1))
+            save(shard.stages, rows, terms)
 
-        shard.stages.save_for_backward_ = hold
+        shard.stages.save_for_backward_ = watched_terms
         if last and done == scenario.poison_at:
             shard.W_dec[0] = torch.nan
         return learn(learner, config, x, **more)
 
-    def at(step: int, _: str) -> None:
+    def set_phase(step: int, _: str) -> None:
         nonlocal done
         done = step
 
@@ -88,21 +88,21 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
             learner.sae.shard.b_enc[max(0, -here.start) : max(scenario.sae.k + 1 - here.start, 0)] += 5
         return state
 
-    patch(loop, "learn", watched)
-    patch(resume, "begin", started)
+    patch(loop, "train_step", watched)
+    patch(resume, "initial_state", started)
     store = reader.open(storage.open(str(folder / "store")))
     try:
         task = Task(store, "x", scenario.members, scenario.config, ORDER, seed=0, out=folder / scenario.name)
         trained = loop.train(
-            task, mesh, log=lambda *entry: lines.append(entry), at=at,
+            task, mesh, log=lambda *entry: lines.append(entry), set_phase=set_phase,
             stop=lambda: last and done >= scenario.stop_at,
         )  # fmt: skip
         ended = trained.order_hash
     except Stopped as stopped:
         ended = str(stopped)
     finally:
-        patch(loop, "learn", learn)
-        patch(resume, "begin", begin)
+        patch(loop, "train_step", learn)
+        patch(resume, "initial_state", begin)
     return {"lines": lines, "chosen": torch.cat(chosen) if chosen else None, "ended": ended}
 
 

@@ -116,7 +116,7 @@ def batch_of(case: Case, step: int) -> torch.Tensor:
 def one_step(step: MeshStep, x: torch.Tensor, *, lr: float, variance: float) -> StepStatistics:
     """A step on the whole batch; nothing changes at all where its figures are not sound."""
     statistics = step.forward(x, variance=variance)
-    if step.is_sound(statistics):
+    if step.gradients_are_finite(statistics):
         step.update_(lr=lr)
         step.count_(statistics.fired, tokens=len(x))
     else:
@@ -167,7 +167,7 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
             s = one_step(step, batch_of(case, number).to(mesh.device), lr=case.lr, variance=3.0)
             figures.append([float(s.squared_error), float(s.aux_squared_error), int(s.active), step.dead_fraction()])
     state = {name: tensor.cpu().clone() for name, tensor in step.state_dict().items()}
-    moved = {name: [m.calls, m.bytes, m.seconds] for name, m in mesh.moved.items()}
+    moved = {name: [m.calls, m.bytes, m.seconds] for name, m in mesh.traffic.items()}
     said = {"state": state, "figures": torch.tensor(figures, dtype=torch.float64), "moved": moved}
     return said | {"chosen": torch.cat(chosen).cpu(), "widened": step.widened}
 

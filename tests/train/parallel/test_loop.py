@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from sae_dist.sae.config import BatchTopK, TopK
-from sae_dist.train.member import Member
+from sae_dist.train.members import Member
 from sae_dist.train.parallel.mesh import Mesh
 from tests.processes import PROCESSES
 from tests.train.parallel import loop_ranks

@@ -12,7 +12,7 @@ from sae_kernels import plain
 from sae_kernels.reference import Selected
 from torch import Tensor
 
-from sae_dist.train.parallel.exchange import all_gather
+from sae_dist.train.parallel.collectives import all_gather
 from sae_dist.train.parallel.mesh import Mesh
 
 
@@ -21,7 +21,7 @@ def pays_two_rounds(k: int, parts: int, d_model: int) -> bool:
     return parts > 2 and 3 * k * parts > d_model
 
 
-def best(
+def row_best(
     mesh: Mesh, candidates: Selected, *, latents: range, k: int, width: int, two_rounds: bool, name: str
 ) -> Selected:
     """Of all parts' candidates the k best a row; at the places of other parts' latents the value is 0.

@@ -13,18 +13,18 @@ import threading
 
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
-from sae_dist.train.parallel.pulse import EVERY_S, Listener
+from sae_dist.train.parallel.heartbeat import EVERY_S, HeartbeatMonitor
 
 logger = logging.getLogger(__name__)
 
 MARGIN_S = 10.0  # that nccl waits longer than mesh.collective_timeout_s
 
 
-class Watch:
+class Watchdog:
     """Ends this process once another rank has been silent for `timeout_s`; close it when the ranks part."""
 
     def __init__(self, store: Store, rank: int, world: int, timeout_s: float) -> None:
-        self._listener, self._rank, self._timeout_s = Listener(store, world), rank, timeout_s
+        self._listener, self._rank, self._timeout_s = HeartbeatMonitor(store, world), rank, timeout_s
         self._others = [other for other in range(world) if other != rank]
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -37,7 +37,7 @@ class Watch:
     def _watch(self) -> None:
         while not self._end.wait(EVERY_S):
             try:
-                self._listener.listen()
+                self._listener.poll()
             except RuntimeError:  # who served the store is gone, and with it all that could be said of the others
                 return
             silent = self._listener.silent(self._timeout_s, among=self._others)

@@ -12,7 +12,7 @@ from sae_dist.config import UserError
 from sae_dist.shards import records
 from sae_dist.shards.records import CorruptData, seal
 from sae_dist.storage import Storage, StorageError
-from sae_dist.train.folders import MANIFEST, MANIFEST_BYTES, OWN_FILE, step_of
+from sae_dist.train.checkpoint_folders import MANIFEST, MANIFEST_BYTES, OWN_FILE, step_of
 
 FORMAT = 5
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
@@ -43,7 +43,7 @@ class File(NamedTuple):
     blocks: tuple[Block, ...]
 
 
-class Layout(NamedTuple):
+class TensorLayout(NamedTuple):
     """A tensor as a whole."""
 
     dtype: str  # float32, int64, ...
@@ -58,18 +58,18 @@ class Layout(NamedTuple):
         return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
 
 
-class Manifest(NamedTuple):
+class CheckpointManifest(NamedTuple):
     """What checkpoint.json says."""
 
     folder: str
     step: Count
     scheduled: bool  # saved because its step was due, not because the run was asked to stop
     facts: dict[str, Any]
-    tensors: dict[str, Layout]
+    tensors: dict[str, TensorLayout]
     files: tuple[File, ...]
 
 
-def commit(storage: Storage, manifest: Manifest) -> None:
+def commit(storage: Storage, manifest: CheckpointManifest) -> None:
     """Makes the checkpoint count: from here on a run resumes from it."""
     if wrong := _flaw(manifest):
         raise AssertionError(f"{manifest.folder} would not be whole: {wrong}")
@@ -86,7 +86,7 @@ def commit(storage: Storage, manifest: Manifest) -> None:
     faults.point("checkpoint.after_commit", step=manifest.step)
 
 
-def read_manifest(storage: Storage, folder: str) -> Manifest:
+def read_manifest(storage: Storage, folder: str) -> CheckpointManifest:
     """checkpoint.json of a folder, checked: whole tensors, files that may be read, this folder and no other.
 
     CorruptData or FileNotFoundError when it is not what was written there, UserError for another format.
@@ -100,7 +100,7 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
             "or choose another out= (and train.checkpoints=)"
         )
     try:
-        manifest = config.load(Manifest, record)
+        manifest = config.load(CheckpointManifest, record)
     except UserError as error:
         raise CorruptData(f"{what}: {error}") from None
     wrong = _flaw(manifest)
@@ -111,7 +111,7 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
     return manifest
 
 
-def _flaw(manifest: Manifest) -> str | None:
+def _flaw(manifest: CheckpointManifest) -> str | None:
     """What is wrong with a manifest although each of its fields is of the right type; None where nothing is."""
     if manifest.step != step_of(manifest.folder):
         return f"step={manifest.step} in {manifest.folder}"

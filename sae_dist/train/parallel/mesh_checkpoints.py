@@ -19,9 +19,9 @@ from sae_dist.config import UserError
 from sae_dist.shards.records import CorruptData
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train import checkpoint
-from sae_dist.train.checkpoint import DAMAGE, Checkpoint, Mine
-from sae_dist.train.folders import folders, is_of, new_folder
-from sae_dist.train.manifest import Block, File, Manifest, commit, read_manifest
+from sae_dist.train.checkpoint import DAMAGE, Checkpoint, RowSelector
+from sae_dist.train.checkpoint_folders import folders, is_of, new_folder
+from sae_dist.train.checkpoint_manifest import Block, CheckpointManifest, File, commit, read_manifest
 from sae_dist.train.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one run in one place; all ranks of its mesh call the same methods, each for its part."""
 
-    def __init__(self, mesh: Mesh, storage: Storage, mark: str, *, timeout_s: float = 1800.0) -> None:
-        """`mark` is in the names of this run's folders; a rank that has written waits `timeout_s` for the others."""
-        self.storage, self.mark = storage, mark
+    def __init__(self, mesh: Mesh, storage: Storage, run_id: str, *, timeout_s: float = 1800.0) -> None:
+        """`run_id` is in the names of this run's folders; a rank that has written waits `timeout_s` for the others."""
+        self.storage, self.run_id = storage, run_id
         self._rank, self._world = mesh.world.rank, mesh.world.size
         self._group: dist.ProcessGroup | None = None
         if mesh.world.group is not None:  # one for checkpoints alone: a thread may use it while the mesh trains
@@ -46,9 +46,9 @@ class Checkpoints:
         """
         parts = checkpoint.blocks(state.tensors)
         sizes = [[*block, part.nbytes] for block, part in parts.items()]
-        told = self._exchange([new_folder(state.step, self.mark), sizes])
+        told = self._exchange([new_folder(state.step, self.run_id), sizes])
         folder = told[0][0]
-        mine = share([{Block(*block): size for *block, size in sizes} for _, sizes in told], self._rank)
+        mine = assigned_blocks([{Block(*block): size for *block, size in sizes} for _, sizes in told], self._rank)
         files, failure = [], None
         try:
             files = list(checkpoint.write_files(self.storage, folder, self._rank, {b: parts[b] for b in mine}))
@@ -64,27 +64,28 @@ class Checkpoints:
             )
             tensors = {name: checkpoint.layout(tensor) for name, tensor in state.tensors.items()}
             try:
-                commit(self.storage, Manifest(folder, state.step, state.scheduled, state.facts, tensors, written))
+                manifest = CheckpointManifest(folder, state.step, state.scheduled, state.facts, tensors, written)
+                commit(self.storage, manifest)
             except (OSError, ValueError) as error:
                 failure = str(error)
         _raise_any(StorageError, self._exchange(failure))
         return folder
 
     def latest(
-        self, mine: Mine = lambda *_: None, *, among: Callable[[Manifest], bool] | None = None
+        self, owned_rows: RowSelector = lambda *_: None, *, accept: Callable[[CheckpointManifest], bool] | None = None
     ) -> Checkpoint | None:
         """What this rank holds of the run's newest checkpoint that verifies on all ranks; None when there is none.
 
-        `among` says which ones count; those whose manifest is damaged do not. Says so when a newer one does not verify.
-        UserError when there are some and none verifies: to begin anew, and remove them, is not for the program to
-        decide. So it is where nobody knows whether one is damaged, because the storage does not give it away.
+        `accept` chooses by manifest; one whose manifest is damaged is passed over. Logs a warning for a newer one that
+        does not verify. UserError when there are some and none verifies, since only a person may decide to remove them
+        and begin anew, and when one cannot be read, since it may be sound.
         """
-        there = self._exchange(self._candidates(among) if self._rank == 0 else None)[
+        there = self._exchange(self._candidates(accept) if self._rank == 0 else None)[
             0
         ]  # one list: others may see a file late
         for folder in there:
             try:
-                return self._read(folder, mine)
+                return self._read(folder, owned_rows)
             except CorruptData as damage:
                 if self._rank == 0:
                     logger.warning(
@@ -97,7 +98,7 @@ class Checkpoints:
             )
         return None
 
-    def anothers(self) -> dict[str, Any] | None:
+    def facts_of_another_run(self) -> dict[str, Any] | None:
         """The facts of the newest checkpoint that another run has in this place, None when there is none.
 
         UserError where that is of another format.
@@ -114,27 +115,27 @@ class Checkpoints:
 
     def _readable_facts(self) -> Iterator[dict[str, Any]]:
         for folder in folders(self.storage):
-            if not is_of(folder, self.mark):
+            if not is_of(folder, self.run_id):
                 with contextlib.suppress(*DAMAGE):  # nobody resumes from it
                     yield read_manifest(self.storage, folder).facts
 
-    def _candidates(self, among: Callable[[Manifest], bool] | None) -> list[str]:
-        return [folder for folder in folders(self.storage, self.mark) if among is None or self._fits(folder, among)]
+    def _candidates(self, accept: Callable[[CheckpointManifest], bool] | None) -> list[str]:
+        return [folder for folder in folders(self.storage, self.run_id) if accept is None or self._fits(folder, accept)]
 
-    def _fits(self, folder: str, among: Callable[[Manifest], bool]) -> bool:
+    def _fits(self, folder: str, accept: Callable[[CheckpointManifest], bool]) -> bool:
         try:
-            return among(read_manifest(self.storage, folder))
+            return accept(read_manifest(self.storage, folder))
         except DAMAGE as damage:
             logger.warning(
                 "checkpoint %s/%s does not verify (%s); not going back to it", self.storage.uri, folder, damage
             )
             return False
 
-    def _read(self, folder: str, mine: Mine) -> Checkpoint:
+    def _read(self, folder: str, owned_rows: RowSelector) -> Checkpoint:
         """CorruptData on all ranks when one found it damaged, UserError when one could not read it."""
         read, damage, refusal = None, None, None
         try:
-            read = checkpoint.read(self.storage, folder, mine)
+            read = checkpoint.read(self.storage, folder, owned_rows)
         except DAMAGE as error:
             damage = str(error)
         except OSError as error:  # perhaps it is sound: going on from an older one would undo work
@@ -163,7 +164,7 @@ class Checkpoints:
         return [json.loads(text[: int(size)].numpy().tobytes()) for text, size in zip(texts, sizes, strict=True)]
 
 
-def share(held: Sequence[Mapping[Block, int]], rank: int) -> list[Block]:
+def assigned_blocks(held: Sequence[Mapping[Block, int]], rank: int) -> list[Block]:
     """Those blocks that `rank` writes, of the blocks that each rank holds and their bytes: every block has one writer.
 
     What several ranks hold goes to the one of them that has the least to write.

@@ -5,7 +5,7 @@ from typing import Any
 
 from sae_dist.config import UserError
 from sae_dist.train.checkpoint import Checkpoint
-from sae_dist.train.member import MAIN, Member, split_name
+from sae_dist.train.members import MAIN, Member, split_name
 
 
 def identity(member: Member) -> dict[str, Any]:

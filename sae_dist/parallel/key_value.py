@@ -25,7 +25,7 @@ NONCE = 32  # bytes
 CODE = 32
 
 
-class Rendezvous(NamedTuple):
+class StoreAddress(NamedTuple):
     """The address of a served store, and the secret that opens it."""
 
     host: str
@@ -33,10 +33,10 @@ class Rendezvous(NamedTuple):
     secret: str
 
     def __repr__(self) -> str:  # what is printed or logged gives no secret away
-        return f"Rendezvous({self.host}:{self.port})"
+        return f"StoreAddress({self.host}:{self.port})"
 
 
-class _Words:
+class _KeyValues:
     """Names and values, for many threads."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class _Words:
             raise TimeoutError(f"nobody said {', '.join(missing[:3])} within {timeout_s:.0f} s")
 
 
-class _Meeting(Store):
+class _SecretStore(Store):
     """torch's Store by way of `_ask`; its errors are torch's."""
 
     def _ask(self, verb: str, *given: Any) -> Any:
@@ -120,10 +120,10 @@ def _text(value: bytes | str) -> str:
     return (value.encode() if isinstance(value, str) else bytes(value)).decode("latin-1")
 
 
-class Named(_Meeting):
+class PrefixedStore(_SecretStore):
     """The part of a store whose names begin with `prefix`. (torch's PrefixStore would not keep the other alive.)"""
 
-    def __init__(self, store: _Meeting, prefix: str) -> None:
+    def __init__(self, store: _SecretStore, prefix: str) -> None:
         super().__init__()
         self.set_timeout(timedelta(seconds=store.patience_s))
         self._store, self._prefix = store, prefix
@@ -134,14 +134,14 @@ class Named(_Meeting):
         return self._store._ask(verb, named, *rest)
 
 
-class Served(_Meeting):
+class StoreServer(_SecretStore):
     """The store in the process that serves it; `close` it when nobody is to come any more."""
 
     def __init__(self, host: str) -> None:
         super().__init__()
-        self._words, self._secret, self._warned = _Words(), secrets.token_hex(32), False
+        self._values, self._secret, self._warned = _KeyValues(), secrets.token_hex(32), False
         self._listener = socket.create_server((host, 0), backlog=1024)
-        self.rendezvous = Rendezvous(host, self._listener.getsockname()[1], self._secret)
+        self.address = StoreAddress(host, self._listener.getsockname()[1], self._secret)
         threading.Thread(target=self._accept, name="rendezvous", daemon=True).start()
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ class Served(_Meeting):
 
     def _ask(self, verb: str, *given: Any) -> Any:
         try:
-            return self._words.do(verb, *given)
+            return self._values.do(verb, *given)
         except TimeoutError as error:
             raise DistStoreError(str(error)) from None
 
@@ -167,13 +167,13 @@ class Served(_Meeting):
     def _answer(self, connection: socket.socket) -> None:
         with connection:
             try:
-                talk = _Talk(connection, self._secret, serves=True)
+                channel = _Channel(connection, self._secret, serves=True)
                 while True:
-                    verb, *given = talk.hear()
+                    verb, *given = channel.receive()
                     try:
-                        talk.say(["done", self._words.do(verb, *given)])
+                        channel.send(["done", self._values.do(verb, *given)])
                     except TimeoutError as error:
-                        talk.say(["late", str(error)])
+                        channel.send(["late", str(error)])
             except PermissionError as stranger:
                 if not self._warned:
                     self._warned = True
@@ -182,16 +182,16 @@ class Served(_Meeting):
                 return
 
 
-class Joined(_Meeting):
+class StoreClient(_SecretStore):
     """The store as another process has it: one connection, for one call at a time."""
 
-    def __init__(self, place: Rendezvous, timeout_s: float) -> None:
+    def __init__(self, place: StoreAddress, timeout_s: float) -> None:
         super().__init__()
         self.set_timeout(timedelta(seconds=timeout_s))
         self._lock = threading.Lock()
         try:
             connection = socket.create_connection(place[:2], timeout=timeout_s)
-            self._talk = _Talk(connection, place.secret, serves=False)
+            self._channel = _Channel(connection, place.secret, serves=False)
         except (OSError, EOFError) as error:
             raise DistStoreError(
                 f"the ranks' meeting place at {place.host}:{place.port} is out of reach ({error})"
@@ -200,17 +200,17 @@ class Joined(_Meeting):
     def _ask(self, verb: str, *given: Any) -> Any:
         with self._lock:
             try:
-                self._talk.say([verb, *given])
-                how, answer = self._talk.hear()
+                self._channel.send([verb, *given])
+                how, answer = self._channel.receive()
             except (OSError, EOFError) as error:
-                self._talk.close()
+                self._channel.close()
                 raise DistStoreError(f"the process that served the ranks' meeting place is gone ({error})") from None
         if how == "late":
             raise DistStoreError(answer)
         return answer
 
 
-class _Talk:
+class _Channel:
     """A connection whose two ends have proved to each other that they know the secret. PermissionError else."""
 
     def __init__(self, connection: socket.socket, secret: str, *, serves: bool) -> None:
@@ -223,9 +223,9 @@ class _Talk:
         nonces = ours + theirs if serves else theirs + ours  # the server's first
         self._key = hmac.digest(secret.encode(), nonces, "sha256")
         self._roles = (b"server", b"client") if serves else (b"client", b"server")
-        self._said = self._heard = 0
-        self.say("hello")
-        if self.hear() != "hello":
+        self._sent = self._received = 0
+        self.send("hello")
+        if self.receive() != "hello":
             raise PermissionError("the other side does not know the secret")
         connection.settimeout(None)
 
@@ -234,20 +234,20 @@ class _Talk:
 
     __del__ = close
 
-    def say(self, message: Any) -> None:
+    def send(self, message: Any) -> None:
         body = json.dumps(message).encode()
-        self._connection.sendall(len(body).to_bytes(4, "big") + self._code(self._roles[0], self._said, body) + body)
-        self._said += 1
+        self._connection.sendall(len(body).to_bytes(4, "big") + self._code(self._roles[0], self._sent, body) + body)
+        self._sent += 1
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         head = self._read(4 + CODE)
         size = int.from_bytes(head[:4], "big")
-        if not self._heard and size > 64:  # of a stranger nothing long is read
+        if not self._received and size > 64:  # of a stranger nothing long is read
             raise PermissionError("the other side does not know the secret")
         body = self._read(size)
-        if not hmac.compare_digest(head[4:], self._code(self._roles[1], self._heard, body)):
+        if not hmac.compare_digest(head[4:], self._code(self._roles[1], self._received, body)):
             raise PermissionError("the other side does not know the secret")
-        self._heard += 1
+        self._received += 1
         return json.loads(body)
 
     def _code(self, role: bytes, number: int, body: bytes) -> bytes:

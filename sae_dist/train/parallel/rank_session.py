@@ -13,10 +13,10 @@ from torch.distributed import DistError, Store  # pyright: ignore[reportPrivateI
 
 from sae_dist.config import UserError
 from sae_dist.train.config import MeshConfig
-from sae_dist.train.parallel.meeting import Meeting, join
+from sae_dist.train.parallel.heartbeat import START_S, Heartbeat, missing_ranks
 from sae_dist.train.parallel.mesh import Mesh, connect
-from sae_dist.train.parallel.pulse import START_S, Pulse, who_is_gone
-from sae_dist.train.parallel.watch import Watch
+from sae_dist.train.parallel.rendezvous import Rendezvous, connect_store
+from sae_dist.train.parallel.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -28,17 +28,17 @@ class PeersLost(RuntimeError):
     """An exchange failed; says which ranks are not heard any more, and what the library said."""
 
 
-class Joined(NamedTuple):
+class RankSession(NamedTuple):
     """The mesh, and whom to tell where this rank is: the step and what it does."""
 
     mesh: Mesh
-    at: Callable[[int, str], None]
+    set_phase: Callable[[int, str], None]
 
 
 @contextmanager
-def joined(
-    config: MeshConfig, meeting: Meeting | None, *, rank: int, world: int, device: str | torch.device = "cpu"
-) -> Iterator[Joined]:
+def rank_session(
+    config: MeshConfig, rendezvous: Rendezvous | None, *, rank: int, world: int, device: str | torch.device = "cpu"
+) -> Iterator[RankSession]:
     """One of `world` processes that all do this, for as long as the context lasts; a world of one meets nobody.
 
     `device` is what this rank has; they take CPUs unless all have a GPU. PeersLost in place of what a failed exchange
@@ -46,10 +46,10 @@ def joined(
     data ranks would compute with different kernels or numbers of threads. Any other error is raised as it is.
     """
     device = torch.device(device)
-    if meeting is None or world == 1:
-        yield Joined(connect(config, rank=rank, world=world, device=device), lambda *_: None)
+    if rendezvous is None or world == 1:
+        yield RankSession(connect(config, rank=rank, world=world, device=device), lambda *_: None)
         return
-    pulse, store = Pulse(join(meeting, START_S), rank), join(meeting, START_S)
+    heartbeat, store = Heartbeat(connect_store(rendezvous, START_S), rank), connect_store(rendezvous, START_S)
     try:
         store.set(f"here/{rank}", device.type)
         store.wait(names := [f"here/{other}" for other in range(world)])  # starting takes longer than an exchange may
@@ -60,13 +60,13 @@ def joined(
         if device.type == "cpu" and config.data > 1:
             _refuse_mixture(store, rank, world)
         mesh = connect(config, rank=rank, world=world, device=device, store=store)
-        pulse.exchange_s = lambda: sum(moved.seconds for moved in list(mesh.moved.values()))
+        heartbeat.exchange_s = lambda: sum(traffic.seconds for traffic in list(mesh.traffic.values()))
         with ExitStack() as meanwhile:
             if device.type == "cuda":
-                watch = Watch(join(meeting, START_S), rank, world, config.collective_timeout_s)
+                watch = Watchdog(connect_store(rendezvous, START_S), rank, world, config.collective_timeout_s)
                 meanwhile.enter_context(closing(watch))
-            yield Joined(mesh, pulse.at)
-            pulse.done()
+            yield RankSession(mesh, heartbeat.set_phase)
+            heartbeat.done()
         mesh.close()
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -81,7 +81,7 @@ def joined(
                 "a smaller train.micro_batch or train.batch (sae-dist plan says what they need)"
             ) from None
         try:
-            gone = who_is_gone(join(meeting, config.collective_timeout_s), world)
+            gone = missing_ranks(connect_store(rendezvous, config.collective_timeout_s), world)
         except RuntimeError:
             gone = "the process that served the meeting point is gone"
         if gone is None and not (isinstance(error, DistError) or NETWORK.search(str(error))):
@@ -89,7 +89,7 @@ def joined(
         gone = gone or "every rank still answers; the network between them failed"
         raise PeersLost(f"rank {rank} cannot go on: {gone} ({said})") from error
     finally:
-        pulse.close()
+        heartbeat.close()
 
 
 def _refuse_mixture(store: Store, rank: int, world: int) -> None:

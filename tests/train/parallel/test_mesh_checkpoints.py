@@ -6,10 +6,10 @@ import pytest
 
 from sae_dist import storage
 from sae_dist.train.checkpoint import Checkpoint
-from sae_dist.train.folders import folders
-from sae_dist.train.manifest import read_manifest
-from sae_dist.train.parallel.checkpoint import Checkpoints
+from sae_dist.train.checkpoint_folders import folders
+from sae_dist.train.checkpoint_manifest import read_manifest
 from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.parallel.mesh_checkpoints import Checkpoints
 from tests.processes import PROCESSES
 from tests.train.parallel import checkpoint_ranks as ranks
 
@@ -17,7 +17,7 @@ from tests.train.parallel import checkpoint_ranks as ranks
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_any_mesh_reads_what_any_other_wrote_and_a_failure_is_everybodys(tmp_path, world):
     place = storage.open(tmp_path / "checkpoints")
-    alone = Checkpoints(Mesh.single(), place, ranks.MARK)
+    alone = Checkpoints(Mesh.single(), place, ranks.RUN_ID)
     alone.save(Checkpoint(5, dict(ranks.whole(5)), {"scale": 0.5}))
     started = [PROCESSES.Process(target=ranks.main, args=(tmp_path, rank, world)) for rank in range(world)]
     for process in started:

@@ -19,11 +19,11 @@ from sae_dist.shards.loader import Batch, Loader
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.permutation import MASK
 from sae_dist.shards.reader import Store
-from sae_dist.train.parallel.exchange import all_gather, gather_rows
+from sae_dist.train.parallel.collectives import all_gather, gather_rows
 from sae_dist.train.parallel.mesh import Mesh
 
 
-class Fed(NamedTuple):
+class GlobalBatch(NamedTuple):
     """A global batch; the same on every rank."""
 
     x: Shaped[Tensor, "batch width"]  # in the store's dtype, on the mesh's device; on CPUs only until the next batch
@@ -34,7 +34,7 @@ class Fed(NamedTuple):
     docs: Callable[[], Int64[Tensor, " batch"]]  # document numbers, in any order; all ranks must ask, or none
 
 
-class Feed:
+class MeshLoader:
     """Global batches from `start_step`; use it in a `with`. `options` are the Loader's own."""
 
     def __init__(
@@ -67,7 +67,7 @@ class Feed:
                 **options,
             )  # fmt: skip
 
-    def next(self, *, stop: bool = False) -> Fed | None:
+    def next(self, *, stop: bool = False) -> GlobalBatch | None:
         """The next batch; None on all ranks once one of them has `stop`, or a loader that was asked to."""
         if stop and self._mesh.world.group is None:
             return None
@@ -90,7 +90,7 @@ class Feed:
         if self._loader is not None:
             self._loader.close()
 
-    def _together(self, mine: Batch | None, going: bool) -> Fed | None:
+    def _together(self, mine: Batch | None, going: bool) -> GlobalBatch | None:
         mesh = self._mesh
         rows, epoch, units_done, hashed = (
             (0, 0, 0, 0) if mine is None else (len(mine.x), mine.epoch, mine.units_done, mine.order_hash)
@@ -107,7 +107,7 @@ class Feed:
         place = gather_rows(mesh, mesh.world, _sent_one(place, mesh.device), sizes, name="batch")
         ordered = [torch.empty_like(side).index_copy_(0, place, side) for side in gathered]
         doc = torch.empty(0, dtype=torch.int64) if mine is None else torch.from_numpy(mine.doc.view("int64"))
-        return Fed(
+        return GlobalBatch(
             x=ordered[0],
             target=ordered[-1],
             epoch=max(epoch for *_, epoch, _, _ in everybody),
@@ -117,9 +117,9 @@ class Feed:
         )
 
 
-def _alone(batch: Batch, mesh: Mesh) -> Fed:
+def _alone(batch: Batch, mesh: Mesh) -> GlobalBatch:
     sides = _sent(batch, mesh.device)
-    return Fed(
+    return GlobalBatch(
         sides[0], sides[-1], batch.epoch, batch.order_hash, batch.units_done,
         lambda: torch.from_numpy(batch.doc.view("int64")),
     )  # fmt: skip

@@ -14,42 +14,42 @@ from torch.distributed import DistStoreError, Store  # pyright: ignore[reportPri
 
 from sae_dist.config import UserError
 from sae_dist.network import is_ours, let_gloo_listen_towards
-from sae_dist.parallel.rendezvous import Joined, Named, Rendezvous, Served
+from sae_dist.parallel.key_value import PrefixedStore, StoreAddress, StoreClient, StoreServer
 
 FILE = ".rendezvous"  # in the run's folder: how ranks of torchrun hear of the secret
 LOOK_S = 0.2
 
 
-class Meeting(NamedTuple):
+class Rendezvous(NamedTuple):
     """A served store, and the part of its names that one attempt uses: what dead ranks left there is never read."""
 
-    at: Rendezvous
+    at: StoreAddress
     attempt: str
 
 
-def serve(host: str) -> Served:
+def serve(host: str) -> StoreServer:
     """A store that listens on `host` alone."""
-    return Served(host)
+    return StoreServer(host)
 
 
-def join(meeting: Meeting, timeout_s: float) -> Store:
+def connect_store(rendezvous: Rendezvous, timeout_s: float) -> Store:
     """A connection of one's own: a call that waits does not hold up calls on another connection.
 
     Who meets on the loopback also talks on it: nccl would use any network.
     """
-    let_gloo_listen_towards(meeting.at.host)
-    if meeting.at.host in ("127.0.0.1", "localhost"):
+    let_gloo_listen_towards(rendezvous.at.host)
+    if rendezvous.at.host in ("127.0.0.1", "localhost"):
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    return Named(Joined(meeting.at, timeout_s), meeting.attempt)
+    return PrefixedStore(StoreClient(rendezvous.at, timeout_s), rendezvous.attempt)
 
 
-def names(served: Served, attempt: str) -> Store:
+def attempt_store(served: StoreServer, attempt: str) -> Store:
     """What the ranks of one attempt see of a served store."""
-    return Named(served, attempt)
+    return PrefixedStore(served, attempt)
 
 
 @contextmanager
-def of_torchrun(out: Path, timeout_s: float) -> Iterator[Meeting]:
+def torchrun_rendezvous(out: Path, timeout_s: float) -> Iterator[Rendezvous]:
     """The meeting of ranks that torchrun started, for as long as the context lasts; rank 0 serves its store.
 
     torchrun's own store takes words from everybody who reaches it, so it is not used. The ranks find each other by a
@@ -64,15 +64,15 @@ def of_torchrun(out: Path, timeout_s: float) -> Iterator[Meeting]:
     given = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
     start, path = [os.environ.get(name, "") for name in given], out / FILE
     if os.environ["RANK"] != "0":
-        yield Meeting(_found(path, start, timeout_s), "ranks")
+        yield Rendezvous(_found(path, start, timeout_s), "ranks")
         return
     with closing(serve(_host_of_rank_0())) as served:
-        at = served.rendezvous
+        at = served.address
         if at.host == "0.0.0.0":
             at = at._replace(host=os.environ["MASTER_ADDR"])
         _publish(path, {"start": start, "at": at})
         try:
-            yield Meeting(at, "ranks")
+            yield Rendezvous(at, "ranks")
         finally:
             path.unlink(missing_ok=True)
 
@@ -97,15 +97,15 @@ def _publish(path: Path, record: dict[str, object]) -> None:
     part.replace(path)
 
 
-def _found(path: Path, start: list[str], timeout_s: float) -> Rendezvous:
+def _found(path: Path, start: list[str], timeout_s: float) -> StoreAddress:
     """What rank 0 of this start published and serves; a file that an earlier start left is passed over."""
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record["start"] == start:
-                at = Rendezvous(*record["at"])
-                Joined(at, timeout_s)
+                at = StoreAddress(*record["at"])
+                StoreClient(at, timeout_s)
                 return at
         except (FileNotFoundError, DistStoreError):
             pass

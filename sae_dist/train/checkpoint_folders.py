@@ -1,6 +1,6 @@
-"""Names of checkpoints' folders: step_00000500-1f2e3d4c-8be0f1, a step, the mark of a run and the name of an attempt.
+"""Names of checkpoints' folders: step_00000500-1f2e3d4c-8be0f1, a step, the id of a run and the name of an attempt.
 
-What has another name is no checkpoint, and is neither read nor removed. A folder of another mark is another run's.
+What has another name is no checkpoint, and is neither read nor removed. A folder with another id is another run's.
 """
 
 import re
@@ -14,9 +14,9 @@ OWN_FILE = re.compile(r"checkpoint\.json|rank\d{5}-\d{5,}\.safetensors")  # what
 _NAME = re.compile(r"step_(\d{8,})-(?:([0-9a-f]{8})-)?[0-9a-f]{6}")  # before format 5 without a mark
 
 
-def new_folder(step: int, mark: str) -> str:
+def new_folder(step: int, run_id: str) -> str:
     """A folder that no other attempt to save has."""
-    return f"step_{step:08d}-{mark}-{secrets.token_hex(3)}"
+    return f"step_{step:08d}-{run_id}-{secrets.token_hex(3)}"
 
 
 def step_of(folder: str) -> int:
@@ -25,14 +25,14 @@ def step_of(folder: str) -> int:
     return int(match[1])
 
 
-def is_of(folder: str, mark: str) -> bool:
-    """Whether the folder has the name of a checkpoint of the run with this mark."""
+def is_of(folder: str, run_id: str) -> bool:
+    """Whether the folder has the name of a checkpoint of the run with this id."""
     match = _NAME.fullmatch(folder)
-    return match is not None and match[2] == mark
+    return match is not None and match[2] == run_id
 
 
-def folders(storage: Storage, mark: str | None = None) -> list[str]:
+def folders(storage: Storage, run_id: str | None = None) -> list[str]:
     """The folders of complete checkpoints, newest first: those of one run, or of all."""
     found = [entry.key.removesuffix(f"/{MANIFEST}") for entry in storage.list("step_")]
-    found = [folder for folder in found if _NAME.fullmatch(folder) and (mark is None or is_of(folder, mark))]
+    found = [folder for folder in found if _NAME.fullmatch(folder) and (run_id is None or is_of(folder, run_id))]
     return sorted(found, key=lambda folder: (step_of(folder), folder), reverse=True)

@@ -11,18 +11,18 @@ from sae_dist.sae import dictionary
 from sae_dist.sae.variants.declared import Spec
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train.checkpoint import read_file
-from sae_dist.train.folders import folders, step_of
+from sae_dist.train.checkpoint_folders import folders, step_of
+from sae_dist.train.checkpoint_manifest import CheckpointManifest, read_manifest
 from sae_dist.train.learner import Learner
-from sae_dist.train.manifest import Manifest, read_manifest
-from sae_dist.train.member import Member
+from sae_dist.train.members import Member
 
 logger = logging.getLogger(__name__)
 
 
 def write_dictionary(
-    storage: Storage, mark: str, out: Path, learner: Learner, *, step: int, info: Mapping[str, Any]
+    storage: Storage, run_id: str, out: Path, learner: Learner, *, step: int, info: Mapping[str, Any]
 ) -> None:
-    """One dictionary of a training into its folder under `out`, from a checkpoint of that step with its mark.
+    """One dictionary of a training into its folder under `out`, from a checkpoint of that step with its run id.
 
     `info` is what all dictionaries of the training have in common. StorageError when no checkpoint can be read or
     nothing written.
@@ -37,7 +37,7 @@ def write_dictionary(
         "trained_as": {"parameters": member.parameters, "moments": member.moments},  # what is written is fp32
     }
     reasons = []
-    for saved in [folder for folder in folders(storage, mark) if step_of(folder) == step]:
+    for saved in [folder for folder in folders(storage, run_id) if step_of(folder) == step]:
         try:
             manifest = read_manifest(storage, saved)
             n_latents, d_model = manifest.tensors[f"{member.prefix}W_dec"].shape
@@ -54,7 +54,7 @@ def write_dictionary(
     )
 
 
-def _parts(storage: Storage, manifest: Manifest, member: Member) -> Iterator[tuple[Spec, int, Tensor]]:
+def _parts(storage: Storage, manifest: CheckpointManifest, member: Member) -> Iterator[tuple[Spec, int, Tensor]]:
     """Every block of the dictionary's tensors, on raw input: which tensor, its first row (latent), its rows."""
     scale, n_latents = manifest.facts["scale"], member.sae.n_latents
     wanted = {member.prefix + spec.name: spec for spec in member.sae.tensors}

@@ -12,21 +12,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed import DistStoreError
 
-from sae_dist.parallel.rendezvous import Joined, Named, Rendezvous, Served
+from sae_dist.parallel.key_value import PrefixedStore, StoreAddress, StoreClient, StoreServer
 from tests.processes import PROCESSES
 
 
 @pytest.fixture
 def served():
-    served = Served("127.0.0.1")
+    served = StoreServer("127.0.0.1")
     yield served
     served.close()
 
 
 def test_it_keeps_what_is_said(served):
-    other = Named(Joined(served.rendezvous, 10), "a")
+    other = PrefixedStore(StoreClient(served.address, 10), "a")
     other.set("x", bytes(range(256)))
-    assert Named(served, "a").get("x") == served.get("a/x") == bytes(range(256))
+    assert PrefixedStore(served, "a").get("x") == served.get("a/x") == bytes(range(256))
     assert (other.add("n", 2), other.add("n", -5), served.add("a/n", 1)) == (2, -3, -2)
     assert other.check(["x", "n"]) and not other.check(["x", "y"])
     assert other.compare_set("x", "no", "new") == bytes(range(256))
@@ -35,7 +35,7 @@ def test_it_keeps_what_is_said(served):
 
 
 def test_a_word_that_is_waited_for_comes_or_its_absence_is_an_error(served):
-    ours, theirs = Joined(served.rendezvous, 10), Joined(served.rendezvous, 10)
+    ours, theirs = StoreClient(served.address, 10), StoreClient(served.address, 10)
     threading.Timer(0.2, theirs.set, ("late", "word")).start()
     assert ours.get("late") == b"word"
     with pytest.raises(DistStoreError, match="nobody said never within 0 s"):
@@ -45,10 +45,10 @@ def test_a_word_that_is_waited_for_comes_or_its_absence_is_an_error(served):
 
 def test_who_does_not_know_the_secret_is_refused_and_disturbs_nobody(served):
     """A wrong secret, noise, silence."""
-    friend, place = Joined(served.rendezvous, 10), served.rendezvous
+    friend, place = StoreClient(served.address, 10), served.address
     friend.set("pulse", "sound")
     with pytest.raises(DistStoreError, match="out of reach"):
-        Joined(place._replace(secret="0" * 64), 5)
+        StoreClient(place._replace(secret="0" * 64), 5)
     chance = random.Random(0)
     silent = [socket.create_connection(place[:2]) for _ in range(20)]
     for _ in range(50):
@@ -67,7 +67,7 @@ def test_a_message_that_is_repeated_or_changed_on_its_way_ends_the_connection(se
 
     def pass_on() -> None:
         ours, _ = between.accept()
-        theirs = socket.create_connection(served.rendezvous[:2])
+        theirs = socket.create_connection(served.address[:2])
         with ours, theirs:
             answers = threading.Thread(target=copy, args=(theirs, ours, lambda data: data))
             answers.start()
@@ -83,7 +83,7 @@ def test_a_message_that_is_repeated_or_changed_on_its_way_ends_the_connection(se
 
     passing = threading.Thread(target=pass_on)
     passing.start()
-    victim = Joined(served.rendezvous._replace(port=between.getsockname()[1]), 10)
+    victim = StoreClient(served.address._replace(port=between.getsockname()[1]), 10)
     victim.set("x", "right")
     harmful.set()
     with pytest.raises(DistStoreError, match="is gone"):
@@ -95,12 +95,12 @@ def test_a_message_that_is_repeated_or_changed_on_its_way_ends_the_connection(se
 
 
 def test_the_secret_is_not_in_what_is_printed(served):
-    assert served.rendezvous.secret not in f"{served.rendezvous} {served.rendezvous!r} {[served.rendezvous]}"
+    assert served.address.secret not in f"{served.address} {served.address!r} {[served.address]}"
 
 
-def rank_of(place: Rendezvous, rank: int) -> None:
+def rank_of(place: StoreAddress, rank: int) -> None:
     torch.set_num_threads(1)
-    store = Joined(place, 60)
+    store = StoreClient(place, 60)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=timedelta(seconds=60))
     pair = dist.new_group([0, 2])
     x = torch.tensor([float(rank)])
@@ -113,7 +113,7 @@ def rank_of(place: Rendezvous, rank: int) -> None:
 
 
 def test_processes_that_meet_there_compute_together(served):
-    ranks = [PROCESSES.Process(target=rank_of, args=(served.rendezvous, rank)) for rank in range(3)]
+    ranks = [PROCESSES.Process(target=rank_of, args=(served.address, rank)) for rank in range(3)]
     for process in ranks:
         process.start()
     for process in ranks:

@@ -26,7 +26,7 @@ DONE = "done"  # the phase of a rank that has left in peace
 WORK_S = 10.0  # over which work is compared
 
 
-class Beat(NamedTuple):
+class RankStatus(NamedTuple):
     """What a rank said last."""
 
     rank: int
@@ -41,18 +41,18 @@ class Beat(NamedTuple):
         return f"rank {self.rank} ({self.host}, pid {self.pid}), last at step {self.step} ({self.phase})"
 
 
-class Pulse:
-    """This rank's voice; close it. `at` costs nothing: the thread picks up what was said last."""
+class Heartbeat:
+    """This rank's voice; close it. `set_phase` costs nothing: the thread picks up what was said last."""
 
     def __init__(self, store: Store, rank: int, exchange_s: Callable[[], float] = lambda: 0.0) -> None:
         self._store, self._rank, self.exchange_s = store, rank, exchange_s
         self._step, self._phase, self._number = 0, "connecting", 0
         self._end = threading.Event()
         self._say()
-        self._thread = threading.Thread(target=self._speak, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._speak, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def at(self, step: int, phase: str) -> None:
+    def set_phase(self, step: int, phase: str) -> None:
         self._step, self._phase = step, phase
 
     def done(self) -> None:
@@ -78,41 +78,41 @@ class Pulse:
 
     def _say(self) -> None:
         self._number += 1
-        beat = Beat(
+        status = RankStatus(
             self._rank, socket.gethostname(), os.getpid(), self._number, self._step, self._phase, self.exchange_s()
         )
-        self._store.set(f"pulse/{self._rank}", json.dumps(beat))
+        self._store.set(f"heartbeat/{self._rank}", json.dumps(status))
 
 
-class Listener:
-    """What is heard of all ranks. Call `listen` now and then; the rest tells what came of it."""
+class HeartbeatMonitor:
+    """What is heard of all ranks. Call `poll` now and then; the rest tells what came of it."""
 
     def __init__(self, store: Store, world: int) -> None:
         self._store, self._world, self._ranks = store, world, range(world)
         self._began = time.monotonic()
-        self.beats: dict[int, Beat] = {}
+        self.statuses: dict[int, RankStatus] = {}
         self._heard: dict[int, float] = {}
-        self._compared: dict[int, Beat] = {}
+        self._compared: dict[int, RankStatus] = {}
         self._compared_at = self._began
 
-    def listen(self) -> None:
+    def poll(self) -> None:
         """Reads what every rank said last; RuntimeError when the store is gone."""
         now = time.monotonic()
         for rank in self._ranks:
-            if not self._store.check([f"pulse/{rank}"]):
+            if not self._store.check([f"heartbeat/{rank}"]):
                 continue
-            beat = Beat(*json.loads(self._store.get(f"pulse/{rank}")))
-            if rank not in self.beats or beat.number != self.beats[rank].number:
+            status = RankStatus(*json.loads(self._store.get(f"heartbeat/{rank}")))
+            if rank not in self.statuses or status.number != self.statuses[rank].number:
                 self._heard[rank] = now
-            self.beats[rank] = beat
+            self.statuses[rank] = status
 
-    def who(self, rank: int) -> str:
+    def describe(self, rank: int) -> str:
         """A rank by what it said last, else by its number."""
-        return str(self.beats.get(rank, f"rank {rank}"))
+        return str(self.statuses.get(rank, f"rank {rank}"))
 
     def silence_s(self, rank: int) -> float:
         """Seconds since something new was heard of a rank; 0 for one that is done."""
-        if rank in self.beats and self.beats[rank].phase == DONE:
+        if rank in self.statuses and self.statuses[rank].phase == DONE:
             return 0.0
         return time.monotonic() - self._heard.get(rank, self._began)
 
@@ -122,28 +122,28 @@ class Listener:
         Starting may take longer.
         """
         ranks = self._ranks if among is None else sorted(among)
-        limits = {rank: longer_than_s if rank in self.beats else max(longer_than_s, START_S) for rank in ranks}
+        limits = {rank: longer_than_s if rank in self.statuses else max(longer_than_s, START_S) for rank in ranks}
         missing = [rank for rank, limit in limits.items() if self.silence_s(rank) > limit]
         if not missing:
             return None
-        told = [f"{self.beats.get(rank, f'rank {rank}, never heard of,')} is silent" for rank in missing]
+        told = [f"{self.statuses.get(rank, f'rank {rank}, never heard of,')} is silent" for rank in missing]
         return "; ".join(f"{who} for {self.silence_s(rank):.0f} s" for who, rank in zip(told, missing, strict=True))
 
     def stragglers(self) -> list[str]:
         """Ranks that others wait for, in words, compared over the last ten seconds or more."""
         seconds = time.monotonic() - self._compared_at
-        if seconds < WORK_S or len(self.beats) < self._world or self._world == 1:
+        if seconds < WORK_S or len(self.statuses) < self._world or self._world == 1:
             return []
-        before, self._compared, self._compared_at = self._compared, dict(self.beats), time.monotonic()
-        if len(before) < self._world or any(self.beats[r].step == before[r].step for r in before):
+        before, self._compared, self._compared_at = self._compared, dict(self.statuses), time.monotonic()
+        if len(before) < self._world or any(self.statuses[r].step == before[r].step for r in before):
             return []
-        work = {r: max(seconds - (self.beats[r].exchange_s - before[r].exchange_s), 1e-3) for r in before}
+        work = {r: max(seconds - (self.statuses[r].exchange_s - before[r].exchange_s), 1e-3) for r in before}
         slow = []
         for rank, own in work.items():
             others = statistics.median(w for r, w in work.items() if r != rank)
             if own > SLOW * others:
                 slow.append(
-                    f"{self.beats[rank]} is slow: it works {own / seconds:.0%} of the time, the others "
+                    f"{self.statuses[rank]} is slow: it works {own / seconds:.0%} of the time, the others "
                     f"{others / seconds:.0%} and wait for it"
                 )
         return slow
@@ -151,20 +151,18 @@ class Listener:
     def facts(self) -> dict[str, str]:
         """A line a rank, for status.json."""
         return {
-            str(
-                rank
-            ): f"step {beat.step}, {beat.phase}, {beat.host}, pid {beat.pid}, heard {self.silence_s(rank):.0f} s ago"
-            for rank, beat in sorted(self.beats.items())
+            str(r): f"step {own.step}, {own.phase}, {own.host}, pid {own.pid}, heard {self.silence_s(r):.0f} s ago"
+            for r, own in sorted(self.statuses.items())
         }
 
 
-def who_is_gone(store: Store, world: int, *, patience_s: float = 4 * EVERY_S) -> str | None:
+def missing_ranks(store: Store, world: int, *, patience_s: float = 4 * EVERY_S) -> str | None:
     """After an exchange failed: which ranks are not heard any more, in words; None when all still answer."""
-    listener = Listener(store, world)
+    listener = HeartbeatMonitor(store, world)
     try:
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
-            listener.listen()
+            listener.poll()
             time.sleep(EVERY_S / 2)
         return listener.silent(2.5 * EVERY_S)
     except RuntimeError:

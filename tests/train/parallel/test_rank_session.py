@@ -11,14 +11,14 @@ import torch.distributed as dist
 from sae_kernels.cpu.build import library
 
 from sae_dist.config import UserError
-from sae_dist.parallel.rendezvous import Rendezvous
+from sae_dist.parallel.key_value import StoreAddress
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.order import OrderConfig
 from sae_dist.train.config import MeshConfig
-from sae_dist.train.parallel.feed import Feed
-from sae_dist.train.parallel.joined import joined
-from sae_dist.train.parallel.meeting import Meeting, of_torchrun, serve
 from sae_dist.train.parallel.mesh import Axis, Mesh
+from sae_dist.train.parallel.mesh_loader import MeshLoader
+from sae_dist.train.parallel.rank_session import rank_session
+from sae_dist.train.parallel.rendezvous import Rendezvous, serve, torchrun_rendezvous
 from tests.processes import PROCESSES
 from tests.train.test_loop import full_store
 
@@ -27,9 +27,9 @@ DATA, FEATURE = MeshConfig(data=2, collective_timeout_s=20), MeshConfig(feature=
 Does = Callable[[int], object]
 
 
-def rank_of(folder: Path, place: Rendezvous, config: MeshConfig, rank: int, does: Does) -> None:
+def rank_of(folder: Path, place: StoreAddress, config: MeshConfig, rank: int, does: Does) -> None:
     try:
-        with joined(config, Meeting(place, "a"), rank=rank, world=2):
+        with rank_session(config, Rendezvous(place, "a"), rank=rank, world=2):
             does(rank)
             dist.barrier()
         (folder / str(rank)).write_text("done")
@@ -38,7 +38,7 @@ def rank_of(folder: Path, place: Rendezvous, config: MeshConfig, rank: int, does
 
 
 def without_a_compiler(
-    folder: Path, place: Rendezvous, config: MeshConfig, rank: int, does: Callable[[int], object]
+    folder: Path, place: StoreAddress, config: MeshConfig, rank: int, does: Callable[[int], object]
 ) -> None:
     if rank == 1:
         os.environ["CXX"] = "/nowhere"
@@ -46,7 +46,7 @@ def without_a_compiler(
 
 
 def on_more_threads(
-    folder: Path, place: Rendezvous, config: MeshConfig, rank: int, does: Callable[[int], object]
+    folder: Path, place: StoreAddress, config: MeshConfig, rank: int, does: Callable[[int], object]
 ) -> None:
     torch.set_num_threads(rank + 1)
     rank_of(folder, place, config, rank, does)
@@ -55,7 +55,7 @@ def on_more_threads(
 def told(folder: Path, config: MeshConfig, does: Callable[[int], object], start: Callable = rank_of) -> list[str]:
     """How both ranks ended, in words."""
     served = serve("127.0.0.1")
-    ranks = [PROCESSES.Process(target=start, args=(folder, served.rendezvous, config, rank, does)) for rank in range(2)]
+    ranks = [PROCESSES.Process(target=start, args=(folder, served.address, config, rank, does)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -108,11 +108,11 @@ def test_restarts_by_torchrun_over_several_machines_are_refused(monkeypatch, tmp
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(UserError, match=r"--max-restarts=3 over several machines .* use --max-restarts=0"):
-        of_torchrun(tmp_path, 1.0).__enter__()
+        torchrun_rendezvous(tmp_path, 1.0).__enter__()
 
 
 def test_a_live_training_on_more_ranks_than_lanes_is_refused(tmp_path):
     store = full_store(tmp_path)
     three = dataclasses.replace(Mesh.single(), world=Axis(0, 3))
     with pytest.raises(UserError, match="order.lanes=2 are fewer than the 3 ranks of a live=true training; raise"):
-        Feed(three, store, Hooks(("x",)), order=OrderConfig(lanes=2), start_step=0, order_hash=0, live=True)
+        MeshLoader(three, store, Hooks(("x",)), order=OrderConfig(lanes=2), start_step=0, order_hash=0, live=True)

@@ -3,32 +3,34 @@
 from typing import Any, NamedTuple
 
 from sae_dist.sae.variants.declared import Top
-from sae_dist.train.learner import Learned, Learner
+from sae_dist.train.learner import Learner, StepOutcome
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep
 from sae_dist.train.state import TrainState
 
 
-class Window(NamedTuple):
+class IntervalSums(NamedTuple):
     """Sums of one dictionary since the last line of the log; steps that were left out do not count."""
 
     squared_error: float = 0.0
     active: float = 0.0
     rows: int = 0
 
-    def add(self, learned: Learned, rows: int) -> "Window":
+    def add(self, learned: StepOutcome, rows: int) -> "IntervalSums":
         if learned.decision != "step":
             return self
-        return Window(self.squared_error + learned.squared_error, self.active + learned.active, self.rows + rows)
+        return IntervalSums(self.squared_error + learned.squared_error, self.active + learned.active, self.rows + rows)
 
 
-def figures(window: Window, learner: Learner, state: TrainState, *, lr: float, tokens: int) -> dict[str, Any]:
+def dictionary_metrics(
+    sums: IntervalSums, learner: Learner, state: TrainState, *, lr: float, tokens: int
+) -> dict[str, Any]:
     """Loss and latents of one dictionary after `tokens` tokens, under its names; all ranks must ask, or none."""
-    rows, guard, may_be_dead = window.rows, learner.guard, tokens >= learner.member.sae.dead_after_tokens
+    rows, guard, may_be_dead = sums.rows, learner.guard, tokens >= learner.member.sae.dead_after_tokens
     own = {
         "lr": lr,
-        "fvu": window.squared_error / (rows * state.variance) if rows else None,  # every step was left out
-        "l0": window.active / rows if rows else None,
+        "fvu": sums.squared_error / (rows * state.variance) if rows else None,  # every step was left out
+        "l0": sums.active / rows if rows else None,
         "dead_fraction": learner.sae.dead_fraction() if may_be_dead else None,  # before, no latent can be dead
         "skipped_steps": guard.skipped,
         "loss_spikes": guard.spikes,
@@ -51,13 +53,13 @@ def _of_kind(sae: MeshStep, scale: float) -> dict[str, Any]:
     return found if isinstance(sae.sae.rule, Top) else found | {"widened_rows": sae.widened}
 
 
-def rates(state: TrainState, begun: TrainState, batch: int, starved_s: float, mesh: Mesh) -> dict[str, Any]:
+def run_metrics(state: TrainState, start: TrainState, batch: int, starved_s: float, mesh: Mesh) -> dict[str, Any]:
     """Tokens a second of this attempt, and the share of its time spent waiting for rows and for other ranks."""
-    seconds = max(state.seconds - begun.seconds, 1e-9)
-    exchanging = sum(moved.seconds for moved in list(mesh.moved.values()))
+    seconds = max(state.seconds - start.seconds, 1e-9)
+    exchanging = sum(traffic.seconds for traffic in list(mesh.traffic.values()))
     return {
         "order_hash": f"{state.order_hash:016x}",
         "tokens": state.step * batch,
-        "tokens_per_second": (state.step - begun.step) * batch / seconds,
+        "tokens_per_second": (state.step - start.step) * batch / seconds,
         "starved_fraction": starved_s / seconds,
     } | ({"exchange_fraction": exchanging / seconds} if mesh.world.size > 1 else {})

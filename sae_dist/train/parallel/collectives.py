@@ -2,8 +2,8 @@
 
 Sums of floats are made in rank order from what was gathered, never inside a reduction whose order depends on the
 library, the buffer or the number of ranks beside it. Tensors travel as bytes: any dtype, no rounding. Every exchange
-has a name under which `mesh.moved` counts calls, bytes received and seconds. On a GPU an exchange is work in its queue,
-for which the process does not wait: its seconds count at the next `settle`.
+has a name under which `mesh.traffic` counts calls, bytes received and seconds. On a GPU an exchange is queued and the
+process does not wait for it: its seconds are added at the next `settle_timings`.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from sae_dist.train.parallel.mesh import Axis, Mesh, Moved, OnGpu
+from sae_dist.train.parallel.mesh import Axis, GpuTiming, Mesh, Traffic
 
 _all_gather_bytes = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
 
@@ -72,7 +72,7 @@ def sum_rows(
     return _in_order(out.view(axis.size, mine, width))
 
 
-def total(mesh: Mesh, axis: Axis, addend: Tensor, *, name: str) -> Tensor:
+def ordered_sum(mesh: Mesh, axis: Axis, addend: Tensor, *, name: str) -> Tensor:
     """The sum over the axis of small tensors, added in rank order."""
     return _in_order(all_gather(mesh, axis, addend, name=name))
 
@@ -88,12 +88,12 @@ def sum_counts(mesh: Mesh, axis: Axis, counts: Int[Tensor, " n"], *, name: str) 
     return summed
 
 
-def of_first(mesh: Mesh, number: int, *, name: str) -> int:
+def broadcast_number(mesh: Mesh, number: int, *, name: str) -> int:
     """The first rank's number, on all ranks."""
     return int(all_gather(mesh, mesh.control, torch.tensor(number, dtype=torch.int64), name=name)[0])
 
 
-def ranks_here(mesh: Mesh) -> int:
+def ranks_on_this_machine(mesh: Mesh) -> int:
     """How many ranks of the mesh run on this machine, this one included."""
     name = int.from_bytes(hashlib.blake2b(socket.gethostname().encode(), digest_size=8).digest(), "little", signed=True)
     return int((all_gather(mesh, mesh.control, torch.tensor(name), name="machines") == name).sum())
@@ -106,11 +106,11 @@ def _in_order(addends: Shaped[Tensor, "size ..."]) -> Shaped[Tensor, "..."]:
     return out
 
 
-def settle(mesh: Mesh) -> None:
+def settle_timings(mesh: Mesh) -> None:
     """Count the seconds of exchanges on a GPU; call it when all that was given to the GPU is done."""
-    for moved, begun, ended in mesh.on_gpu:
-        moved.seconds += begun.elapsed_time(ended) / 1000
-    mesh.on_gpu.clear()
+    for traffic, begun, ended in mesh.gpu_timings:
+        traffic.seconds += begun.elapsed_time(ended) / 1000
+    mesh.gpu_timings.clear()
 
 
 def _now(tensor: Tensor) -> float | torch.cuda.Event:
@@ -123,11 +123,11 @@ def _now(tensor: Tensor) -> float | torch.cuda.Event:
 
 
 def _count(mesh: Mesh, name: str, received: int, started: float | torch.cuda.Event, of: Tensor) -> None:
-    moved = mesh.moved.setdefault(name, Moved())
-    moved.calls += 1
-    moved.bytes += received
+    traffic = mesh.traffic.setdefault(name, Traffic())
+    traffic.calls += 1
+    traffic.bytes += received
     ended = _now(of)
     if isinstance(started, torch.cuda.Event) and isinstance(ended, torch.cuda.Event):
-        mesh.on_gpu.append(OnGpu(moved, started, ended))
+        mesh.gpu_timings.append(GpuTiming(traffic, started, ended))
     elif isinstance(started, float) and isinstance(ended, float):
-        moved.seconds += ended - started
+        traffic.seconds += ended - started

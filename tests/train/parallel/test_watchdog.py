@@ -9,29 +9,29 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from sae_dist.parallel.rendezvous import Rendezvous
+from sae_dist.parallel.key_value import StoreAddress
 from sae_dist.train.config import MeshConfig
-from sae_dist.train.parallel.joined import joined
-from sae_dist.train.parallel.meeting import Meeting, join, serve
-from sae_dist.train.parallel.pulse import Pulse
+from sae_dist.train.parallel.heartbeat import Heartbeat
+from sae_dist.train.parallel.rank_session import rank_session
+from sae_dist.train.parallel.rendezvous import Rendezvous, connect_store, serve
 from tests.processes import PROCESSES
 
 STUCK = """
 import sys, time
-from sae_dist.parallel.rendezvous import Rendezvous
-from sae_dist.train.parallel.meeting import Meeting, join
-from sae_dist.train.parallel.pulse import Pulse
-from sae_dist.train.parallel.watch import Watch
+from sae_dist.parallel.key_value import StoreAddress
+from sae_dist.train.parallel.rendezvous import Rendezvous, connect_store
+from sae_dist.train.parallel.heartbeat import Heartbeat
+from sae_dist.train.parallel.watchdog import Watchdog
 
-meeting = Meeting(Rendezvous("127.0.0.1", int(sys.argv[1]), sys.argv[2]), "attempt1")
-Pulse(join(meeting, 10), 0)
-Watch(join(meeting, 10), 0, 2, timeout_s=3.0)
+rendezvous = Rendezvous(StoreAddress("127.0.0.1", int(sys.argv[1]), sys.argv[2]), "attempt1")
+Heartbeat(connect_store(rendezvous, 10), 0)
+Watchdog(connect_store(rendezvous, 10), 0, 2, timeout_s=3.0)
 print("watching", flush=True)
 time.sleep(60)  # as one that asks a GPU for a number: nothing in this thread can be interrupted
 """
 
 
-def stuck(place: Rendezvous) -> subprocess.Popen[str]:
+def stuck(place: StoreAddress) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK, str(place.port), place.secret],
         text=True,
@@ -44,10 +44,10 @@ def stuck(place: Rendezvous) -> subprocess.Popen[str]:
 
 def test_a_rank_ends_with_the_name_of_the_one_that_its_gpu_waits_for():
     served = serve("127.0.0.1")
-    meeting = Meeting(served.rendezvous, "attempt1")
-    other = Pulse(join(meeting, 10), 1)
+    rendezvous = Rendezvous(served.address, "attempt1")
+    other = Heartbeat(connect_store(rendezvous, 10), 1)
     other.at(7, "training")
-    process = stuck(served.rendezvous)
+    process = stuck(served.address)
     time.sleep(1.5)  # so that it hears what the other said last
     other.close()
     began = time.monotonic()
@@ -61,8 +61,8 @@ def test_a_rank_ends_with_the_name_of_the_one_that_its_gpu_waits_for():
 
 def test_a_rank_that_has_left_in_peace_is_not_missed():
     served = serve("127.0.0.1")
-    other = Pulse(join(Meeting(served.rendezvous, "attempt1"), 10), 1)
-    process = stuck(served.rendezvous)
+    other = Heartbeat(connect_store(Rendezvous(served.address, "attempt1"), 10), 1)
+    process = stuck(served.address)
     other.done()
     time.sleep(6.0)
     assert process.poll() is None
@@ -70,9 +70,9 @@ def test_a_rank_that_has_left_in_peace_is_not_missed():
     process.communicate()
 
 
-def offer(folder: Path, place: Rendezvous, rank: int) -> None:
+def offer(folder: Path, place: StoreAddress, rank: int) -> None:
     device = "cuda" if rank == 0 else "cpu"
-    with joined(MeshConfig(feature=2), Meeting(place, "a"), rank=rank, world=2, device=device) as here:
+    with rank_session(MeshConfig(feature=2), Rendezvous(place, "a"), rank=rank, world=2, device=device) as here:
         everybody = [torch.zeros(1) for _ in range(2)]
         dist.all_gather(everybody, torch.tensor([float(rank)]))
         (folder / str(rank)).write_text(f"{here.mesh.device} {everybody[1].item():g}")
@@ -80,7 +80,7 @@ def offer(folder: Path, place: Rendezvous, rank: int) -> None:
 
 def test_ranks_of_which_one_has_no_gpu_agree_on_cpus(tmp_path):
     served = serve("127.0.0.1")
-    ranks = [PROCESSES.Process(target=offer, args=(tmp_path, served.rendezvous, rank)) for rank in range(2)]
+    ranks = [PROCESSES.Process(target=offer, args=(tmp_path, served.address, rank)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
