@@ -36,7 +36,7 @@ ROWS, D_MODEL, BATCH = 65_536, 768, 4096
 def trained(store: Path, out: Path, steps: int, sae: dict[str, Any], *also: dict[str, Any]) -> dict[str, float]:
     """One command: seconds of training, and processor seconds of all of it."""
     values = {
-        "out": str(out), "store": str(store), "sae": sae, "also": list(also), "order": {},
+        "out": str(out), "store": str(store), "sae": sae, "more_dictionaries": list(also), "order": {},
         "train": {"tokens": None, "steps": steps, "batch": BATCH, "lr": 1e-3}, "wandb": {"mode": "disabled"},
     }  # fmt: skip
     before = time.process_time()

@@ -50,7 +50,7 @@ def trained(rows: Path, folder: Path, given: argparse.Namespace) -> dict[str, di
     also = [{"parameters": s.parameters, "moments": s.moments, "name": f"of{n}"} for n, s in enumerate(OPTIONS) if n]
     values = {
         "out": str(folder / "out"), "store": str(folder / "store"), "order": {}, "wandb": {"mode": "disabled"},
-        "sae": {"kind": "topk", "n_latents": given.latents, "k": K}, "also": [*also, {"seed": 1}],
+        "sae": {"kind": "topk", "n_latents": given.latents, "k": K}, "more_dictionaries": [*also, {"seed": 1}],
         "train": {"tokens": None, "steps": given.steps, "batch": given.batch, "checkpoint_every": given.steps},
     }  # fmt: skip
     summary = train_and_evaluate(load_config(TrainJob, values), stop=lambda: False)

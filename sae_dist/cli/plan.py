@@ -17,7 +17,7 @@ from sae_dist import storage
 from sae_dist.config import UserError, frozen, load, to_dict
 from sae_dist.plan import plan as planning
 from sae_dist.plan import probe
-from sae_dist.plan.cost import Subject
+from sae_dist.plan.cost import HarvestedModel
 from sae_dist.plan.machine import Machine
 from sae_dist.plan.plan import Plan, gigabytes
 from sae_dist.plan.workload import Workload, workload
@@ -56,8 +56,8 @@ def main(values: Mapping[str, Any]) -> int:
     machine = job.machine
     if job.price.device_hour is not None:
         machine = load(Machine, to_dict(machine) | {"device_hour": job.price.device_hour})
-    work, subject = _workload(run, job)
-    found = planning.plan(work, machine, subject, storage_tb_month=job.price.storage_tb_month)
+    work, harvested = _workload(run, job)
+    found = planning.plan(work, machine, harvested, storage_tb_month=job.price.storage_tb_month)
     if job.json:
         print(json.dumps(planning.as_json(found), indent=1))
     else:
@@ -73,7 +73,7 @@ def _machine(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return to_dict(probe.here(again=values.get("probe") == "again")) | given
 
 
-def _workload(run: RunConfig, job: PlanJob) -> tuple[Workload, Subject | None]:
+def _workload(run: RunConfig, job: PlanJob) -> tuple[Workload, HarvestedModel | None]:
     """Sizes from the store where there is one, else from the keys, else from the language model's configuration."""
     d_model, parameters = job.d_model, job.subject_parameters
     rows, stored = _rows(run), ELEMENTS[run.harvest.dtype].stored.itemsize
@@ -88,8 +88,8 @@ def _workload(run: RunConfig, job: PlanJob) -> tuple[Workload, Subject | None]:
         found = model_size(run.model, run.hook)
         d_model, parameters = found.width, parameters or found.parameters
     kept = 1 - run.harvest.rows.drop_first / run.harvest.context
-    subject = None if parameters is None else Subject(parameters, run.harvest.context, kept)
-    work, *also = (
+    harvested = None if parameters is None else HarvestedModel(parameters, run.harvest.context, kept)
+    work, *others = (
         workload(
             member.sae, run.train, run.order, d_model=d_model, data=run.mesh.data, feature=run.mesh.feature,
             dead_fraction=job.dead_fraction, store_rows=rows, stored_bytes=stored, slice_rows=run.harvest.slice_rows,
@@ -97,7 +97,7 @@ def _workload(run: RunConfig, job: PlanJob) -> tuple[Workload, Subject | None]:
         )
         for member in run.members
     )  # fmt: skip
-    return work._replace(also=tuple(also)), subject
+    return work._replace(others=tuple(others)), harvested
 
 
 def _rows(run: RunConfig) -> int:

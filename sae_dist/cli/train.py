@@ -2,7 +2,7 @@
 
 The store may hold activations that were made elsewhere (sae-dist store import). Repeating the command goes on, on any
 mesh. mesh.feature=2 starts two Ray actors here or on cluster=; `torchrun -m sae_dist train ...` works too.
-also=[...] trains more dictionaries on the same batches.
+more_dictionaries=[...] trains more dictionaries on the same batches.
 Example: sae-dist train store=stores/mine sae.n_latents=512 sae.k=4 train.steps=3000 train.batch=512 out=runs/mine
 """
 

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_dist.evaluate.config import EvaluateConfig
-from sae_dist.evaluate.figures import LOSS, RECONSTRUCTION, Figures, measured, together, unmeasured
 from sae_dist.evaluate.loss_recovered import LossRecovered, loss_recovered
+from sae_dist.evaluate.metrics import LOSS, RECONSTRUCTION, Metrics, measured, merged, unmeasured
 from sae_dist.evaluate.reconstruction import is_constant, reconstruction
 from sae_dist.model.load import LanguageModel
 from sae_dist.sae.dictionary import Dictionary
@@ -18,7 +18,7 @@ from sae_dist.shards.reader import Store, heldout
 from sae_dist.text.stream import TokenStream
 
 
-def evaluate_reconstruction(dictionary: Dictionary, store: Store, hook: str, config: EvaluateConfig) -> Figures:
+def evaluate_reconstruction(dictionary: Dictionary, store: Store, hook: str, config: EvaluateConfig) -> Metrics:
     """The figures that need no model: FVU, L0, cosine and dead share on the units that training never reads."""
     if not store.meta.heldout_units:
         return unmeasured(RECONSTRUCTION, "the store has no held-out units")
@@ -55,7 +55,7 @@ def evaluate_loss(
     mean: Float[Tensor, " d_model"],
     config: EvaluateConfig,
     progress: Callable[[int], None] = lambda _: None,
-) -> Figures:
+) -> Metrics:
     """The figures that need the model: its cross-entropy clean, spliced, zero-ablated and mean-ablated."""
 
     def batches() -> Iterator[Tensor]:
@@ -71,7 +71,7 @@ def evaluate_loss(
     return loss_figures(found)
 
 
-def loss_figures(found: LossRecovered) -> Figures:
+def loss_figures(found: LossRecovered) -> Metrics:
     """What was found, by name; null with a reason where there was no token to predict, or no loss to recover."""
     if not found.tokens:
         return unmeasured(LOSS, "the held-out text has no token to predict") | {"ce_tokens": 0}
@@ -96,9 +96,7 @@ def loss_figures(found: LossRecovered) -> Figures:
     )
 
 
-UNMEASURED = together(
-    unmeasured(RECONSTRUCTION, "not judged yet"), unmeasured(LOSS, "there is no language model to run")
-)
+UNMEASURED = merged(unmeasured(RECONSTRUCTION, "not judged yet"), unmeasured(LOSS, "there is no language model to run"))
 
 
 def density_quantiles(density: Float[Tensor, " n_latents"]) -> dict[str, float]:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from sae_dist.config import frozen
 from sae_dist.interpret import histogram
-from sae_dist.interpret.keep import Kept, keep_, merge_cells, nothing
-from sae_dist.interpret.keyed import mix, token_hash, unsigned
+from sae_dist.interpret.bounded_lists import BoundedLists, empty_lists, insert_, merge_cells
+from sae_dist.interpret.token_hash import mix, token_hash, unsigned
 
 SAMPLE_BINS = histogram.N_BINS // 2  # samples are kept by these; intervals are whole numbers of them
 UNLABELLED = "unlabelled"
 
-Rows = Iterable[tuple[Tensor, Tensor | np.ndarray, Tensor | np.ndarray]]  # x [rows, d_model], doc [rows], pos [rows]
+# x [rows, d_model], doc [rows], pos [rows]
+RowBatches = Iterable[tuple[Tensor, Tensor | np.ndarray, Tensor | np.ndarray]]
 Encode = Callable[[Float[Tensor, "rows d_model"]], Active]
 
 
@@ -55,8 +56,8 @@ class Collected(NamedTuple):
     category_count: Int[Tensor, "n_latents n_categories"]
     category_total: Float[Tensor, "n_latents n_categories"]
     paged: Int[Tensor, " n_paged"]  # ascending ids of the latents that get a page
-    top: Kept  # cell i: the strongest activations of latent paged[i]
-    samples: Kept  # cell i * SAMPLE_BINS + b: chance activations from that part of its range
+    top: BoundedLists  # cell i: the strongest activations of latent paged[i]
+    samples: BoundedLists  # cell i * SAMPLE_BINS + b: chance activations from that part of its range
 
 
 def paged_latents(n_latents: int, config: PagesConfig) -> Int[Tensor, " n_paged"]:
@@ -73,7 +74,7 @@ def slots(paged: Int[Tensor, " n_paged"], n_latents: int) -> Int[Tensor, " n_lat
     return torch.full((n_latents,), -1).index_copy(0, paged, torch.arange(len(paged)))
 
 
-def first_tokens(rows: Rows, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def first_tokens(rows: RowBatches, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The first `tokens` rows of a stream, documents and positions as int64."""
     for x, doc, pos in rows:
         n = min(len(x), tokens)
@@ -104,7 +105,7 @@ def active_entries(
 
 
 def collect(
-    rows: Rows, encode: Encode, *, n_latents: int, category: Callable[[int], str | None], config: PagesConfig
+    rows: RowBatches, encode: Encode, *, n_latents: int, category: Callable[[int], str | None], config: PagesConfig
 ) -> Collected:
     """Statistics, histograms, strongest and sampled contexts and categories of all latents, in one pass."""
     paged = paged_latents(n_latents, config)
@@ -114,8 +115,8 @@ def collect(
     maximum = torch.zeros(n_latents)
     exponent = torch.full((n_latents,), histogram.UNSEEN)
     counts = torch.zeros(n_latents, histogram.N_BINS, dtype=torch.int64)
-    top = nothing(len(paged), 2 * config.top_contexts)
-    samples = nothing(len(paged) * SAMPLE_BINS, max(1, 2 * config.interval_contexts))  # some are shown already
+    top = empty_lists(len(paged), 2 * config.top_contexts)
+    samples = empty_lists(len(paged) * SAMPLE_BINS, max(1, 2 * config.interval_contexts))  # some are shown already
     categories = _Categories(n_latents)
     block = config.tokens_before + 1 + config.tokens_after
     n_rows = 0
@@ -134,10 +135,10 @@ def collect(
         row, latent, value, bin_ = row[shown], latent[shown], value[shown], bin_[shown]
         slot, hashes, doc, pos = slot_of[latent], token_hash(doc, pos, seed=config.seed)[row], doc[row], pos[row]
         strength = (value.view(torch.int32).long() << 32) | unsigned(hashes) >> 31  # positive floats sort as integers
-        keep_(top, slot, key=~strength, value=value, doc=doc, pos=pos, block=block)
+        insert_(top, slot, key=~strength, value=value, doc=doc, pos=pos, block=block)
         if config.interval_contexts:
             cell = slot * SAMPLE_BINS + bin_ // (histogram.N_BINS // SAMPLE_BINS)
-            keep_(samples, cell, key=unsigned(mix(hashes + latent)), value=value, doc=doc, pos=pos)
+            insert_(samples, cell, key=unsigned(mix(hashes + latent)), value=value, doc=doc, pos=pos)
     return Collected(
         n_rows, count, total, maximum, exponent, counts, *categories.sorted(), paged=paged, top=top, samples=samples
     )
@@ -146,7 +147,7 @@ def collect(
 def _widen_(
     exponent: Int[Tensor, " n_latents"],
     counts: Int[Tensor, "n_latents n_bins"],
-    samples: Kept,
+    samples: BoundedLists,
     paged: Int[Tensor, " n_paged"],
     *,
     grown: Int[Tensor, " n_latents"],

@@ -6,17 +6,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_dist.interpret.bounded_lists import EMPTY, BoundedLists, merge_cells
 from sae_dist.interpret.collect import (
     SAMPLE_BINS,
     Collected,
     Encode,
     PagesConfig,
-    Rows,
+    RowBatches,
     active_entries,
     first_tokens,
 )
 from sae_dist.interpret.histogram import N_BINS
-from sae_dist.interpret.keep import EMPTY, Kept, merge_cells
 
 TOP = -1
 
@@ -75,7 +75,7 @@ def _intervals(collected: Collected, edges: Int[Tensor, "n_paged n_edges"]) -> I
     return Intervals(values, count)
 
 
-def _samples(collected: Collected, edges: Int[Tensor, "n_paged n_edges"]) -> list[Kept]:
+def _samples(collected: Collected, edges: Int[Tensor, "n_paged n_edges"]) -> list[BoundedLists]:
     """A fair sample of every interval: the smallest hashes of a union of bins are among those of its parts."""
     bins = torch.arange(SAMPLE_BINS)
     cells = torch.arange(len(edges))[:, None] * SAMPLE_BINS + bins
@@ -85,7 +85,7 @@ def _samples(collected: Collected, edges: Int[Tensor, "n_paged n_edges"]) -> lis
     ]
 
 
-def _passages(top: Kept, config: PagesConfig) -> Kept:
+def _passages(top: BoundedLists, config: PagesConfig) -> BoundedLists:
     """The strongest first; an activation that an earlier context shows already is not shown again."""
     chosen = torch.zeros(top.key.shape, dtype=torch.bool)
     for i in range(top.key.shape[1]):
@@ -95,7 +95,7 @@ def _passages(top: Kept, config: PagesConfig) -> Kept:
     return top._replace(key=top.key.masked_fill(~chosen, EMPTY))
 
 
-def _unseen(sample: Kept, shown: Kept, config: PagesConfig) -> Kept:
+def _unseen(sample: BoundedLists, shown: BoundedLists, config: PagesConfig) -> BoundedLists:
     """The first `interval_contexts` of a sample that no shown context has in its window."""
     in_sight = torch.stack(
         [
@@ -115,7 +115,7 @@ def _shows(doc: Tensor, pos: Tensor, other_doc: Tensor, other_pos: Tensor, confi
     return (doc == other_doc) & (-config.tokens_before <= ahead) & (ahead <= config.tokens_after)
 
 
-def _contexts(kept: Kept, interval: int) -> Contexts:
+def _contexts(kept: BoundedLists, interval: int) -> Contexts:
     slot, place = (kept.key != EMPTY).nonzero(as_tuple=True)
     value, doc, pos = (column[slot, place] for column in kept[1:])
     return Contexts(slot, torch.full_like(slot, interval), value, doc, pos)
@@ -151,7 +151,9 @@ def _places(windows: _Windows, group: Int[Tensor, " n"], pos: Int[Tensor, " n"])
     return place.where(inside, -1)
 
 
-def shade(rows: Rows, encode: Encode, *, collected: Collected, contexts: Contexts, config: PagesConfig) -> Shading:
+def shade(
+    rows: RowBatches, encode: Encode, *, collected: Collected, contexts: Contexts, config: PagesConfig
+) -> Shading:
     """The activations of each context's latent on the tokens round it, from the same rows in a second pass.
 
     Only rows that some context shows are encoded. Tokens that the stream does not hold stay without a value.

@@ -16,7 +16,7 @@ class LogitEffects(NamedTuple):
     suppressed_by: Float[Tensor, "n_latents n_tokens"]
 
 
-class Outputs(NamedTuple):
+class Unembedding(NamedTuple):
     """The unembedding of the tokens that exist: an embedding may have rows more, which no token has."""
 
     W_U: Float[Tensor, "d_model n_output"]
@@ -25,7 +25,7 @@ class Outputs(NamedTuple):
 
 @torch.no_grad()
 def logit_effects(
-    W_dec: Float[Tensor, "n_latents d_model"], outputs: Outputs, *, n_tokens: int = 10, chunk: int = 256
+    W_dec: Float[Tensor, "n_latents d_model"], outputs: Unembedding, *, n_tokens: int = 10, chunk: int = 256
 ) -> LogitEffects:
     """W_dec (W_U - mean over the vocabulary): the logits that one unit of activation adds through the direct path.
 

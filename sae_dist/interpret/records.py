@@ -30,7 +30,7 @@ class Stream(Protocol):
     def window(self, doc: int, pos: int, before: int, after: int) -> tuple[Iterable[int], int]: ...
 
 
-class Text(NamedTuple):
+class ContextText(NamedTuple):
     """The tokens of all contexts, end to end."""
 
     tokens: Int[np.ndarray, " n"]
@@ -39,7 +39,7 @@ class Text(NamedTuple):
     category: Int[np.ndarray, " n_contexts"]  # number of the document's category, -1 when nothing is labelled
 
 
-def context_text(contexts: Contexts, categories: Sequence[str], stream: Stream, config: PagesConfig) -> Text:
+def context_text(contexts: Contexts, categories: Sequence[str], stream: Stream, config: PagesConfig) -> ContextText:
     """The tokens round every context, as far as the model read them together with it."""
     number = {name: i for i, name in enumerate(categories)}
     windows, index, category = [np.zeros(0, np.int64)], [], []
@@ -51,12 +51,12 @@ def context_text(contexts: Contexts, categories: Sequence[str], stream: Stream, 
         windows.append(np.asarray(tokens, dtype=np.int64))
         index.append(at)
         category.append(number.get(stream.category(doc) or UNLABELLED, -1))
-    return Text(
+    return ContextText(
         np.concatenate(windows), np.cumsum([len(w) for w in windows]), np.array(index, int), np.array(category, int)
     )
 
 
-def labels(contexts: Contexts, text: Text, decode: Decode, *, n_paged: int) -> list[list[int]]:
+def labels(contexts: Contexts, text: ContextText, decode: Decode, *, n_paged: int) -> list[list[int]]:
     """The tokens that each latent fires on, by their share of the shown activation; one spelling of a word."""
     peaks = text.tokens[text.start[:-1] + text.at].tolist()
     word = {token: _word(decode(token)) for token in set(peaks)}
@@ -111,7 +111,7 @@ def latent_records(
     shading: Shading,
     effects: LogitEffects,
     similar: Similar,
-    text: Text,
+    text: ContextText,
     used: Int[np.ndarray, " n_used"],
 ) -> Iterator[dict[str, Any]]:
     """One value for each paged latent; tokens are places in `used`, those of contexts 16 or 32 bits wide, base64."""

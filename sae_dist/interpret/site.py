@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_dist import checksums
-from sae_dist.interpret.collect import Collected, Encode, PagesConfig, Rows, collect
+from sae_dist.interpret.collect import Collected, Encode, PagesConfig, RowBatches, collect
 from sae_dist.interpret.contexts import Contexts, Intervals, Shading, choose, shade
-from sae_dist.interpret.logit_effect import LogitEffects, Outputs, logit_effects, no_effects
+from sae_dist.interpret.logit_effect import LogitEffects, Unembedding, logit_effects, no_effects
 from sae_dist.interpret.records import Stream, context_text, index_columns, labels, latent_records, token_dtype
 from sae_dist.interpret.similar import Similar, similar_latents
 from sae_dist.interpret.vocabulary import Decode
@@ -31,11 +31,11 @@ LATENTS_PER_FILE = 64  # about 0.3 MB: a page reads one file of latents
 
 def feature_pages(
     out: Path,
-    rows: Callable[[], Rows],
+    rows: Callable[[], RowBatches],
     *,
     encode: Encode,
     W_dec: Float[Tensor, "n_latents d_model"],
-    outputs: Outputs | str,
+    outputs: Unembedding | str,
     stream: Stream,
     decode: Decode,
     special: Collection[int] = (),

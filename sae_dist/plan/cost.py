@@ -9,7 +9,7 @@ COLUMNS = 16  # bytes a row besides its activations: doc 8, pos 4, token 4 (shar
 SCALE = 4  # bytes a row more where the store is quantised
 
 
-class Subject(NamedTuple):
+class HarvestedModel(NamedTuple):
     """The language model that is harvested."""
 
     parameters: float  # that a token passes: those of the layers up to the hook point
@@ -34,21 +34,21 @@ def store_bytes(rows: int, d_model: int, stored_bytes: int) -> float:
     return float(rows) * (d_model * stored_bytes + COLUMNS + (SCALE if stored_bytes == 1 else 0))
 
 
-def harvest_flop(subject: Subject, rows: int) -> float:
+def harvest_flop(harvested: HarvestedModel, rows: int) -> float:
     """2 N FLOP a position up to the hook point (Kaplan et al. 2020, sec. 2.1), without attention's own products."""
-    return 2.0 * subject.parameters * rows / subject.kept
+    return 2.0 * harvested.parameters * rows / harvested.kept
 
 
 def cost(
     work: Workload,
     machine: Machine,
-    subject: Subject | None,
+    harvested: HarvestedModel | None,
     *,
     tokens_per_second: float,
     storage_tb_month: float | None,
 ) -> Cost:
     """The whole run: `work.store_rows` harvested once, `work.steps` steps on all ranks of the mesh."""
-    flop = harvest_flop(subject, work.store_rows) if subject else 0.0
+    flop = harvest_flop(harvested, work.store_rows) if harvested else 0.0
     harvest_hours = flop / machine.harvest / 3600
     devices = min(work.ranks, machine.devices) if machine.backend != "triton" else work.ranks
     train_hours = work.steps * work.batch / tokens_per_second * devices / 3600

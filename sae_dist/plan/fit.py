@@ -13,14 +13,14 @@ from sae_dist.plan.workload import Workload
 KINDS = ("product", "select", "gather", "stream", "step")
 
 
-class Measured(NamedTuple):
+class TimedStep(NamedTuple):
     """One step, timed."""
 
     work: Workload
     seconds: float
 
 
-def rates(measured: Sequence[Measured], backend: Backend) -> Rates:
+def rates(measured: Sequence[TimedStep], backend: Backend) -> Rates:
     """The rates whose predictions have the least squared relative error over the measured steps.
 
     A kind of work that the fit finds to cost nothing beside the others gets the largest rate that is still a number.

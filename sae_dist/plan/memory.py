@@ -11,7 +11,7 @@ from sae_kernels.eight_bit import block_of
 
 from sae_dist.plan.machine import Machine
 from sae_dist.plan.workload import Workload
-from sae_dist.sae.variants.declared import Elementwise
+from sae_dist.sae.variants.interface import Elementwise
 from sae_dist.train.parallel.batch_select import initial_width
 from sae_dist.train.parallel.row_select import pays_two_rounds
 from sae_dist.train.parallel.step import LINE_WIDTH
@@ -28,7 +28,7 @@ OF_A_PAIR = 8  # z, value, cost, their gradients and masks, where a value is not
 CHUNK = 64  # latents of one partial sum of b_dec's gradient (sae_kernels.cpu)
 
 
-class Part(NamedTuple):
+class MemoryItem(NamedTuple):
     """One line of the table; `host` parts lie beside an accelerator, not on it."""
 
     name: str
@@ -36,7 +36,7 @@ class Part(NamedTuple):
     host: bool = False
 
 
-def memory(work: Workload, machine: Machine) -> list[Part]:
+def memory(work: Workload, machine: Machine) -> list[MemoryItem]:
     """What one rank holds; the sum is the most that it ever needs.
 
     The dictionaries of a pass share the program, the loader and the rows, and they learn one after the other.
@@ -52,17 +52,17 @@ def memory(work: Workload, machine: Machine) -> list[Part]:
     copies = 2 * sum(member.latents for member in kernels) * d_model
     start = 8 * largest * d_model - batch  # the initial weights, before they are let go of; there is no batch
     return [
-        Part("program and libraries", machine.runtime),
+        MemoryItem("program and libraries", machine.runtime),
         *_named((PARAMETERS[member.state.parameters], parameter_bytes(member)) for member in work.members),
         *_named((MOMENTS[member.state.moments], moment_bytes(member)) for member in work.members),
-        *([Part("W_enc, bf16 copy", copies)] if copies else []),
-        Part("silence counters", 8 * sum(member.latents for member in work.members)),
-        Part("batch: rows, errors, pairs", batch),
-        Part(
+        *([MemoryItem("W_enc, bf16 copy", copies)] if copies else []),
+        MemoryItem("silence counters", 8 * sum(member.latents for member in work.members)),
+        MemoryItem("batch: rows, errors, pairs", batch),
+        MemoryItem(
             "largest phase of a step" if phase >= start else "the start, when weights are copied in", max(phase, start)
         ),
-        Part("loader: windows, batches ahead", loader_bytes(work), host=accelerator),
-        Part("checkpoint: copy while written", sum(map(state_bytes, work.members)), host=accelerator),
+        MemoryItem("loader: windows, batches ahead", loader_bytes(work), host=accelerator),
+        MemoryItem("checkpoint: copy while written", sum(map(state_bytes, work.members)), host=accelerator),
     ]
 
 
@@ -75,7 +75,7 @@ def parameter_bytes(work: Workload) -> float:
     """Matrices as they are stored, and vectors that are always fp32."""
     each = {"float32": 4, "bfloat16_stochastic": 2}[work.state.parameters]
     sizes = {"n_latents": work.latents, "d_model": work.d_model}
-    learned = [spec for spec in work.sae.tensors if spec.kept == "learned"]
+    learned = [spec for spec in work.sae.tensors if spec.role == "learned"]
     return sum((each if len(spec.dims) == 2 else 4) * spec.size(**sizes) for spec in learned)
 
 
@@ -156,9 +156,9 @@ def loader_bytes(work: Workload) -> float:
     return (slices + work.prefetch * -(-work.batch // readers)) * work.d_model * work.stored_bytes
 
 
-def _named(amounts: Iterable[tuple[str, float]]) -> list[Part]:
+def _named(amounts: Iterable[tuple[str, float]]) -> list[MemoryItem]:
     """A line for every name, in their order, with the sum of its amounts."""
     sums: dict[str, float] = {}
     for name, size in amounts:
         sums[name] = sums.get(name, 0.0) + size
-    return [Part(name, size) for name, size in sums.items()]
+    return [MemoryItem(name, size) for name, size in sums.items()]

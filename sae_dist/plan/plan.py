@@ -4,17 +4,17 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from sae_dist.config import UserError, to_dict
-from sae_dist.plan.cost import Cost, Subject, cost
+from sae_dist.plan.cost import Cost, HarvestedModel, cost
 from sae_dist.plan.machine import Machine
-from sae_dist.plan.memory import Part, memory
+from sae_dist.plan.memory import MemoryItem, memory
 from sae_dist.plan.seconds import Phase, n_machines, phases, reading_s, shared_by
-from sae_dist.plan.traffic import Exchange, dense_gradient_bytes, exchanges, feeding
+from sae_dist.plan.traffic import Exchange, dense_gradient_bytes, exchanges, loading
 from sae_dist.plan.workload import Workload, check
 
 MOST_RANKS = 1 << 14  # a search ends here: no cluster is larger
 
 
-class Mesh(NamedTuple):
+class MeshEstimate(NamedTuple):
     """A way to split a run, and what it comes to."""
 
     data: int
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
 
     work: Workload
     machine: Machine
-    memory: list[Part]
+    memory: list[MemoryItem]
     device_bytes: float  # needed on one device
     host_bytes: float  # needed beside the devices of one machine
     exchanges: list[Exchange]
@@ -41,19 +41,19 @@ class Plan(NamedTuple):
     bound_by: str
     machines: int
     wall_hours: float
-    smallest: Mesh  # the fewest ranks that hold it
-    alternatives: list[Mesh]  # other splits of the same number of ranks that fit, fastest first
+    smallest: MeshEstimate  # the fewest ranks that hold it
+    alternatives: list[MeshEstimate]  # other splits of the same number of ranks that fit, fastest first
     cost: Cost
 
 
 def plan(
-    work: Workload, machine: Machine, subject: Subject | None = None, *, storage_tb_month: float | None = None
+    work: Workload, machine: Machine, harvested: HarvestedModel | None = None, *, storage_tb_month: float | None = None
 ) -> Plan:
     """The plan; UserError, with the cure, when the mesh cannot hold the run or leaves a rank without work."""
     check(work)
     parts, step = memory(work, machine), step_s(work, machine)
     smallest = smallest_mesh(work, machine)
-    device, host = needs(work, machine)
+    device, host = bytes_needed(work, machine)
     refuse_what_does_not_fit(work, machine, smallest)
     speed = work.batch / step
     return Plan(
@@ -62,7 +62,7 @@ def plan(
         memory=parts,
         device_bytes=device,
         host_bytes=host,
-        exchanges=feeding(work) + exchanges(work),
+        exchanges=loading(work) + exchanges(work),
         dense_gradient_bytes=dense_gradient_bytes(work),
         phases=phases(work, machine),
         step_s=step,
@@ -73,7 +73,7 @@ def plan(
         wall_hours=work.steps * step / 3600,
         smallest=smallest,
         alternatives=splits(work, machine),
-        cost=cost(work, machine, subject, tokens_per_second=speed, storage_tb_month=storage_tb_month),
+        cost=cost(work, machine, harvested, tokens_per_second=speed, storage_tb_month=storage_tb_month),
     )
 
 
@@ -92,7 +92,7 @@ def bound_by(work: Workload, machine: Machine) -> str:
     return "reading" if reading > sum(seconds.values()) else max(seconds, key=lambda name: seconds[name])
 
 
-def needs(work: Workload, machine: Machine) -> tuple[float, float]:
+def bytes_needed(work: Workload, machine: Machine) -> tuple[float, float]:
     """Bytes needed of one device, and beside the devices of one machine; a processor's are all of the first kind."""
     parts = memory(work, machine)
     ranks = min(machine.devices, work.ranks)
@@ -101,33 +101,33 @@ def needs(work: Workload, machine: Machine) -> tuple[float, float]:
 
 
 def fits(work: Workload, machine: Machine) -> bool:
-    device, host = needs(work, machine)
+    device, host = bytes_needed(work, machine)
     return device <= machine.memory and host <= machine.host_memory
 
 
-def smallest_mesh(work: Workload, machine: Machine) -> Mesh:
+def smallest_mesh(work: Workload, machine: Machine) -> MeshEstimate:
     """The fewest feature ranks that hold the run, the data axis being one; UserError where none do."""
     feature = 1
     most = min(member.n_latents for member in work.members)
     while feature <= min(MOST_RANKS, most):
-        tried = work.on(data=1, feature=feature)
+        tried = work.on_mesh(data=1, feature=feature)
         if fits(tried, machine):
             return _mesh(tried, machine)
         if machine.backend != "triton":
             break  # more ranks on the same memory need more, not less
         feature += 1
-    one = needs(work.on(data=1, feature=min(feature, most)), machine)[0]
-    others = f" and the {len(work.also)} of also" if work.also else ""
+    one = bytes_needed(work.on_mesh(data=1, feature=min(feature, most)), machine)[0]
+    others = f" and the {len(work.others)} of more_dictionaries" if work.others else ""
     raise UserError(
         f"sae.n_latents={work.n_latents} x d_model={work.d_model}{others} with train.batch={work.batch} needs "
         f"{gigabytes(one)} on a device of machine={machine.name}, which has {gigabytes(machine.memory)}, however it is "
-        f"split; use fewer latents,{' fewer dictionaries,' if work.also else ''} a smaller train.batch or a larger "
+        f"split; use fewer latents,{' fewer dictionaries,' if work.others else ''} a smaller train.batch or a larger "
         "machine"
     )
 
 
-def refuse_what_does_not_fit(work: Workload, machine: Machine, smallest: Mesh) -> None:
-    device, host = needs(work, machine)
+def refuse_what_does_not_fit(work: Workload, machine: Machine, smallest: MeshEstimate) -> None:
+    device, host = bytes_needed(work, machine)
     if device > machine.memory:
         raise UserError(
             f"mesh.data={work.data} x mesh.feature={work.feature} needs {gigabytes(device)} on a device of machine="
@@ -141,11 +141,11 @@ def refuse_what_does_not_fit(work: Workload, machine: Machine, smallest: Mesh) -
         )
 
 
-def splits(work: Workload, machine: Machine) -> list[Mesh]:
+def splits(work: Workload, machine: Machine) -> list[MeshEstimate]:
     """Every split of this many ranks that fits, the fastest first."""
     found = []
     for feature in range(1, work.ranks + 1):
-        tried = work.on(data=work.ranks // feature, feature=feature)
+        tried = work.on_mesh(data=work.ranks // feature, feature=feature)
         if work.ranks % feature == 0 and tried.data <= work.lanes and fits(tried, machine):
             found.append(_mesh(tried, machine))
     return sorted(found, key=lambda mesh: -mesh.tokens_per_second)
@@ -168,6 +168,6 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB"
 
 
-def _mesh(work: Workload, machine: Machine) -> Mesh:
+def _mesh(work: Workload, machine: Machine) -> MeshEstimate:
     parts = sum(part.bytes for part in memory(work, machine) if not part.host)
-    return Mesh(work.data, work.feature, n_machines(work, machine), parts, work.batch / step_s(work, machine))
+    return MeshEstimate(work.data, work.feature, n_machines(work, machine), parts, work.batch / step_s(work, machine))

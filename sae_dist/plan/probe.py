@@ -17,7 +17,7 @@ from sae_kernels.cpu.build import cpu_flags
 from sae_kernels.shard import Shard
 
 from sae_dist.config import digest, load, to_dict
-from sae_dist.plan.fit import Measured, rates
+from sae_dist.plan.fit import TimedStep, rates
 from sae_dist.plan.machine import Link, Machine
 from sae_dist.plan.parallel import loopback
 from sae_dist.plan.workload import Workload
@@ -82,13 +82,13 @@ def measure() -> Machine:
     )  # fmt: skip
 
 
-def _steps() -> Iterator[Measured]:
+def _steps() -> Iterator[TimedStep]:
     for n_latents, d_model, k, batch in SHAPES:
         step = step_of(n_latents, d_model, k)
         run = partial(step.step, torch.randn(batch, d_model), lr=1e-4, variance=float(d_model))
         times = [_timed(run) for _ in range(REPEAT)]
         work = Workload(sae=TopK(n_latents=n_latents, k=k, k_aux=0), d_model=d_model, batch=batch)
-        yield Measured(work, sorted(times[1:])[(REPEAT - 1) // 2])
+        yield TimedStep(work, sorted(times[1:])[(REPEAT - 1) // 2])
 
 
 def _gemm(dtype: torch.dtype) -> float:

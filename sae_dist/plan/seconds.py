@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 from sae_dist.plan.machine import Backend, Link, Machine
-from sae_dist.plan.traffic import exchanges, feeding
+from sae_dist.plan.traffic import exchanges, loading
 from sae_dist.plan.workload import Workload
 
 Kind = Literal["product", "select", "gather", "stream", "step"]
@@ -42,7 +42,7 @@ def phases(work: Workload, machine: Machine) -> list[Phase]:
     }
     own = amounts(work, machine.backend)
     found = [Phase(*NAMES[kind][:1], own[kind], NAMES[kind][1], own[kind] * cost) for kind, cost in per_unit.items()]
-    for e in feeding(work) + exchanges(work):
+    for e in loading(work) + exchanges(work):
         link = joined_by(e.axis, work, machine)
         seconds = e.calls * link.latency_s + share * e.bytes / link.bytes_per_s
         found.append(Phase(f"exchange: {e.name} ({e.axis})", e.bytes, "B", seconds))
@@ -57,7 +57,7 @@ def amounts(work: Workload, backend: Backend) -> dict[Kind, float]:
     a row's in the mean. stream: the optimiser's passes over this rank's weights. A compact state is computed by plain
     torch: on an accelerator that is a product of FP32_PRODUCT times the FLOP, and its search for the top k in memory.
     """
-    if work.also:
+    if work.others:
         each = [amounts(member, backend) for member in work.members]
         return {kind: sum(own[kind] for own in each) for kind in NAMES}
     weights, d = float(work.latents * work.d_model), work.d_model

@@ -8,7 +8,7 @@ here, is taken as k a row in all, evenly over the parts; also that no row is sel
 from typing import Literal, NamedTuple
 
 from sae_dist.plan.workload import Workload
-from sae_dist.sae.variants.declared import Elementwise, TopOfBatch
+from sae_dist.sae.variants.interface import Elementwise, TopOfBatch
 from sae_dist.train.parallel.batch_select import DIGIT, VALUE_BITS
 from sae_dist.train.parallel.batch_select import NAME as THRESHOLD
 from sae_dist.train.parallel.row_select import pays_two_rounds
@@ -28,7 +28,7 @@ class Exchange(NamedTuple):
 
 def exchanges(work: Workload) -> list[Exchange]:
     """The exchanges of a step on this mesh, none where an axis has one rank; all dictionaries of the pass make them."""
-    if work.also:
+    if work.others:
         return [exchange for member in work.members for exchange in exchanges(member)]
     extra = 1 + work.vectors if isinstance(work.sae, Elementwise) else 0  # numbers that each pair has besides
     found = _in_lines(work, extra) if work.in_lines else _use(work, work.k, work.latents, "candidates", extra)
@@ -102,7 +102,7 @@ def reaching(work: Workload, k: int) -> int:
     return -(-work.rows * k // work.feature)
 
 
-def feeding(work: Workload) -> list[Exchange]:
+def loading(work: Workload) -> list[Exchange]:
     """How the batch comes to every rank: read once on the whole mesh, in as many parts as there are readers.
 
     A rank without a lane to read is sent as much as one with: parts are padded to the longest.

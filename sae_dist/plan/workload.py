@@ -7,13 +7,13 @@ from sae_kernels.row_state import StateOptions
 from sae_dist.config import UserError
 from sae_dist.plan.machine import Backend
 from sae_dist.sae.config import SAEConfig, check_width, resolved_k_aux
-from sae_dist.sae.variants.declared import Top, Variant, own_vectors
+from sae_dist.sae.variants.interface import Top, Variant, own_vectors
 from sae_dist.shards.order import OrderConfig
 from sae_dist.train.config import TrainConfig
 
 
 class Workload(NamedTuple):
-    """One pass on one mesh: a dictionary, and `also` others. Sizes are of the run, properties of its largest rank.
+    """One pass on one mesh: a dictionary, and perhaps others. Sizes are of the run, properties of its largest rank.
 
     Numbers and properties are the main dictionary's alone; `members` has all of them, a workload each.
     """
@@ -33,12 +33,12 @@ class Workload(NamedTuple):
     stored_bytes: int = 2  # an element of a stored row
     store_rows: int = 0  # rows of the store, 0 where unknown
     state: StateOptions = StateOptions()  # how weights and moments are stored
-    also: "tuple[Workload, ...]" = ()  # other dictionaries over the same batches
+    others: "tuple[Workload, ...]" = ()  # other dictionaries over the same batches
 
     @property
     def members(self) -> "tuple[Workload, ...]":
         """Every dictionary of the pass by itself."""
-        return (self._replace(also=()), *self.also)
+        return (self._replace(others=()), *self.others)
 
     @property
     def n_latents(self) -> int:
@@ -81,16 +81,16 @@ class Workload(NamedTuple):
     def parameters(self) -> int:
         """Learned numbers of the whole dictionary."""
         sizes = {"n_latents": self.n_latents, "d_model": self.d_model}
-        return sum(spec.size(**sizes) for spec in self.sae.tensors if spec.kept == "learned")
+        return sum(spec.size(**sizes) for spec in self.sae.tensors if spec.role == "learned")
 
     def kernels(self, backend: Backend) -> Backend:
         """What computes its steps where one of fp32 state is computed by `backend`: plain torch, unless it is fp32."""
         return backend if self.state.plain else "torch"
 
-    def on(self, *, data: int, feature: int) -> "Workload":
+    def on_mesh(self, *, data: int, feature: int) -> "Workload":
         """The same on another mesh."""
-        also = tuple(member.on(data=data, feature=feature) for member in self.also)
-        return self._replace(data=data, feature=feature, also=also)
+        others = tuple(member.on_mesh(data=data, feature=feature) for member in self.others)
+        return self._replace(data=data, feature=feature, others=others)
 
 
 def check(work: Workload) -> None:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from sae_dist.config import UserError
 from sae_dist.sae.variants.batchtopk import BatchTopK
-from sae_dist.sae.variants.declared import Variant
+from sae_dist.sae.variants.interface import Variant
 from sae_dist.sae.variants.jumprelu import JumpReLU
 from sae_dist.sae.variants.topk import TopK
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from sae_dist.config import UserError, digest
 from sae_dist.sae.config import KINDS
 from sae_dist.sae.initialize import Parameters
-from sae_dist.sae.variants.declared import Spec
+from sae_dist.sae.variants.interface import TensorSpec
 
 FORMAT = 1
 WEIGHTS = "weights_xxh3_128"  # the key of config.json that holds the hash of dictionary.safetensors
@@ -64,7 +64,7 @@ def save(dictionary: Dictionary, folder: Path) -> None:
     tensors: dict[str, Tensor] = dictionary.parameters._asdict()
     tensors |= {} if dictionary.threshold is None else {"threshold": dictionary.threshold}
     specs = KINDS[dictionary.info["variant"]]().tensors
-    parts = ((s, 0, tensors[s.name].t() if s.columns_are_latents else tensors[s.name]) for s in specs)
+    parts = ((s, 0, tensors[s.name].t() if s.stored_transposed else tensors[s.name]) for s in specs)
     write(
         folder, parts, specs=specs, n_latents=dictionary.n_latents, d_model=dictionary.d_model, k=dictionary.k,
         info=dictionary.info,
@@ -72,8 +72,8 @@ def save(dictionary: Dictionary, folder: Path) -> None:
 
 
 def write(
-    folder: Path, parts: Iterable[tuple[Spec, int, Tensor]], *, specs: Iterable[Spec], n_latents: int, d_model: int,
-    k: int, info: Mapping[str, Any],
+    folder: Path, parts: Iterable[tuple[TensorSpec, int, Tensor]], *, specs: Iterable[TensorSpec], n_latents: int,
+    d_model: int, k: int, info: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """`save` of a dictionary that comes in parts: which tensor, its first latent, fp32 rows that are latents.
 
@@ -98,8 +98,8 @@ def write(
         for spec, start, rows in parts:
             at = begin + header[spec.name]["data_offsets"][0]
             rows = rows.detach().float().cpu()
-            pieces = rows.t() if spec.columns_are_latents else rows.reshape(1, -1)  # as it lies in the file
-            first = start if spec.columns_are_latents else start * rows[:1].numel()
+            pieces = rows.t() if spec.stored_transposed else rows.reshape(1, -1)  # as it lies in the file
+            first = start if spec.stored_transposed else start * rows[:1].numel()
             for number, piece in enumerate(pieces.contiguous().numpy()):
                 file.seek(at + 4 * (number * n_latents + first))
                 file.write(piece.data)

@@ -20,7 +20,7 @@ class Parameters(NamedTuple):
     b_dec: Float[Tensor, " d_model"]
 
 
-class Start(NamedTuple):
+class Initialization(NamedTuple):
     """A dictionary before step 0."""
 
     parameters: Parameters
@@ -71,7 +71,7 @@ def initialize(
     latents: range | None = None,
     kth: Callable[[Float[Tensor, "sample candidates"]], Float[Tensor, " sample"]] | None = None,
     total: Callable[[Tensor], Tensor] = lambda part: part,
-) -> Start:
+) -> Initialization:
     """Tied initialisation: random unit decoder rows, W_enc = c W_dec^T, b_enc = 0, b_dec = geometric median of x.
 
     c makes ||x_hat - b_dec|| match ||x - b_dec|| on the sample in the mean (Gao et al. 2024, App. A.1): a dictionary
@@ -99,4 +99,4 @@ def initialize(
     rebuilt = total(rebuilt)
     c = float(sample.norm(dim=-1).mean() / rebuilt.norm(dim=-1).mean().clamp_min(1e-12))
     parameters = Parameters((W_dec * c).clone().T, W_dec, torch.zeros(len(latents), device=x.device), b_dec)
-    return Start(parameters, c * float(least.mean()))
+    return Initialization(parameters, c * float(least.mean()))

@@ -35,8 +35,8 @@ class RunConfig:
     harvest: HarvestConfig
     sae: SAEConfig
     # more dictionaries in the same pass, each by its keys of sae, seed, lr, parameters, moments (of train) and name
-    # that differ: 'also=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'; pages show the main one
-    also: tuple[dict[str, Any], ...] = ()
+    # that differ: 'more_dictionaries=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'; pages show the main one
+    more_dictionaries: tuple[dict[str, Any], ...] = ()
     order: OrderConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
@@ -93,8 +93,8 @@ class RunConfig:
     def train_job(self) -> "TrainJob":
         """The training part of the run."""
         return TrainJob(
-            out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae, also=self.also,
-            order=self.order, train=self.train, mesh=self.mesh, wandb=self.wandb, cluster=self.cluster,
+            out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae,
+            more_dictionaries=self.more_dictionaries, order=self.order, train=self.train, mesh=self.mesh, wandb=self.wandb, cluster=self.cluster,
             live=True,
         ).with_absolute_paths()  # fmt: skip
 
@@ -140,8 +140,8 @@ class TrainJob:
     hook: str | None = None  # null: the only one that the store has
     sae: SAEConfig
     # more dictionaries in the same pass, each by its keys of sae, seed, lr, parameters, moments (of train) and name
-    # that differ: 'also=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'
-    also: tuple[dict[str, Any], ...] = ()
+    # that differ: 'more_dictionaries=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'
+    more_dictionaries: tuple[dict[str, Any], ...] = ()
     order: OrderConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
@@ -214,6 +214,6 @@ def config_hash(config: object, store: str) -> str:
 
 def _members(job: RunConfig | TrainJob) -> tuple[Member, ...]:
     return members(
-        job.also, sae=job.sae, seed=job.seed, lr=job.train.lr, parameters=job.train.parameters,
+        job.more_dictionaries, sae=job.sae, seed=job.seed, lr=job.train.lr, parameters=job.train.parameters,
         moments=job.train.moments,
     )  # fmt: skip

@@ -16,10 +16,10 @@ from sae_dist.config import UserError
 from sae_dist.config import load as load_config
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.evaluate import evaluate_loss, evaluate_reconstruction
-from sae_dist.evaluate.figures import together
+from sae_dist.evaluate.metrics import merged
 from sae_dist.harvest.rows import eligible, row_mask
 from sae_dist.interpret.collect import PagesConfig
-from sae_dist.interpret.logit_effect import Outputs
+from sae_dist.interpret.logit_effect import Unembedding
 from sae_dist.interpret.site import feature_pages
 from sae_dist.interpret.vocabulary import decoder
 from sae_dist.model.load import LanguageModel
@@ -61,7 +61,7 @@ def evaluate(
         return row_mask({config.hook: x}, eligible(tokens, policy, split_token), policy).mask
 
     wanted = min(config.evaluate.ce_sequences, stream.n_sequences) * (stream.context - 1)
-    return together(
+    return merged(
         evaluate_reconstruction(dictionary, store, config.hook, config.evaluate),
         evaluate_loss(
             dictionary, language_model, config.hook, stream=stream, mean=mean, config=config.evaluate,
@@ -101,7 +101,7 @@ def pages(
     )  # fmt: skip
 
 
-def _outputs(language_model: LanguageModel, hook: str) -> Outputs | str:
+def _outputs(language_model: LanguageModel, hook: str) -> Unembedding | str:
     """The unembedding of the tokenizer's tokens; the reason, where the hook point has no direct path to it."""
     try:
         check_direct_path(language_model.model, hook)
@@ -109,7 +109,7 @@ def _outputs(language_model: LanguageModel, hook: str) -> Outputs | str:
     except UserError as why:
         return str(why)
     tokens = torch.tensor(sorted(i for i in language_model.tokenizer.get_vocab().values() if i < W_U.shape[1]))
-    return Outputs(W_U[:, tokens], tokens)
+    return Unembedding(W_U[:, tokens], tokens)
 
 
 def evaluate_run(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def evaluate_run(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
             for name, own in judged.items():
                 dictionary = dictionary_file.load(folder(out, name))
                 found = evaluate_reconstruction(dictionary, store, summary["hook"], evaluate_config)
-                own["eval"] = together(own["eval"], found)
+                own["eval"] = merged(own["eval"], found)
         else:
             config = dataclasses.replace(config, evaluate=evaluate_config)
             prepared, store = _prepared(config)

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Figures = dict[str, int | float | str | None | dict[str, float | str | None]]  # not_measured: reasons by figure
+Metrics = dict[str, int | float | str | None | dict[str, float | str | None]]  # not_measured: reasons by figure
 Seconds = Annotated[float, Field(ge=0, lt=1e12)]
 
 
@@ -34,7 +34,7 @@ class AlsoJudged(TypedDict):
     dictionary: str
     n_latents: Count
     k: Count | None
-    eval: Figures
+    eval: Metrics
 
 
 class Summary(TypedDict):
@@ -55,7 +55,7 @@ class Summary(TypedDict):
     wall_seconds: Seconds
     tokens_per_second: Seconds
     order_hash: str
-    eval: Figures
+    eval: Metrics
     also: NotRequired[list[AlsoJudged]]
     alerts: NotRequired[list[str]]
     pages: NotRequired[str]
@@ -150,7 +150,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The summary of a finished training; `wall_seconds` is for the caller to fill in last.
 
-    `figures` of every dictionary by name. Those of `also`, if there are any, are listed under that key.
+    `figures` of every dictionary by name. Those of `more_dictionaries`, if there are any, are listed under that key.
     """
     main, *others = job.members
     also = [

@@ -13,7 +13,7 @@ from sae_dist import storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.evaluate import UNMEASURED, evaluate_reconstruction
-from sae_dist.evaluate.figures import together
+from sae_dist.evaluate.metrics import merged
 from sae_dist.run_files import write_json
 from sae_dist.sae import dictionary
 from sae_dist.service.config import TrainJob, config_hash
@@ -191,7 +191,7 @@ def _run_once(
                 show({}, now=True)
                 wait_for_heldout(store, stop)
             figures = {
-                member.name: together(
+                member.name: merged(
                     UNMEASURED,
                     evaluate_reconstruction(dictionary.load(member.folder(out)), store, hook, EvaluateConfig()),
                 )

@@ -3,9 +3,9 @@
     <checkpoints>/step_00000500-1f2e3d4c-8be0f1/rank00000-00000.safetensors   blocks of rows, 64 MiB a file at most
     <checkpoints>/step_00000500-1f2e3d4c-8be0f1/checkpoint.json               written last; without it there is none
 
-Every attempt to save has a folder of its own (folders.py), so nothing that counts is ever overwritten, and no storage
+Every attempt to save has a folder of its own (checkpoint_folders.py), so nothing that counts is ever overwritten, and no storage
 has to rename. Tensors lie as blocks of consecutive rows (latents first), each in one file; who wrote which does not
-matter, so any number of processes reads what any other number wrote (manifest.py says what there is).
+matter, so any number of processes reads what any other number wrote (checkpoint_manifest.py says what there is).
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -37,7 +37,7 @@ def _refuse_another(saved: Checkpoint, member: Member) -> None:
         shown = ", ".join(
             f"{key if main else key.partition('.')[2]}={there.get(key)} there, {here[key]} here" for key in differing
         )
-        who = "" if main else f"also={member.name}: "
+        who = "" if main else f"more_dictionaries={member.name}: "
         raise UserError(
             f"{who}the checkpoint of step {saved.step} holds another dictionary ({shown}); give the keys that it was "
             "trained with, or choose another out= (and train.checkpoints=)"

@@ -46,7 +46,7 @@ def check_member(member: Member, d_model: int, mesh: Mesh) -> None:
     except UserError as error:
         if member.name == MAIN:
             raise
-        raise UserError(f"also={member.name}: {error}") from None
+        raise UserError(f"more_dictionaries={member.name}: {error}") from None
 
 
 def train_step(

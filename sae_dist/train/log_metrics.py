@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from sae_dist.sae.variants.declared import Top
+from sae_dist.sae.variants.interface import Top
 from sae_dist.train.learner import Learner, StepOutcome
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep

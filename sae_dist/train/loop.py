@@ -1,6 +1,6 @@
 """The run on one page: rows in their order, a step a batch, a checkpoint now and then, dictionaries at the end.
 
-All dictionaries of a run learn from the same batches, which are read, moved and cast once (member.py). Every rank of a
+All dictionaries of a run learn from the same batches, which are read, moved and cast once (members.py). Every rank of a
 mesh runs this page, and they do the same at the same time. Rank 0 does whatever must happen once.
 """
 

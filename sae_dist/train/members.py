@@ -1,6 +1,6 @@
-"""Which dictionaries one pass over the rows trains: the main one, and `also`, each by what differs from it.
+"""The dictionaries that one pass over the rows trains: the main one, and `more_dictionaries` by what differs from it.
 
-    also: [{n_latents: 8192}, {k: 64, seed: 1}, {name: slow, lr: 1e-4}, {moments: int8}]
+    more_dictionaries: [{n_latents: 8192}, {k: 64, seed: 1}, {name: slow, lr: 1e-4}, {moments: int8}]
 
 A member has its own initial weights, selection, learning rate, state and guard. Rows, their order, batch and steps are
 the run's, so a member is the dictionary that training it alone would give.
@@ -62,20 +62,21 @@ class Member(NamedTuple):
 
 
 def members(
-    also: Sequence[Mapping[str, Any]], *, sae: SAEConfig, seed: int, lr: float | None = None,
+    more: Sequence[Mapping[str, Any]], *, sae: SAEConfig, seed: int, lr: float | None = None,
     parameters: ParameterFormat = "float32", moments: MomentFormat = "float32",
 ) -> tuple[Member, ...]:  # fmt: skip
-    """The main dictionary and those of `also`, checked; UserError names the entry, the value and the cure."""
+    """The main dictionary and `more`, checked. UserError names the entry, the value and the cure."""
     found = [Member(MAIN, sae, seed, lr, parameters, moments)]
-    for number, entry in enumerate(also):
-        member = _member(f"also.{number}", entry, found[0])
+    for number, entry in enumerate(more):
+        place = f"more_dictionaries.{number}"
+        member = _member(place, entry, found[0])
         for other in found:
             if member.name == other.name:
-                raise UserError(f"also.{number}: there is another dictionary named {member.name}; give it a name=")
+                raise UserError(f"{place}: there is another dictionary named {member.name}; give it a name=")
             if member[1:] == other[1:]:
                 raise UserError(
-                    f"also.{number}={dict(entry)} is the same dictionary as {other.name}; change its n_latents, k, "
-                    "seed, lr or moments, or leave it out"
+                    f"{place}={dict(entry)} is the same dictionary as {other.name}; change its n_latents, k, seed, lr "
+                    "or moments, or leave it out"
                 )
         found.append(member)
     return tuple(found)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_dist.sae.variants.declared import Elementwise
+from sae_dist.sae.variants.interface import Elementwise
 
 OwnVectors = Mapping[str, Float[Tensor, "..."]]  # the latents' own vectors, at each pair's latent
 

@@ -12,7 +12,7 @@ from sae_dist.config import UserError
 from sae_dist.sae.config import SAEConfig, resolved_k_aux
 from sae_dist.sae.initialize import initialize
 from sae_dist.sae.scale import input_scale
-from sae_dist.sae.variants.declared import Elementwise, Spec, own_vectors
+from sae_dist.sae.variants.interface import Elementwise, TensorSpec, own_vectors
 from sae_dist.train import guard as guards
 from sae_dist.train.checkpoint import Checkpoint, OwnedRows, RowSelector
 from sae_dist.train.checkpoint_identity import identity, refuse_others
@@ -127,7 +127,7 @@ def _is_of(name: str, member: Member) -> bool:
     return split_name(name)[0] == member.prefix
 
 
-def _spec(name: str, member: Member) -> Spec | None:
+def _spec(name: str, member: Member) -> TensorSpec | None:
     """The tensor of the dictionary that a tensor of the state is, or is a moment of; None: a counter."""
     own = name.rpartition(".")[2]
     return next((spec for spec in member.sae.tensors if spec.name == own), None)
@@ -138,7 +138,7 @@ def _is_split(name: str, member: Member) -> bool:
     spec = _spec(name, member)
     if spec is None:
         return name == "tokens_since_fired"
-    return spec.of_latents and spec.kept == "learned" and not name.startswith("second_column.")
+    return spec.per_latent and spec.role == "learned" and not name.startswith("second_column.")
 
 
 def _transposed(tensors: Mapping[str, Tensor], member: Member) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ def _transposed(tensors: Mapping[str, Tensor], member: Member) -> dict[str, Tens
 
     specs = {name: _spec(name, member) for name in tensors}
     return {
-        name: tensor.t() if (spec := specs[name]) and spec.columns_are_latents and tensor.ndim == 2 else tensor
+        name: tensor.t() if (spec := specs[name]) and spec.stored_transposed and tensor.ndim == 2 else tensor
         for name, tensor in tensors.items()
     }
 
@@ -172,7 +172,7 @@ def _initial(x: Float[Tensor, "rows d_model"], sae: SAEConfig, mesh: Mesh, *, se
 
 def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, mesh: Mesh) -> MeshStep:
     sae, here = member.sae, mesh.latents(member.sae.n_latents)
-    own = {spec.name: tensors[spec.name].to(mesh.device) for spec in sae.tensors if spec.kept == "learned"}
+    own = {spec.name: tensors[spec.name].to(mesh.device) for spec in sae.tensors if spec.role == "learned"}
     k_aux = resolved_k_aux(sae, own["W_dec"].shape[1])
     shard = Shard(
         own["W_enc"], own["W_dec"], b_enc=own["b_enc"], b_dec=own["b_dec"], k=min(sae.rule.k, len(here)), k_aux=k_aux,

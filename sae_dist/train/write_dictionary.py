@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_dist.sae import dictionary
-from sae_dist.sae.variants.declared import Spec
+from sae_dist.sae.variants.interface import TensorSpec
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train.checkpoint import read_file
 from sae_dist.train.checkpoint_folders import folders, step_of
@@ -54,7 +54,7 @@ def write_dictionary(
     )
 
 
-def _parts(storage: Storage, manifest: CheckpointManifest, member: Member) -> Iterator[tuple[Spec, int, Tensor]]:
+def _parts(storage: Storage, manifest: CheckpointManifest, member: Member) -> Iterator[tuple[TensorSpec, int, Tensor]]:
     """Every block of the dictionary's tensors, on raw input: which tensor, its first row (latent), its rows."""
     scale, n_latents = manifest.facts["scale"], member.sae.n_latents
     wanted = {member.prefix + spec.name: spec for spec in member.sae.tensors}
@@ -63,4 +63,4 @@ def _parts(storage: Storage, manifest: CheckpointManifest, member: Member) -> It
             for block, rows in read_file(storage, manifest, file).items():
                 if (spec := wanted.get(block.name)) is not None:
                     part = spec.folded(rows.float(), scale)
-                    yield spec, block.start, part.expand(n_latents) if spec.kept == "tracked" else part
+                    yield spec, block.start, part.expand(n_latents) if spec.role == "tracked" else part

@@ -46,7 +46,7 @@ def test_pages_null_is_no_pages_also_where_a_preset_has_keys_of_it(preset):
         (["run", "sae=batchtopk", "sae.k=three"], "sae.k='three': give a whole number"),
         (["run", "sae.kind=other"], "sae.kind='other': choose one of 'topk'"),
         (["run", "train.lr=inf"], "train.lr=inf: give a finite number"),
-        (["run", "also=[8]"], "also.0=8: give keys and values"),
+        (["run", "more_dictionaries=[8]"], "more_dictionaries.0=8: give keys and values"),
         (["run", "harvest.replicas=[1]"], "harvest.replicas=[1]: give a whole number or give text"),
         (["run", "wandb.mode=sometimes"], "wandb.mode='sometimes': give 'offline', 'online' or 'disabled'"),
         (["run", "seed=null"], "seed=null: give a whole number"),

@@ -1,4 +1,4 @@
-"""Figures on held-out rows of any kind: a number, or null with the reason."""
+"""Metrics on held-out rows of any kind: a number, or null with the reason."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 
 from sae_dist import storage
 from sae_dist.cli.main import main
-from sae_dist.evaluate.figures import measured, together, unmeasured
+from sae_dist.evaluate.metrics import measured, merged, unmeasured
 from sae_dist.shards import writer
 from sae_dist.shards.format import StoreMeta
 
@@ -76,6 +76,6 @@ def test_without_held_out_units_nothing_is_measured(tmp_path):
 
 def test_figures_that_are_measured_later_lose_their_reason():
     first = unmeasured(("a", "b"), "not yet")
-    assert together(first, measured({"a": 1.0, "c": float("inf")}, {})) == {
+    assert merged(first, measured({"a": 1.0, "c": float("inf")}, {})) == {
         "a": 1.0, "b": None, "c": None, "not_measured": {"b": "not yet", "c": "it is not finite"},
     }  # fmt: skip

@@ -2,14 +2,14 @@
 
 import torch
 
-from sae_dist.interpret.logit_effect import Outputs, logit_effects
+from sae_dist.interpret.logit_effect import Unembedding, logit_effects
 from sae_dist.interpret.similar import similar_latents
 
 
 def test_logit_effects_are_the_extremes_of_the_centred_product():
     g = torch.Generator().manual_seed(0)
     W_dec, W_U = torch.randn(11, 6, generator=g), torch.randn(6, 50, generator=g) + 3
-    effects = logit_effects(W_dec, Outputs(W_U, torch.arange(50)), n_tokens=4, chunk=3)
+    effects = logit_effects(W_dec, Unembedding(W_U, torch.arange(50)), n_tokens=4, chunk=3)
     logits = W_dec @ W_U
     centred = logits - logits.mean(dim=1, keepdim=True)
     assert torch.equal(effects.promoted, logits.argsort(dim=1, descending=True)[:, :4])
@@ -22,7 +22,7 @@ def test_rows_of_the_embedding_without_a_token_have_no_effects():
     g = torch.Generator().manual_seed(0)
     W_dec, W_U = torch.randn(11, 6, generator=g), torch.randn(6, 50, generator=g)
     tokens = torch.tensor([0, 3, 4, 17, 48])
-    effects = logit_effects(W_dec, Outputs(W_U[:, tokens], tokens), n_tokens=5)
+    effects = logit_effects(W_dec, Unembedding(W_U[:, tokens], tokens), n_tokens=5)
     logits = W_dec @ W_U[:, tokens]
     assert torch.equal(effects.promoted, tokens[logits.argsort(dim=1, descending=True)])
     assert torch.equal(effects.suppressed, effects.promoted.flip(1))

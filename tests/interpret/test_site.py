@@ -12,7 +12,7 @@ from sae_kernels import Active, Selected, packed
 
 from sae_dist import checksums
 from sae_dist.interpret.collect import PagesConfig
-from sae_dist.interpret.logit_effect import Outputs
+from sae_dist.interpret.logit_effect import Unembedding
 from sae_dist.interpret.site import STATIC, feature_pages
 from sae_dist.interpret.vocabulary import decoder
 
@@ -52,7 +52,7 @@ def write(out: Path, decode=PIECES.__getitem__, n_latents: int = N_LATENTS, no_o
         lambda: iter([(x, at // CONTEXT, at % CONTEXT)]),
         encode=encode,
         W_dec=W_dec,
-        outputs=no_outputs or Outputs(torch.randn(D_MODEL, len(PIECES), generator=g), torch.arange(len(PIECES))),
+        outputs=no_outputs or Unembedding(torch.randn(D_MODEL, len(PIECES), generator=g), torch.arange(len(PIECES))),
         stream=Stream(),
         decode=decode,
         special=(15,),

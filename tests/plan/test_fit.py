@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sae_dist.plan.fit import Measured, nonnegative, rates
+from sae_dist.plan.fit import TimedStep, nonnegative, rates
 from sae_dist.plan.probe import SHAPES
 from sae_dist.plan.seconds import amounts
 from sae_dist.plan.workload import Workload
@@ -19,7 +19,7 @@ def test_rates_that_made_the_times_are_found_again_from_the_probes_shapes(backen
     """So the shapes tell the five kinds of work apart."""
     true = {"product": 1e-11, "select": 2e-10, "gather": 1e-10, "stream": 3e-11, "step": 4e-4}
     steps = [
-        Measured(work(*shape), sum(amount * true[kind] for kind, amount in amounts(work(*shape), backend).items()))
+        TimedStep(work(*shape), sum(amount * true[kind] for kind, amount in amounts(work(*shape), backend).items()))
         for shape in SHAPES
     ]
     found = rates(steps, backend)

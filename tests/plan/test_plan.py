@@ -9,7 +9,7 @@ from transformers import BertConfig, LlamaConfig, MambaConfig
 from sae_dist.cli.compose import compose, options
 from sae_dist.cli.main import main
 from sae_dist.config import UserError, load
-from sae_dist.plan.cost import Subject, cost, harvest_flop, store_bytes
+from sae_dist.plan.cost import HarvestedModel, cost, harvest_flop, store_bytes
 from sae_dist.plan.machine import Machine
 from sae_dist.plan.memory import memory, state_bytes
 from sae_dist.plan.plan import plan, smallest_mesh, splits
@@ -75,7 +75,7 @@ def test_a_compact_state_is_what_its_tensors_are_and_plain_torch_keeps_no_copy()
         assert parts[named] == by_hand + 8 * biases
         assert "W_enc, bf16 copy" not in parts
         assert parts["checkpoint: copy while written"] == parts["parameters, bf16"] + parts[named] + 8 * 250
-    mixed = plain._replace(state=StateOptions("bfloat16_stochastic"), also=(plain,))
+    mixed = plain._replace(state=StateOptions("bfloat16_stochastic"), others=(plain,))
     parts = {part.name: part.bytes for part in memory(mixed, machine())}
     assert parts["parameters, fp32"] == 4 * (rows * 512 + biases)
     assert parts["parameters, bf16"] == 2 * rows * 512 + 4 * biases
@@ -95,7 +95,7 @@ def test_the_keys_of_a_compact_state_are_planned(capsys):
 def test_the_product_is_two_operations_a_weight_and_row_of_which_each_rank_has_its_share():
     """36.4 GPU-seconds at the full rate of an H100: 2 x 131,072 x 4,096 x 2^25 / 989e12 (science.md, section 3)."""
     assert amounts(BIG, "triton")["product"] / 989e12 == pytest.approx(36.4, rel=2e-3)
-    split = BIG.on(data=2, feature=32)
+    split = BIG.on_mesh(data=2, feature=32)
     assert amounts(split, "triton")["product"] * 64 == amounts(BIG, "triton")["product"]
 
 
@@ -105,11 +105,11 @@ def test_storing_forty_billion_rows_takes_328_terabytes_and_half_in_eight_bits()
 
 
 def test_harvesting_costs_two_operations_a_parameter_and_position():
-    assert harvest_flop(Subject(8e9, 128, kept=0.5), rows=10) == 2 * 8e9 * 20
+    assert harvest_flop(HarvestedModel(8e9, 128, kept=0.5), rows=10) == 2 * 8e9 * 20
 
 
 def test_the_price_is_hours_times_the_rate():
-    work = BIG.on(data=1, feature=64)._replace(steps=3600, store_rows=10**9)
+    work = BIG.on_mesh(data=1, feature=64)._replace(steps=3600, store_rows=10**9)
     found = cost(work, machine(device_hour=2.0), None, tokens_per_second=131_072.0, storage_tb_month=20.0)
     assert found.train_device_hours == pytest.approx(64.0)
     assert found.device_price == pytest.approx(128.0)
@@ -125,13 +125,13 @@ def test_a_run_that_cannot_read_fast_enough_is_bound_by_reading():
 
 
 def test_more_machines_than_one_exchange_over_the_network():
-    within, beyond = (sum(p.seconds for p in phases(BIG.on(data=1, feature=f), machine()) if "exchange" in p.name)
+    within, beyond = (sum(p.seconds for p in phases(BIG.on_mesh(data=1, feature=f), machine()) if "exchange" in p.name)
                       for f in (8, 16))  # fmt: skip
     assert beyond > 5 * within
 
 
 def test_the_splits_of_a_number_of_ranks_are_the_factors_that_fit_fastest_first():
-    found = splits(BIG.on(data=1, feature=64)._replace(lanes=64), machine())
+    found = splits(BIG.on_mesh(data=1, feature=64)._replace(lanes=64), machine())
     assert {(mesh.data, mesh.feature) for mesh in found} == {(1, 64)}  # half as many latents a rank would not fit
     found = splits(Workload(sae=TopK(n_latents=65_536, k=32, k_aux=0), d_model=768, batch=4096, feature=8), machine())
     assert {(mesh.data, mesh.feature) for mesh in found} == {(1, 8), (2, 4), (4, 2), (8, 1)}
@@ -208,8 +208,8 @@ def test_people_get_tables(capsys):
 
 def test_dictionaries_of_one_pass_add_up_but_are_read_for_once():
     wide = Workload(sae=TopK(n_latents=65_536, k=32, k_aux=0), d_model=768, batch=4096, feature=2)
-    both = wide._replace(also=(wide._replace(sae=TopK(n_latents=16_384, k=64, k_aux=0)),))
-    sole = both.also[0]
+    both = wide._replace(others=(wide._replace(sae=TopK(n_latents=16_384, k=64, k_aux=0)),))
+    sole = both.others[0]
     for kind in ("h100", "a100"):
         one, other, together = (plan(work, machine(kind)) for work in (wide, sole, both))
         parts = [{part.name: part.bytes for part in found.memory} for found in (one, other, together)]
@@ -222,18 +222,18 @@ def test_dictionaries_of_one_pass_add_up_but_are_read_for_once():
         assert together.reading_s == one.reading_s
         fed = sum(p.seconds for p in one.phases if p.name.startswith(("exchange: batch", "exchange: roll_call")))
         assert together.step_s == pytest.approx(one.step_s + other.step_s - fed)
-    assert both.on(data=1, feature=1).also[0].feature == 1
+    assert both.on_mesh(data=1, feature=1).others[0].feature == 1
 
 
 def test_members_are_planned_and_those_that_fit_nowhere_refused(capsys):
     keys = ["plan", "d_model=768", "sae.n_latents=16384", "store=null"]
-    assert main([*keys, "also=[{n_latents: 65536}, {k: 64}]", "json=true"]) == 0
+    assert main([*keys, "others=[{n_latents: 65536}, {k: 64}]", "json=true"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [own["sae"]["n_latents"] for own in found["work"]["also"]] == [65_536, 16_384]
-    assert main([*keys, "also=[{n_latents: 65536}]"]) == 0
+    assert [own["sae"]["n_latents"] for own in found["work"]["others"]] == [65_536, 16_384]
+    assert main([*keys, "others=[{n_latents: 65536}]"]) == 0
     assert "65,536 latents x 768, k 32" in capsys.readouterr().out
-    assert main([*keys, "also=[{n_latents: 10, k: 4}]", "machine.memory=1e9"]) == 2
-    assert "and the 1 of also" in capsys.readouterr().err
+    assert main([*keys, "others=[{n_latents: 10, k: 4}]", "machine.memory=1e9"]) == 2
+    assert "and the 1 of more_dictionaries" in capsys.readouterr().err
 
 
 def test_a_plan_takes_the_alternatives_of_a_run_by_name():

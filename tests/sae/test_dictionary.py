@@ -11,7 +11,7 @@ from sae_dist.sae.config import BatchTopK, TopK, check_width, resolved_k_aux
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.initialize import Parameters
 from sae_dist.sae.scale import input_scale
-from sae_dist.sae.variants.declared import AUTOENCODER
+from sae_dist.sae.variants.interface import AUTOENCODER
 from tests.allocations import Allocations
 
 
@@ -139,7 +139,7 @@ def test_a_variant_and_a_threshold_that_do_not_go_together_are_refused(tmp_path)
     ):
         sizes = {"n_latents": 4, "d_model": 3}
         rows = {spec: torch.ones(spec.shape(**sizes)) for spec in specs}
-        parts = ((spec, 0, tensor.t() if spec.columns_are_latents else tensor) for spec, tensor in rows.items())
+        parts = ((spec, 0, tensor.t() if spec.stored_transposed else tensor) for spec, tensor in rows.items())
         dictionary_file.write(tmp_path, parts, specs=specs, k=2, info={"variant": variant}, **sizes)
         with pytest.raises(UserError, match=said):
             dictionary_file.load(tmp_path)

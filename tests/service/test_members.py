@@ -16,7 +16,7 @@ from sae_dist.monitor.metrics import newest_metrics
 from tests.service import main_job
 from tests.train.test_loop import rows_of
 
-ALSO = "also=[{n_latents: 160, seed: 1, name: wide}, {k: 8}]"
+MORE = "more_dictionaries=[{n_latents: 160, seed: 1, name: wide}, {k: 8}]"
 DICTIONARIES = {"main": "dictionary", "wide": "dictionaries/wide", "k8": "dictionaries/k8"}
 
 
@@ -42,7 +42,7 @@ def weights(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def together(store, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "together"
-    assert main(command(store, out, ALSO)) == 0
+    assert main(command(store, out, MORE)) == 0
     return out
 
 
@@ -65,46 +65,46 @@ def test_each_member_has_a_dictionary_and_figures_of_its_own(store, together, tm
     assert list(rows) == ["main", "wide", "k8"]
     assert f"{k8['eval']['fvu']:.3f}" in rows["k8"]
     assert json.loads((together / "summary.json").read_text())["also"] == summary["also"]
-    assert main(command(store, together, ALSO)) == 0  # finished: said again, nothing done
+    assert main(command(store, together, MORE)) == 0  # finished: said again, nothing done
     assert "dictionaries of the pass" in capsys.readouterr().out
 
 
 def test_kill_9_and_the_same_command_end_in_the_same_dictionaries(store, together, tmp_path):
     rule = [{"point": "train.step", "where": {"step": 37}, "action": "kill"}]
     victim = subprocess.run(
-        [sys.executable, "-m", "sae_dist", *command(store, tmp_path / "run", ALSO)],
+        [sys.executable, "-m", "sae_dist", *command(store, tmp_path / "run", MORE)],
         env=os.environ | {"SAE_DIST_FAULTS": json.dumps(rule)}, capture_output=True, timeout=240, check=False,
     )  # fmt: skip
     assert victim.returncode == -signal.SIGKILL, victim.stderr.decode()
     assert not (tmp_path / "run" / "summary.json").exists()
-    assert main(command(store, tmp_path / "run", ALSO)) == 0
+    assert main(command(store, tmp_path / "run", MORE)) == 0
     assert weights(tmp_path / "run") == weights(together)
 
 
 @pytest.mark.parametrize(
-    ("also", "said"),
+    ("given", "said"),
     [
-        ("also=[{n_latent: 8}]", "error: also.0: unknown key n_latent=8; remove it (--help lists the keys)"),
-        ("also=[{k: 8}, {k: 8}]", "error: also.1: there is another dictionary named k8; give it a name="),
-        ("also=[{k: 25}]", "error: also=k25: sae.k=25 exceeds d_model=24: any 24 directions rebuild x"),
-        ("also=[8]", "error: also.0=8: give keys and values, {a: b}"),
+        ("[{n_latent: 8}]", ".0: unknown key n_latent=8; remove it (--help lists the keys)"),
+        ("[{k: 8}, {k: 8}]", ".1: there is another dictionary named k8; give it a name="),
+        ("[{k: 25}]", "=k25: sae.k=25 exceeds d_model=24: any 24 directions rebuild x"),
+        ("[8]", ".0=8: give keys and values, {a: b}"),
     ],
 )
-def test_wrong_members_are_one_line_and_exit_2(store, tmp_path, capsys, also, said):
-    assert main(command(store, tmp_path / "run", also)) == 2
+def test_wrong_members_are_one_line_and_exit_2(store, tmp_path, capsys, given, said):
+    assert main(command(store, tmp_path / "run", f"more_dictionaries={given}")) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert [line for line in errors if line.startswith("error:")][0].startswith(said)
+    assert [line for line in errors if line.startswith("error:")][0].startswith(f"error: more_dictionaries{said}")
 
 
 def test_other_members_in_the_same_folder_are_another_run(store, together, capsys):
-    assert main(command(store, together, "also=[{k: 8}]")) == 2
-    assert "holds another run (also=" in capsys.readouterr().err
+    assert main(command(store, together, "more_dictionaries=[{k: 8}]")) == 2
+    assert "holds another run (more_dictionaries=" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_the_main_job_judges_every_member(tmp_path, capsys):
     out = tmp_path / "run"
-    main_job.finish(main_job.start(out, "also=[{k: 4}, {n_latents: 64, seed: 1}]"))
+    main_job.finish(main_job.start(out, "more_dictionaries=[{k: 4}, {n_latents: 64, seed: 1}]"))
     summary = json.loads((out / "summary.json").read_text())
     assert [one["name"] for one in summary["also"]] == ["k4", "n_latents64-seed1"]
     for one in (summary, *summary["also"]):

@@ -34,7 +34,7 @@ KINDS: dict[str, SAEConfig] = {
     "topk": TopK(n_latents=97, k=4, dead_after_tokens=1000),
     "batchtopk": BatchTopK(n_latents=97, k=4, dead_after_tokens=1000),
 }
-ALSO = (
+MORE = (
     Member("wide", TopK(n_latents=131, k=6, dead_after_tokens=1000), seed=1, lr=1e-3),
     Member("batches", BatchTopK(n_latents=64, k=3, dead_after_tokens=500), seed=2),
     Member("compact", TopK(n_latents=97, k=4, dead_after_tokens=1000), 0, None, "bfloat16_stochastic", "int8"),
@@ -50,7 +50,7 @@ class Golden(NamedTuple):
     feature: int
     sae: SAEConfig
     config: TrainConfig
-    also: tuple[Member, ...] = ()
+    more: tuple[Member, ...] = ()
 
 
 def trainings() -> list[Golden]:
@@ -61,7 +61,7 @@ def trainings() -> list[Golden]:
             for kind, sae in KINDS.items():
                 found.append(Golden(f"{kind}-{product}-{data}x{feature}", data, feature, sae, config))
         several = dataclasses.replace(CONFIG, micro_batch=20, clip_norm=0.5)
-        found.append(Golden(f"several-{data}x{feature}", data, feature, KINDS["topk"], several, ALSO))
+        found.append(Golden(f"several-{data}x{feature}", data, feature, KINDS["topk"], several, MORE))
     clipped = dataclasses.replace(CONFIG, clip_norm=0.05)
     return [*found, Golden("clipped-1x1", 1, 1, KINDS["topk"], clipped)]
 
@@ -76,7 +76,7 @@ def rank_of(golden: Golden, folder: Path, rank: int) -> None:
     mesh = connect(config, rank=rank, world=world, device="cpu", store=meeting)
     task = Task(
         reader.open(storage.open(str(folder / "store"))), hook="x", config=golden.config, order=ORDER, seed=0,
-        members=(Member(MAIN, golden.sae, 0), *golden.also), out=folder / golden.name,
+        members=(Member(MAIN, golden.sae, 0), *golden.more), out=folder / golden.name,
     )  # fmt: skip
     loop.train(task, mesh, log=lambda *_: None)
     mesh.close()

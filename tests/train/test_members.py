@@ -16,13 +16,13 @@ from sae_dist.train.guard import GuardConfig
 from sae_dist.train.members import MAIN, Member, members
 from tests.train.test_loop import CONFIG, SAE, full_store, train
 
-ALSO = (
+MORE = (
     {"k": 8},
     {"n_latents": 160, "seed": 1, "name": "wide"},
     {"lr": 1e-3, "k_aux": 16},
     {"parameters": "bfloat16_stochastic", "moments": "int8"},
 )
-GIVEN = members(ALSO, sae=SAE, seed=0)
+GIVEN = members(MORE, sae=SAE, seed=0)
 FIGURES = ("fvu", "l0", "dead_fraction", "lr", "skipped_steps", "roll_backs")
 
 
@@ -183,7 +183,7 @@ def test_other_members_than_those_of_the_checkpoints_are_refused(store, together
 
 
 def test_a_member_that_cannot_work_is_named_before_anything_is_written(store, tmp_path):
-    with pytest.raises(UserError, match="^also=k30: sae.k=30 exceeds d_model=24"):
+    with pytest.raises(UserError, match="^more_dictionaries=k30: sae.k=30 exceeds d_model=24"):
         train(store, tmp_path / "run", members=members([{"k": 30}], sae=SAE, seed=0))
     assert not (tmp_path / "run").exists()
 
@@ -202,23 +202,23 @@ def test_an_entry_changes_what_it_says_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("also", "said"),
+    ("given", "said"),
     [
-        ([{"n_latent": 8}], "also.0: unknown key n_latent=8; remove it"),
-        ([{"k": 8}, {"k": "many"}], "also.1: k='many': give a whole number"),
-        ([{"moments": "int4"}], "also.0: moments='int4': give 'float32', 'int8' or 'factored'"),
-        ([{"k": 97}], "also.0: k=97 exceeds n_latents=96"),
-        ([{"seed": "x"}], "also.0: seed='x'"),
-        ([{"lr": -1}], "also.0: lr=-1: give more than 0"),
-        ([{"k": 8}, {"k": 8}], "also.1: there is another dictionary named k8; give it a name="),
-        ([{"k": 8}, {"k": 8, "name": "b"}], "also.1={'k': 8, 'name': 'b'} is the same dictionary as k8"),
-        ([{"k": 4}], "also.0={'k': 4} is the same dictionary as main"),
-        ([{"k": 8, "name": "main"}], "also.0: there is another dictionary named main"),
-        ([{"k": 8, "name": "a/b"}], "also.0: name='a/b'"),
-        ([{"name": "b"}], "also.0={'name': 'b'} changes nothing; give it n_latents, k, seed, lr"),
+        ([{"n_latent": 8}], "more_dictionaries.0: unknown key n_latent=8; remove it"),
+        ([{"k": 8}, {"k": "many"}], "more_dictionaries.1: k='many': give a whole number"),
+        ([{"moments": "int4"}], "more_dictionaries.0: moments='int4': give 'float32', 'int8' or 'factored'"),
+        ([{"k": 97}], "more_dictionaries.0: k=97 exceeds n_latents=96"),
+        ([{"seed": "x"}], "more_dictionaries.0: seed='x'"),
+        ([{"lr": -1}], "more_dictionaries.0: lr=-1: give more than 0"),
+        ([{"k": 8}, {"k": 8}], "more_dictionaries.1: there is another dictionary named k8; give it a name="),
+        ([{"k": 8}, {"k": 8, "name": "b"}], "more_dictionaries.1={'k': 8, 'name': 'b'} is the same dictionary as k8"),
+        ([{"k": 4}], "more_dictionaries.0={'k': 4} is the same dictionary as main"),
+        ([{"k": 8, "name": "main"}], "more_dictionaries.0: there is another dictionary named main"),
+        ([{"k": 8, "name": "a/b"}], "more_dictionaries.0: name='a/b'"),
+        ([{"name": "b"}], "more_dictionaries.0={'name': 'b'} changes nothing; give it n_latents, k, seed, lr"),
     ],
 )
-def test_a_wrong_entry_is_one_line_that_names_it(also, said):
+def test_a_wrong_entry_is_one_line_that_names_it(given, said):
     with pytest.raises(UserError) as refused:
-        members(also, sae=TopK(n_latents=96, k=4), seed=0)
+        members(given, sae=TopK(n_latents=96, k=4), seed=0)
     assert said in str(refused.value)

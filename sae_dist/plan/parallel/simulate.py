@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_dist.plan.traffic import reaching
 from sae_dist.plan.workload import Workload
-from sae_dist.sae.variants.declared import own_vectors
+from sae_dist.sae.variants.interface import own_vectors
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.batch_select import DIGIT
 from sae_dist.train.parallel.mesh import from_process_group

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sae_dist.config import frozen
-from sae_dist.sae.variants.declared import AUTOENCODER, Spec, TopOfBatch, check_counts
+from sae_dist.sae.variants.interface import AUTOENCODER, TensorSpec, TopOfBatch, check_counts
 
-THRESHOLD = Spec("threshold", ("n_latents",), scaled=True, kept="tracked")
+THRESHOLD = TensorSpec("threshold", ("n_latents",), scaled=True, role="tracked")
 
 
 @frozen
@@ -28,7 +28,7 @@ class BatchTopK:
         check_counts(self.n_latents, self.k, self.k_aux)
 
     @property
-    def tensors(self) -> tuple[Spec, ...]:
+    def tensors(self) -> tuple[TensorSpec, ...]:
         return (*AUTOENCODER, THRESHOLD)
 
     @property

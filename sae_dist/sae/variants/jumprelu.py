@@ -9,7 +9,7 @@ from sae_kernels import reference
 from torch import Tensor
 
 from sae_dist.config import frozen
-from sae_dist.sae.variants.declared import AUTOENCODER, Above, Activated, Penalty, Spec, check_counts
+from sae_dist.sae.variants.interface import AUTOENCODER, Above, Activated, Penalty, TensorSpec, check_counts
 
 
 @frozen
@@ -34,8 +34,8 @@ class JumpReLU:
         check_counts(self.n_latents, self.k, self.k_aux)
 
     @property
-    def tensors(self) -> tuple[Spec, ...]:
-        threshold = Spec("threshold", ("n_latents",), scaled=True, rate=self.threshold_rate, least=0.0)
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        threshold = TensorSpec("threshold", ("n_latents",), scaled=True, lr_factor=self.threshold_rate, minimum=0.0)
         return (*AUTOENCODER, threshold)
 
     @property

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sae_dist.config import frozen
-from sae_dist.sae.variants.declared import AUTOENCODER, Spec, Top, check_counts
+from sae_dist.sae.variants.interface import AUTOENCODER, TensorSpec, Top, check_counts
 
 
 @frozen
@@ -23,7 +23,7 @@ class TopK:
         check_counts(self.n_latents, self.k, self.k_aux)
 
     @property
-    def tensors(self) -> tuple[Spec, ...]:
+    def tensors(self) -> tuple[TensorSpec, ...]:
         return AUTOENCODER
 
     @property

@@ -102,7 +102,7 @@ def connect(
     """The mesh of `world` processes that all call this; they meet at `store`, which a single one does not need.
 
     gloo on CPUs; nccl on GPUs, beside gloo for facts on the CPU. A gloo exchange that takes too long raises, one of
-    nccl ends the process (watch.py). Raises UserError when the axes do not fit the world.
+    nccl ends the process (watchdog.py). Raises UserError when the axes do not fit the world.
     """
     device = torch.device(device)
     if world != config.data * config.feature:

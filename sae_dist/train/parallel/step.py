@@ -3,7 +3,7 @@
 Every rank is given the whole batch. A data rank encodes its share of the rows, a feature rank with its part of the
 latents. Exchanges, and bytes that a rank receives for B rows of d dimensions on D x F ranks:
 
-    candidates       8 k (F - 1) B / D            who is among the k best (select.py; two rounds: about 16 k B / D)
+    candidates       8 k (F - 1) B / D            who is among the k best (row_select.py; two rounds: about 16 k B / D)
     reconstruction   4 d (F - 1) / F B / D        partial sums, to the rank that owns the row
     errors           4 d (1 - 1 / (D F)) B        x - x_hat, to everybody
     pairs            12 k (D - 1) / D B           what a data rank's rows chose in this part, with d loss / dz; 4 more
@@ -37,7 +37,7 @@ from sae_kernels.shard import Shard, is_finite
 from sae_kernels.stages import RowGradients, Stages
 from torch import Tensor
 
-from sae_dist.sae.variants.declared import (
+from sae_dist.sae.variants.interface import (
     Above,
     Elementwise,
     Penalty,
@@ -98,7 +98,7 @@ class MeshStep:
         self.widened = 0  # rows here that had to be selected again, wider
         self.penalty: Penalty | None = None  # of the last forward, for kinds that have a price of activity
         self._d_own = dict[str, Tensor]()
-        self._rates = {spec.name: spec.rate for spec in own_vectors(sae)}
+        self._rates = {spec.name: spec.lr_factor for spec in own_vectors(sae)}
         shard.join_(n_latents=n_latents, total=lambda part: ordered_sum(mesh, mesh.feature, part, name="columns"))
         self._dead: list[int] | None = None  # dead latents of each feature rank; None: not counted yet
         self._flaws = 0  # parts of the mesh where d loss / dz is not finite

@@ -38,11 +38,11 @@ class Scenario(NamedTuple):
     clip_norm: float | None = None
     seed: int = 0  # of the initial weights
     lr: float | None = None
-    also: tuple[Member, ...] = ()
+    more: tuple[Member, ...] = ()
 
     @property
     def members(self) -> tuple[Member, ...]:
-        return (Member(MAIN, self.sae, self.seed, self.lr), *self.also)
+        return (Member(MAIN, self.sae, self.seed, self.lr), *self.more)
 
     @property
     def config(self) -> TrainConfig:

@@ -17,7 +17,7 @@ from tests.train.test_loop import full_store
 
 SMALL = TopK(n_latents=97, k=4, dead_after_tokens=1000)  # divides over none of 2, 3, 4 ranks
 BATCHES = BatchTopK(n_latents=97, k=4, dead_after_tokens=1000)
-ALSO = (
+MORE = (
     Member("wide", TopK(n_latents=131, k=6, dead_after_tokens=1000), seed=1, lr=1e-3),
     Member("few", TopK(n_latents=50, k=2, k_aux=0), seed=0),
 )
@@ -88,14 +88,14 @@ def two(folder) -> dict[str, list[dict]]:
         Scenario("2x1", data=2, sae=SMALL, micro_batch=7),
         Scenario("clipped-1x2", feature=2, sae=SMALL, clip_norm=0.05),
         Scenario("stopped", feature=2, sae=SMALL, stop_at=33),
-        Scenario("poisoned", feature=2, sae=SMALL, poison_at=25, also=ALSO),
-        Scenario("together", feature=2, sae=SMALL, also=ALSO),
-        Scenario("broken off", feature=2, sae=SMALL, also=ALSO, stop_at=33),
-        Scenario("broken off", feature=2, sae=SMALL, also=ALSO),
-        *(Scenario(m.name, feature=2, sae=m.sae, seed=m.seed, lr=m.lr) for m in ALSO),
+        Scenario("poisoned", feature=2, sae=SMALL, poison_at=25, more=MORE),
+        Scenario("together", feature=2, sae=SMALL, more=MORE),
+        Scenario("broken off", feature=2, sae=SMALL, more=MORE, stop_at=33),
+        Scenario("broken off", feature=2, sae=SMALL, more=MORE),
+        *(Scenario(m.name, feature=2, sae=m.sae, seed=m.seed, lr=m.lr) for m in MORE),
         Scenario("batches", feature=2, sae=BATCHES, stop_at=33),
-        Scenario("compact-1x2", feature=2, sae=SMALL, also=COMPACT, steps=20),
-        Scenario("compact-2x1", data=2, sae=SMALL, also=COMPACT, steps=20),
+        Scenario("compact-1x2", feature=2, sae=SMALL, more=COMPACT, steps=20),
+        Scenario("compact-2x1", data=2, sae=SMALL, more=COMPACT, steps=20),
     )
 
 
@@ -154,12 +154,12 @@ def test_a_flaw_on_one_rank_is_skipped_by_all_and_then_they_go_back_to_the_last_
 def test_members_of_a_pass_are_on_a_mesh_too_what_each_alone_would_be(folder, two):
     def files(name: str) -> dict[str, bytes]:
         found = {place.parent.name: place.read_bytes() for place in (folder / name).glob("dictionar*/**/*.safetensors")}
-        assert set(found) == {"dictionary", *(member.name for member in ALSO)}
+        assert set(found) == {"dictionary", *(member.name for member in MORE)}
         return found
 
     together = files("together")
     assert together["dictionary"] == weights_file(folder, "1x2")
-    for member in ALSO:
+    for member in MORE:
         assert together[member.name] == weights_file(folder, member.name)
     assert files("broken off") == together
     lines = [dict(rank["lines"]) for rank in (two["together"][0], two["wide"][0])]
@@ -170,7 +170,7 @@ def test_members_of_a_pass_are_on_a_mesh_too_what_each_alone_would_be(folder, tw
 @pytest.fixture(scope="module")
 def compact(folder) -> dict:
     """Every compact state in one pass, on one rank that computes in the stages of a mesh."""
-    return alone(folder, Scenario("compact", sae=SMALL, also=COMPACT, steps=20, micro_batch=64))
+    return alone(folder, Scenario("compact", sae=SMALL, more=COMPACT, steps=20, micro_batch=64))
 
 
 def file_of(folder: Path, name: str, member: Member) -> Path:
@@ -230,7 +230,7 @@ def test_four_then_two_then_three_feature_ranks_are_one_run(folder, reference):
 
 @pytest.mark.slow
 def test_a_compact_state_goes_over_four_then_two_then_three_feature_ranks_too(folder, compact):
-    last = Scenario("compact moving", feature=3, sae=SMALL, also=COMPACT, steps=20)
+    last = Scenario("compact moving", feature=3, sae=SMALL, more=COMPACT, steps=20)
     on_mesh(folder, last._replace(feature=4, stop_at=6))
     on_mesh(folder, last._replace(feature=2, stop_at=13))
     ranks = on_mesh(folder, last)[last.name]

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_dist.interpret.keyed import mix
+from sae_dist.interpret.token_hash import mix
 
 EMPTY = torch.iinfo(torch.int64).max
 
 
-class Kept(NamedTuple):
+class BoundedLists(NamedTuple):
     """Each cell's entries by ascending key; a key of EMPTY is a free place."""
 
     key: Int[Tensor, "cells size"]
@@ -23,9 +23,9 @@ class Kept(NamedTuple):
     pos: Int[Tensor, "cells size"]
 
 
-def nothing(cells: int, size: int) -> Kept:
+def empty_lists(cells: int, size: int) -> BoundedLists:
     """`cells` empty lists of at most `size` entries."""
-    return Kept(
+    return BoundedLists(
         torch.full((cells, size), EMPTY),
         torch.zeros(cells, size),
         torch.zeros(cells, size, dtype=torch.int64),
@@ -33,8 +33,8 @@ def nothing(cells: int, size: int) -> Kept:
     )
 
 
-def keep_(
-    kept: Kept,
+def insert_(
+    kept: BoundedLists,
     cell: Int[Tensor, " n"],
     *,
     key: Int[Tensor, " n"],
@@ -81,10 +81,10 @@ def _first_of_each(words: Int[Tensor, " n"]) -> Int[Tensor, " m"]:
     return order[first].sort().values
 
 
-def merge_cells(kept: Kept, groups: Int[Tensor, "new old"]) -> Kept:
+def merge_cells(kept: BoundedLists, groups: Int[Tensor, "new old"]) -> BoundedLists:
     """One list for each row of `groups`, which names the cells to unite; an index of -1 names none."""
     size = kept.key.shape[1]
     key = kept.key[groups].masked_fill((groups < 0)[..., None], EMPTY).flatten(1)
     key, order = key.sort(dim=-1)
     order = order[:, :size]
-    return Kept(key[:, :size], *(column[groups].flatten(1).gather(1, order) for column in kept[1:]))
+    return BoundedLists(key[:, :size], *(column[groups].flatten(1).gather(1, order) for column in kept[1:]))

@@ -1,10 +1,10 @@
-"""Figures of a dictionary by name. One that cannot be had is null, and `not_measured` says why: never a guess."""
+"""Metrics of a dictionary by name. One that cannot be had is null, and `not_measured` says why: never a guess."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 RECONSTRUCTION = ("tokens", "fvu", "l0", "dead_fraction", "cosine", "density_quantiles")
 LOSS = (
@@ -13,7 +13,7 @@ LOSS = (
 )  # fmt: skip
 
 
-def measured(found: Figures, why: Mapping[str, str]) -> Figures:
+def measured(found: Metrics, why: Mapping[str, str]) -> Metrics:
     """`found` with null for what is no finite number, and the reason, by figure."""
     missing = {
         name
@@ -24,12 +24,12 @@ def measured(found: Figures, why: Mapping[str, str]) -> Figures:
     return {name: None if name in missing else value for name, value in found.items()} | {"not_measured": reasons}
 
 
-def unmeasured(names: tuple[str, ...], why: str) -> Figures:
+def unmeasured(names: tuple[str, ...], why: str) -> Metrics:
     """All of them null, for one reason."""
     return measured(dict.fromkeys(names), dict.fromkeys(names, why))
 
 
-def together(*parts: Figures) -> Figures:
+def merged(*parts: Metrics) -> Metrics:
     """All figures of the parts, of which later ones count, and the reasons for those that are null."""
     all_ = {name: value for part in parts for name, value in part.items()}
     reasons = {

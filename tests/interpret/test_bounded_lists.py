@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_dist.interpret.keep import EMPTY, Kept, keep_, merge_cells, nothing
+from sae_dist.interpret.bounded_lists import EMPTY, BoundedLists, empty_lists, insert_, merge_cells
 
 
 def entries(n: int, cells: int, seed: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -12,15 +12,17 @@ def entries(n: int, cells: int, seed: int = 0) -> tuple[torch.Tensor, dict[str, 
     return torch.randint(0, cells, (n,), generator=g), columns
 
 
-def offered(cell: torch.Tensor, columns: dict[str, torch.Tensor], *, size: int, batch: int, block: int = 1) -> Kept:
-    kept = nothing(7, size)
+def offered(
+    cell: torch.Tensor, columns: dict[str, torch.Tensor], *, size: int, batch: int, block: int = 1
+) -> BoundedLists:
+    kept = empty_lists(7, size)
     for start in range(0, len(cell), batch):
         part = slice(start, start + batch)
-        keep_(kept, cell[part], **{name: column[part] for name, column in columns.items()}, block=block)
+        insert_(kept, cell[part], **{name: column[part] for name, column in columns.items()}, block=block)
     return kept
 
 
-def listed(kept: Kept, cell: int) -> list[tuple[float, ...]]:
+def listed(kept: BoundedLists, cell: int) -> list[tuple[float, ...]]:
     return [entry for entry in zip(*(column[cell].tolist() for column in kept), strict=True) if entry[0] != EMPTY]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 Dim = Literal["d_model", "n_latents"]
 
 
-class Spec(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor of a dictionary, as the finished one has it."""
 
     name: str
@@ -23,9 +23,9 @@ class Spec(NamedTuple):
     scaled: bool = False  # in the units of x: divided by the input's scale when that is folded in
     unit: bool = False  # its rows are kept at norm 1
     # learned: by gradients, with moments. tracked: a statistic of the run, one number for all latents while training.
-    kept: Literal["learned", "tracked"] = "learned"
-    rate: float = 1.0  # of a vector of a kind's own: times the learning rate
-    least: float | None = None  # what lies below counts as this, and is this in the finished dictionary
+    role: Literal["learned", "tracked"] = "learned"
+    lr_factor: float = 1.0  # of a vector of a kind's own: times the learning rate
+    minimum: float | None = None  # what lies below counts as this, and is this in the finished dictionary
 
     def shape(self, *, n_latents: int, d_model: int) -> tuple[int, ...]:
         return tuple({"n_latents": n_latents, "d_model": d_model}[dim] for dim in self.dims)
@@ -34,12 +34,12 @@ class Spec(NamedTuple):
         return math.prod(self.shape(n_latents=n_latents, d_model=d_model))
 
     @property
-    def of_latents(self) -> bool:
+    def per_latent(self) -> bool:
         """Whether it has something for every latent, which ranks of a mesh share out."""
         return "n_latents" in self.dims
 
     @property
-    def columns_are_latents(self) -> bool:
+    def stored_transposed(self) -> bool:
         """Whether it lies in memory, and in a checkpoint, the other way round: rows are latents there."""
         return self.dims == ("d_model", "n_latents")
 
@@ -49,15 +49,15 @@ class Spec(NamedTuple):
         z = (s x - b_dec) W_enc + b_enc, so z / s = (x - b_dec / s) W_enc + b_enc / s: relu, a choice of the largest and
         one by thresholds commute with a positive factor, and x_hat = (z / s) W_dec + b_dec / s. W_dec stays as it is.
         """
-        part = part if self.least is None else part.clamp_min(self.least)
+        part = part if self.minimum is None else part.clamp_min(self.minimum)
         return part / scale if self.scaled else part
 
 
 AUTOENCODER = (
-    Spec("W_enc", ("d_model", "n_latents")),
-    Spec("W_dec", ("n_latents", "d_model"), unit=True),
-    Spec("b_enc", ("n_latents",), scaled=True),
-    Spec("b_dec", ("d_model",), scaled=True),
+    TensorSpec("W_enc", ("d_model", "n_latents")),
+    TensorSpec("W_dec", ("n_latents", "d_model"), unit=True),
+    TensorSpec("b_enc", ("n_latents",), scaled=True),
+    TensorSpec("b_dec", ("d_model",), scaled=True),
 )
 
 
@@ -111,7 +111,7 @@ class Variant(Protocol):
     def dead_after_tokens(self) -> int: ...
 
     @property
-    def tensors(self) -> tuple[Spec, ...]:
+    def tensors(self) -> tuple[TensorSpec, ...]:
         """Its tensors: those of AUTOENCODER, and vectors of its own."""
         ...
 
@@ -145,14 +145,14 @@ class Elementwise(Protocol):
         ...
 
 
-def own_vectors(variant: Variant) -> tuple[Spec, ...]:
+def own_vectors(variant: Variant) -> tuple[TensorSpec, ...]:
     """The latents' own learned vectors, beside the autoencoder's tensors."""
-    return tuple(spec for spec in variant.tensors if spec not in AUTOENCODER and spec.kept == "learned")
+    return tuple(spec for spec in variant.tensors if spec not in AUTOENCODER and spec.role == "learned")
 
 
 def tracks_threshold(variant: Variant) -> bool:
     """Whether the run keeps a statistic that the finished dictionary chooses by."""
-    return any(spec.kept == "tracked" for spec in variant.tensors)
+    return any(spec.role == "tracked" for spec in variant.tensors)
 
 
 def check_counts(n_latents: int, k: int, k_aux: int | None) -> None:
