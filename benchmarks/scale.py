@@ -74,7 +74,7 @@ def mesh_step(work: Workload, mesh: Mesh) -> MeshStep:
 
 def one_step(step: MeshStep, x: torch.Tensor) -> None:
     statistics = step.forward(x, variance=float(x.shape[1]))
-    assert step.is_sound(statistics)
+    assert step.gradients_are_finite(statistics)
     step.update_(lr=1e-4)
     step.count_(statistics.fired, tokens=len(x))
 

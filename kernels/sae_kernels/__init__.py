@@ -1,7 +1,7 @@
 """Sparse encoder and decoder operations; `reference` is the specification of every one.
 
 The functions here choose by device: Triton kernels on a GPU; on a CPU `plain`, or `reference` where a gradient is
-wanted. A training step is `shard.Shard`. Importing this package imports no Triton.
+needed. A training step is `shard.Shard`. Importing this package does not import Triton.
 """
 
 import torch
@@ -40,7 +40,7 @@ def threshold_encode(
     *,
     theta: Float[Tensor, " n_latents"],
 ) -> Active:
-    """Of (x - b_dec) W_enc + b_enc what exceeds theta >= 0, however many of a row that are; no gradient."""
+    """All (x - b_dec) W_enc + b_enc that exceed theta >= 0, any number a row; no gradient."""
     with torch.no_grad():
         if x.is_cuda:
             from sae_kernels import triton_active
@@ -66,7 +66,7 @@ def sparse_decode(
 def active_decode(
     active: Active, W_dec: Float[Tensor, "n_latents d_model"], b_dec: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "batch d_model"]:
-    """x_hat = sum over a row's active latents of value * W_dec[index], + b_dec; in memory of their number."""
+    """x_hat = sum over a row's active latents of value * W_dec[index], + b_dec; memory grows with their number."""
     if b_dec.is_cuda:
         from sae_kernels import triton_active
 

@@ -1,4 +1,4 @@
-"""Many small kernels launched as one: a CUDA graph of a function, recorded once its arguments have settled.
+"""Many small kernels launched as one: a CUDA graph of a function, recorded after a few calls with equal arguments.
 
 A step launches some seventy kernels and a CPU takes 30 us for each, which is longer than a small dictionary's kernels
 run. Replaying a graph costs one launch, and the bits are the same: the same kernels in the same order.
@@ -18,8 +18,8 @@ SETTLED = 3  # calls with equal arguments before one is recorded: a last short b
 class GraphedFunction(Generic[Result]):
     """`function(x, **constants)` on a GPU from a graph; on other devices, and before it is recorded, the function.
 
-    The function is the same at every call. It may neither wait for the GPU nor change anything but what it returns, and
-    what else it reads must stay where it is. Results of a replay are overwritten by the next one. One graph is kept, of
+    Pass the same function at every call. It must not wait for the GPU, must have no side effect, and the other tensors
+    that it reads must keep their addresses. The next replay overwrites the results of this one. One graph is kept, for
     the last arguments.
     """
 

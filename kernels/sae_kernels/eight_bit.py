@@ -38,7 +38,7 @@ def block_of(d_model: int) -> int:
 
 
 def zeros(rows: int, d_model: int, device: torch.device) -> Coded:
-    """What encodes nothing but zeros."""
+    """The codes of a tensor of zeros."""
     codes = torch.zeros(rows, d_model, dtype=torch.uint8, device=device)
     return Coded(codes, torch.zeros(rows, d_model // block_of(d_model), device=device))
 
@@ -66,14 +66,14 @@ def encode_unsigned(x: Float[Tensor, "rows d_model"], bits: Int[Tensor, "rows d_
 
 
 def decode_signed(coded: Coded) -> Float[Tensor, "rows d_model"]:
-    """The values of `encode_signed`."""
+    """The inverse of `encode_signed`, up to its rounding."""
     code = coded.codes.int()
     value = _value(code & 127, _SIGNED[0])
     return _times(torch.where(code > 127, -value, value), coded.scales)
 
 
 def decode_unsigned(coded: Coded) -> Float[Tensor, "rows d_model"]:
-    """The values of `encode_unsigned`."""
+    """The inverse of `encode_unsigned`, up to its rounding."""
     return _times(_value(coded.codes.int(), _UNSIGNED[0]), coded.scales)
 
 
@@ -88,7 +88,7 @@ def _rounded(y: Tensor, low: Tensor, *, base: int) -> Tensor:
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x over its blocks' scales, which take each block's largest to the largest code."""
+    """x divided by its blocks' scales, and the scales: each block's largest element gets the largest code."""
     blocks = x.reshape(x.shape[0], -1, block_of(x.shape[1]))
     scales = blocks.abs().amax(-1).div_(_TOP).clamp_min_(_LEAST_SCALE)
     return (blocks / scales[..., None]).view_as(x), scales

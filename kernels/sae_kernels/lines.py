@@ -1,9 +1,9 @@
-"""Rows with different numbers of latents, for kernels that take the same number of places a row.
+"""Rows with different numbers of pairs, stored in lines of equal width, which is what kernels read.
 
-Row r's first pairs fill line r; what it has beyond a line's width goes on in further lines, which come after all rows.
-With lines twice as wide as the mean row there are never more than half as many further lines as rows, however unevenly
-the pairs lie: [batch, n_latents] never comes about. How a row's pairs are cut depends on the width alone, so sums over
-them have the same bits whichever rows are beside it.
+Line r has the first pairs of row r. Pairs beyond the width go to further lines, which come after the lines of all rows.
+With lines twice as wide as the mean row there are at most half as many further lines as rows, however uneven the rows
+are, so nothing grows to [batch, n_latents]. How a row is split depends on the width alone, so its sums have the same
+bits whatever the other rows are.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from sae_kernels import plain
 
 
 class Lines(NamedTuple):
-    """Where each pair stands; the first `rows` lines are those of row 0, 1, 2, ..."""
+    """The line and place of every pair; line r < `rows` belongs to row r."""
 
     rows: int
     width: int
@@ -26,21 +26,21 @@ class Lines(NamedTuple):
     place: Int[Tensor, " pairs"]
 
     def scatter(self, pairs: Shaped[Tensor, " pairs"]) -> Shaped[Tensor, "lines width"]:
-        """One number a pair at its place; 0 at empty ones."""
+        """Puts one number per pair at its place; empty places are 0."""
         out = pairs.new_zeros(self.rows + len(self.further), self.width)
         return out.index_put_((self.line, self.place), pairs)
 
     def extended(self, of_rows: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "lines ..."]:
-        """Every line's row."""
+        """For every line its row's entry of `of_rows`."""
         return torch.cat([of_rows, of_rows[self.further]]) if len(self.further) else of_rows
 
     def padded(self, of_rows: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "lines ..."]:
-        """The rows, and 0 in the further lines."""
+        """`of_rows` for the first lines, 0 for the further ones."""
         further = of_rows.new_zeros(len(self.further), *of_rows.shape[1:])
         return torch.cat([of_rows, further]) if len(further) else of_rows
 
     def summed(self, of_lines: Float[Tensor, "lines d_model"]) -> Float[Tensor, "rows d_model"]:
-        """The sum of a row's lines, in their order."""
+        """For every row the sum of its lines, added in their order."""
         if not len(self.further):
             return of_lines
         rows, n_lines = torch.unique_consecutive(self.further, return_counts=True)
@@ -52,7 +52,7 @@ class Lines(NamedTuple):
 
 
 def split_into_lines(row: Int[Tensor, " pairs"], *, rows: int, width: int) -> Lines:
-    """Lines of `width` places for pairs in the order of their rows; a row's pairs keep their order."""
+    """Lines of `width` places for pairs that are sorted by `row`; a row's pairs keep their order."""
     counts = torch.bincount(row, minlength=rows)
     further = (counts - 1).clamp_min(0) // width
     nth = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]

@@ -1,4 +1,4 @@
-"""The operations in plain torch without a [batch, n_latents] tensor: for any device, where no kernel is to be had.
+"""The operations in plain torch without a [batch, n_latents] tensor: for any device without a kernel.
 
 Same names and signatures as in `reference`, and the same results up to the order of sums.
 """
@@ -78,7 +78,7 @@ def keys(z: Float[Tensor, "batch some"], indices: Tensor) -> Int[Tensor, "batch 
 
 
 def unpacked(keys: Int[Tensor, "batch some"]) -> Selected:
-    """What `keys` packed."""
+    """The inverse of `keys`: values and indices."""
     return Selected((keys >> 32).int().view(torch.float32), _LAST - (keys & _LAST))
 
 

@@ -1,4 +1,4 @@
-"""A step in plain torch: what `shard.Shard` calls where no kernel is to be had."""
+"""A training step in plain torch, for devices and states that no kernel supports."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from sae_kernels.stages import AuxK, LossTerm, RowGradients
 
 
 class _SortedPairs(NamedTuple):
-    """A part's pairs, sorted by latent: latent j's begin at offsets[j], in the order of their places, then rows."""
+    """A term's pairs, sorted by latent, then place, then row; those of latent j begin at offsets[j]."""
 
     errors: Tensor  # [batch, d_model]
     row: Tensor  # [pairs]
@@ -25,9 +25,9 @@ class _SortedPairs(NamedTuple):
 class PlainStep:
     """The operations of `plain` bound to one dictionary's tensors, with the pairs of the last forward pass.
 
-    The rows of W_enc^T and W_dec are stored as `RowState` was told. A matrix's gradient is made for the latents whose
-    update is at hand: besides the state only the batch's own tensors and a block of latents are in memory.
-    `biases`, `first` and `second` are b_enc and b_dec and Adam's moments of them.
+    `enc` and `dec` store the rows of W_enc^T and W_dec. Gradients of matrices are computed for one block of latents at
+    a time, right before its update, so no dense gradient is in memory. `biases` are b_enc and b_dec, `first` and
+    `second` their Adam moments.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PlainStep:
         self._rows, self._pairs, self._through_decoder = torch.empty(0), list[_SortedPairs](), torch.empty(0)
 
     def refresh_(self) -> None:
-        """Nothing is kept of the parameters."""
+        """Nothing to do: no copy of the parameters is kept."""
 
     def encode(self, x: Tensor, *, k: int) -> Selected:
         """`reference.topk_encode` at the present parameters."""
@@ -99,7 +99,7 @@ class PlainStep:
             if squares is not None:
                 matrix.update_column_(self.total(squares), hyper, n_latents=self.n_latents)
         adam_(self.b_enc, d_bias, self.first[0], self.second[0], **hyper._asdict())
-        self._rows, self._pairs = torch.empty(0), []  # not beside the next step's selection
+        self._rows, self._pairs = torch.empty(0), []  # freed before the next step's selection
         return through
 
     def update_b_dec_(self, gradient: Tensor, hyper: Hyper) -> None:

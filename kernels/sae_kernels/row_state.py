@@ -1,4 +1,4 @@
-"""A parameter of latents and Adam's memory of it, stored as compactly as asked, updated a block of latents at a time.
+"""A matrix with a row a latent and its Adam moments, in a choice of formats, updated a block of latents at a time.
 
 | option | bytes a parameter | what it is |
 |---|---|---|
@@ -8,7 +8,7 @@
 | moments: int8 | 2.03 | both moments in blocks of eight-bit codes (eight_bit.py) |
 | moments: factored | 1.02 | the first so; of the second, a number a latent and one a dimension (Shazeer & Stern 2018) |
 
-Between two steps only that is in memory; within one, a block of value, gradient and moments is fp32.
+Within an update, one block of values, gradients and moments is fp32.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from sae_kernels.stochastic import random_bits, round_bfloat16
 
 IN_CACHE = 1 << 18  # elements updated at once by a CPU: 1 MiB of each stays in its cache
 IN_MEMORY = 1 << 24  # by an accelerator: 64 MiB of each, for which a launch is short
-LEAST_PROFILE = 1e-6  # of a dimension's mean square over the mean of all: a silent one is not divided by nothing
+LEAST_PROFILE = 1e-6  # of a dimension's mean square over the mean of all: no division by zero where one is silent
 
 ParameterFormat = Literal["float32", "bfloat16_stochastic"]
 MomentFormat = Literal["float32", "int8", "factored"]
@@ -40,12 +40,12 @@ class StateOptions(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether everything is fp32, which is what the compiled kernels know."""
+        """Whether everything is fp32, the only state that the compiled kernels support."""
         return self.parameters == "float32" and self.moments == "float32"
 
 
 class Hyper(NamedTuple):
-    """Adam's numbers for one step, which counts from 1."""
+    """Adam's hyperparameters for one step; `step` counts from 1."""
 
     step: int
     lr: float
@@ -57,10 +57,10 @@ GradientOf = Callable[[slice], Tensor]  # rows of this shard -> their gradient, 
 
 
 class RowState:
-    """[n_latents, d_model] rows of a shard that begins with latent `first_latent` of the whole dictionary.
+    """The rows [n_latents, d_model] of a shard whose first latent is `first_latent` of the whole dictionary.
 
-    `stream` numbers the parameters of one dictionary, so that they are not rounded by the same bits. `moments` has a
-    row a latent in each tensor, except `second_column` [d_model], which is the same on all shards.
+    `stream` tells the matrices of one dictionary apart, so that they are not rounded by the same random bits. The
+    tensors of `moments` have a row a latent, except `second_column` [d_model], which is the same on all shards.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class RowState:
         return squares if self.options.moments == "factored" else None
 
     def update_column_(self, squares: Float[Tensor, " d_model"], hyper: Hyper, *, n_latents: int) -> None:
-        """Factored moments: the dimensions' mean squared gradient over all `n_latents` of the dictionary enters."""
+        """Factored moments: updates the column by each dimension's mean squared gradient over all `n_latents`."""
         column = self.moments["second_column"]
         column.lerp_((squares / n_latents).to(column.dtype), 1 - hyper.betas[1])
 

@@ -1,8 +1,8 @@
-"""A dictionary in training, or a part of one: its tensors, and steps on them. The seam between trainer and kernels.
+"""A dictionary in training, or one rank's part of it: its tensors and its training step. Trainers use kernels by it.
 
-`Shard` owns everything that a step reads and writes. `stages` are the parts of any step; `forward` and `update_` are
-one whole step, fused: of every row the k best latents, with AuxK. Its gradients are those of `reference.topk_gradients`
-and its update is `remove_parallel`, `adam_`, `unit_norm`; which code computes them (`backend`) is all that differs.
+`Shard` owns everything that a step reads and writes. `stages` are the parts of a step one by one; `forward` and
+`update_` are a whole TopK step with AuxK, fused. Its gradients are those of `reference.topk_gradients`, its update is
+`remove_parallel`, `adam_`, `unit_norm`, whichever code (`backend`) computes them.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,24 +27,25 @@ Backend = Literal["auto", "torch", "cpu", "triton"]
 
 
 def is_finite(statistics: StepStatistics) -> bool:
-    """Whether both terms of the loss are finite, and with them all errors, values and gradients that they are of."""
+    """Whether both terms of the loss are finite, which implies that all errors and values are."""
     return bool(torch.isfinite(statistics.squared_error + statistics.aux_squared_error))
 
 
 class Shard:
     """The state of a dictionary in training: parameters, Adam moments, dead counters, reusable buffers.
 
-    W_enc is kept as the transpose of a contiguous [n_latents, d_model] tensor. The tensors given are copied. With
-    `unit`, W_dec must have unit rows, and keeps them. `vectors` are further parameters of a number a latent, by name.
-    A latent is dead once it has been silent for `dead_after_tokens` tokens. `k`, `k_aux` and `aux_coefficient` are the
-    fused step's: `k` may be assigned between steps, `k_aux=0` turns AuxK off. `screen="int16"` halves the CPU kernels'
-    product, for the same selection (screen.h); `auto` does so where it is faster.
+    W_enc is stored as the transpose of a contiguous [n_latents, d_model] tensor. The given tensors are copied. With
+    `unit`, W_dec must have rows of norm 1, and updates keep that norm. `vectors` are further parameters [n_latents], by
+    name. A latent is dead once it has been silent for `dead_after_tokens` tokens. `k`, `k_aux` and `aux_coefficient`
+    are for the fused step; `k` may be assigned between steps, `k_aux=0` turns AuxK off. `screen="int16"` halves the
+    work of the CPU kernels' product, with the same selection (screen.h); `auto` does so where it is faster.
 
-    Pre-activations are sums in fp32 over operands rounded to `product_dtype`. On a CPU with the kernels their order is
-    that of `reference.ordered_pre_activations`, and everything is the same bitwise for any number of threads.
+    Pre-activations are fp32 sums of products of operands rounded to `product_dtype`. The CPU kernels add in the order
+    of `reference.ordered_pre_activations`, and their results do not depend on the number of threads.
 
-    `state` says how matrices and moments are stored; what is not all fp32 plain torch computes, on every device. A part
-    of a dictionary begins with latent `first_latent` of the whole, by which roundings go.
+    `state` says how matrices and moments are stored; states other than fp32 are computed by plain torch on every
+    device. `first_latent` is the number of this shard's first latent in the whole dictionary; stochastic rounding
+    depends on it.
     """
 
     def __init__(
@@ -116,11 +117,11 @@ class Shard:
                 self._enc, self._dec, biases, self._first, self._second, unit=unit, product_dtype=product_dtype
             )
         if screen == "int16" and not isinstance(self._kernels, CpuStep):
-            raise ValueError(f"screen=int16 is of the CPU kernels, and this is backend={self.backend_used}; use auto")
+            raise ValueError(f"screen=int16 needs the CPU kernels, but backend={self.backend_used}; use auto")
 
     @property
     def backend_used(self) -> Backend:
-        """What `auto` came to."""
+        """The backend in use, which `auto` has chosen."""
         match self._kernels:
             case PlainStep():
                 return "torch"
@@ -130,21 +131,21 @@ class Shard:
                 return "triton"
 
     def join_(self, *, n_latents: int, total: Callable[[Tensor], Tensor]) -> None:
-        """This is a part of a dictionary of `n_latents`; `total` adds up small tensors over the parts, on all of them.
+        """Makes this a part of a dictionary of `n_latents`; `total` sums a small tensor over all parts.
 
-        Only a second moment that is factored needs it: its column is that of the whole dictionary.
+        Only factored second moments need it: their column is a mean over the whole dictionary.
         """
         if isinstance(self._kernels, PlainStep):
             self._kernels.n_latents, self._kernels.total = n_latents, total
 
     @property
     def stages(self) -> Stages:
-        """The step's parts one by one, on the same tensors: for a trainer that exchanges something between them."""
+        """The stages of a step on these tensors, for trainers that exchange tensors between stages."""
         return self._kernels
 
     @property
     def screened(self) -> Screened | None:
-        """How many rows the int16 screen could not certify, where the CPU kernels may use it."""
+        """Counts of the int16 screen; None without CPU kernels."""
         return self._kernels.screened if isinstance(self._kernels, CpuStep) else None
 
     @property
@@ -160,7 +161,7 @@ class Shard:
         self, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float | Float[Tensor, ""],
         accept: Callable[[StepStatistics], bool] = is_finite,
     ) -> StepStatistics:  # fmt: skip
-        """One optimiser step on `topk_loss`; where `accept` says no to its figures, nothing changes at all."""
+        """One optimiser step on `topk_loss`; nothing changes where `accept(statistics)` is false."""
         statistics = self.forward(x, variance=variance)
         if accept(statistics):
             self.update_(None, lr=lr)
@@ -170,7 +171,7 @@ class Shard:
     def gradients(
         self, x: Float[Tensor, "batch d_model"], *, variance: float | Float[Tensor, ""]
     ) -> tuple[Gradients, StepStatistics]:
-        """Gradients of `topk_loss` at the present parameters, dense, for a trainer that reduces them over ranks."""
+        """Dense gradients of `topk_loss` at the present parameters."""
         statistics = self.forward(x, variance=variance)
         return self.stored_gradients(), statistics
 
@@ -179,7 +180,7 @@ class Shard:
         return self._kernels.gradients()
 
     def forward(self, x: Float[Tensor, "batch d_model"], *, variance: float | Float[Tensor, ""]) -> StepStatistics:
-        """The first half of `step`: everything up to what `update_(None)` needs, which is kept until then."""
+        """The first half of `step`; what `update_(None)` needs is kept until then."""
         scale, aux = error_scale(len(x), float(variance)), None
         if self.k_aux and len(places := self.dead.nonzero().squeeze(1)):  # waits for the GPU: before it has work
             weight = aux_weight(self.aux_coefficient, n_dead=len(places), k_aux=self.k_aux)
@@ -187,28 +188,31 @@ class Shard:
         return self._kernels.forward(x, k=self.k, scale=scale, aux=aux)
 
     def update_(self, gradients: Gradients | None, *, lr: float) -> None:
-        """Adam on matrices and biases; unit decoder rows lose the gradient along themselves and keep norm 1.
+        """Adam on matrices and biases; unit decoder rows move only across themselves and keep norm 1.
 
-        Without gradients those of the last `forward` are used, and never stored.
+        None: the gradients of the last `forward`, which are never stored dense.
         """
         self._kernels.update_(gradients, **self.begin_update_(lr)._asdict())
 
     def update_vectors_(
         self, gradients: Mapping[str, Float[Tensor, " n_latents"]], hyper: Hyper, *, rates: Mapping[str, float]
     ) -> None:
-        """Adam on the further vectors; of each a gradient must be given, and what multiplies its learning rate."""
+        """Adam on the further vectors, from a gradient and a factor of the learning rate (`rates`) for each."""
         for name, vector in self.vectors.items():
             first, second = (self._of_vectors[kind][name] for kind in ("first", "second"))
             own = hyper._replace(lr=hyper.lr * rates[name])
             adam_(vector, gradients[name], first, second, **own._asdict())
 
     def begin_update_(self, lr: float) -> Hyper:
-        """Begin the next update: its number, and Adam's other numbers."""
+        """Counts the next update and returns its hyperparameters."""
         self.steps += 1
         return Hyper(self.steps, lr, self.betas, self.eps)
 
     def count_(self, fired: Bool[Tensor, " n_latents"], *, tokens: int) -> None:
-        """Count `tokens` of silence for every latent that did not fire; ranks count the union and the sum."""
+        """Adds `tokens` of silence to every latent that did not fire, and resets those that did.
+
+        Data ranks pass the latents that fired on any of them, and the tokens of all.
+        """
         self.tokens_since_fired.add_(tokens).masked_fill_(fired, 0)
 
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Selected:
@@ -216,9 +220,9 @@ class Shard:
         return self._kernels.encode(x, k=self.k)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, as plain tensors that share memory with this object.
+        """All state of the training, as tensors that share memory with this object.
 
-        Matrices named *W_enc are transposed. Otherwise the first dim is that of the latents, except in *b_dec and in
+        Tensors named *W_enc are [d_model, n_latents]. In the others the first dim is n_latents, except *b_dec and
         second_column.*, which every part of a dictionary has whole.
         """
         tensors = {"W_enc": self._enc.value, "W_dec": self._dec.value, "b_enc": self.b_enc, "b_dec": self.b_dec}
@@ -236,7 +240,7 @@ class Shard:
         }
 
     def load_state_dict_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave, by value."""
+        """Copies in the tensors of a `state_dict`. ValueError where keys, shapes or dtypes differ."""
         own = self.state_dict()
         if own.keys() != tensors.keys():
             raise ValueError(

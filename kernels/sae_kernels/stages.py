@@ -17,22 +17,22 @@ from sae_kernels.row_state import Hyper
 
 
 class LossTerm(NamedTuple):
-    """One use of latents in the loss, the reconstruction or AuxK; their gradients are sums over (row, latent) pairs."""
+    """One term of the loss (the reconstruction, AuxK), whose gradients are sums over its (row, latent) pairs."""
 
-    errors: Float[Tensor, "batch d_model"]  # what is left of the target
-    selected: Selected  # indices of latents that are here; empty places have the value 0 and any valid index
+    errors: Float[Tensor, "batch d_model"]  # target less reconstruction
+    selected: Selected  # indices within this shard; empty places have the value 0 and any valid index
     d_z: Float[Tensor, "batch k"]  # d loss / d z, 0 at empty places
     scale: float  # d loss / d x_hat = scale * errors
-    # d loss / d W_dec[j] = the sum of weights * errors: None for scale * values. Where it is given, values only say
-    # which places are pairs: one may have a gradient in z and be silent in x_hat, or the other way round.
+    # d loss / d W_dec[j] is the sum of weights * errors; None: weights = scale * values. With weights, values only mark
+    # the places that are pairs: a pair may have a gradient in z without a part in x_hat, and the reverse.
     weights: Float[Tensor, "batch k"] | None = None
 
 
 class AuxK(NamedTuple):
-    """AuxK in a fused step: the dead latents' reconstruction of what the others leave."""
+    """AuxK in a fused step: dead latents reconstruct the error of the others."""
 
     places: Int[Tensor, " dead"]  # one at least
-    k: int  # of them, a row; perhaps more than there are
+    k: int  # latents a row; may exceed the number of dead ones
     scale: float  # d loss / d e_hat = scale * (e - e_hat)
 
 
@@ -42,25 +42,24 @@ class RowGradients(NamedTuple):
     enc: Float[Tensor, "n_latents d_model"]
     dec: Float[Tensor, "n_latents d_model"]
     b_enc: Float[Tensor, " n_latents"]
-    through_b_dec: Float[
-        Tensor, " d_model"
-    ]  # sum_j d_b_enc[j] W_enc[:, j]: b_dec's gradient through the encoder, negated
+    # sum_j d_b_enc[j] W_enc[:, j]: b_dec's gradient through the encoder, negated
+    through_b_dec: Float[Tensor, " d_model"]
 
 
 class Stages(Protocol):
     """The kernels bound to the tensors of a dictionary, or of a part of one."""
 
     def rows(self, x: Float[Tensor, "batch d_model"]) -> Shaped[Tensor, "batch width"]:
-        """x - b_dec as the product reads it; `width` is d_model or a little more."""
+        """x - b_dec in the format of the encoder's product; `width` is d_model, perhaps padded."""
         ...
 
     def select(
         self, rows: Shaped[Tensor, "batch width"], *, k: int, latents: Int[Tensor, " some"] | None = None,
         level: Float[Tensor, " n_latents"] | None = None,
     ) -> Selected:  # fmt: skip
-        """The k best latents here, or among some: int64 indices of latents, values descending, ties by the lower.
+        """The k largest z of every row, among `latents` or all: int64 indices, descending, ties by the lower index.
 
-        With a `level` a value is z - level instead of z, and k counts those that are furthest above it.
+        With a `level`, values are z - level instead of z.
         """
         ...
 
@@ -71,7 +70,7 @@ class Stages(Protocol):
     def d_z(
         self, errors: Float[Tensor, "batch d_model"], selected: Selected, *, scale: float
     ) -> Float[Tensor, "batch k"]:
-        """scale * errors . W_dec[j], 0 where the selected value is: those values say which places are asked for."""
+        """scale * errors . W_dec[j] at every selected place, 0 where the selected value is 0."""
         ...
 
     def save_for_backward_(self, rows: Shaped[Tensor, "batch width"], terms: Sequence[LossTerm]) -> None:

@@ -1,8 +1,8 @@
-"""Thresholds without [batch, n_latents]: rows with different numbers of active latents.
+"""Selection by thresholds without [batch, n_latents]: rows have different numbers of active latents.
 
-They come from the per-row selection with a width: a row that fills its width may have more, and is selected again four
-times as wide, or, beyond what a program can rank, in plain torch. The result is exact, whatever the width; a good guess
-saves the second selection.
+Each row's largest `width` are selected first. A row that fills its width may have more, and is selected again four
+times as wide, or in plain torch beyond what a program can rank. The result is exact for any width; a good first guess
+avoids the second selection.
 """
 
 import torch
@@ -61,7 +61,7 @@ def _above(
 
 
 def _replaced(active: Active, rows: Tensor, wider: Active) -> Active:
-    """With those rows as `wider` has them."""
+    """`active` with the given rows replaced by those of `wider`."""
     old = ~torch.isin(active.rows, rows)
     row = torch.cat([active.rows[old], rows[wider.rows]])
     order = row.argsort(stable=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_kernels.reference import Selected
 
 DENSE = 64  # dead latents for each of k_aux up to which the products are taken; above it rows are gathered
-ALIGNED = 64  # dead latents are filled up to a multiple: of odd numbers libraries multiply at a quarter of the speed
+ALIGNED = 64  # dead latents are padded to a multiple: libraries multiply odd sizes at a quarter of the speed
 ELEMENTS = 1 << 26  # of A at once: 128 MiB
 
 

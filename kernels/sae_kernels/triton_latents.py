@@ -27,7 +27,7 @@ class ParameterState(NamedTuple):
 
 
 class WeightedPairs(NamedTuple):
-    """What a gradient row is made of: weights [batch, k] by (token, place), and the rows that they multiply."""
+    """The pairs that gradient rows are sums of: weights [batch, k] by (token, place), and the rows they multiply."""
 
     rows: Tensor  # [batch or 2 batch, d_model]
     weights: Tensor  # fp32 [batch, k]

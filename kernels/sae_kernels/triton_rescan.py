@@ -1,8 +1,8 @@
-"""Rows whose buffer overflowed, computed again one program a row: slow, exact whatever the data, and without a host.
+"""Rows whose buffer overflowed, computed again with one program a row: slow, exact, without a host round trip.
 
-An overflow needs more candidates than the bound lets through but once in 10^15 rows of exchangeable latents; the
-program that finds none to do reads one flag a row. A row's bound may come from the tensor cores' sums, so a rescan
-starts without it: its own sums, in its own order, are compared only with each other.
+With exchangeable latents a buffer overflows once in 10^15 rows; for every other row the program reads one flag. A
+row's bound may come from the tensor cores' sums, so a rescan starts without it and compares its own sums, in its own
+order, only with each other.
 """
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 

@@ -1,4 +1,4 @@
-"""A step on a GPU: what `shard.Shard` calls when its tensors are there."""
+"""A training step on a GPU by Triton kernels."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from sae_kernels.triton_topk_encode import encode_select
 
 
 class _Reconstruction(NamedTuple):
-    """What the main part of a forward pass leaves; W_enc and W_dec get their gradients from its pairs."""
+    """Results of a forward pass without AuxK; gradients of W_enc and W_dec are sums over its pairs."""
 
     rows: Tensor
     errors: Tensor
@@ -54,7 +54,7 @@ class TritonStep:
         self.refresh_()
 
     def refresh_(self) -> None:
-        """Round W_enc again, after somebody else wrote it."""
+        """Rounds W_enc again after it was written from outside."""
         self.rounded.copy_(self.W_enc.value)
 
     def encode(self, x: Tensor, *, k: int) -> Selected:
@@ -96,7 +96,7 @@ class TritonStep:
         return statistics
 
     def _reconstruction(self, x: Tensor, *, k: int, scale: float) -> "_Reconstruction":
-        """The step up to its pairs, without AuxK: nothing here depends on what the GPU finds."""
+        """The step up to its pairs, without AuxK; its control flow does not depend on values, so it can be recorded."""
         rows = self._rows(x)
         values, indices, _ = encode_select(rows, self.rounded, self.b_enc.value, k=k)
         errors = decode(values, indices, self.W_dec.value, self.b_dec.value, residual_of=x)
@@ -200,7 +200,7 @@ class TritonStep:
         )  # fmt: skip
 
     def _schedule(self, hyper: Hyper) -> Tensor:
-        """`hyper` for the kernels, copied once a step, and from page-locked memory so that nobody waits for it."""
+        """`hyper` as a tensor, copied once a step, from page-locked memory so that the copy does not wait."""
         if hyper != self._of:
             row, on_gpu = schedule_row(step=hyper.step, lr=hyper.lr, betas=hyper.betas), self.rounded.is_cuda
             self._of = hyper

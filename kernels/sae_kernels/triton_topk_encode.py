@@ -171,7 +171,7 @@ def can_be_bulk(x: Tensor, W: Tensor, tile: Tile) -> bool:
 
 
 class Operands(NamedTuple):
-    """What every stretch of one product takes."""
+    """The operands of a product, the same for all of its stretches."""
 
     x: Tensor | TensorDescriptor
     W: Tensor | TensorDescriptor
@@ -179,7 +179,7 @@ class Operands(NamedTuple):
 
 
 def operands(x: Tensor, W: Tensor, tile: Tile) -> Operands:
-    """x [rows, d_model] and W [n_latents, d_model] for `encode_stretch_`, with descriptors where they can be had."""
+    """x [rows, d_model] and W [n_latents, d_model] for `encode_stretch_`, if possible as descriptors."""
     leads = -(-len(W) // tile.latents)
     if not (tile.bulk and can_be_bulk(x, W, tile)):
         return Operands(x, W, leads)

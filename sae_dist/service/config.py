@@ -94,8 +94,8 @@ class RunConfig:
         """The training part of the run."""
         return TrainJob(
             out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae,
-            more_dictionaries=self.more_dictionaries, order=self.order, train=self.train, mesh=self.mesh, wandb=self.wandb, cluster=self.cluster,
-            live=True,
+            more_dictionaries=self.more_dictionaries, order=self.order, train=self.train, mesh=self.mesh,
+            wandb=self.wandb, cluster=self.cluster, live=True,
         ).with_absolute_paths()  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Which device a rank computes on: each a GPU of its own, or all of them on processors.
 
 Who starts the ranks decides. Ray gives an actor its GPU and hides the others; ranks of torchrun take the GPU of their
-number on the machine, and agree when they meet (train/parallel/rank_session.py).
+number on the machine, and agree when they meet (train/parallel/mesh_session.py).
 """
 
 import socket

@@ -27,7 +27,7 @@ from sae_dist.train.checkpoint_folders import folders
 from sae_dist.train.loop import Trained
 from sae_dist.train.parallel import rendezvous
 from sae_dist.train.parallel.heartbeat import EVERY_S, HeartbeatMonitor
-from sae_dist.train.parallel.rank_session import PeersLost
+from sae_dist.train.parallel.mesh_session import PeersLost
 
 logger = logging.getLogger(__name__)
 

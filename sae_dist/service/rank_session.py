@@ -28,7 +28,7 @@ from sae_dist.shards.slice_cache import SliceCache
 from sae_dist.system_errors import user_error
 from sae_dist.train.loop import Trained, train
 from sae_dist.train.parallel.collectives import ranks_on_this_machine
-from sae_dist.train.parallel.rank_session import RankSession, rank_session
+from sae_dist.train.parallel.mesh_session import MeshSession, mesh_session
 from sae_dist.train.parallel.rendezvous import Rendezvous
 from sae_dist.train.task import Task
 
@@ -79,7 +79,7 @@ def _missing_heldout(store: Store) -> list[int]:
 
 def run_rank(
     job: TrainJob,
-    rank: RankSession,
+    rank: MeshSession,
     *,
     provenance: Mapping[str, Any],
     stop: Callable[[], bool],
@@ -188,7 +188,7 @@ class RankActor:
         try:
             world = mesh.data * mesh.feature
             device = device_of_actor(self._job.train.device, mesh, self._bundle)
-            with rank_session(mesh, self._rendezvous, rank=self._rank, world=world, device=device) as rank:
+            with mesh_session(mesh, self._rendezvous, rank=self._rank, world=world, device=device) as rank:
                 return run_rank(self._job, rank, provenance=self._provenance, stop=self._stop.is_set)
         except Stopped:
             return None

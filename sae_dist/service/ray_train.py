@@ -137,7 +137,7 @@ class _WorkerMonitor:
         """What came of it, once a worker has said so."""
         return Outcome(*json.loads(self._run.get("outcome"))) if self._run.check(["outcome"]) else None
 
-    def listen(self) -> None:
+    def poll(self) -> None:
         """Takes in where the ranks are; says who is slow, who failed and how it goes on."""
         if self._listener is not None:
             self._listener.poll()

@@ -23,7 +23,7 @@ from sae_dist.service.parent_watch import exit_with_parent
 from sae_dist.service.placement import Bundle
 from sae_dist.service.rank_session import run_rank
 from sae_dist.train.parallel.heartbeat import START_S
-from sae_dist.train.parallel.rank_session import rank_session
+from sae_dist.train.parallel.mesh_session import mesh_session
 from sae_dist.train.parallel.rendezvous import Rendezvous, connect_store
 
 LOOK_S = 0.5
@@ -52,7 +52,7 @@ def train_worker(given: dict[str, Any]) -> None:
         if rank == 0:
             run.set("attempt", json.dumps([attempt, mesh.data]))
         with (
-            rank_session(mesh, place._replace(attempt=attempt), rank=rank, world=world, device=device) as here,
+            mesh_session(mesh, place._replace(attempt=attempt), rank=rank, world=world, device=device) as here,
             _stop_requested(place) as stop,
         ):
             trained = run_rank(dataclasses.replace(job, mesh=mesh), here, provenance=given["provenance"], stop=stop)

@@ -27,7 +27,7 @@ from sae_dist.train.config import Launcher
 from sae_dist.train.loop import Trained
 from sae_dist.train.parallel.collectives import broadcast_number
 from sae_dist.train.parallel.heartbeat import START_S
-from sae_dist.train.parallel.rank_session import RankSession, rank_session
+from sae_dist.train.parallel.mesh_session import MeshSession, mesh_session
 from sae_dist.train.parallel.rendezvous import torchrun_rendezvous
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def train_and_evaluate(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
     job = job.with_absolute_paths()
     match launcher(job):
         case "process":
-            with rank_session(job.mesh, None, rank=0, world=1, device=_alone(job)) as alone:
+            with mesh_session(job.mesh, None, rank=0, world=1, device=_alone(job)) as alone:
                 return _run_once(job, in_process(job, alone, stop), stop)
         case "torchrun":
             return _of_torchrun(job, stop)
@@ -82,7 +82,7 @@ def launcher(job: TrainJob) -> Launcher:
     return asked
 
 
-def in_process(job: TrainJob, rank: RankSession, stop: Stop) -> Work:
+def in_process(job: TrainJob, rank: MeshSession, stop: Stop) -> Work:
     """Training as one rank of a mesh that is there."""
 
     def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
@@ -149,7 +149,7 @@ def _of_torchrun(job: TrainJob, stop: Stop) -> dict[str, Any] | None:
     )
     with (
         torchrun_rendezvous(Path(job.out), START_S) as place,
-        rank_session(job.mesh, place, rank=rank, world=world, device=device) as rank,
+        mesh_session(job.mesh, place, rank=rank, world=world, device=device) as rank,
     ):
         work = in_process(job, rank, stop)
         if rank.mesh.is_rank_0:

@@ -1,1 +1,1 @@
-"""Joins shards and sae: batches into a dictionary."""
+"""Trains dictionaries on the rows of a store."""

@@ -1,4 +1,4 @@
-"""The batches of a training, from any step on."""
+"""The batches of a training, starting at any step."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,20 +16,20 @@ from sae_dist.train.task import Task
 
 
 class Batches(NamedTuple):
-    """Opens the task's rows, in their order, on this rank of the mesh; reading ends early once `stop()` is true."""
+    """Opens the task's rows in their order on this rank; reading ends early once `stop()` is true."""
 
     task: Task
     mesh: Mesh
     stop: Callable[[], bool]
 
     def after(self, state: TrainState) -> MeshLoader:
-        """What is still to be trained on; use it in a `with`."""
+        """The batches that follow `state`; use it in a `with`."""
         return self._feed(state.step, state.order_hash, state.source.manifest, until=self.task.config.n_steps)
 
     def sample(self, manifest: int | None) -> Float[Tensor, "rows d_model"]:
-        """The first `train.init_rows` rows of the order itself: shuffled, and there as soon as training can begin.
+        """The first `train.init_rows` rows in the order of training, fp32.
 
-        Raises Stopped when reading was asked to end before.
+        Raises Stopped where `stop()` becomes true before they are read.
         """
         parts: list[Tensor] = []
         n_rows, batch = self.task.config.init_rows, self.task.config.batch

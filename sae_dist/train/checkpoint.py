@@ -1,11 +1,12 @@
-"""Checkpoints: a folder each, complete or not there, hashed; one that does not verify is never loaded.
+"""Checkpoints: one folder each, complete or absent, hashed; one that does not verify is never loaded.
 
     <checkpoints>/step_00000500-1f2e3d4c-8be0f1/rank00000-00000.safetensors   blocks of rows, 64 MiB a file at most
-    <checkpoints>/step_00000500-1f2e3d4c-8be0f1/checkpoint.json               written last; without it there is none
+    <checkpoints>/step_00000500-1f2e3d4c-8be0f1/checkpoint.json               written last, completes it
 
-Every attempt to save has a folder of its own (checkpoint_folders.py), so nothing that counts is ever overwritten, and no storage
-has to rename. Tensors lie as blocks of consecutive rows (latents first), each in one file; who wrote which does not
-matter, so any number of processes reads what any other number wrote (checkpoint_manifest.py says what there is).
+Every attempt to save has a folder of its own (checkpoint_folders.py), so a complete checkpoint is never overwritten and
+no storage has to rename. Tensors are stored as blocks of consecutive rows (rows are latents), each in one file. It does
+not matter which process wrote which, so any number of processes reads what any other number wrote; checkpoint.json
+lists the blocks (checkpoint_manifest.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,41 +23,41 @@ from sae_dist.shards.records import CorruptData
 from sae_dist.storage import Storage
 from sae_dist.train.checkpoint_manifest import DTYPES, Block, CheckpointManifest, File, TensorLayout, read_manifest
 
-FILE_BYTES = 64 << 20  # of a file, and so of what is read for one row; a single longer row makes a longer file
-DAMAGE = (CorruptData, FileNotFoundError)  # bytes that are not what was written; that none could be read is no proof
+FILE_BYTES = 64 << 20  # most bytes of a file, unless a single row is longer
+DAMAGE = (CorruptData, FileNotFoundError)  # other errors of reading do not prove damage
 
 
 class OwnedRows(NamedTuple):
-    """This process's rows of a tensor that several processes hold together, each some consecutive rows."""
+    """This process's rows of a tensor that several processes share; each owns consecutive rows."""
 
     local: Tensor  # rows first
-    start: int  # of the first of them in the whole
-    total: int  # rows of the whole
+    start: int  # the first row's number in the whole tensor
+    total: int  # rows of the whole tensor
 
 
 Tensors = Mapping[str, Tensor | OwnedRows]
-RowSelector = Callable[[str, TensorLayout], range | None]  # of a tensor, the rows that this process holds; None: all
+RowSelector = Callable[[str, TensorLayout], range | None]  # (name, layout) -> rows that this process owns; None: all
 
 
 class Checkpoint(NamedTuple):
-    """Everything that a run needs to resume as if it had never stopped; of the tensors, what this process holds."""
+    """All state that a run resumes from; of split tensors this process's rows."""
 
     step: int  # steps done
     tensors: Tensors
     facts: dict[str, Any]  # JSON values, the same in every process: input scale, order hash, counters
-    scheduled: bool = True  # its step was due; False: saved because the run was asked to stop
-    folder: str = ""  # that it was read from
+    scheduled: bool = True  # saved at a regular step; False: saved because the run was asked to stop
+    folder: str = ""  # the folder that it was read from
 
 
 def layout(tensor: Tensor | OwnedRows) -> TensorLayout:
-    """The whole that a process's part belongs to."""
+    """Dtype and shape of the whole tensor."""
     local, total = (tensor.local, tensor.total) if isinstance(tensor, OwnedRows) else (tensor, None)
     shape = tuple(local.shape) if total is None else (total, *local.shape[1:])
     return TensorLayout(str(local.dtype).removeprefix("torch."), shape)
 
 
 def blocks(tensors: Tensors) -> dict[Block, Tensor]:
-    """This process's part of every tensor, cut into blocks that fit a file; a scalar is one row of nothing else."""
+    """This process's part of every tensor, cut into blocks that fit a file; a scalar is a block of one row."""
     found: dict[Block, Tensor] = {}
     for name, tensor in tensors.items():
         local, first = (tensor.local, tensor.start) if isinstance(tensor, OwnedRows) else (tensor, 0)
@@ -72,7 +73,7 @@ def blocks(tensors: Tensors) -> dict[Block, Tensor]:
 
 
 def write_files(storage: Storage, folder: str, rank: int, parts: Mapping[Block, Tensor]) -> Iterator[File]:
-    """Writes the blocks, several to a file where they are small; each file as it is there."""
+    """Writes the blocks, several small ones to a file; yields each file once it is written."""
     for number, group in enumerate(_packed(parts)):
         name = f"rank{rank:05d}-{number:05d}.safetensors"
         faults.point("checkpoint.before_file", rank=rank, number=number)
@@ -82,14 +83,17 @@ def write_files(storage: Storage, folder: str, rank: int, parts: Mapping[Block, 
 
 
 def read_file(storage: Storage, manifest: CheckpointManifest, file: File) -> dict[Block, Tensor]:
-    """The blocks of a file that is what was written; read up to three times, for bits also flip on the way."""
+    """The blocks of a file, checked against its hash; read up to three times, since transfers can fail too.
+
+    CorruptData where it does not match.
+    """
     what = f"{storage.uri}/{manifest.folder}/{file.name}"
     for _ in range(3):
         content = storage.read(f"{manifest.folder}/{file.name}")
         if len(content) == file.bytes and xxh3_128(content) == file.xxh3_128:
             break
     else:
-        raise CorruptData(f"{what} is not what was written")
+        raise CorruptData(f"{what} does not match its hash")
     try:
         found = safetensors.torch.load(bytes(content))
     except SafetensorError as error:
@@ -103,14 +107,14 @@ def read_file(storage: Storage, manifest: CheckpointManifest, file: File) -> dic
 
 
 def read(storage: Storage, folder: str, owned_rows: RowSelector = lambda *_: None) -> Checkpoint:
-    """What one process holds of a checkpoint: of every tensor the rows that `owned_rows` says, all where it says None.
+    """A checkpoint with, of every tensor, the rows that `owned_rows` selects.
 
-    One of DAMAGE when the folder is not what was written.
+    One of DAMAGE where the folder does not verify.
     """
     manifest = read_manifest(storage, folder)
     wanted = {name: owned_rows(name, whole) for name, whole in manifest.tensors.items()}
     files = [file for file in manifest.files if any(_overlap(block, wanted[block.name]) for block in file.blocks)]
-    for file in files:  # before there is room made for what they are said to hold
+    for file in files:  # before memory is allocated for what they claim to hold
         if (size := storage.size(f"{folder}/{file.name}")) != file.bytes:
             raise CorruptData(f"{storage.uri}/{folder}/{file.name} has {size} bytes, not {file.bytes}")
     parts = {name: _empty(whole, wanted[name]) for name, whole in manifest.tensors.items()}
@@ -121,7 +125,7 @@ def read(storage: Storage, folder: str, owned_rows: RowSelector = lambda *_: Non
 
 
 def _empty(whole: TensorLayout, rows: range | None) -> Tensor | OwnedRows:
-    """Room for all rows of a tensor, or for some."""
+    """An empty tensor for all rows, or for some."""
     dtype = DTYPES[whole.dtype]
     if rows is None:
         return torch.empty(whole.shape, dtype=dtype)
@@ -129,13 +133,13 @@ def _empty(whole: TensorLayout, rows: range | None) -> Tensor | OwnedRows:
 
 
 def _overlap(block: Block, rows: range | None) -> range:
-    """Those of the rows of the whole, None: of all, that are in the block."""
+    """The given rows (None: all) that are in the block."""
     of_block = range(block.start, block.start + block.rows)
     return of_block if rows is None else range(max(of_block.start, rows.start), min(of_block.stop, rows.stop))
 
 
 def _copy_(part: Tensor | OwnedRows, block: Block, content: Tensor) -> None:
-    """Puts into the part what the block has of it."""
+    """Copies the block's rows that belong to `part` into it."""
     if not isinstance(part, OwnedRows):
         (part[block.start : block.start + block.rows] if part.ndim else part).copy_(content)
         return

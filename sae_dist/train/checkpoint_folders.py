@@ -1,6 +1,6 @@
-"""Names of checkpoints' folders: step_00000500-1f2e3d4c-8be0f1, a step, the id of a run and the name of an attempt.
+"""Names of checkpoint folders: step_00000500-1f2e3d4c-8be0f1 is a step, the id of a run and the name of an attempt.
 
-What has another name is no checkpoint, and is neither read nor removed. A folder with another id is another run's.
+Folders with other names are neither read nor removed. A folder with another id belongs to another run.
 """
 
 import re
@@ -9,13 +9,13 @@ import secrets
 from sae_dist.storage import Storage
 
 MANIFEST = "checkpoint.json"
-MANIFEST_BYTES = 64 << 20  # more than any has
+MANIFEST_BYTES = 64 << 20  # a larger file is not read
 OWN_FILE = re.compile(r"checkpoint\.json|rank\d{5}-\d{5,}\.safetensors")  # what a run writes into a checkpoint
 _NAME = re.compile(r"step_(\d{8,})-(?:([0-9a-f]{8})-)?[0-9a-f]{6}")  # before format 5 without a mark
 
 
 def new_folder(step: int, run_id: str) -> str:
-    """A folder that no other attempt to save has."""
+    """A new folder name for one attempt to save."""
     return f"step_{step:08d}-{run_id}-{secrets.token_hex(3)}"
 
 
@@ -26,7 +26,7 @@ def step_of(folder: str) -> int:
 
 
 def is_of(folder: str, run_id: str) -> bool:
-    """Whether the folder has the name of a checkpoint of the run with this id."""
+    """Whether this is the folder name of a checkpoint of the run with this id."""
     match = _NAME.fullmatch(folder)
     return match is not None and match[2] == run_id
 

@@ -1,4 +1,4 @@
-"""Which dictionaries a checkpoint holds, by keys of the training that wrote it: no other may resume from it."""
+"""Which dictionaries a checkpoint holds. A training with other dictionaries must not resume from it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def identity(member: Member) -> dict[str, Any]:
 
 
 def refuse_others(saved: Checkpoint, members: Sequence[Member]) -> None:
-    """UserError where a checkpoint's dictionaries are not these members, or are stored otherwise."""
+    """UserError where a checkpoint holds other dictionaries than `members`, or stores them in other formats."""
     there, wanted = {split_name(name)[0] for name in saved.tensors}, {member.prefix for member in members}
     if there != wanted:
         raise UserError(

@@ -1,4 +1,4 @@
-"""checkpoint.json: what a checkpoint is made of, with the hash of every file and of itself; written last."""
+"""checkpoint.json: the tensors and files of a checkpoint with their hashes; written last."""
 
 import math
 from collections import defaultdict
@@ -70,7 +70,7 @@ class CheckpointManifest(NamedTuple):
 
 
 def commit(storage: Storage, manifest: CheckpointManifest) -> None:
-    """Makes the checkpoint count: from here on a run resumes from it."""
+    """Completes the checkpoint: from now on a run resumes from it. StorageError where it is complete already."""
     if wrong := _flaw(manifest):
         raise AssertionError(f"{manifest.folder} would not be whole: {wrong}")
     record = manifest._asdict() | {
@@ -87,9 +87,9 @@ def commit(storage: Storage, manifest: CheckpointManifest) -> None:
 
 
 def read_manifest(storage: Storage, folder: str) -> CheckpointManifest:
-    """checkpoint.json of a folder, checked: whole tensors, files that may be read, this folder and no other.
+    """checkpoint.json of a folder, checked: its tensors are whole, its file names allowed, its folder this one.
 
-    CorruptData or FileNotFoundError when it is not what was written there, UserError for another format.
+    CorruptData or FileNotFoundError where it does not verify, UserError for another format.
     """
     what = f"{storage.uri}/{folder}/{MANIFEST}"
     record = records.read(storage, f"{folder}/{MANIFEST}", what, most=MANIFEST_BYTES)
@@ -112,7 +112,7 @@ def read_manifest(storage: Storage, folder: str) -> CheckpointManifest:
 
 
 def _flaw(manifest: CheckpointManifest) -> str | None:
-    """What is wrong with a manifest although each of its fields is of the right type; None where nothing is."""
+    """What is wrong with a manifest whose fields have the right types; None if nothing is."""
     if manifest.step != step_of(manifest.folder):
         return f"step={manifest.step} in {manifest.folder}"
     if unknown := sorted({whole.dtype for whole in manifest.tensors.values()} - DTYPES.keys()):

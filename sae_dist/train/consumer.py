@@ -1,6 +1,6 @@
-"""What a training tells the producers of its store: how far it is, and from where it would begin again.
+"""What a training reports to the producers of its store: the units it has read, and those it may read again.
 
-Harvesting ahead of it is bounded by the first, deleting behind it by the second (shards/consumers.py).
+The first bounds how far harvesting runs ahead, the second what retention may delete (shards/consumers.py).
 """
 
 import logging
@@ -18,16 +18,16 @@ REPORT_EVERY_S = 2.0
 
 
 def consumer_name(out: Path) -> str:
-    """The name under which the training into `out` is known to its store: the same at every start."""
+    """The name by which the store knows the training into `out`; the same at every start."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", out.name).strip("-")[:64] or "run"
     return f"{readable}-{digest(str(out))[:8]}"
 
 
 class Consumer:
-    """Reports to the store whenever something changed, every two seconds at most; `None` as storage reports nothing.
+    """Reports changes to the store, at most every two seconds; with storage None it reports nothing.
 
-    A thread reports: the training may be waiting for rows which nobody makes before he knows how far it is. A report
-    that fails costs a warning: the next one says the same and more. Close it, or use `closing`.
+    A thread reports, because the training may be waiting for rows that are made only after the report. A report that
+    fails is a warning, since the next one includes it. Close it, or use `closing`.
     """
 
     def __init__(self, storage: Storage | None, name: str, *, taken: int) -> None:
@@ -35,13 +35,13 @@ class Consumer:
         self._position = consumers.ConsumerPosition(name, taken, 0)
         self._told: consumers.ConsumerPosition | None = None
         self._telling, self._end = threading.Lock(), threading.Event()
-        self._report()  # before anything is read: a producer must not take the store for one that nobody reads
+        self._report()  # before reading: producers must know that somebody reads
         self._thread = threading.Thread(target=self._keep, name="consumer", daemon=True)
         if storage is not None:
             self._thread.start()
 
     def take(self, units: int, *, starved_s: float = 0.0) -> None:
-        """The first `units` units of the first pass are not needed any more, unless a checkpoint is gone back to.
+        """The first `units` units of the first epoch are read, and needed again only after rolling back.
 
         `starved_s`: seconds that the training has waited for rows so far.
         """
@@ -49,13 +49,13 @@ class Consumer:
         self._position = now._replace(taken=max(units, now.taken), starved_s=max(starved_s, now.starved_s))
 
     def save(self, units: int) -> None:
-        """The oldest checkpoint that may be gone back to is through with the first `units` units; told at once."""
+        """No checkpoint that the run may return to needs the first `units` units; reported at once."""
         now = self._position
         self._position = now._replace(saved=max(now.saved, min(units, now.taken)))
         self._report()
 
     def sign_off(self) -> None:
-        """Everything is trained: nothing is kept for this training and nobody waits for it."""
+        """The training is done: producers neither keep units nor wait for it."""
         self.close()
         if self._storage is None:
             return
@@ -65,7 +65,7 @@ class Consumer:
             logger.warning("the store does not let consumer %s sign off (%s)", self._name, error)
 
     def close(self) -> None:
-        """Ends the reports; what was told last stays."""
+        """Ends the reports; the last one stays in the store."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -1,7 +1,7 @@
-"""The numerics guard: what to do about a step whose loss is not a number, not finite, or out of all proportion.
+"""The numerics guard: what to do about a step whose loss is not finite or far too large.
 
-A pure state machine: figures in, a decision out. Its state is part of a checkpoint, so that a run that was stopped
-decides as one that was not.
+A pure state machine from a step's losses to a decision. Its state is part of a checkpoint, so that a resumed run
+decides as an uninterrupted one.
 """
 
 import math
@@ -16,7 +16,7 @@ from sae_dist.config import frozen, load
 Decision = Literal["step", "skip", "roll_back", "stop"]
 
 MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution times this is its standard deviation
-LEAST_SPREAD = 1e-3  # of the median: a loss that stands still has no spread of its own
+LEAST_SPREAD = 1e-3  # of the median: a constant loss has no spread of its own
 # Adam squares gradients, and an infinite square never leaves its moments. A pair's gradient is at most 2 / (batch var)
 # |z| ||error||; of a row, |z| is about ||x|| at most and ||error|| at least 2^-24 ||x||, for that is how fp32 rounds.
 # So no element of a gradient is above 2^25 loss, and 2^24 of them squared sum up to less than 2^127 for losses below:
@@ -25,22 +25,22 @@ LARGEST_LOSS = 2.0**26  # in units of the rows' variance, so that anything near 
 
 @frozen
 class GuardConfig:
-    """When a step is left out, when the run goes back, when it gives up."""
+    """When a step is skipped, when the run rolls back, and when it stops."""
 
-    max_skipped: Annotated[int, Field(ge=1)] = 10  # steps left out in a row; then back to the last checkpoint
+    max_skipped: Annotated[int, Field(ge=1)] = 10  # steps skipped in a row; then the run rolls back to a checkpoint
     max_roll_backs: Annotated[int, Field(ge=0)] = 2  # then the run stops
     spike_window: Annotated[int, Field(ge=0)] = 100  # accepted steps whose losses say what is usual; 0: no spikes
     spike_deviations: Annotated[float, Field(gt=0)] = 12.0  # robust standard deviations above the median
-    on_spike: Literal["alert", "skip"] = "alert"  # skip: nothing is learned from such a step
+    on_spike: Literal["alert", "skip"] = "alert"  # skip: no update from such a step
 
 
 class Guard(NamedTuple):
     """What the guard remembers between two steps."""
 
     losses: tuple[float, ...] = ()  # of the last accepted steps, at most `spike_window`
-    in_a_row: int = 0  # steps left out since one was accepted
-    skipped: int = 0  # steps left out, of the whole run
-    spikes: int = 0  # steps whose loss spiked, of the whole run
+    in_a_row: int = 0  # steps skipped since one was accepted
+    skipped: int = 0  # steps skipped in the whole run
+    spikes: int = 0  # steps whose loss spiked in the whole run
     spiking: bool = False  # the step before this one spiked
     roll_backs: int = 0
 
@@ -50,13 +50,13 @@ class Verdict(NamedTuple):
 
     decision: Decision
     guard: Guard
-    alert: str | None = None  # what a person should be told
+    alert: str | None = None  # a message for a person
 
 
 def judge(guard: Guard, config: GuardConfig, *, loss: float, aux_loss: float = 0.0, finite: bool = True) -> Verdict:
-    """The verdict on a step before its update; `finite`: that nothing in the gradients is NaN or infinite.
+    """The verdict on a step before its update; `finite`: whether all gradients are.
 
-    Every rank must give the same figures: the losses of the whole mesh, and `finite` of all ranks together.
+    Every rank must pass the same values: losses of the whole mesh, and `finite` over all ranks.
     """
     flaw = _flaw(loss, aux_loss, finite)
     spike = flaw is None and _is_spike(guard, config, loss)
@@ -74,12 +74,12 @@ def judge(guard: Guard, config: GuardConfig, *, loss: float, aux_loss: float = 0
 
 
 def judge_state(guard: Guard, config: GuardConfig) -> Verdict:
-    """The verdict on a dictionary in whose weights or moments there is a number that is not finite."""
+    """The verdict on a dictionary that has a weight or moment that is not finite."""
     return _back(guard, config, "a weight or a moment is not finite")
 
 
 def _back(guard: Guard, config: GuardConfig, what: str) -> Verdict:
-    """To go back, or to stop where that did not help."""
+    """Roll back, or stop where roll-backs are used up."""
     if guard.roll_backs < config.max_roll_backs:
         back = guard._replace(in_a_row=0, roll_backs=guard.roll_backs + 1)
         return Verdict("roll_back", back, f"{what}; going back (roll-back {back.roll_backs})")
@@ -87,7 +87,7 @@ def _back(guard: Guard, config: GuardConfig, what: str) -> Verdict:
 
 
 def to_facts(guard: Guard) -> dict[str, Any]:
-    """As JSON values, exact: Python writes floats so that they read back as the same bits."""
+    """As JSON values, exact: floats read back as the same bits."""
     return guard._asdict()
 
 
@@ -97,7 +97,7 @@ def from_facts(facts: Mapping[str, Any]) -> Guard:
 
 
 def _flaw(loss: float, aux_loss: float, finite: bool) -> str | None:
-    """Why nothing can be learned from a step, None where it can."""
+    """Why a step must not update the dictionary; None where it may."""
     if not (finite and math.isfinite(loss) and math.isfinite(aux_loss)):
         return "the loss or a gradient is not finite"
     if max(loss, aux_loss) > LARGEST_LOSS:
@@ -106,9 +106,9 @@ def _flaw(loss: float, aux_loss: float, finite: bool) -> str | None:
 
 
 def _is_spike(guard: Guard, config: GuardConfig, loss: float) -> bool:
-    """Whether the loss lies far above the window's median; not before the window is half full.
+    """Whether the loss is far above the window's median; never before the window is half full.
 
-    Median and median absolute deviation: up to half of the window may be spikes without hiding the next one.
+    Median and median absolute deviation still work where almost half of the window are spikes.
     """
     if len(guard.losses) < max(config.spike_window / 2, 1):
         return False

@@ -1,4 +1,4 @@
-"""A member of a pass between two steps, and how it learns from a batch that all members are given."""
+"""One dictionary in training, and its step on a batch."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from sae_dist.train.parallel.step import MeshStep
 
 
 class Learner(NamedTuple):
-    """One dictionary in training; what it has learned depends on no other."""
+    """One dictionary in training; its state does not depend on other members."""
 
     member: Member
     sae: MeshStep
@@ -23,7 +23,7 @@ class Learner(NamedTuple):
 
 
 class StepOutcome(NamedTuple):
-    """What came of one batch."""
+    """The result of one batch."""
 
     learner: Learner  # with the guard after it
     decision: Decision
@@ -32,14 +32,14 @@ class StepOutcome(NamedTuple):
     active: float
 
     def cure(self, step: int) -> str:
-        """What a person reads when the guard has given this dictionary up."""
+        """The message when the guard stops this dictionary."""
         member = self.learner.member
         rate = "train.lr" if member.name == MAIN else "its lr"
         return f"{self.alert}, up to step {step}; lower {rate}={member.peak_lr:g}, in another out="
 
 
 def check_member(member: Member, d_model: int, mesh: Mesh) -> None:
-    """Refuses a dictionary that cannot work on activations of this width, or be parted over this mesh."""
+    """UserError where a dictionary does not fit activations of this width, or this mesh."""
     try:
         check_width(member.sae, d_model)
         mesh.latents(member.sae.n_latents)
@@ -52,7 +52,7 @@ def check_member(member: Member, d_model: int, mesh: Mesh) -> None:
 def train_step(
     learner: Learner, config: TrainConfig, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float
 ) -> StepOutcome:
-    """One step, or none, as the learner's own guard says; all ranks call this at the same time."""
+    """One step, unless the learner's guard skips it; all ranks call this together."""
     sae = learner.sae
     said = sae.forward(x, variance=variance)
     squared_error = float(said.squared_error)

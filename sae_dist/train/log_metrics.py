@@ -1,4 +1,4 @@
-"""What a line of the log says: sums since the last line, over the whole mesh, and rates of this attempt."""
+"""The metrics of a log line: sums over the whole mesh since the last line, and rates of this attempt."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from sae_dist.train.state import TrainState
 
 
 class IntervalSums(NamedTuple):
-    """Sums of one dictionary since the last line of the log; steps that were left out do not count."""
+    """Sums of one dictionary since the last log line, without skipped steps."""
 
     squared_error: float = 0.0
     active: float = 0.0
@@ -25,11 +25,11 @@ class IntervalSums(NamedTuple):
 def dictionary_metrics(
     sums: IntervalSums, learner: Learner, state: TrainState, *, lr: float, tokens: int
 ) -> dict[str, Any]:
-    """Loss and latents of one dictionary after `tokens` tokens, under its names; all ranks must ask, or none."""
+    """Metrics of one dictionary after `tokens` tokens, with its prefix; all ranks call this together."""
     rows, guard, may_be_dead = sums.rows, learner.guard, tokens >= learner.member.sae.dead_after_tokens
     own = {
         "lr": lr,
-        "fvu": sums.squared_error / (rows * state.variance) if rows else None,  # every step was left out
+        "fvu": sums.squared_error / (rows * state.variance) if rows else None,  # every step was skipped
         "l0": sums.active / rows if rows else None,
         "dead_fraction": learner.sae.dead_fraction() if may_be_dead else None,  # before, no latent can be dead
         "skipped_steps": guard.skipped,
@@ -40,10 +40,10 @@ def dictionary_metrics(
 
 
 def _of_kind(sae: MeshStep, scale: float) -> dict[str, Any]:
-    """Figures that only some kinds of dictionary have.
+    """Metrics that only some kinds of dictionary have.
 
-    threshold: the tracked one, in the units of the store; penalty: what the kind's price of activity added to the loss
-    of the last step; widened_rows: rows of this rank that were selected twice so far, where their number is not fixed.
+    threshold: the tracked one, in the units of the store. penalty: of the last step. widened_rows: rows of this rank
+    that were selected again so far, for kinds whose rows have different numbers of latents.
     """
     found: dict[str, Any] = {}
     if sae.threshold is not None:

@@ -1,7 +1,7 @@
-"""The run on one page: rows in their order, a step a batch, a checkpoint now and then, dictionaries at the end.
+"""The training loop: rows in their order, one step a batch, regular checkpoints, dictionaries at the end.
 
 All dictionaries of a run learn from the same batches, which are read, moved and cast once (members.py). Every rank of a
-mesh runs this page, and they do the same at the same time. Rank 0 does whatever must happen once.
+mesh runs this code in lockstep. Rank 0 does whatever must happen once.
 """
 
 import functools
@@ -36,11 +36,11 @@ from sae_dist.train.write_dictionary import write_dictionary
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS_KEY = "train.checkpoints"  # the key that names it
+CHECKPOINTS_KEY = "train.checkpoints"
 
 
 class Trained(NamedTuple):
-    """What a finished training says besides the dictionaries' folders."""
+    """The result of a finished training, besides the dictionaries' folders."""
 
     steps: int
     tokens: int
@@ -58,10 +58,10 @@ def train(
 ) -> Trained:
     """Trains the task's dictionaries and writes them into its folder; resumes at the newest checkpoint.
 
-    A dictionary is a function of the store, its member, the config, the order, the seed (of the order) and the kernels:
-    a run that was stopped, or killed, and repeated on the same machine and mesh ends in the same one, and so does a run
-    of that member alone. Raises `Stopped`, after a checkpoint, once `stop()` is true on any rank, and `UserError` when
-    a member's guard gives up. `set_phase` is told the step and the phase of this rank; `log` is called on rank 0 alone.
+    A dictionary is a function of the store, its member, the config, the order, its seed and the kernels: a run that was
+    stopped or killed and repeated on the same machine and mesh gives the same dictionary, and so does a run of that
+    member alone. Once `stop()` is true on any rank, saves a checkpoint and raises Stopped. UserError when a member's
+    guard stops it. `set_phase(step, phase)` says what this rank does; `log` is called on rank 0 only.
     """
     mesh, n_steps = mesh or Mesh.single(), task.config.n_steps
     for member in task.members:
@@ -99,7 +99,7 @@ def _take_steps(
     log: Log,
     set_phase: Callable[[int, str], None],
 ) -> TrainState:
-    """Takes all steps that are left, or those until some rank is asked to stop; the state after them, saved."""
+    """Takes all remaining steps, or fewer if a rank is asked to stop; returns the state after them, which is saved."""
     task, mesh, config, state = batches.task, batches.mesh, batches.task.config, start.state
     report, started, stopping = Report(task, mesh, state, log=log), time.monotonic(), False
     fits = [functools.partial(is_sound, member=member) for member in task.members]
@@ -125,7 +125,7 @@ def _take_steps(
             )  # fmt: skip
             set_phase(step, "training")
             if any(one.decision in ("roll_back", "stop") for one in outcomes):
-                saver.wait()  # what is being saved may be what to go back to
+                saver.wait()  # the save in progress may be the one to roll back to
                 state = roll_back(outcomes, state, batches, checkpoints)
             consumer.take(state.units_done, starved_s=feed.starved_s())
             report.add(state, outcomes, batch, feed, lr_factor=factor, more=saver.figures)
@@ -144,7 +144,7 @@ def _take_steps(
 
 
 def _is_due(step: int, config: TrainConfig) -> bool:
-    """Whether a checkpoint of this step is saved in any case: where a run goes back to must not depend on its stops."""
+    """Whether this step is saved regularly; only such checkpoints are rolled back to, whenever the run was stopped."""
     return step % config.checkpoint_every == 0 or step == config.n_steps
 
 
@@ -152,16 +152,16 @@ def _warn_of_slow_states(task: Task) -> None:
     for member in task.members:
         if not member.state.plain:
             logger.warning(
-                "%sparameters=%s moments=%s: plain torch computes such a state, slower than the kernels for float32",
+                "%sparameters=%s moments=%s: computed by plain torch, slower than the float32 kernels",
                 task.named(member), member.parameters, member.moments,
             )  # fmt: skip
 
 
 def _info(task: Task, state: TrainState) -> dict[str, Any]:
-    """What all dictionaries of the training say of where they come from."""
+    """The provenance that all dictionaries of the training share."""
     return {
         "d_model": task.d_model,
-        "subtract_b_dec": True,  # x - b_dec goes into the encoder
+        "subtract_b_dec": True,  # the encoder reads x - b_dec
         "hook": task.hook,
         "tokens_trained": state.step * task.config.batch,
         "order_hash": f"{state.order_hash:016x}",

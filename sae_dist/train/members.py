@@ -3,7 +3,7 @@
     more_dictionaries: [{n_latents: 8192}, {k: 64, seed: 1}, {name: slow, lr: 1e-4}, {moments: int8}]
 
 A member has its own initial weights, selection, learning rate, state and guard. Rows, their order, batch and steps are
-the run's, so a member is the dictionary that training it alone would give.
+shared, so each member is the dictionary that training it alone would give.
 """
 
 import re
@@ -19,12 +19,12 @@ from sae_dist.sae.config import KINDS, SAEConfig
 from sae_dist.train.schedule import base_lr
 
 MAIN = "main"
-OWN = ("name", "seed", "lr", "parameters", "moments")  # keys of an entry that are not the dictionary's own
+OWN = ("name", "seed", "lr", "parameters", "moments")  # keys of an entry that are not keys of `sae`
 
 
 @frozen
 class _Own:
-    """What an entry may say besides keys of `sae`."""
+    """The keys of an entry besides those of `sae`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # of a folder
     seed: int
@@ -38,14 +38,14 @@ class Member(NamedTuple):
 
     name: str
     sae: SAEConfig
-    seed: int  # of its initial weights; rows come in the run's order whatever it is
-    lr: float | None = None  # the highest; None: the law for its size
+    seed: int  # of its initial weights and roundings; the order of rows does not depend on it
+    lr: float | None = None  # the peak; None: base_lr of its size
     parameters: ParameterFormat = "float32"
     moments: MomentFormat = "float32"
 
     @property
     def prefix(self) -> str:
-        """Before the names of its figures and of its tensors: 'k64/fvu'; nothing for the main one."""
+        """Prefix of the names of its metrics and tensors: 'k64/fvu'; empty for the main one."""
         return "" if self.name == MAIN else f"{self.name}/"
 
     @property
@@ -54,7 +54,7 @@ class Member(NamedTuple):
 
     @property
     def state(self) -> StateOptions:
-        """How its weights and moments are stored between steps; what is rounded at random is so by its own seed."""
+        """How its weights and moments are stored; stochastic rounding uses its seed."""
         return StateOptions(self.parameters, self.moments, self.seed)
 
     def folder(self, out: Path) -> Path:
@@ -83,7 +83,7 @@ def members(
 
 
 def _shared(main: SAEConfig, kind: object) -> dict[str, Any]:
-    """The main dictionary's keys that one of `kind` has too; None: of the same kind."""
+    """The values of the main dictionary's keys that `kind` has too; None: the same kind."""
     values = to_dict(main)
     if not isinstance(kind, str) or kind not in KINDS or kind == main.kind:
         return values
@@ -91,12 +91,12 @@ def _shared(main: SAEConfig, kind: object) -> dict[str, Any]:
 
 
 def folder(out: Path, name: str) -> Path:
-    """Where the finished dictionary of a member goes: `out`/dictionary, or `out`/dictionaries/<name>."""
+    """The folder of a member's finished dictionary: `out`/dictionary, or `out`/dictionaries/<name>."""
     return out / "dictionary" if name == MAIN else out / "dictionaries" / name
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A figure's or a tensor's name as its member's prefix and the rest: 'k64/W_dec' -> 'k64/', 'W_dec'."""
+    """Splits the name of a metric or tensor into its member's prefix and the rest: 'k64/W_dec' -> 'k64/', 'W_dec'."""
     head, slash, rest = name.rpartition("/")
     return head + slash, rest
 

@@ -3,9 +3,9 @@
     loss = [ sum ||x - x_hat||^2 + w sum ||e - e_hat||^2 ] / (batch variance) + P(mean over rows of their pairs' cost)
 
 The first term is the fraction of variance that x_hat = b_dec + sum_j value_j W_dec[j] leaves unexplained, the second
-AuxK's (`sae_kernels.reference.aux_weight` is w), the third the kind's own price of activity. Of the first two,
-d loss / d value = scale errors . W_dec[j], which kernels compute; what a kind does between z and a value is
-elementwise, so that autograd over batch x L0 numbers is all the rest.
+AuxK (w is `sae_kernels.reference.aux_weight`), the third the kind's penalty on activity. Kernels compute the gradient
+of the first two, d loss / d value = scale errors . W_dec[j]. The map from z to a value is elementwise, so autograd over
+batch x L0 numbers does the rest.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ OwnVectors = Mapping[str, Float[Tensor, "..."]]  # the latents' own vectors, at 
 
 
 class PairGradients(NamedTuple):
-    """What pairs are worth, and d loss of what they were made from, at every place."""
+    """The values of pairs, and the gradients of the loss with respect to z and the latents' own vectors."""
 
     values: Float[Tensor, "lines places"]
     d_z: Float[Tensor, "lines places"]
@@ -31,7 +31,7 @@ class PairGradients(NamedTuple):
 def pair_values(
     maths: Elementwise, z: Float[Tensor, "lines places"], own: OwnVectors
 ) -> tuple[Float[Tensor, "lines places"], Float[Tensor, ""]]:
-    """Every place's value, 0 at empty ones, and the sum of all costs, in fp64."""
+    """The value at every place, 0 at empty ones, and the sum of all costs in fp64."""
     with torch.no_grad():
         values, cost = maths.activate(z, own)
     chosen = z > 0
@@ -43,9 +43,9 @@ def pair_gradients(
     maths: Elementwise, z: Float[Tensor, "lines places"], own: OwnVectors, d_values: Float[Tensor, "lines places"],
     *, price: float | Tensor,
 ) -> PairGradients:  # fmt: skip
-    """d loss / d z and d loss / d own from d loss / d value and `price`, d loss / d cost of a pair.
+    """d loss / d z and d loss / d own, from d loss / d value and `price` = d loss / d cost of a pair.
 
-    A place is empty where z is 0, and everything is 0 there.
+    A place is empty where z is 0; all results are 0 there.
     """
     chosen = z > 0
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What rank 0 tells the log of a training: a line of figures now and then, and alerts at once."""
+"""The log of a training, written by rank 0: a line of metrics at regular steps, and alerts at once."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class Report:
-    """Sums over the steps since the last line. All ranks call it at the same steps: figures are the whole mesh's."""
+    """Collects metrics between log lines. All ranks call it at the same steps, since metrics are of the whole mesh."""
 
     def __init__(self, task: Task, mesh: Mesh, start: TrainState, *, log: Log) -> None:
-        """`start` is the state that this attempt began with."""
+        """`start` is the state at the start of this attempt."""
         self._task, self._mesh, self._start, self._log = task, mesh, start, log
         self._sums = [IntervalSums() for _ in task.members]
 
@@ -28,7 +28,7 @@ class Report:
         self, state: TrainState, outcomes: Sequence[StepOutcome], batch: GlobalBatch, loader: MeshLoader, *,
         lr_factor: float, more: Callable[[], dict[str, Any]],
     ) -> None:  # fmt: skip
-        """Counts a step, after which the state is `state`; writes a line when one is due. `more` figures go with it."""
+        """Counts a step that led to `state`; writes a line when one is due, with the metrics of `more()` added."""
         task = self._task
         self._sums = [w.add(one, task.config.batch) for w, one in zip(self._sums, outcomes, strict=True)]
         alerts = {one.learner.member: f"step {state.step}: {one.alert}" for one in outcomes if one.alert}

@@ -1,4 +1,4 @@
-"""Where a training begins: at its newest checkpoint, else with untrained dictionaries."""
+"""Where a training starts: at its newest checkpoint, else with untrained dictionaries."""
 
 import logging
 from typing import Annotated, NamedTuple
@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 
 
 class StartPoint(NamedTuple):
-    """What an attempt begins with."""
+    """The state that an attempt starts with."""
 
     state: TrainState
-    folder: str = ""  # of the checkpoint that it was read from
+    folder: str = ""  # the checkpoint that it was read from
 
 
 def resume(batches: Batches, checkpoints: Checkpoints) -> StartPoint:
     """The newest checkpoint's state, or that of untrained dictionaries.
 
-    UserError when the place holds another run's checkpoints and none of this one.
+    UserError where the folder holds checkpoints of another run and none of this one.
     """
     task, mesh = batches.task, batches.mesh
     saved = checkpoints.latest(owned_rows(mesh, task.members))
@@ -57,7 +57,7 @@ def resume(batches: Batches, checkpoints: Checkpoints) -> StartPoint:
 
 
 class _Facts(NamedTuple):
-    """What a checkpoint says besides its tensors and guards."""
+    """The facts of a checkpoint besides guards and identities."""
 
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     variance: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -68,7 +68,7 @@ class _Facts(NamedTuple):
 
 
 def _check_facts(saved: Checkpoint, checkpoints: Checkpoints) -> None:
-    """CorruptData where the facts of a checkpoint are none that a training writes."""
+    """CorruptData where a checkpoint's facts are not valid."""
     facts = dict(saved.facts)
     try:
         for name in [name for name in facts if name.endswith("guard")]:

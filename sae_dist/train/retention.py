@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, the last ones that each dictionary may go back to, and milestones.
+"""Which checkpoints are kept: the newest, the last ones that each dictionary may roll back to, and milestones.
 
 Only what this run wrote is ever removed: folders with its id, and in them files with the names of its files. Folders
 that somebody copied or renamed, files that somebody put there and targets of links are left alone.
@@ -19,21 +19,21 @@ logger = logging.getLogger(__name__)
 
 
 class Retention(NamedTuple):
-    """Which checkpoints stay besides the newest one."""
+    """Which checkpoints are kept besides the newest one."""
 
-    keep: int  # the last so many that fit, for each of `fits`
-    every: int  # and those whose step it divides; 0: no others
-    # for each dictionary: whether it may go back to a checkpoint
+    keep: int  # so many of the last ones that fit, for each of `fits`
+    every: int  # and those whose step is a multiple of it; 0: none
+    # for each dictionary: whether it may roll back to a checkpoint
     fits: Sequence[Callable[[CheckpointManifest], bool]] = (lambda _: True,)
 
 
 def prune(storage: Storage, run_id: str, retention: Retention, *, sound: Collection[str]) -> list[CheckpointManifest]:
-    """Removes the checkpoints of the run with this id that `retention` does not keep, and what killed saves left.
+    """Removes this run's checkpoints that `retention` does not keep, and the remains of killed saves.
 
-    `sound`: the folder that the run was resumed from, and those that it wrote since. Older ones count as long as their
-    manifest verifies; any other of these steps did not verify when the run was resumed from before it, and would hide
-    what is written since. Returns the manifests of those that the run may resume from or go back to, oldest first, but
-    none while there are fewer than `keep` for some dictionary: it might have to begin anew.
+    `sound`: the folder that the run resumed from, and those that it wrote since. Older checkpoints count if their
+    manifest verifies. Other folders of later steps failed to verify when the run resumed, and are removed, since they
+    would be newer than what was written since. Returns the manifests that the run may resume from or roll back to,
+    oldest first; none while some dictionary has fewer than `keep`, since it might have to restart from step 0.
     """
     since, last, kept = min(map(step_of, sound)), list[CheckpointManifest](), set[str]()
     counts = [0] * len(retention.fits)
@@ -58,23 +58,23 @@ def prune(storage: Storage, run_id: str, retention: Retention, *, sound: Collect
 
 
 def sweep(storage: Storage, run_id: str) -> None:
-    """Removes what killed saves of the run left, or such as had no room."""
+    """Removes the remains of the run's killed or failed saves."""
     _clear(storage, run_id, folders(storage, run_id))
 
 
 def remove(storage: Storage, folder: str) -> None:
-    """Deletes what a run wrote into a checkpoint, the manifest first: what is left of it in between is not one."""
+    """Deletes a checkpoint's own files, the manifest first, so that a partly deleted folder is not a checkpoint."""
     storage.delete(f"{folder}/{MANIFEST}")
     for entry in [entry for entry in storage.list(f"{folder}/") if _is_own(entry)]:
         storage.delete(entry.key)
     path = storage.local_path(folder)
     if path is not None:
-        with contextlib.suppress(OSError):  # somebody put a file of his own there
+        with contextlib.suppress(OSError):  # somebody put another file there
             path.rmdir()
 
 
 def _clear(storage: Storage, run_id: str, kept: Collection[str]) -> None:
-    """Removes all checkpoints of the run but those, and what killed saves have left."""
+    """Removes all checkpoints of the run except `kept`, and the remains of killed saves."""
     killed = [leftover for leftover in storage.leftovers() if is_of(_folder(leftover), run_id)]
     for leftover in killed:
         storage.discard(leftover)
@@ -93,7 +93,7 @@ def _is_own(entry: Entry) -> bool:
 
 
 def _was_renamed(storage: Storage, folder: str) -> bool:
-    """Whether somebody gave a checkpoint this name: it is not what the run wrote here."""
+    """Whether a checkpoint was copied or renamed to this folder by somebody."""
     try:
         return records.read(storage, f"{folder}/{MANIFEST}", folder, most=MANIFEST_BYTES).get("folder") != folder
     except DAMAGE:

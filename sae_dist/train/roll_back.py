@@ -1,8 +1,8 @@
-"""Going back: a dictionary whose guard says so takes the weights of its last sound checkpoint; the others go on.
+"""Rolling back: a dictionary whose guard says so takes the weights of its last sound checkpoint; the others continue.
 
-Sound is a checkpoint of a step that was due, with no steps left out just before it and only finite numbers in it. So
-where a run goes back to depends on the run alone: not on where it was stopped, nor on what else is trained beside. The
-rows since then are not trained on again.
+A checkpoint is sound if it was saved at a regular step, no step was skipped just before it, and all its numbers are
+finite. So the target does not depend on when the run was stopped, nor on other members. Training continues with later
+rows: those since the checkpoint are not used again.
 """
 
 import logging
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_sound(manifest: CheckpointManifest, member: Member) -> bool:
-    """Whether the member may go back to this checkpoint; `judge_states` saw to it that its numbers are finite."""
+    """Whether the member may roll back to this checkpoint; `judge_states` ensures that its numbers are finite."""
     guard = manifest.facts.get(f"{member.prefix}guard")
     return manifest.scheduled and isinstance(guard, dict) and guard.get("in_a_row") == 0
 
@@ -52,7 +52,7 @@ def judge_states(outcomes: Sequence[StepOutcome], config: GuardConfig, mesh: Mes
 def roll_back(
     outcomes: Sequence[StepOutcome], state: TrainState, batches: Batches, checkpoints: Checkpoints
 ) -> TrainState:
-    """`state` with what the guards decided on its last step; UserError once one has gone back too often."""
+    """`state` after the guards' decisions on its last step; UserError once one has rolled back too often."""
     task = batches.task
     if given_up := [one for one in outcomes if one.decision == "stop"]:
         raise UserError(f"{task.named(given_up[0].learner.member)}{given_up[0].cure(state.step)}")
@@ -65,9 +65,9 @@ def roll_back(
 
 
 def _earlier(learner: Learner, state: TrainState, batches: Batches, checkpoints: Checkpoints) -> Learner:
-    """The learner with the weights of its last sound checkpoint, else with those that it began with.
+    """The learner with the weights of its last sound checkpoint, else with its initial ones.
 
-    A checkpoint of a later step, which a run that resumed before a damaged one may find, is not gone back to.
+    Checkpoints of later steps do not count; a run that resumed before a damaged one may find some.
     """
     task, mesh, member = batches.task, batches.mesh, learner.member
     earlier = checkpoints.latest(
@@ -85,7 +85,7 @@ def _earlier(learner: Learner, state: TrainState, batches: Batches, checkpoints:
 
 
 def _is_finite(learner: Learner) -> torch.Tensor:
-    """Whether all numbers are that this rank holds of a dictionary and its moments; one pass, without a copy."""
+    """Whether all weights and moments on this rank are finite; one pass, without a copy."""
     floats = [tensor for tensor in learner.sae.state_dict().values() if tensor.is_floating_point() and tensor.numel()]
     ends = torch.stack([end.double().cpu() for tensor in floats for end in torch.aminmax(tensor)])
     return ends.isfinite().all()

@@ -1,4 +1,4 @@
-"""Checkpoints beside the training: it stops for a copy to host memory only, a thread writes what was copied."""
+"""Checkpoints in the background: the training stops only to copy tensors to host memory; a thread writes them."""
 
 import logging
 import time
@@ -51,7 +51,7 @@ class Saver:
         self._seconds, self._waited_s = 0.0, 0.0
 
     def save(self, state: Checkpoint) -> None:
-        """Waits for the save in flight and begins to save `state`, whose tensors may change once this returns."""
+        """Waits for the previous save and starts to save `state`, whose tensors may change once this returns."""
         self.wait()
         started = time.perf_counter()
         staged = state._replace(tensors={name: self._stage(name, tensor) for name, tensor in state.tensors.items()})
@@ -60,7 +60,7 @@ class Saver:
         self._writing = self._thread.submit(self._save, staged)
 
     def wait(self) -> None:
-        """Waits for the save in flight; raises what it raised once MAX_FAILURES in a row have failed."""
+        """Waits for the save in progress; raises its error once MAX_FAILURES in a row have failed."""
         if self._writing is None:
             return
         started = time.perf_counter()
@@ -79,12 +79,12 @@ class Saver:
             self._waited_s += time.perf_counter() - started
 
     def poll(self) -> None:
-        """`wait`, if there is nothing to wait for."""
+        """Like `wait`, if the save is done; otherwise returns at once."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def finish(self, state: Checkpoint) -> None:
-        """Waits, and saves `state` unless it is saved; a failure is raised, since nothing comes after."""
+        """Waits, and saves `state` unless it is saved already; raises the error if that fails."""
         self.wait()
         if self._saved != state.step:
             self.save(state)
@@ -92,15 +92,15 @@ class Saver:
             self.wait()
 
     def figures(self) -> dict[str, Any]:
-        """Seconds that the last save took in its thread, and that the training has waited for saves so far."""
+        """Seconds of the last save in its thread, and seconds that the training has waited for saves so far."""
         return {"checkpoint_seconds": round(self._seconds, 4), "checkpoint_wait_seconds": round(self._waited_s, 4)}
 
     def close(self) -> None:
-        """Lets the save in flight end, whatever comes of it."""
+        """Waits for the save in progress and ignores its result."""
         self._thread.shutdown(wait=True)
 
     def _stage(self, name: str, tensor: Tensor | OwnedRows) -> Tensor | OwnedRows:
-        """A copy in host memory that is used again for every save."""
+        """Copies a tensor into host memory, which is reused for every save."""
         local = tensor.local if isinstance(tensor, OwnedRows) else tensor
         there = self._staged.get(name)
         if there is None or there.shape != local.shape or there.dtype != local.dtype:
@@ -114,7 +114,7 @@ class Saver:
         try:
             folder = self._write(state)
         except (OSError, ValueError):
-            if self._is_rank_0:  # what it wrote would take the next one's room
+            if self._is_rank_0:  # its files would take space from the next save
                 self._tidy(lambda: retention.sweep(self._storage, self._run_id))
             raise
         self._sound.append(folder)
@@ -129,7 +129,7 @@ class Saver:
         return retention.prune(self._storage, self._run_id, self._retention, sound=self._sound)
 
     def _tidy(self, remove: Callable[[], None]) -> None:
-        """Removes files; when it cannot, the save has not failed, and the next one tries again."""
+        """Calls `remove`; an error there is only a warning, since the next save tries again."""
         try:
             remove()
         except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ def base_lr(n_latents: int) -> float:
 def lr_factor(step: int, config: TrainConfig) -> float:
     """Linear warm-up, constant, linear decay at the end (Templeton et al. 2024); steps count from 0.
 
-    The first step has 1 / warm-up steps and the last 1 / decay steps of the peak: no step is wasted on a rate of zero.
+    The first step has 1 / warm-up steps of the peak and the last 1 / decay steps, so no step has a rate of 0.
     """
     warmup = round(config.warmup_fraction * config.n_steps)
     decay = round(config.decay_fraction * config.n_steps)

@@ -1,4 +1,4 @@
-"""What a training is made of between two steps: all of it is in a checkpoint, nothing else is anywhere."""
+"""The state of a training between two steps. A checkpoint holds all of it."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -25,27 +25,27 @@ from sae_dist.train.parallel.collectives import all_gather, ordered_sum
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep
 
-MIN_VARIANCE = 1e-9  # of the mean squared norm: less than fp32 makes of rows that are all the same
+MIN_VARIANCE = 1e-9  # of the mean squared norm: below it, rows that are all the same differ by rounding only
 
 
 class RowSource(NamedTuple):
-    """Where the rows come from, and for whom; a checkpoint goes on with these rows only."""
+    """The rows that a checkpoint was trained on; it may resume with no others."""
 
     store: str  # digest of store.json
     hook: str
     manifest: int | None  # version that the order is pinned to; None while the store grows
-    run: str | None = None  # hash of what was asked for: runs that share a folder for checkpoints are not one
+    run: str | None = None  # hash of the run's configuration: tells runs with one checkpoint folder apart
 
 
 class TrainState(NamedTuple):
-    """The state after `step` steps; the same on every rank of a mesh, but for the latents that it holds."""
+    """The state after `step` steps; the same on every rank of a mesh, except that each has its own latents."""
 
     step: int
-    learners: tuple[Learner, ...]  # one a dictionary
+    learners: tuple[Learner, ...]  # one per dictionary
     scale: float  # x is multiplied by it before anything else
     variance: float  # mean over rows of ||x - mean||^2, scaled: the loss's constant denominator
     order_hash: int  # of the rows seen
-    units_done: int  # of the first pass: what no later step reads in it
+    units_done: int  # units of the first epoch that no later step reads in it
     source: RowSource
     seconds: float  # of training so far, over all attempts
 
@@ -85,9 +85,9 @@ def to_checkpoint(state: TrainState) -> Checkpoint:
 
 
 def from_checkpoint(saved: Checkpoint, members: Sequence[Member], config: TrainConfig, mesh: Mesh) -> TrainState:
-    """The state as it was saved, bit for bit; `saved` has of every tensor what `owned_rows` says.
+    """The saved state, bit for bit; `saved` must have the rows that `owned_rows` selects.
 
-    UserError when it is of other dictionaries, or of some that are stored in another way.
+    UserError where it holds other dictionaries, or other formats.
     """
     refuse_others(saved, members)
     facts, learners = dict(saved.facts), []
@@ -102,21 +102,21 @@ def from_checkpoint(saved: Checkpoint, members: Sequence[Member], config: TrainC
 
 
 def owned_rows(mesh: Mesh, members: Sequence[Member], only: Member | None = None) -> RowSelector:
-    """Of every tensor of a checkpoint, the rows that this rank holds, of `only` one member's alone; None: all."""
+    """Selects the rows of every tensor that this rank owns; with `only`, those of one member and none of the others."""
     by_prefix = {member.prefix: member for member in members}
 
     def rows(name: str, whole: TensorLayout) -> range | None:
         if only is not None and whole.shape and not _is_of(name, only):
             return range(0)
         prefix, own = split_name(name)
-        member = by_prefix.get(prefix)  # None: a dictionary of another training, which is refused by its facts
+        member = by_prefix.get(prefix)  # None: another training's dictionary; its identity will not match
         return mesh.latents(whole.shape[0]) if member and _is_split(own, member) else None
 
     return rows
 
 
 def local_tensors(saved: Checkpoint, member: Member) -> dict[str, Tensor]:
-    """This rank's part of one dictionary of a checkpoint as `MeshStep.load_state_dict_` takes it."""
+    """One dictionary's tensors of a checkpoint, as `MeshStep.load_state_dict_` takes them."""
     own = {name.removeprefix(member.prefix): part for name, part in saved.tensors.items() if _is_of(name, member)}
     tensors = {name: part.local if isinstance(part, OwnedRows) else part for name, part in own.items()}
     return _transposed(tensors, member)
@@ -128,13 +128,13 @@ def _is_of(name: str, member: Member) -> bool:
 
 
 def _spec(name: str, member: Member) -> TensorSpec | None:
-    """The tensor of the dictionary that a tensor of the state is, or is a moment of; None: a counter."""
+    """The spec of a tensor of the state, or of the tensor that it is a moment of; None: a counter."""
     own = name.rpartition(".")[2]
     return next((spec for spec in member.sae.tensors if spec.name == own), None)
 
 
 def _is_split(name: str, member: Member) -> bool:
-    """Whether ranks hold different rows of a tensor."""
+    """Whether a tensor is split over feature ranks."""
     spec = _spec(name, member)
     if spec is None:
         return name == "tokens_since_fired"
@@ -142,7 +142,7 @@ def _is_split(name: str, member: Member) -> bool:
 
 
 def _transposed(tensors: Mapping[str, Tensor], member: Member) -> dict[str, Tensor]:
-    """All matrices lie in memory as [n_latents, d_model], and so they do in a checkpoint."""
+    """Between MeshStep's shapes and a checkpoint's, where all matrices are [n_latents, d_model]."""
 
     specs = {name: _spec(name, member) for name in tensors}
     return {

@@ -19,14 +19,14 @@ class Task(NamedTuple):
 
     store: Store
     hook: str
-    members: Sequence[Member]  # one a dictionary, the main one first
+    members: Sequence[Member]  # the main one first
     config: TrainConfig
     order: OrderConfig
     seed: int  # of the order of the rows
     out: Path
     live: bool = False  # the store may still be growing; otherwise its manifest is pinned
-    provenance: Mapping[str, Any] = {}  # what the dictionaries say of where they come from
-    checkpoint_timeout_s: float = 1800.0  # a rank waits so long for others to have written
+    provenance: Mapping[str, Any] = {}  # for the dictionaries' config.json
+    checkpoint_timeout_s: float = 1800.0  # a rank waits so long for the others to write
 
     @property
     def d_model(self) -> int:
@@ -38,13 +38,13 @@ class Task(NamedTuple):
 
     @property
     def run_id(self) -> str:
-        """In the names of this training's checkpoints: equal for two that must end in the same dictionaries."""
+        """Part of the names of this training's checkpoints; equal for runs of one configuration and store."""
         return digest([*self.source(None)])[:8]
 
     def source(self, manifest: int | None) -> RowSource:
-        """What a checkpoint says of its rows, with the version of the store's manifest that they are pinned to."""
+        """The row source of a checkpoint; `manifest` is the store's version that the order is pinned to."""
         return RowSource(self.store.meta.digest, self.hook, manifest, self.provenance.get("config_hash"))
 
     def named(self, member: Member) -> str:
-        """What a message about a member begins with; nothing where there is one dictionary alone."""
+        """Prefix of messages about a member; empty where there is only one."""
         return f"{member.name}: " if len(self.members) > 1 else ""

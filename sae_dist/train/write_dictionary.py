@@ -1,4 +1,4 @@
-"""The finished dictionary, written from the shards of the last checkpoint: nobody ever holds it whole."""
+"""The finished dictionary, written block by block from the last checkpoint, so that it is never whole in memory."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -22,10 +22,9 @@ logger = logging.getLogger(__name__)
 def write_dictionary(
     storage: Storage, run_id: str, out: Path, learner: Learner, *, step: int, info: Mapping[str, Any]
 ) -> None:
-    """One dictionary of a training into its folder under `out`, from a checkpoint of that step with its run id.
+    """Writes one dictionary of a training into its folder under `out`, from this run's checkpoint of `step`.
 
-    `info` is what all dictionaries of the training have in common. StorageError when no checkpoint can be read or
-    nothing written.
+    `info` is added to config.json. StorageError where no checkpoint can be read or the folder cannot be written.
     """
     member, folder = learner.member, learner.member.folder(out)
     own = {
@@ -34,7 +33,7 @@ def write_dictionary(
         "seed": member.seed,
         "skipped_steps": learner.guard.skipped,
         "kernels": learner.sae.shard.backend_used,
-        "trained_as": {"parameters": member.parameters, "moments": member.moments},  # what is written is fp32
+        "trained_as": {"parameters": member.parameters, "moments": member.moments},  # the file is fp32
     }
     reasons = []
     for saved in [folder for folder in folders(storage, run_id) if step_of(folder) == step]:
@@ -55,7 +54,7 @@ def write_dictionary(
 
 
 def _parts(storage: Storage, manifest: CheckpointManifest, member: Member) -> Iterator[tuple[TensorSpec, int, Tensor]]:
-    """Every block of the dictionary's tensors, on raw input: which tensor, its first row (latent), its rows."""
+    """Yields (spec, first row, rows) of every block, with the input scale folded in."""
     scale, n_latents = manifest.facts["scale"], member.sae.n_latents
     wanted = {member.prefix + spec.name: spec for spec in member.sae.tensors}
     for file in manifest.files:

@@ -124,7 +124,7 @@ def test_the_run_says_that_plain_torch_computes_a_compact_state(store, tmp_path,
     train(store, tmp_path, config=SHORT, members=[MEMBERS[0], MEMBERS[1]])
     said = [record.getMessage() for record in caplog.records if "plain torch" in record.getMessage()]
     assert len(said) == 1
-    assert said[0].startswith("float32-int8: parameters=float32 moments=int8: plain torch computes such a state")
+    assert said[0].startswith("float32-int8: parameters=float32 moments=int8: computed by plain torch")
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""The operations on a CPU with AVX-512 BF16: C++ behind ctypes, built at first use."""
+"""The operations on a CPU with AVX2 or AVX-512 BF16: C++ called by ctypes, compiled at first use."""

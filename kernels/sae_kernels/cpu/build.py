@@ -1,4 +1,4 @@
-"""The C++ library, compiled at first use into a cache folder; None, with one warning, where it cannot be had."""
+"""The C++ library, compiled at first use into a cache folder; None, with one warning, where that is not possible."""
 
 import ctypes
 import fcntl
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in {".cpp", ".h"})
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
-NEEDED = frozenset({"avx2", "fma"})  # where there is AVX-512 with BF16, vectors.h takes that
+NEEDED = frozenset({"avx2", "fma"})  # vectors.h uses AVX-512 with BF16 where the processor has it
 
 
 @functools.cache
@@ -72,10 +72,10 @@ def cache_folder() -> Path:
 
 
 def built(compiler: str) -> Path | str:
-    """The library of these sources for this processor, compiled unless it is there; or why it could not be.
+    """The path of the library of these sources for this processor, compiled unless it exists; else the reason.
 
-    The name holds all that decides the content. One process compiles while others wait, and the file appears whole,
-    with a hash at its end: to load a file that was cut short or overwritten later would end the process.
+    Its name is a hash of everything that decides its content. One process compiles while others wait. The file appears
+    whole, with a hash at its end, because loading a damaged library would crash the process.
     """
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
     contents = [*(source.read_bytes() for source in SOURCES), version, " ".join(FLAGS).encode()]
@@ -108,7 +108,7 @@ def built(compiler: str) -> Path | str:
 
 
 def is_sound(path: Path) -> bool:
-    """Whether a library is there, and what was written."""
+    """Whether the library exists and matches the hash at its end."""
     content = path.read_bytes() if path.exists() else b""
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
 

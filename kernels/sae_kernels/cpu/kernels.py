@@ -88,11 +88,11 @@ def _adam(hyper: Hyper) -> _Adam:
 
 
 class Screened(NamedTuple):
-    """What the int16 screen of screen.h did so far."""
+    """Counts of the int16 screen (screen.h) so far."""
 
-    rows: int  # that were to be screened, a row once for every selection
-    uncertified: int  # of those, rows that had to take the exact product
-    candidates: int  # of the certified rows: latents whose exact pre-activation was computed
+    rows: int  # rows screened, counted once for every selection
+    uncertified: int  # of those, rows that needed the exact product
+    candidates: int  # latents of certified rows whose exact pre-activation was computed
 
 
 def screen_pays() -> bool:
@@ -127,7 +127,7 @@ class CpuStep:
         return Screened(self._rows_screened, *self._counts.tolist())
 
     def refresh_(self) -> None:
-        """Round W_enc again, after somebody else wrote it."""
+        """Rounds W_enc again after it was written from outside."""
         self._round(self.parameters[0], self._none, self.rounded)
 
     def encode(self, x: Tensor, *, k: int) -> Selected:
@@ -242,7 +242,7 @@ class CpuStep:
         self, name: str, target: Tensor, b_dec: Tensor | None, chosen: Selected, scale: float, errors: Tensor,
         squares: Tensor, kind: int,
     ) -> _Chosen:  # fmt: skip
-        """What the chosen latents leave of the target, into the kind's part of errors and squares; and d loss / dz."""
+        """Writes target less reconstruction to the term's part of errors and squares; computes d loss / dz."""
         batch, k = chosen.values.shape
         d_z = self._buffer(f"d_z.{name}", (batch, k))
         _call(

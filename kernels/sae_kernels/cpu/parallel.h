@@ -19,7 +19,7 @@ class FlushSubnormals {
     ~FlushSubnormals() { _mm_setcsr(saved); }
 };
 
-// Starting a thread takes some 20 us: nothing beside a phase of a step, and no pool to own, spin or fork.
+// Starting a thread takes some 20 us, little beside a phase of a step, so there is no pool.
 template <class Task>
 void parallel(long tasks, long threads, const Task& task) {
     std::atomic<long> next{0};

@@ -78,7 +78,7 @@ void sae_rows(const float* target, const float* b_dec, const float* values, cons
     });
 }
 
-// out [batch, d] = sum_i values_i W_dec[indices_i]: what these latents say, without b_dec.
+// out [batch, d] = sum_i values_i W_dec[indices_i], without b_dec.
 void sae_partial(const float* values, const int* indices, const float* W_dec, long batch, long k, long d, float* out,
                  long threads) {
     parallel(blocks(batch, 16), threads, [&](long task) {

@@ -78,7 +78,7 @@ struct Encoder {
     }
 
    private:
-    // The rests' squares would be lost.
+    // The squares of the remainders would underflow.
     static bool tiny(float norm) { return norm > 0 && norm < 1e-6f; }
 
     static float highest(float a, float b) { return std::isfinite(b) ? std::fmax(a, b) : INFINITY; }

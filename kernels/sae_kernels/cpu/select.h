@@ -80,7 +80,7 @@ struct Best {
         least[row] = from_bits(low);
     }
 
-    // A row whose slack leaves too many candidates takes none any more: least is infinite.
+    // Sets least to infinity, so that the row takes no more candidates, where slack leaves too many.
     void add(long row, float value, int index) const {
         if (count[row] == capacity) {
             cut(row, k + (capacity - k) / 4);

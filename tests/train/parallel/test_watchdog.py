@@ -12,7 +12,7 @@ import torch.distributed as dist
 from sae_dist.parallel.key_value import StoreAddress
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.heartbeat import Heartbeat
-from sae_dist.train.parallel.rank_session import rank_session
+from sae_dist.train.parallel.mesh_session import mesh_session
 from sae_dist.train.parallel.rendezvous import Rendezvous, connect_store, serve
 from tests.processes import PROCESSES
 
@@ -46,7 +46,7 @@ def test_a_rank_ends_with_the_name_of_the_one_that_its_gpu_waits_for():
     served = serve("127.0.0.1")
     rendezvous = Rendezvous(served.address, "attempt1")
     other = Heartbeat(connect_store(rendezvous, 10), 1)
-    other.at(7, "training")
+    other.set_phase(7, "training")
     process = stuck(served.address)
     time.sleep(1.5)  # so that it hears what the other said last
     other.close()
@@ -72,7 +72,7 @@ def test_a_rank_that_has_left_in_peace_is_not_missed():
 
 def offer(folder: Path, place: StoreAddress, rank: int) -> None:
     device = "cuda" if rank == 0 else "cpu"
-    with rank_session(MeshConfig(feature=2), Rendezvous(place, "a"), rank=rank, world=2, device=device) as here:
+    with mesh_session(MeshConfig(feature=2), Rendezvous(place, "a"), rank=rank, world=2, device=device) as here:
         everybody = [torch.zeros(1) for _ in range(2)]
         dist.all_gather(everybody, torch.tensor([float(rank)]))
         (folder / str(rank)).write_text(f"{here.mesh.device} {everybody[1].item():g}")

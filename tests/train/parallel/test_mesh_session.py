@@ -17,7 +17,7 @@ from sae_dist.shards.order import OrderConfig
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel.mesh import Axis, Mesh
 from sae_dist.train.parallel.mesh_loader import MeshLoader
-from sae_dist.train.parallel.rank_session import rank_session
+from sae_dist.train.parallel.mesh_session import mesh_session
 from sae_dist.train.parallel.rendezvous import Rendezvous, serve, torchrun_rendezvous
 from tests.processes import PROCESSES
 from tests.train.test_loop import full_store
@@ -29,7 +29,7 @@ Does = Callable[[int], object]
 
 def rank_of(folder: Path, place: StoreAddress, config: MeshConfig, rank: int, does: Does) -> None:
     try:
-        with rank_session(config, Rendezvous(place, "a"), rank=rank, world=2):
+        with mesh_session(config, Rendezvous(place, "a"), rank=rank, world=2):
             does(rank)
             dist.barrier()
         (folder / str(rank)).write_text("done")

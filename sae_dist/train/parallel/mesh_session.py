@@ -28,7 +28,7 @@ class PeersLost(RuntimeError):
     """An exchange failed; says which ranks are not heard any more, and what the library said."""
 
 
-class RankSession(NamedTuple):
+class MeshSession(NamedTuple):
     """The mesh, and whom to tell where this rank is: the step and what it does."""
 
     mesh: Mesh
@@ -36,9 +36,9 @@ class RankSession(NamedTuple):
 
 
 @contextmanager
-def rank_session(
+def mesh_session(
     config: MeshConfig, rendezvous: Rendezvous | None, *, rank: int, world: int, device: str | torch.device = "cpu"
-) -> Iterator[RankSession]:
+) -> Iterator[MeshSession]:
     """One of `world` processes that all do this, for as long as the context lasts; a world of one meets nobody.
 
     `device` is what this rank has; they take CPUs unless all have a GPU. PeersLost in place of what a failed exchange
@@ -47,7 +47,7 @@ def rank_session(
     """
     device = torch.device(device)
     if rendezvous is None or world == 1:
-        yield RankSession(connect(config, rank=rank, world=world, device=device), lambda *_: None)
+        yield MeshSession(connect(config, rank=rank, world=world, device=device), lambda *_: None)
         return
     heartbeat, store = Heartbeat(connect_store(rendezvous, START_S), rank), connect_store(rendezvous, START_S)
     try:
@@ -65,7 +65,7 @@ def rank_session(
             if device.type == "cuda":
                 watch = Watchdog(connect_store(rendezvous, START_S), rank, world, config.collective_timeout_s)
                 meanwhile.enter_context(closing(watch))
-            yield RankSession(mesh, heartbeat.set_phase)
+            yield MeshSession(mesh, heartbeat.set_phase)
             heartbeat.done()
         mesh.close()
     except torch.OutOfMemoryError as error:
