@@ -6,6 +6,7 @@ Exit code 2, with the cure, when the run cannot be held. json=true for scripts.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ from sae_dist.plan.machine import Machine
 from sae_dist.plan.plan import Plan, gigabytes
 from sae_dist.plan.workload import Workload, workload
 from sae_dist.service.config import RunConfig
+from sae_dist.service.gpu_shares import describe_shares, share_gpus
+from sae_dist.service.placement import Node
 from sae_dist.shards import reader
 from sae_dist.shards.format import ELEMENTS
 
@@ -61,7 +64,7 @@ def main(values: Mapping[str, Any]) -> int:
     if job.json:
         print(json.dumps(planning.as_json(found), indent=1))
     else:
-        show(found, Console())
+        show(found, run, Console())
     return 0
 
 
@@ -107,7 +110,7 @@ def _rows(run: RunConfig) -> int:
     return positions * (harvest.context - harvest.rows.drop_first) // harvest.context
 
 
-def show(found: Plan, console: Console) -> None:
+def show(found: Plan, run: RunConfig, console: Console) -> None:
     """The plan for people."""
     work, machine = found.work, found.machine
     for member in work.members:
@@ -122,6 +125,11 @@ def show(found: Plan, console: Console) -> None:
         f"{work.latents:,} latents and {work.rows:,} rows a rank",
         highlight=False,
     )
+    if machine.backend == "triton":
+        there = [Node(machine.name, {"CPU": math.inf, "GPU": machine.devices}, {})] * found.machines
+        shares = share_gpus(there, harvest=run.harvest, mesh=run.mesh, device=run.train.device)
+        said = describe_shares(shares, replicas=run.harvest.least_processes, ranks=work.ranks)
+        console.print(f"on {machine.devices * found.machines} GPUs: {said}", highlight=False)
     table = _table("memory of a rank", "")
     for part in found.memory:
         table.add_row(part.name + (" (host)" if part.host else ""), gigabytes(part.bytes))

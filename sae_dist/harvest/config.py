@@ -47,7 +47,8 @@ class HarvestConfig:
     tensor_parallel: Annotated[int, Field(ge=1)] = 1  # processes that hold a replica's model together
     replicas: int | str = 1  # of the model; `1..4`: from 1 to 4, by who waits for whom
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads a process; 0: the cores divided by the processes
-    gpus: Annotated[float, Field(ge=0)] = 0.0  # GPUs a process
+    # GPUs a process, 0 for none; auto: one each, or a share where replicas and ranks are more than the GPUs
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     lease_s: Annotated[float, Field(gt=0)] = 120.0  # a replica without a sign of life for so long is replaced
     start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0  # or one that has not loaded its model by then
     ahead_units: Annotated[int, Field(ge=0)] = 0  # units that harvesting runs ahead of the slowest reader; 0: no bound

@@ -9,7 +9,8 @@ from sae_dist.config import to_dict
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.engine import Description
-from sae_dist.service.cluster import cluster
+from sae_dist.service.cluster import cluster, nodes
+from sae_dist.service.gpu_shares import share_gpus
 from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.replica_handle import ReplicaHandle, ReplicaLost
 from sae_dist.service.replica_pool import check_harvest_capacity, replica_shape
@@ -37,10 +38,11 @@ def _by_store_or_replica(
         meta = reader.open(place).meta
         if meta.hooks.keys() == set(hooks):
             return Description(meta.model, meta.model_fingerprint, dict(meta.hooks))
-    shape = replica_shape(harvest)
     config = ReplicaConfig(to_dict(model), to_dict(harvest), hooks, None, None)
     with cluster(address, cpus=harvest.most_processes) as request:
-        check_harvest_capacity(harvest)
+        bundle = share_gpus(nodes(), harvest=harvest).replica
+        check_harvest_capacity(harvest, bundle)
+        shape = replica_shape(harvest, bundle)
         handle = ReplicaHandle(0, config, shape, start_timeout_s=harvest.start_timeout_s, now=time.monotonic())
         try:
             while not handle.ready:

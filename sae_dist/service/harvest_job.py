@@ -1,5 +1,6 @@
 """The harvest command: replicas fill a store, and nothing else happens."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -10,15 +11,18 @@ from sae_dist.config import to_dict
 from sae_dist.monitor.config import WandbConfig
 from sae_dist.monitor.metrics import JsonLines, Log
 from sae_dist.monitor.mirror import WandbMirror
-from sae_dist.service.cluster import check_address, cluster
+from sae_dist.service.cluster import check_address, cluster, nodes
 from sae_dist.service.config import HarvestJob
 from sae_dist.service.describe_model import describe_on_cluster
 from sae_dist.service.display import Display
+from sae_dist.service.gpu_shares import describe_shares, share_gpus
 from sae_dist.service.prepare import prepare
 from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.replica_pool import ReplicaPool, check_harvest_capacity
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.shards import reader
+
+logger = logging.getLogger(__name__)
 
 
 def harvest_store(job: HarvestJob) -> dict[str, Any]:
@@ -43,8 +47,12 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
                 cluster(job.cluster, cpus=job.harvest.most_processes) as request,
                 harvest_log(folder.path, job.wandb, values) as log,
             ):
-                check_harvest_capacity(job.harvest)
-                with closing(ReplicaPool(replica, job.harvest, store=store, out=job.out, log=log)) as pool:
+                shares = share_gpus(nodes(), harvest=job.harvest)
+                check_harvest_capacity(job.harvest, shares.replica)
+                logger.info("%s", describe_shares(shares, replicas=job.harvest.least_processes, ranks=0))
+                with closing(
+                    ReplicaPool(replica, job.harvest, bundle=shares.replica, store=store, out=job.out, log=log)
+                ) as pool:
                     while not pool.done:
                         request.check()
                         pool.poll(0.5)

@@ -38,7 +38,7 @@ CAUSE_S = 15.0  # after one rank failed: for the others to say why, or to be fou
 class RankActors:
     """Training in actors. Call `poll` until it gives the result; a `with` ends by asking them to save.
 
-    `bundle` is what each of them reserves (devices.bundle_of_rank).
+    `bundle` is what each of them reserves (gpu_shares.share_gpus).
     """
 
     def __init__(self, job: TrainJob, *, provenance: Mapping[str, Any], bundle: Bundle) -> None:
@@ -99,9 +99,7 @@ class RankActors:
         self._attempts += 1
         attempt = f"attempt{self._attempts}"
         place, values = None, to_dict(self._job)
-        options: dict[str, Any] = {"num_cpus": self._bundle.cpus, "max_concurrency": 2}
-        if self._bundle.gpus:  # of an actor that asks for none Ray hides none
-            options["num_gpus"] = self._bundle.gpus
+        options: dict[str, Any] = {"num_cpus": self._bundle.cpus, "num_gpus": self._bundle.gpus, "max_concurrency": 2}
         if self._served is not None:
             place = rendezvous.Rendezvous(self._served.address, attempt)
             store = rendezvous.attempt_store(self._served, attempt)

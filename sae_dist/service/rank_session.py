@@ -187,7 +187,7 @@ class RankActor:
         mesh = self._job.mesh
         try:
             world = mesh.data * mesh.feature
-            device = device_of_actor(self._job.train.device, mesh, self._bundle)
+            device = device_of_actor(self._bundle)
             with mesh_session(mesh, self._rendezvous, rank=self._rank, world=world, device=device) as rank:
                 return run_rank(self._job, rank, provenance=self._provenance, stop=self._stop.is_set)
         except Stopped:

@@ -48,7 +48,7 @@ def train_worker(given: dict[str, Any]) -> None:
         return
     run = connect_store(place, START_S)
     try:
-        device = device_of_actor(job.train.device, job.mesh, bundle)
+        device = device_of_actor(bundle)
         if rank == 0:
             run.set("attempt", json.dumps([attempt, mesh.data]))
         with (

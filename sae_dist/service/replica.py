@@ -58,6 +58,8 @@ class Replica:
     def __init__(self, config: ReplicaConfig, rank: int, size: int, threads: int) -> None:
         exit_with_parent()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if not ray.get_gpu_ids():  # it reserved none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.set_num_threads(threads)
         self._config, self._rank, self._size = config, rank, size
         self._harvest = load_config(HarvestConfig, config.harvest)

@@ -40,21 +40,16 @@ LOOK_EVERY_S = 2.0  # at how far readers are
 LOG_EVERY_S = 10.0
 
 
-def replica_shape(config: HarvestConfig) -> ReplicaShape:
-    """What a replica is made of."""
+def replica_shape(config: HarvestConfig, bundle: Bundle) -> ReplicaShape:
+    """What a replica is made of; each of its processes reserves `bundle`."""
     threads = config.threads or max(usable_cores() // config.most_processes, 1)
-    return ReplicaShape(config.tensor_parallel, Bundle(1.0, config.gpus), threads)
+    return ReplicaShape(config.tensor_parallel, bundle, threads)
 
 
-def check_harvest_capacity(config: HarvestConfig, *, others: int = 0) -> None:
+def check_harvest_capacity(config: HarvestConfig, bundle: Bundle, *, others: int = 0) -> None:
     """UserError when the cluster can never have the least number of replicas, with `others` of one CPU beside them."""
     cure = "lower harvest.replicas, harvest.tensor_parallel or harvest.gpus"
-    check_capacity(replica_shape(config).bundle, config.least_processes, others=others, cure=cure)
-
-
-def least_gpus(config: HarvestConfig) -> float:
-    """GPUs that the least number of replicas reserves."""
-    return config.least_processes * config.gpus
+    check_capacity(bundle, config.least_processes, others=others, cure=cure)
 
 
 class ReplicaPool:
@@ -65,6 +60,7 @@ class ReplicaPool:
         replica: ReplicaConfig,
         config: HarvestConfig,
         *,
+        bundle: Bundle,
         store: Store,
         out: str,
         log: Log = lambda *_: None,
@@ -72,7 +68,7 @@ class ReplicaPool:
         committed = store.committed()
         todo = [unit for unit in range(store.meta.n_units) if unit not in committed]
         self._replica_config, self._config, self._store, self._log = replica, config, store, log
-        self._shape, self._bounds = replica_shape(config), config.replica_range
+        self._shape, self._bounds = replica_shape(config, bundle), config.replica_range
         self._leases = UnitLeases(todo, lease_s=config.lease_s)
         self._handles: dict[int, ReplicaHandle] = {}
         self._started = 0  # replicas so far: the next one's number

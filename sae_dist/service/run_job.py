@@ -20,14 +20,13 @@ from sae_dist.run_files import write_json
 from sae_dist.service.cluster import check_address, cluster, death_reason, nodes, result_of
 from sae_dist.service.config import RunConfig, config_hash
 from sae_dist.service.describe_model import describe_on_cluster
-from sae_dist.service.devices import bundle_of_rank
 from sae_dist.service.display import Display, progress
+from sae_dist.service.gpu_shares import GpuShares, describe_shares, share_gpus
 from sae_dist.service.harvest_job import harvest_log
-from sae_dist.service.placement import Bundle
 from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.rank_actors import RankActors
 from sae_dist.service.replica import ReplicaConfig
-from sae_dist.service.replica_pool import ReplicaPool, check_harvest_capacity, least_gpus
+from sae_dist.service.replica_pool import ReplicaPool, check_harvest_capacity
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.signals import StopRequest
 from sae_dist.service.summary import read_finished, read_phase, summarize, weights_digest
@@ -72,10 +71,11 @@ def run(config: RunConfig) -> dict[str, Any]:
             hashed = config_hash(config, prepared.meta.digest)
             trainers = config.mesh.data * config.mesh.feature
             with cluster(config.cluster, cpus=config.harvest.most_processes + trainers) as request:
-                check_harvest_capacity(config.harvest, others=trainers)
-                bundle = bundle_of_rank(config.train.device, config.mesh, nodes(), taken=least_gpus(config.harvest))
+                shares = share_gpus(nodes(), harvest=config.harvest, mesh=config.mesh, device=config.train.device)
+                check_harvest_capacity(config.harvest, shares.replica, others=trainers)
+                logger.info("%s", describe_shares(shares, replicas=config.harvest.least_processes, ranks=trainers))
                 job = _Run(
-                    config, prepared, folder=folder, display=display, hashed=hashed, request=request, bundle=bundle
+                    config, prepared, folder=folder, display=display, hashed=hashed, request=request, shares=shares
                 )
                 summary = job.execute() | {"judged": _evaluation_digest(config)}
         summary["wall_seconds"] = folder.wall_seconds
@@ -115,10 +115,10 @@ class _Run:
         display: Display,
         hashed: str,
         request: StopRequest,
-        bundle: Bundle,
+        shares: GpuShares,
     ) -> None:
         self._config, self._values, self._hashed, self._request = config, to_dict(config), hashed, request
-        self._bundle = bundle  # what a rank of the training reserves
+        self._shares = shares
         self._folder, self._out, self._display = folder, folder.path, display
         self._store, self._text = reader.open(storage.open(config.store_uri)), prepared.facts
         self._replica_config = ReplicaConfig(
@@ -130,7 +130,14 @@ class _Run:
         with (
             harvest_log(self._out, self._config.wandb, self._values) as log,
             closing(
-                ReplicaPool(self._replica_config, self._config.harvest, store=self._store, out=str(self._out), log=log)
+                ReplicaPool(
+                    self._replica_config,
+                    self._config.harvest,
+                    bundle=self._shares.replica,
+                    store=self._store,
+                    out=str(self._out),
+                    log=log,
+                )  # fmt: skip
             ) as pool,
         ):
             return self._phases(pool)
@@ -163,7 +170,7 @@ class _Run:
     def _stream(self, pool: ReplicaPool) -> Trained:
         """Harvest and training side by side: they meet at the committed units of the store."""
         job, provenance = self._config.train_job(), {"config_hash": self._hashed}
-        with RankActors(job, provenance=provenance, bundle=self._bundle) as ranks:
+        with RankActors(job, provenance=provenance, bundle=self._shares.rank) as ranks:
             report = None
             while report is None or not pool.done:
                 self._request.check()

@@ -17,8 +17,9 @@ from sae_dist.evaluate.metrics import merged
 from sae_dist.run_files import write_json
 from sae_dist.sae import dictionary
 from sae_dist.service.config import TrainJob, config_hash
-from sae_dist.service.devices import bundle_of_rank, device_of_local_rank, device_of_process, usable_gpus
+from sae_dist.service.devices import device_of_local_rank, device_of_process, usable_gpus
 from sae_dist.service.display import Display, progress
+from sae_dist.service.gpu_shares import share_gpus
 from sae_dist.service.rank_session import check_heldout, chosen_hook, run_rank, wait_for_heldout
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.summary import read_finished, summarize
@@ -100,7 +101,7 @@ def in_actors(job: TrainJob, stop: Stop) -> Work:
 
         world = job.mesh.data * job.mesh.feature
         with cluster(job.cluster, cpus=world) as request:
-            bundle = bundle_of_rank(job.train.device, job.mesh, nodes())
+            bundle = share_gpus(nodes(), mesh=job.mesh, device=job.train.device).rank
             check_capacity(bundle, world, cure="lower mesh.data or mesh.feature")
             if stop():  # while Ray started
                 raise Stopped("asked to stop")
@@ -122,7 +123,7 @@ def in_ray_train(job: TrainJob, stop: Stop) -> Work:
 
         least = dataclasses.replace(job.mesh, data=job.mesh.least_data or job.mesh.data)
         with cluster(job.cluster, cpus=job.mesh.data * job.mesh.feature) as request:
-            bundle = bundle_of_rank(job.train.device, least, nodes())
+            bundle = share_gpus(nodes(), mesh=least, device=job.train.device).rank
             check_capacity(bundle, least.data * least.feature, cure="lower mesh.data or mesh.feature")
 
             def check() -> None:

@@ -14,50 +14,12 @@ from sae_dist.config import UserError
 from sae_dist.service.devices import (
     CPU_BUNDLE,
     GPU_BUNDLE,
-    bundle_of_rank,
     device_of_actor,
     device_of_local_rank,
     device_of_process,
 )
-from sae_dist.service.placement import Node
 from sae_dist.train.config import MeshConfig
 from tests.train.test_loop import rows_of
-
-
-def nodes(*gpus: float) -> list[Node]:
-    return [Node(f"host{n}", {"CPU": 8, "GPU": g}, {"CPU": 8, "GPU": g}) for n, g in enumerate(gpus)]
-
-
-FOUR = MeshConfig(data=2, feature=2)
-
-
-@pytest.mark.parametrize(
-    "wanted, mesh, there, taken, expected",
-    [
-        ("auto", FOUR, nodes(4), 0.0, GPU_BUNDLE),
-        ("auto", FOUR, nodes(2, 2), 0.0, GPU_BUNDLE),
-        ("auto", FOUR, nodes(3), 0.0, CPU_BUNDLE),
-        ("auto", FOUR, nodes(), 0.0, CPU_BUNDLE),
-        ("auto", FOUR, nodes(4), 1.0, CPU_BUNDLE),  # one is the harvest's
-        ("auto", FOUR, nodes(4, 1), 1.0, GPU_BUNDLE),
-        ("auto", FOUR, nodes(*[0.5] * 8), 0.0, CPU_BUNDLE),  # halves of GPUs are none
-        ("cuda", FOUR, nodes(4), 0.0, GPU_BUNDLE),
-        ("cpu", FOUR, nodes(8), 0.0, CPU_BUNDLE),
-        ("auto", MeshConfig(), nodes(8), 0.0, CPU_BUNDLE),  # a single rank uses one that it sees
-    ],
-)
-def test_every_rank_reserves_a_gpu_or_none_does(wanted, mesh, there, taken, expected):
-    assert bundle_of_rank(wanted, mesh, there, taken=taken) == expected
-
-
-def test_too_few_gpus_in_a_cluster_are_one_line():
-    with pytest.raises(UserError) as error:
-        bundle_of_rank("cuda", FOUR, nodes(2, 1), taken=1.0)
-    assert str(error.value) == (
-        "train.device=cuda needs 4 GPUs for mesh.data=2 x mesh.feature=2, one a rank, beside 1 of the harvest's, but "
-        "the cluster has 3; lower mesh.data or mesh.feature, give cluster= a larger one, or use train.device=auto or "
-        "cpu"
-    )
 
 
 def test_ranks_on_one_machine_take_the_gpus_of_their_numbers():
@@ -76,9 +38,9 @@ def test_one_process_takes_a_gpu_that_is_there():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
 def test_a_gpu_that_torch_cannot_use_is_one_line():
-    assert device_of_actor("auto", MeshConfig(feature=2), CPU_BUNDLE).type == "cpu"
+    assert device_of_actor(CPU_BUNDLE).type == "cpu"
     with pytest.raises(UserError, match="Ray gave a rank a GPU of .*; install a torch with CUDA, or use train.device"):
-        device_of_actor("auto", MeshConfig(feature=2), GPU_BUNDLE)
+        device_of_actor(GPU_BUNDLE)
 
 
 def test_data_ranks_follow_the_workers_and_feature_ranks_stay():
