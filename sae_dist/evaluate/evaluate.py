@@ -1,6 +1,10 @@
-"""One dictionary judged on held-out text: from the store's held-out units, and in the running model."""
+"""Dictionaries judged on held-out text: on the store's held-out units, and in the running model.
 
-from collections.abc import Callable, Iterator
+Several of one hook point are judged together: rows are read once, and the model runs once without any of them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,18 +17,26 @@ from sae_dist.evaluate.metrics import LOSS, RECONSTRUCTION, Metrics, measured, m
 from sae_dist.evaluate.reconstruction import is_constant, reconstruction
 from sae_dist.model.load import LanguageModel
 from sae_dist.sae.dictionary import Dictionary
-from sae_dist.sae.metrics import figures
+from sae_dist.sae.metrics import ReconstructionSums, figures
 from sae_dist.shards.reader import Store, heldout
 from sae_dist.text.stream import TokenStream
 
 
-def evaluate_reconstruction(dictionary: Dictionary, store: Store, hook: str, config: EvaluateConfig) -> Metrics:
-    """The figures that need no model: FVU, L0, cosine and dead share on the units that training never reads."""
+def evaluate_reconstruction(
+    dictionaries: Sequence[Dictionary], store: Store, hook: str, config: EvaluateConfig
+) -> list[Metrics]:
+    """Each one's figures that need no model: FVU, L0, cosine and dead share on the units that training never reads."""
     if not store.meta.heldout_units:
-        return unmeasured(RECONSTRUCTION, "the store has no held-out units")
-    total = reconstruction(dictionary, (batch.x for batch in heldout(store, hook, config.batch_rows)))
-    if total is None:
-        return unmeasured(RECONSTRUCTION, "the held-out units have no rows that are finite") | {"tokens": 0}
+        return [unmeasured(RECONSTRUCTION, "the store has no held-out units")] * len(dictionaries)
+    totals = reconstruction(dictionaries, (batch.x for batch in heldout(store, hook, config.batch_rows)))
+    if totals is None:
+        none = unmeasured(RECONSTRUCTION, "the held-out units have no rows that are finite") | {"tokens": 0}
+        return [none] * len(dictionaries)
+    return [reconstruction_figures(total) for total in totals]
+
+
+def reconstruction_figures(total: ReconstructionSums) -> Metrics:
+    """What the sums say, by name; null with a reason where all rows are the same."""
     found, constant = figures(total), is_constant(total)
     return measured(
         {
@@ -44,7 +56,7 @@ def evaluate_reconstruction(dictionary: Dictionary, store: Store, hook: str, con
 
 
 def evaluate_loss(
-    dictionary: Dictionary,
+    dictionaries: Sequence[Dictionary],
     language_model: LanguageModel,
     hook: str,
     *,
@@ -55,8 +67,8 @@ def evaluate_loss(
     mean: Float[Tensor, " d_model"],
     config: EvaluateConfig,
     progress: Callable[[int], None] = lambda _: None,
-) -> Metrics:
-    """The figures that need the model: its cross-entropy clean, spliced, zero-ablated and mean-ablated."""
+) -> list[Metrics]:
+    """Each one's figures that need the model: its cross-entropy clean, spliced, zero-ablated and mean-ablated."""
 
     def batches() -> Iterator[Tensor]:
         n = min(config.ce_sequences, stream.n_sequences)  # evenly over the stream: neighbours are of one document
@@ -66,9 +78,13 @@ def evaluate_loss(
 
     found = loss_recovered(
         language_model, hook, batches=batches(), positions=positions, mean=mean, progress=progress,
-        reconstruct=lambda rows: dictionary.decode(dictionary.encode(rows.float())),
+        reconstruct=[partial(_rebuilt, dictionary) for dictionary in dictionaries],
     )  # fmt: skip
-    return loss_figures(found)
+    return [loss_figures(one) for one in found]
+
+
+def _rebuilt(dictionary: Dictionary, rows: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
+    return dictionary.decode(dictionary.encode(rows.float()))
 
 
 def loss_figures(found: LossRecovered) -> Metrics:

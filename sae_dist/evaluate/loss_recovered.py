@@ -1,7 +1,7 @@
-"""What a dictionary keeps of the model's loss: cross-entropy with the reconstruction spliced into the running model."""
+"""What dictionaries keep of the model's loss: cross-entropy with a reconstruction spliced into the running model."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -48,25 +48,28 @@ def loss_recovered(
     positions: Callable[
         [Int[Tensor, "batch context"], Float[Tensor, "batch context width"]], Bool[Tensor, "batch context"]
     ],
-    reconstruct: Callable[[Float[Tensor, "rows width"]], Float[Tensor, "rows width"]],
+    reconstruct: Sequence[Callable[[Float[Tensor, "rows width"]], Float[Tensor, "rows width"]]],
     mean: Float[Tensor, " width"],
     progress: Callable[[int], None] = lambda _: None,
-) -> LossRecovered:
-    """Runs each batch four times: clean, reconstruction spliced in, zeros, and the training mean.
+) -> list[LossRecovered]:
+    """Runs each batch three times, clean, with zeros and with the training mean, and once for each of `reconstruct`.
 
     `positions(tokens, x)` says where to intervene: where a harvest would make rows. Elsewhere (the first position of a
-    sequence and norm outliers, which the dictionary has never seen) x stays as it is in all four runs.
+    sequence and norm outliers, which the dictionary has never seen) x stays as it is in all runs.
     """
 
     def fill(values: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda rows: values.to(rows).expand_as(rows)
 
-    interventions: tuple[Callable[[Tensor], Tensor] | None, ...] = (
+    def splice(rebuilt: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda rows: rebuilt(rows.cpu()).to(rows)
+
+    interventions: list[Callable[[Tensor], Tensor] | None] = [
         None,
-        lambda rows: reconstruct(rows.cpu()).to(rows),
         fill(torch.zeros_like(mean)),
         fill(mean),
-    )
+        *map(splice, reconstruct),
+    ]
     totals, n_tokens = [0.0] * len(interventions), 0
     for tokens in batches:
         for i, intervention in enumerate(interventions):
@@ -76,7 +79,8 @@ def loss_recovered(
             totals[i] += float(losses.double().sum())
         n_tokens += tokens.shape[0] * (tokens.shape[1] - 1)
         progress(n_tokens)
-    return LossRecovered(n_tokens, *(total / n_tokens if n_tokens else math.nan for total in totals))
+    clean, zero, mean_ablated, *spliced = (total / n_tokens if n_tokens else math.nan for total in totals)
+    return [LossRecovered(n_tokens, clean, own, zero, mean_ablated) for own in spliced]
 
 
 def _where(

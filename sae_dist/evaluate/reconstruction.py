@@ -1,7 +1,7 @@
-"""How well a dictionary rebuilds rows that training never read."""
+"""How well dictionaries rebuild rows that training never read."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,9 +13,11 @@ logger = logging.getLogger(__name__)
 CONSTANT = 1e-12  # share of the squared norms below which a variance is rounding: rows that are all the same
 
 
-def reconstruction(dictionary: Dictionary, batches: Iterable[Float[Tensor, "_ d_model"]]) -> ReconstructionSums | None:
-    """The sums behind all figures over the finite rows of `batches`; None when there are none."""
-    total: ReconstructionSums | None = None
+def reconstruction(
+    dictionaries: Sequence[Dictionary], batches: Iterable[Float[Tensor, "_ d_model"]]
+) -> list[ReconstructionSums] | None:
+    """The sums behind each dictionary's figures over the finite rows of `batches`; None when there are none."""
+    totals: list[ReconstructionSums] | None = None
     left_out = 0
     for rows in batches:
         x = rows.float()
@@ -24,12 +26,16 @@ def reconstruction(dictionary: Dictionary, batches: Iterable[Float[Tensor, "_ d_
         x = x[finite]
         if not len(x):
             continue
-        active = dictionary.encode(x)
-        part = sums(x, dictionary.decode(active), active=active.indices, n_latents=dictionary.n_latents)
-        total = part if total is None else total + part
+        parts = [_sums(dictionary, x) for dictionary in dictionaries]
+        totals = parts if totals is None else [total + part for total, part in zip(totals, parts, strict=True)]
     if left_out:
         logger.warning("%d held-out rows are not finite and are left out of the figures", left_out)
-    return total
+    return totals
+
+
+def _sums(dictionary: Dictionary, x: Float[Tensor, "batch d_model"]) -> ReconstructionSums:
+    active = dictionary.encode(x)
+    return sums(x, dictionary.decode(active), active=active.indices, n_latents=dictionary.n_latents)
 
 
 def is_constant(total: ReconstructionSums) -> bool:

@@ -212,6 +212,11 @@ def config_hash(config: object, store: str) -> str:
     return digest([identity(to_dict(config)), store])[:16]
 
 
+def evaluation_digest(config: RunConfig) -> str:
+    """What may differ between two runs of one dictionary: how it is judged and shown."""
+    return digest([to_dict(config)[part] for part in ("evaluate", "pages")])
+
+
 def _members(job: RunConfig | TrainJob) -> tuple[Member, ...]:
     return members(
         job.more_dictionaries, sae=job.sae, seed=job.seed, lr=job.train.lr, parameters=job.train.parameters,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,14 @@ def evaluate(
     *,
     store: Store,
     stream: TokenStream,
-    name: str = MAIN,
+    names: Sequence[str] = (MAIN,),
     progress: Callable[..., None] = lambda **_: None,
-) -> dict[str, Any]:
-    """All figures of a run's dictionary of that name.
+) -> dict[str, dict[str, Any]]:
+    """All figures of a run's dictionaries of these names, by name.
 
     Reconstruction is on the store's held-out units, cross-entropies are on held-out sequences.
     """
-    dictionary = dictionary_file.load(folder(config.folder, name))
+    dictionaries = [dictionary_file.load(folder(config.folder, name)) for name in names]
     mean = torch.as_tensor(store.statistics(config.hook, store.meta.train_units).mean, dtype=torch.float32)
     split_token, policy = separator(language_model.tokenizer), config.harvest.rows
 
@@ -61,14 +61,13 @@ def evaluate(
         return row_mask({config.hook: x}, eligible(tokens, policy, split_token), policy).mask
 
     wanted = min(config.evaluate.ce_sequences, stream.n_sequences) * (stream.context - 1)
-    return merged(
-        evaluate_reconstruction(dictionary, store, config.hook, config.evaluate),
-        evaluate_loss(
-            dictionary, language_model, config.hook, stream=stream, mean=mean, config=config.evaluate,
-            positions=positions,
-            progress=lambda tokens: progress(ce_tokens=tokens, of=wanted),
-        ),
+    rebuilt = evaluate_reconstruction(dictionaries, store, config.hook, config.evaluate)
+    losses = evaluate_loss(
+        dictionaries, language_model, config.hook, stream=stream, mean=mean, config=config.evaluate,
+        positions=positions,
+        progress=lambda tokens: progress(ce_tokens=tokens, of=wanted),
     )  # fmt: skip
+    return {name: merged(*own) for name, *own in zip(names, rebuilt, losses, strict=True)}
 
 
 def pages(
@@ -123,16 +122,17 @@ def evaluate_run(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
                 raise UserError(
                     f"store={summary['store']} has no held-out units to judge on; import it with heldout_fraction"
                 )
-            for name, own in judged.items():
-                dictionary = dictionary_file.load(folder(out, name))
-                found = evaluate_reconstruction(dictionary, store, summary["hook"], evaluate_config)
-                own["eval"] = merged(own["eval"], found)
+            dictionaries = [dictionary_file.load(folder(out, name)) for name in judged]
+            found = evaluate_reconstruction(dictionaries, store, summary["hook"], evaluate_config)
+            for own, figures in zip(judged.values(), found, strict=True):
+                own["eval"] = merged(own["eval"], figures)
         else:
             config = dataclasses.replace(config, evaluate=evaluate_config)
             prepared, store = _prepared(config)
             model, stream = load_model(config.model), prepared.split.heldout
+            found = evaluate(config, model, store=store, stream=stream, names=list(judged))
             for name, own in judged.items():
-                own["eval"] = evaluate(config, model, store=store, stream=stream, name=name)
+                own["eval"] = found[name]
         summary |= alert_entry({name: own["eval"] for name, own in judged.items()})
         write_json(out / "summary.json", summary)
         return summary

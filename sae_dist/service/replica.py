@@ -3,7 +3,7 @@
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ray
@@ -122,11 +122,11 @@ class Replica:
         """The model as modules; the engine's own where it has one."""
         return whole_model(self._engine, self._model)
 
-    def evaluate(self, values: Mapping[str, Any], name: str) -> dict[str, Any]:
-        """The figures of a run's dictionary of that name on held-out text."""
+    def evaluate(self, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The figures of a run's dictionaries of these names on held-out text, by name."""
         return evaluate_job.evaluate(
             load_config(RunConfig, values), self._language_model, store=self._store,
-            stream=self._split.heldout, name=name, progress=self._say,
+            stream=self._split.heldout, names=names, progress=self._say,
         )  # fmt: skip
 
     def pages(self, values: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from sae_dist import checksums, storage
 from sae_dist.config import UserError, digest, to_dict
 from sae_dist.run_files import write_json
 from sae_dist.service.cluster import check_address, cluster, death_reason, nodes, result_of
-from sae_dist.service.config import RunConfig, config_hash
+from sae_dist.service.config import RunConfig, config_hash, evaluation_digest
 from sae_dist.service.describe_model import describe_on_cluster
 from sae_dist.service.display import Display, progress
 from sae_dist.service.gpu_shares import GpuShares, describe_shares, share_gpus
@@ -32,7 +32,7 @@ from sae_dist.service.signals import StopRequest
 from sae_dist.service.summary import read_finished, read_phase, summarize, weights_digest
 from sae_dist.shards import reader
 from sae_dist.train.loop import Trained
-from sae_dist.train.members import MAIN, Member
+from sae_dist.train.members import MAIN
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def run(config: RunConfig) -> dict[str, Any]:
                 job = _Run(
                     config, prepared, folder=folder, display=display, hashed=hashed, request=request, shares=shares
                 )
-                summary = job.execute() | {"judged": _evaluation_digest(config)}
+                summary = job.execute() | {"judged": evaluation_digest(config)}
         summary["wall_seconds"] = folder.wall_seconds
         write_json(folder.path / "summary.json", summary)
         folder.done(summary)
@@ -90,17 +90,12 @@ def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
         return None
     store = reader.open(storage.open(config.store_uri))
     found = read_finished(out, config_hash(config, store.meta.digest), config.members)
-    if found is None or found.get("judged") != _evaluation_digest(config):
+    if found is None or found.get("judged") != evaluation_digest(config):
         return None
     if config.pages is not None and (damage := checksums.damage(out / "pages")):
         logger.warning("this run had finished, but %s: %s; making the pages again", out / "pages", damage)
         return None
     return found
-
-
-def _evaluation_digest(config: RunConfig) -> str:
-    """What may differ between two runs of one dictionary: how it is judged and shown."""
-    return digest([to_dict(config)[part] for part in ("evaluate", "pages")])
 
 
 class _Run:
@@ -144,13 +139,7 @@ class _Run:
 
     def _phases(self, pool: ReplicaPool) -> dict[str, Any]:
         report = self._stream(pool)
-        figures = {
-            member.name: self._phase_result(
-                "evaluate", [weights_digest(member.folder(self._out)), self._values["evaluate"]], pool,
-                lambda replica, name=member.name: replica.evaluate.remote(self._values, name), of=member,
-            )
-            for member in self._config.members
-        }  # fmt: skip
+        figures = self._figures(pool)
         summary = summarize(
             self._config.train_job(), hook=self._config.hook, store=self._store, trained=report,
             hashed=self._hashed, figures=figures,
@@ -159,11 +148,11 @@ class _Run:
             # Pages may fail; the figures are there then, and the same command tries the pages alone again.
             write_json(self._out / "summary.json", summary | {"wall_seconds": self._folder.wall_seconds})
             main = self._config.members[0]  # pages are the main dictionary's
-            given = [weights_digest(main.folder(self._out)), figures[main.name], self._values["pages"]]
-            self._phase_result(
-                "pages", given, pool,
-                lambda replica: replica.pages.remote(self._values, summary), folder="pages",
-            )  # fmt: skip
+            made_from = digest([weights_digest(main.folder(self._out)), figures[main.name], self._values["pages"]])
+            path = self._out / "pages.json"
+            if checksums.damage(self._out / "pages") or read_phase(path, made_from) is None:
+                result = self._ask("pages", pool, lambda replica: replica.pages.remote(self._values, summary))
+                write_json(path, {"made_from": made_from, "result": result})
             summary["pages"] = str(self._out / "pages" / "index.html")
         return summary
 
@@ -188,26 +177,24 @@ class _Run:
         self._display.update("train", training, now=now)
         self._folder.status("running", text=self._text, harvest=harvest, train=training, **ranks.facts())
 
-    def _phase_result(
-        self,
-        phase: str,
-        given: list[Any],
-        pool: ReplicaPool,
-        ask: Callable[[ActorHandle], ray.ObjectRef],
-        *,
-        folder: str | None = None,
-        of: Member | None = None,
-    ) -> dict[str, Any]:
-        """The result of a phase: as found in the run's folder when it was made from the same, else made now.
+    def _figures(self, pool: ReplicaPool) -> dict[str, dict[str, Any]]:
+        """Every dictionary's figures: found beside it, if made from the same, else measured, all of those together."""
+        figures, made_from, paths = {}, {}, {}
+        for member in self._config.members:
+            folder = member.folder(self._out)
+            made_from[member.name] = digest([weights_digest(folder), self._values["evaluate"]])
+            paths[member.name] = (self._out if member.name == MAIN else folder) / "evaluate.json"
+            if (found := read_phase(paths[member.name], made_from[member.name])) is not None:
+                figures[member.name] = found
+        if missing := [name for name in paths if name not in figures]:
+            measured = self._ask("evaluate", pool, lambda replica: replica.evaluate.remote(self._values, missing))
+            for name in missing:
+                write_json(paths[name], {"made_from": made_from[name], "result": measured[name]})
+            figures |= measured
+        return {name: figures[name] for name in paths}
 
-        Of a dictionary other than the main one it is kept beside that.
-        """
-        path, made_from = self._out / f"{phase}.json", digest(given)
-        if of is not None and of.name != MAIN:
-            path, phase = of.folder(self._out) / path.name, f"{phase} {of.name}"
-        sound = folder is None or not checksums.damage(self._out / folder)
-        if sound and (found := read_phase(path, made_from)) is not None:
-            return found
+    def _ask(self, phase: str, pool: ReplicaPool, ask: Callable[[ActorHandle], ray.ObjectRef]) -> dict[str, Any]:
+        """What a replica comes to in a phase; a second one is asked where the first died in it."""
         replica = pool.any_replica(self._request.check)
         try:
             result = self._wait(phase, replica, ask(replica))
@@ -216,8 +203,10 @@ class _Run:
             pool.replace(replica)
             replica = pool.any_replica(self._request.check)
             result = self._wait(phase, replica, ask(replica))
-        write_json(path, {"made_from": made_from, "result": result})
-        self._display.update(phase, {k: v for k, v in result.items() if isinstance(v, int | float | str)}, now=True)
+        for name, own in {MAIN: result, **result}.items():
+            if isinstance(own, dict):
+                facts = {key: value for key, value in own.items() if isinstance(value, int | float | str)}
+                self._display.update(phase if name == MAIN else f"{phase} {name}", facts, now=True)
         return result
 
     def _wait(self, phase: str, replica: ActorHandle, asked: ray.ObjectRef) -> dict[str, Any]:

@@ -191,13 +191,9 @@ def _run_once(
                 trained = work(provenance={"config_hash": hashed}, show=show)
                 show({}, now=True)
                 wait_for_heldout(store, stop)
-            figures = {
-                member.name: merged(
-                    UNMEASURED,
-                    evaluate_reconstruction(dictionary.load(member.folder(out)), store, hook, EvaluateConfig()),
-                )
-                for member in job.members
-            }
+            dictionaries = [dictionary.load(member.folder(out)) for member in job.members]
+            found = evaluate_reconstruction(dictionaries, store, hook, EvaluateConfig())
+            figures = {member.name: merged(UNMEASURED, own) for member, own in zip(job.members, found, strict=True)}
             summary = summarize(job, hook=hook, store=store, trained=trained, hashed=hashed, figures=figures)
             summary["wall_seconds"] = folder.wall_seconds
             write_json(out / "summary.json", summary)

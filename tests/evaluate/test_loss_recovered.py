@@ -13,13 +13,15 @@ TOKENS = torch.randint(3, 200, (6, 12), generator=torch.Generator().manual_seed(
 EVERYWHERE = torch.ones_like(TOKENS, dtype=torch.bool)
 
 
-def found(reconstruct, positions=EVERYWHERE, mean=None):
+def found(*reconstruct, positions=EVERYWHERE, mean=None):
+    """What was found of one reconstruction, or of each of several."""
     parts = {4: positions[:4], 2: positions[4:]}  # by the size of the batch
     mean = torch.full((32,), 0.5) if mean is None else mean
-    return loss_recovered(
+    results = loss_recovered(
         MODEL, "resid_post.1", batches=[TOKENS[:4], TOKENS[4:]], positions=lambda tokens, x: parts[len(tokens)],
         reconstruct=reconstruct, mean=mean,
     )  # fmt: skip
+    return results if len(results) > 1 else results[0]
 
 
 def test_a_perfect_reconstruction_recovers_everything():
@@ -54,9 +56,9 @@ def test_positions_left_alone_are_left_alone():
 
 
 def test_without_a_token_to_predict_every_figure_is_null_with_the_reason():
-    result = loss_recovered(
+    (result,) = loss_recovered(
         MODEL, "resid_post.1", batches=[TOKENS[:, :1]], positions=lambda tokens, x: torch.ones_like(tokens).bool(),
-        reconstruct=lambda rows: rows, mean=torch.zeros(32),
+        reconstruct=[lambda rows: rows], mean=torch.zeros(32),
     )  # fmt: skip
     figures = loss_figures(result)
     assert figures["ce_tokens"] == 0 and figures["ce_clean"] is figures["loss_recovered"] is None
@@ -85,10 +87,15 @@ def test_where_to_intervene_is_decided_on_the_activations_themselves():
         "resid_post.1",
         batches=[TOKENS],
         positions=positions,
-        reconstruct=lambda rows: rows,
+        reconstruct=[lambda rows: rows],
         mean=torch.zeros(32),
     )
     with torch.no_grad():
         hidden = MODEL.model.model(TOKENS, output_hidden_states=True).hidden_states[2]
     assert len(seen) == 3  # spliced, zero, mean
     assert all(torch.allclose(x, hidden, atol=1e-6) for x in seen)
+
+
+def test_several_dictionaries_judged_together_have_the_figures_of_each_alone():
+    halved, gone = (lambda rows: rows / 2), torch.zeros_like
+    assert found(halved, gone) == [found(halved), found(gone)]
