@@ -22,7 +22,7 @@ def resolved_k_aux(sae: Variant, d_model: int) -> int:
 
 
 def check_width(sae: Variant, d_model: int) -> None:
-    """Refuses a dictionary that cannot work on activations of this width."""
+    """UserError where a dictionary does not fit activations of this width."""
     k = sae.rule.k
     if sae.n_latents <= k:
         raise UserError(f"sae.n_latents={sae.n_latents} leaves sae.k={k} nothing to choose from; use more latents")

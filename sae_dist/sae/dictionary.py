@@ -23,7 +23,7 @@ from sae_dist.sae.variants.interface import TensorSpec
 
 FORMAT = 1
 WEIGHTS = "weights_xxh3_128"  # the key of config.json that holds the hash of dictionary.safetensors
-CURE = "repeat the run's command, which makes it again, or take another copy of the dictionary"
+CURE = "repeat the run's command, which writes it again, or use another copy of the dictionary"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,10 @@ def write(
     folder: Path, parts: Iterable[tuple[TensorSpec, int, Tensor]], *, specs: Iterable[TensorSpec], n_latents: int,
     d_model: int, k: int, info: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """`save` of a dictionary that comes in parts: which tensor, its first latent, fp32 rows that are latents.
+    """Writes a dictionary from parts (spec, first latent, fp32 rows), of which one is in memory at a time.
 
-    Of W_enc too, so [latents, d_model]; b_dec is one part. `specs` are all tensors that it has. One part is in memory
-    at a time. ValueError when some of the dictionary is missing.
+    Rows are latents, also of W_enc: [latents, d_model]. b_dec is one part. `specs` are all tensors of the dictionary.
+    ValueError where parts are missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / "dictionary.safetensors", folder / "config.json"
@@ -98,7 +98,7 @@ def write(
         for spec, start, rows in parts:
             at = begin + header[spec.name]["data_offsets"][0]
             rows = rows.detach().float().cpu()
-            pieces = rows.t() if spec.stored_transposed else rows.reshape(1, -1)  # as it lies in the file
+            pieces = rows.t() if spec.stored_transposed else rows.reshape(1, -1)  # as stored in the file
             first = start if spec.stored_transposed else start * rows[:1].numel()
             for number, piece in enumerate(pieces.contiguous().numpy()):
                 file.seek(at + 4 * (number * n_latents + first))
@@ -115,9 +115,9 @@ def write(
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """config.json of the dictionary in `folder`; UserError when one of the files is gone, damaged or of another format.
+    """config.json of the dictionary in `folder`; UserError where a file is missing, damaged or of another format.
 
-    The weights are read once, never held: their hash must be the one in config.json, and config.json's its own.
+    Reads all weights once to compare their hash with the one in config.json, which has a digest of itself.
     """
     config, weights = folder / "config.json", folder / "dictionary.safetensors"
     for path in (config, weights):
@@ -127,7 +127,7 @@ def check(folder: Path) -> dict[str, Any]:
         info = json.loads(config.read_text(encoding="utf-8"))
         sealed, found = info.pop("digest"), digest(info)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{config} is not what was written there; {CURE}") from None
+        raise UserError(f"{config} is damaged; {CURE}") from None
     if info.get("format") != FORMAT:
         raise UserError(f"dictionary={folder} is of format {info.get('format')}, this program reads {FORMAT}")
     if sealed != found:
@@ -146,7 +146,7 @@ def _xxh3_128(path: Path) -> str:
 
 
 def load(folder: Path) -> Dictionary:
-    """The dictionary in `folder`; raises UserError when it is missing, torn or of another format."""
+    """The dictionary in `folder`; UserError where it is missing, damaged or of another format."""
     config, weights = folder / "config.json", folder / "dictionary.safetensors"
     info = check(folder)
     try:

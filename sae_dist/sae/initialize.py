@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-BLOCK = 1024  # latents whose first decoder rows come from one generator
+BLOCK = 1024  # latents whose initial decoder rows come from one random generator
 
 
 class Parameters(NamedTuple):
@@ -24,7 +24,7 @@ class Initialization(NamedTuple):
     """A dictionary before step 0."""
 
     parameters: Parameters
-    level: float  # k pre-activations of a row are above it, in the mean over the sample
+    level: float  # in the mean over the sample, k pre-activations of a row are above it
 
 
 def geometric_median(
@@ -47,9 +47,9 @@ def geometric_median(
 
 
 def decoder_rows(latents: range, *, d_model: int, seed: int) -> Float[Tensor, "latents d_model"]:
-    """Random unit rows of W_dec for some of a dictionary's latents: each block of 1,024 has a generator of its own.
+    """Random unit rows of W_dec for some latents; each block of 1,024 has a generator of its own.
 
-    A row is a function of (seed, latent, d_model), so whoever holds a part of a dictionary makes just that part.
+    A row is a function of (seed, latent, d_model), so a rank makes only the rows that it owns.
     """
     parts = [torch.empty(0, d_model)]
     for block in range(latents.start // BLOCK, -(-latents.stop // BLOCK)):
@@ -78,8 +78,8 @@ def initialize(
     that starts at the right size loses fewer latents in the first steps. b_dec from data before step 0 matters more
     than all else: activations far from the origin leave most latents of a zero-centred encoder silent for ever.
 
-    `latents` asks for that part of the dictionary alone, with the values it has in the whole. Of a part, `kth` turns
-    each sample row's best values into the k-th best over all parts, and `total` adds a tensor over all parts.
+    `latents` selects a part of the dictionary, with the same values as in the whole. For a part, `kth` maps each sample
+    row's largest values to the k-th largest over all parts, and `total` sums a tensor over all parts.
     """
     latents = range(n_latents) if latents is None else latents
     W_dec = decoder_rows(latents, d_model=x.shape[1], seed=seed).to(x.device)  # the same rows on every device

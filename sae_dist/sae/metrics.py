@@ -1,4 +1,4 @@
-"""Figures of a reconstruction, as sums that ranks and batches add before anybody divides."""
+"""Metrics of a reconstruction, from sums that can be added over batches and ranks."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class ReconstructionSums(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """What the sums say."""
+    """The metrics of a reconstruction."""
 
     tokens: int
     fvu: float
@@ -46,7 +46,7 @@ def sums(
     active: Int[Tensor, " active"],
     n_latents: int,
 ) -> ReconstructionSums:
-    """The sums of one batch; `active` are the latents of all rows that are, in any order."""
+    """The sums of one batch; `active` are the active latents of all rows, in any order."""
     x, x_hat = x.double(), x_hat.double()
     return ReconstructionSums(
         rows=x.shape[0],

@@ -12,9 +12,9 @@ THRESHOLD = TensorSpec("threshold", ("n_latents",), scaled=True, role="tracked")
 
 @frozen
 class BatchTopK:
-    """BatchTopK with AuxK (Bussmann et al. 2024): of a batch the batch * k largest pre-activations, wherever they are.
+    """BatchTopK with AuxK (Bussmann et al. 2024): the batch * k largest pre-activations of a batch are active.
 
-    At inference a token's latents are those above one threshold, the running mean of the smallest that was chosen.
+    At inference, latents above one threshold are active: the running mean of each batch's smallest chosen value.
     """
 
     kind: Literal["batchtopk"] = "batchtopk"

@@ -14,10 +14,10 @@ from sae_dist.sae.variants.interface import AUTOENCODER, Above, Activated, Penal
 
 @frozen
 class JumpReLU:
-    """JumpReLU with AuxK: a latent is active where its pre-activation exceeds a threshold of its own, which is learned.
+    """JumpReLU with AuxK: a latent is active where its pre-activation exceeds a threshold that it learns.
 
     value = z H(z - theta), and l0_coefficient (L0 / k - 1)^2 is added to the loss (Rajamanoharan et al. 2024, sec. 3
-    and App. F, in fractions of k). What a threshold is to learn comes from pairs within half a bandwidth of it.
+    and App. F, in fractions of k). Gradients of a threshold come from pairs within half a bandwidth of it.
     """
 
     kind: Literal["jumprelu"] = "jumprelu"
@@ -43,7 +43,7 @@ class JumpReLU:
         return Above(self.k)
 
     def start(self, level: float) -> Mapping[str, float]:
-        """All thresholds where k latents of a row are active at once: a start at 0 would be dense."""
+        """All thresholds at the level where k latents of a row are active; thresholds of 0 would be dense."""
         return {"threshold": level}
 
     def level(self, own: Mapping[str, Float[Tensor, " n_latents"]]) -> Float[Tensor, " n_latents"]:

@@ -10,7 +10,7 @@ from sae_dist.sae.variants.interface import AUTOENCODER, TensorSpec, Top, check_
 
 @frozen
 class TopK:
-    """TopK with AuxK (Gao et al. 2024): the k largest pre-activations of every token are its latents."""
+    """TopK with AuxK (Gao et al. 2024): the k largest pre-activations of every token are active."""
 
     kind: Literal["topk"] = "topk"
     n_latents: Annotated[int, Field(ge=1)] = 16_384

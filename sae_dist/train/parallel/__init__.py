@@ -1,1 +1,1 @@
-"""One dictionary trained by many processes: a mesh of a data and a feature axis, and the step that works on it."""
+"""Training on many processes: a mesh with a data axis and a feature axis, and the step on it."""

@@ -1,14 +1,14 @@
-"""The count best latents of a whole batch, over all rows and parts: what one rank chooses, ties included (BatchTopK).
+"""The largest pre-activations of a whole batch over all rows and parts (BatchTopK): the same as on one rank.
 
-Every rank selects the `width` best of its own part for its own rows, and the world finds the smallest (value, row,
-latent) that still is among the count best: the bits of non-negative floats order like integers, so it is found digit by
-digit, by counts alone. A row whose last candidate is chosen may hide more: such rows are selected again twice as wide,
-and the cut, which they can only raise, is made anew. So any width gives the exact choice, and a good one gives it at
-once; a rank never holds more pairs than are chosen, beside candidates of 2 width places a row.
+Every rank selects the `width` largest of its own part for its own rows. All ranks then find the cut, the smallest
+(value, row, latent) that is among the batch's largest: bits of non-negative floats order like integers, so the cut is
+found digit by digit from counts. A row whose last candidate is chosen may have more: such rows are selected again twice
+as wide, which can only raise the cut, and the cut is found again. So the choice is exact for any width. A rank holds no
+more than the chosen pairs, and 2 width candidates a row.
 
-A cut takes 4 all-reduces of 257 counts and one of a single one, of which a rank of W receives 2 (W - 1) / W * 8 bytes
-each; where values tie at the cut, one more of 257 for each 8 bits of batch * n_latents. Widening makes at most
-log2(latents of a part / width) further cuts.
+A cut takes 4 all-reduces of 257 counts and one of a single count; each rank of W receives 2 (W - 1) / W * 8 bytes a
+count. Where values tie at the cut, it takes one more of 257 for each 8 bits of batch * n_latents. Widening makes at
+most log2(latents of a part / width) further cuts.
 """
 
 import struct
@@ -27,35 +27,35 @@ from sae_dist.train.parallel.mesh import Mesh
 DIGIT = 8  # bits that one all-reduce finds
 VALUE_BITS = 31  # of a float that is not negative
 NAME = "threshold"  # of the exchanges
-WIDTH = 4  # times k / parts candidates a row and part: few rows of a batch choose more
+WIDTH = 4  # times k / parts candidates a row and part at first: few rows choose more
 LEAST_WIDTH = 16
-MOST = 64  # times k candidates a row that are held at once while rows are selected again, in the mean over the batch
+MOST = 64  # times k: the most candidates a row, in the mean over the batch, that widening may hold
 
-SelectFunction = Callable[[Tensor, int], Selected]  # some rows, k -> the k best latents of this part for each
+SelectFunction = Callable[[Tensor, int], Selected]  # (rows, k) -> the k largest of this part for each row
 
 
 class BatchSelection(NamedTuple):
-    """The pairs of the batch's best that are this rank's: its rows, its latents; by row, descending within one."""
+    """The chosen pairs of this rank's rows and latents, sorted by row and descending within a row."""
 
     row: Int[Tensor, " pairs"]  # within this rank's rows
     latent: Int[Tensor, " pairs"]  # within this rank's part
     values: Float[Tensor, " pairs"]
-    smallest: float | None  # chosen value of the whole batch; None: nothing is positive
-    widened: int  # rows here that were selected again
+    smallest: float | None  # the smallest chosen value of the whole batch; None: nothing is positive
+    widened: int  # rows of this rank that were selected again
 
 
 class _Block(NamedTuple):
-    """Candidates of some rows, descending; pairs that are settled are a block of width 1."""
+    """Candidates of some rows, descending; pairs whose choice is final are a block of width 1."""
 
     rows: Int[Tensor, " some"]
     selected: Selected
 
 
 class _Cut(NamedTuple):
-    """What is chosen: keys above `key`, and of those that equal it the ones at `last` and before."""
+    """The cut: keys above `key` are chosen, and keys equal to it up to position `last`."""
 
-    key: int | None  # None: there is nothing to choose; 1 is the least positive value's
-    last: int | None  # row * n_latents + latent, of the whole; None: all of them
+    key: int | None  # None: nothing is positive; 1 is the key of the smallest positive value
+    last: int | None  # position row * n_latents + latent in the whole batch; None: all positions
 
     def chosen(self, block: _Block, position: Callable[[Tensor, Tensor], Tensor]) -> Bool[Tensor, "some width"]:
         keys = _keys(block)
@@ -70,7 +70,7 @@ class _Cut(NamedTuple):
 
 
 def initial_width(k: int, parts: int) -> int:
-    """How many of a row's best a part selects at first."""
+    """How many candidates a row a part selects at first."""
     return max(-(-WIDTH * k // parts), LEAST_WIDTH)
 
 
@@ -88,12 +88,12 @@ def batch_best(
     width: int,
     at_once: int | None = None,
 ) -> BatchSelection:
-    """Of all rows' and parts' positive values the batch * k largest, ties by row, then latent.
+    """The batch * k largest positive values of all rows and parts, ties by row, then latent.
 
-    Where they are not `counted` it is all of them, and k is how many are expected of a row, in the mean. `rows` are
-    this rank's share of the batch, from `first_row` on, as `select` takes them, `at_once` at a time; its part is
-    `latents` of `n_latents`. All ranks call it together, with `rows` and `latents` of their places in the mesh.
-    UserError on all ranks where so many rows must be selected again that it would take memory without bound.
+    If not `counted`, all positive values; k is then the expected number a row. `rows` are this rank's rows of the
+    batch, the first of them number `first_row`; `select` reads `at_once` of them at a time. This rank's part is
+    `latents` of `n_latents`. All ranks call this together. UserError on all ranks where widening would take too much
+    memory.
     """
 
     def selected(numbers: Tensor) -> list[_Block]:
@@ -134,7 +134,7 @@ def batch_best(
 def _cut(
     mesh: Mesh, blocks: Sequence[_Block], position: Callable[[Tensor, Tensor], Tensor], *, count: int, bits: int
 ) -> _Cut:
-    """Where the `count` best end; all positive ones are among them where there are fewer."""
+    """The cut below the `count` largest keys; all positive ones are above it where there are fewer."""
     keys = [_keys(block).flatten() for block in blocks]
     found = _nth_largest(mesh, keys, bits=VALUE_BITS, n=count)
     if found is None:
@@ -152,7 +152,7 @@ def _cut(
 
 
 class _Nth(NamedTuple):
-    """The n-th largest of the world's keys: how many equal it, and how many of those are among the n."""
+    """The n-th largest key of all ranks, how many keys equal it, and how many of those are among the n."""
 
     key: int
     equal: int
@@ -160,9 +160,9 @@ class _Nth(NamedTuple):
 
 
 def _nth_largest(mesh: Mesh, keys: Sequence[Int[Tensor, " _"]], *, bits: int, n: int) -> _Nth | None:
-    """Of all ranks' keys of so many bits the n-th largest positive one, or the smallest; None when there is none.
+    """The n-th largest positive key of all ranks, or the smallest where there are fewer; None where there is none.
 
-    A key of 0 is none: it comes last in its digit, and n never reaches it. The number of positive keys travels along.
+    Keys have `bits` bits; a key of 0 is no key. The number of positive keys is exchanged with every digit.
     """
     prefix, low, equal = 0, bits, 0
     positive = torch.stack([part.count_nonzero() for part in keys]).sum()[None]
@@ -190,7 +190,7 @@ def _float(key: int) -> float:
 
 
 def _pairs(blocks: Sequence[_Block], masks: Sequence[Tensor]) -> _Block:
-    """The chosen pairs of all blocks, by row, as the fresh blocks are where nothing is settled yet."""
+    """The chosen pairs of all blocks, sorted by row."""
     row, values, indices = [], [], []
     for block, mask in zip(blocks, masks, strict=True):
         at, place = mask.nonzero(as_tuple=True)

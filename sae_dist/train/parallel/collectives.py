@@ -1,7 +1,7 @@
-"""The collectives that training uses: each is exact, the same on every rank, and the same bits every time.
+"""The collectives of training: deterministic, with the same bits on every rank.
 
-Sums of floats are made in rank order from what was gathered, never inside a reduction whose order depends on the
-library, the buffer or the number of ranks beside it. Tensors travel as bytes: any dtype, no rounding. Every exchange
+Sums of floats are computed in rank order from gathered tensors, never by a reduction whose order depends on the library
+or the buffer. Tensors are sent as bytes: any dtype, no rounding. Every exchange
 has a name under which `mesh.traffic` counts calls, bytes received and seconds. On a GPU an exchange is queued and the
 process does not wait for it: its seconds are added at the next `settle_timings`.
 """
@@ -36,7 +36,7 @@ def all_gather(mesh: Mesh, axis: Axis, tensor: Tensor, *, name: str) -> Tensor:
 def gather_rows(
     mesh: Mesh, axis: Axis, rows: Shaped[Tensor, "mine ..."], sizes: Sequence[int], *, name: str
 ) -> Shaped[Tensor, "all ..."]:
-    """The rows of all ranks of the axis, end to end in rank order; rank r has sizes[r], which everybody knows."""
+    """Concatenates the rows of all ranks of the axis, in rank order; rank r has sizes[r] rows."""
     assert len(rows) == sizes[axis.rank], f"{len(rows)} rows, not {sizes[axis.rank]}"
     if axis.group is None:
         return rows
@@ -54,10 +54,10 @@ def gather_rows(
 def sum_rows(
     mesh: Mesh, axis: Axis, addends: Float[Tensor, "rows width"], sizes: Sequence[int], *, name: str
 ) -> Float[Tensor, "mine width"]:
-    """Of the sum over the axis of everybody's `addends`, the rows of this rank: rank r gets the r-th sizes[r] of them.
+    """Reduce-scatter: the sum of all ranks' `addends`, of which rank r gets its sizes[r] rows.
 
-    A reduce-scatter as an all-to-all and a sum in rank order: the same traffic, but a row's bits do not depend on
-    where in the buffer it lies.
+    It is an all-to-all and a sum in rank order: the same traffic, but the bits of a row do not depend on its place in
+    the buffer.
     """
     if axis.group is None:
         return addends
@@ -78,7 +78,7 @@ def ordered_sum(mesh: Mesh, axis: Axis, addend: Tensor, *, name: str) -> Tensor:
 
 
 def sum_counts(mesh: Mesh, axis: Axis, counts: Int[Tensor, " n"], *, name: str) -> Int[Tensor, " n"]:
-    """The sum over the axis of whole numbers, which is exact in whatever order the library adds them."""
+    """All-reduce of integers, which is exact in any order."""
     if axis.group is None:
         return counts
     started = _now(counts)
@@ -89,7 +89,7 @@ def sum_counts(mesh: Mesh, axis: Axis, counts: Int[Tensor, " n"], *, name: str) 
 
 
 def broadcast_number(mesh: Mesh, number: int, *, name: str) -> int:
-    """The first rank's number, on all ranks."""
+    """Rank 0's number, on all ranks."""
     return int(all_gather(mesh, mesh.control, torch.tensor(number, dtype=torch.int64), name=name)[0])
 
 
@@ -107,14 +107,14 @@ def _in_order(addends: Shaped[Tensor, "size ..."]) -> Shaped[Tensor, "..."]:
 
 
 def settle_timings(mesh: Mesh) -> None:
-    """Count the seconds of exchanges on a GPU; call it when all that was given to the GPU is done."""
+    """Adds the seconds of exchanges on a GPU to `mesh.traffic`; call it when the GPU's queue is done."""
     for traffic, begun, ended in mesh.gpu_timings:
         traffic.seconds += begun.elapsed_time(ended) / 1000
     mesh.gpu_timings.clear()
 
 
 def _now(tensor: Tensor) -> float | torch.cuda.Event:
-    """The time where the tensor is: this process's, or a mark in the queue of its GPU."""
+    """The time: the process's clock, or an event in the queue of the tensor's GPU."""
     if not tensor.is_cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

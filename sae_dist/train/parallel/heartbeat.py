@@ -1,8 +1,7 @@
-"""Who is alive, and where: every rank says once a second what it does, in the store where the ranks met.
+"""Heartbeats: once a second every rank writes its status to the store of the rendezvous.
 
-A thread of its own says it, so a rank that waits for others, for rows or for the storage is heard all the same, and one
-that is not heard is dead, stopped or cut off. Whoever reads (the driver, or a rank whose peers are gone) measures
-silence by its own clock.
+A thread writes it, so a rank that waits for others, for rows or for storage still has a heartbeat; one without is dead,
+stopped or disconnected. Readers (the driver, or a rank whose peers are gone) measure silence by their own clock.
 """
 
 import json
@@ -20,29 +19,29 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 logger = logging.getLogger(__name__)
 
 EVERY_S = 1.0
-START_S = 300.0  # until a rank is heard for the first time
-SLOW = 1.5  # times the work of the median of the others: a straggler
-DONE = "done"  # the phase of a rank that has left in peace
-WORK_S = 10.0  # over which work is compared
+START_S = 300.0  # allowed before the first heartbeat of a rank
+SLOW = 1.5  # times the median work of the others: a straggler
+DONE = "done"  # the phase of a rank that has left normally
+WORK_S = 10.0  # the interval over which work is compared
 
 
 class RankStatus(NamedTuple):
-    """What a rank said last."""
+    """The last status of a rank."""
 
     rank: int
     host: str
     pid: int
-    number: int  # how often it has said something
+    number: int  # counts heartbeats
     step: int  # steps done
     phase: str  # connecting, reading, training, saving, done
-    exchange_s: float  # waiting for other ranks and talking to them, so far
+    exchange_s: float  # seconds of exchanges with other ranks so far, waiting included
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, pid {self.pid}), last at step {self.step} ({self.phase})"
 
 
 class Heartbeat:
-    """This rank's voice; close it. `set_phase` costs nothing: the thread picks up what was said last."""
+    """Writes this rank's heartbeats until it is closed. `set_phase` only stores values; the thread writes them."""
 
     def __init__(self, store: Store, rank: int, exchange_s: Callable[[], float] = lambda: 0.0) -> None:
         self._store, self._rank, self.exchange_s = store, rank, exchange_s
@@ -56,13 +55,13 @@ class Heartbeat:
         self._step, self._phase = step, phase
 
     def done(self) -> None:
-        """The last word: whoever listens does not miss this rank from now on."""
+        """Writes the phase DONE, after which silence of this rank is normal."""
         self._end.set()
         self._thread.join(timeout=2 * EVERY_S)
         self._phase = DONE
         try:
             self._say()
-        except RuntimeError:  # who served the store has left before: nobody listens any more
+        except RuntimeError:  # the server of the store has left: nobody reads
             return
 
     def close(self) -> None:
@@ -73,7 +72,7 @@ class Heartbeat:
         while not self._end.wait(EVERY_S):
             try:
                 self._say()
-            except RuntimeError:  # who served the store is gone; the next exchange will tell this rank what that means
+            except RuntimeError:  # the server of the store is gone; the next exchange will fail
                 return
 
     def _say(self) -> None:
@@ -85,7 +84,7 @@ class Heartbeat:
 
 
 class HeartbeatMonitor:
-    """What is heard of all ranks. Call `poll` now and then; the rest tells what came of it."""
+    """The heartbeats of all ranks, as of the last `poll`."""
 
     def __init__(self, store: Store, world: int) -> None:
         self._store, self._world, self._ranks = store, world, range(world)
@@ -96,7 +95,7 @@ class HeartbeatMonitor:
         self._compared_at = self._began
 
     def poll(self) -> None:
-        """Reads what every rank said last; RuntimeError when the store is gone."""
+        """Reads the last status of every rank; RuntimeError where the store is gone."""
         now = time.monotonic()
         for rank in self._ranks:
             if not self._store.check([f"heartbeat/{rank}"]):
@@ -107,19 +106,19 @@ class HeartbeatMonitor:
             self.statuses[rank] = status
 
     def describe(self, rank: int) -> str:
-        """A rank by what it said last, else by its number."""
+        """A rank's last status in words, else its number."""
         return str(self.statuses.get(rank, f"rank {rank}"))
 
     def silence_s(self, rank: int) -> float:
-        """Seconds since something new was heard of a rank; 0 for one that is done."""
+        """Seconds since a rank's last heartbeat; 0 for one that is done."""
         if rank in self.statuses and self.statuses[rank].phase == DONE:
             return 0.0
         return time.monotonic() - self._heard.get(rank, self._began)
 
     def silent(self, longer_than_s: float, *, among: Iterable[int] | None = None) -> str | None:
-        """Who (`among` these ranks) has not been heard of for so long, in words; None when everybody was.
+        """The ranks (`among` these) without a heartbeat for so long, in words; None where there is none.
 
-        Starting may take longer.
+        Ranks that are still starting have START_S.
         """
         ranks = self._ranks if among is None else sorted(among)
         limits = {rank: longer_than_s if rank in self.statuses else max(longer_than_s, START_S) for rank in ranks}
@@ -130,7 +129,7 @@ class HeartbeatMonitor:
         return "; ".join(f"{who} for {self.silence_s(rank):.0f} s" for who, rank in zip(told, missing, strict=True))
 
     def stragglers(self) -> list[str]:
-        """Ranks that others wait for, in words, compared over the last ten seconds or more."""
+        """Ranks that others wait for, in words, compared over WORK_S or more."""
         seconds = time.monotonic() - self._compared_at
         if seconds < WORK_S or len(self.statuses) < self._world or self._world == 1:
             return []
@@ -149,7 +148,7 @@ class HeartbeatMonitor:
         return slow
 
     def facts(self) -> dict[str, str]:
-        """A line a rank, for status.json."""
+        """One line per rank, for status.json."""
         return {
             str(r): f"step {own.step}, {own.phase}, {own.host}, pid {own.pid}, heard {self.silence_s(r):.0f} s ago"
             for r, own in sorted(self.statuses.items())
@@ -157,7 +156,7 @@ class HeartbeatMonitor:
 
 
 def missing_ranks(store: Store, world: int, *, patience_s: float = 4 * EVERY_S) -> str | None:
-    """After an exchange failed: which ranks are not heard any more, in words; None when all still answer."""
+    """After a failed exchange: the ranks without heartbeats, in words; None where all have them."""
     listener = HeartbeatMonitor(store, world)
     try:
         deadline = time.monotonic() + patience_s

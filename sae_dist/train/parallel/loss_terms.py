@@ -1,7 +1,7 @@
-"""The pairs of a step: which latent a row chose, what it is worth and its gradient, made known to every data rank.
+"""The pairs of a step (row, latent, value, gradient), gathered from all data ranks.
 
-A data rank finds them for the rows that it encodes; all work out one update from those of the whole batch. Where rows
-have different numbers of latents, theirs lie in lines, and travel without the empty places.
+A data rank selects pairs for the rows that it encodes; every data rank computes the same update from the pairs of the
+whole batch. Where rows have different numbers of latents, pairs are stored in lines and sent without empty places.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from sae_dist.train.parallel.mesh import Mesh, owned_range, owned_ranges
 
 
 class LocalTerm(NamedTuple):
-    """What a term of the loss leaves of its target, for the rows that this data rank encodes, and what it chose."""
+    """The errors of a term of the loss and its selected pairs, for the rows that this data rank encodes."""
 
     errors: Float[Tensor, "mine d_model"]
     selected: Selected  # z of every row, or of every line
@@ -29,7 +29,7 @@ class LocalTerm(NamedTuple):
 
 
 class GlobalTerm(NamedTuple):
-    """The same of the whole batch, with all gradients of its pairs."""
+    """The same for the whole batch, with the gradients of its pairs."""
 
     loss: LossTerm
     lines: Lines | None
@@ -43,10 +43,10 @@ Backward = Callable[[Selected, Float[Tensor, "lines places"]], PairGradients]
 def gather_term(
     mesh: Mesh, stages: Stages, mine: LocalTerm, *, batch: int, scale: float, backward: Backward | None = None
 ) -> GlobalTerm:
-    """The errors of the whole batch and what its rows chose in this part, in the rows' order, perhaps in lines.
+    """Gathers a term over data ranks: the errors of the whole batch, and its pairs in this part, in the rows' order.
 
-    `scale`: d loss / d errors is that times the errors. `backward` goes from d loss / d value to z, where a value is
-    not z itself. All data ranks call this at the same time.
+    d loss / d x_hat = scale * errors. `backward` maps d loss / d value to the gradients of z and of the latents' own
+    vectors, where a value is not z itself. All data ranks call this together.
     """
     data, lines, selected = mesh.data, mine.lines, mine.selected
     sizes = [len(r) for r in owned_ranges(batch, data.size)]
@@ -71,7 +71,7 @@ def gather_term(
 
 
 def save_for_backward_(stages: Stages, rows: Float[Tensor, "batch d_model"], terms: Sequence[GlobalTerm]) -> None:
-    """Leave the pairs to the kernels; those of the first use may be in lines, of AuxK none are in further ones."""
+    """Passes the terms to the kernels. Pairs of the first term may be in lines; AuxK's never are in further lines."""
     losses, lines = [term.loss for term in terms], terms[0].lines
     if lines is not None:
         main, *others = losses
@@ -84,7 +84,7 @@ def save_for_backward_(stages: Stages, rows: Float[Tensor, "batch d_model"], ter
 
 
 def own_vector_gradients(term: GlobalTerm, *, n_latents: int) -> dict[str, Float[Tensor, " n_latents"]]:
-    """The gradients of the latents' own vectors: sums over pairs, of each latent in the order of rows."""
+    """The gradients of the latents' own vectors: for each latent a sum over its pairs in the order of rows."""
     if not term.d_own:
         return {}
     line, place = (term.loss.selected.values > 0).nonzero(as_tuple=True)
@@ -102,7 +102,7 @@ def own_vector_gradients(term: GlobalTerm, *, n_latents: int) -> dict[str, Float
 
 
 def _gather_lines(mesh: Mesh, lines: Lines, of_lines: Sequence[Tensor], *, batch: int) -> tuple[list[Tensor], Lines]:
-    """What each pair has, in the lines of the whole batch."""
+    """Gathers the pairs of all data ranks and lays them out in the lines of the whole batch."""
     data, device = mesh.data, lines.row.device
     told = all_gather(mesh, data, torch.tensor([len(lines.row)], device=device), name="pairs")
     counts = [n for (n,) in told.tolist()]

@@ -1,7 +1,7 @@
-"""Who trains what: ranks on a data axis and a feature axis; a rank is data.rank * feature.size + feature.rank.
+"""The mesh: ranks on a data axis and a feature axis; a rank is data.rank * feature.size + feature.rank.
 
-The feature axis splits the latents: a rank holds its rows of W_enc, W_dec and b_enc, and their moments. The data axis
-splits the rows that are encoded; what one rank holds is copied on it, bit for bit, at every step. b_dec is everywhere.
+The feature axis splits the latents: a rank has its rows of W_enc, W_dec and b_enc, and their moments. The data axis
+splits the rows that are encoded; data ranks hold equal copies of their latents, bit for bit. Every rank has b_dec.
 """
 
 import os
@@ -29,15 +29,15 @@ class Axis:
 
 @dataclass
 class Traffic:
-    """What one kind of exchange has cost this rank so far."""
+    """Totals of one kind of exchange on this rank."""
 
     calls: int = 0
     bytes: int = 0  # received from other ranks
-    seconds: float = 0.0  # waiting for others included
+    seconds: float = 0.0  # including waits for other ranks
 
 
 class GpuTiming(NamedTuple):
-    """An exchange in a GPU's queue: its time counts once the GPU has come by."""
+    """Start and end of an exchange in a GPU's queue; its time is known once the GPU has reached the end."""
 
     traffic: Traffic
     begun: torch.cuda.Event
@@ -46,7 +46,7 @@ class GpuTiming(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """The axes, and `world`: both as one axis. `control` carries small facts on the CPU, whatever the device."""
+    """The two axes, and `world`: all ranks as one axis. `control` exchanges small CPU tensors on any device."""
 
     data: Axis
     feature: Axis
@@ -67,11 +67,11 @@ class Mesh:
 
     @property
     def is_rank_0(self) -> bool:
-        """Whether this rank speaks for all: it logs and writes what there is only one of."""
+        """Whether this rank does what must happen once: logs, manifests, dictionaries."""
         return self.world.rank == 0
 
     def latents(self, n_latents: int) -> range:
-        """The latents that this rank holds; raises UserError when a rank would have none."""
+        """The latents that this rank owns; UserError where some rank would have none."""
         if len(owned_range(n_latents, Axis(self.feature.size - 1, self.feature.size))) == 0:
             raise UserError(
                 f"mesh.feature={self.feature.size} ranks for sae.n_latents={n_latents}: parts of "
@@ -86,7 +86,7 @@ class Mesh:
 
 
 def owned_range(n: int, axis: Axis) -> range:
-    """Of n things in a row, those of this rank: chunks of ceil(n / size), as torch's Shard cuts; the last are less."""
+    """This rank's part of range(n): chunks of ceil(n / size), as torch's Shard splits; the last may be shorter."""
     size = -(-n // axis.size)
     return range(min(axis.rank * size, n), min((axis.rank + 1) * size, n))
 
@@ -99,10 +99,10 @@ def owned_ranges(n: int, size: int) -> list[range]:
 def connect(
     config: MeshConfig, *, rank: int, world: int, device: str | torch.device, store: Store | None = None
 ) -> Mesh:
-    """The mesh of `world` processes that all call this; they meet at `store`, which a single one does not need.
+    """The mesh of `world` processes that all call this, connected by `store` (not needed for one process).
 
-    gloo on CPUs; nccl on GPUs, beside gloo for facts on the CPU. A gloo exchange that takes too long raises, one of
-    nccl ends the process (watchdog.py). Raises UserError when the axes do not fit the world.
+    Uses gloo on CPUs, and nccl on GPUs with gloo for CPU tensors. A gloo exchange that times out raises; one of nccl
+    ends the process (watchdog.py). UserError where the axes do not fit the world.
     """
     device = torch.device(device)
     if world != config.data * config.feature:
@@ -115,8 +115,8 @@ def connect(
     assert store is not None, "ranks need a store to meet at"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"  # torch's default: its watchdog ends the process
-        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # at once, not after minutes of writing traces
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"  # torch's watchdog ends the process
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # at once, without minutes of traces
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world, timeout=_timeout(config, device),
@@ -125,13 +125,13 @@ def connect(
 
 
 def from_process_group(config: MeshConfig, device: str | torch.device) -> Mesh:
-    """The mesh over the default process group, which somebody has started (Ray Train, a simulation)."""
+    """The mesh over the default process group, which must exist."""
     timeout = _timeout(config, torch.device(device))
     rank, ranks = dist.get_rank(), torch.arange(config.data * config.feature).view(config.data, config.feature)
 
     def axis(groups: list[list[int]]) -> Axis:
         own = Axis(0, 1)
-        for members in groups:  # every rank takes part in making every group, in one order
+        for members in groups:  # all ranks must create all groups in one order
             group = dist.new_group(members, timeout=timeout)
             if rank in members:
                 own = Axis(members.index(rank), len(members), group)  # type: ignore[arg-type]

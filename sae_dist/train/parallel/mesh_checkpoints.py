@@ -1,8 +1,8 @@
-"""Checkpoints of a mesh: any mesh reads what any other wrote, and one rank's failure is everybody's.
+"""Checkpoints of a mesh: any mesh reads what any other wrote, and an error on one rank is raised on all.
 
-Ranks tell each other which blocks of rows they hold; what several hold is written by the one with the least to write.
-Then each writes its files, and rank 0, once it knows of all of them, the manifest. For reading, each takes the blocks
-that overlap with what it wants. A single process does the same, with nobody to tell.
+Ranks exchange which blocks of rows they hold; a block that several hold is written by the one with the least to write.
+Each rank writes its files, then rank 0 writes the manifest. For reading, each rank takes the blocks that overlap with
+its rows. A single process does the same without exchanges.
 """
 
 import contextlib
@@ -28,21 +28,21 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run in one place; all ranks of its mesh call the same methods, each for its part."""
+    """The checkpoints of one run in one storage. All ranks of the mesh call every method together."""
 
     def __init__(self, mesh: Mesh, storage: Storage, run_id: str, *, timeout_s: float = 1800.0) -> None:
-        """`run_id` is in the names of this run's folders; a rank that has written waits `timeout_s` for the others."""
+        """`run_id` is part of the run's folder names; a rank waits `timeout_s` for the others."""
         self.storage, self.run_id = storage, run_id
         self._rank, self._world = mesh.world.rank, mesh.world.size
         self._group: dist.ProcessGroup | None = None
-        if mesh.world.group is not None:  # one for checkpoints alone: a thread may use it while the mesh trains
+        if mesh.world.group is not None:  # a group of its own, since a thread uses it while the mesh trains
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
             self._group = cast(dist.ProcessGroup, group)  # every rank is in it
 
     def save(self, state: Checkpoint) -> str:
-        """Writes what each rank holds; returns on every rank once the checkpoint counts, with its folder.
+        """Writes every rank's part and returns the folder on all ranks once the checkpoint is complete.
 
-        StorageError on all ranks when one could not write.
+        StorageError on all ranks where one could not write.
         """
         parts = checkpoint.blocks(state.tensors)
         sizes = [[*block, part.nbytes] for block, part in parts.items()]
@@ -80,9 +80,8 @@ class Checkpoints:
         does not verify. UserError when there are some and none verifies, since only a person may decide to remove them
         and begin anew, and when one cannot be read, since it may be sound.
         """
-        there = self._exchange(self._candidates(accept) if self._rank == 0 else None)[
-            0
-        ]  # one list: others may see a file late
+        # rank 0's list for all: other ranks may see a new file later
+        there = self._exchange(self._candidates(accept) if self._rank == 0 else None)[0]
         for folder in there:
             try:
                 return self._read(folder, owned_rows)
@@ -93,15 +92,15 @@ class Checkpoints:
                     )
         if there:
             raise UserError(
-                f"none of the {len(there)} checkpoints in {self.storage.uri} is what was written there; remove that "
+                f"none of the {len(there)} checkpoints in {self.storage.uri} is undamaged; remove that "
                 "folder to begin anew, or choose another out= (and train.checkpoints=)"
             )
         return None
 
     def facts_of_another_run(self) -> dict[str, Any] | None:
-        """The facts of the newest checkpoint that another run has in this place, None when there is none.
+        """The facts of the newest checkpoint of another run in this storage; None where there is none.
 
-        UserError where that is of another format.
+        UserError where it has another format.
         """
         facts = refusal = None
         if self._rank == 0:
@@ -116,7 +115,7 @@ class Checkpoints:
     def _readable_facts(self) -> Iterator[dict[str, Any]]:
         for folder in folders(self.storage):
             if not is_of(folder, self.run_id):
-                with contextlib.suppress(*DAMAGE):  # nobody resumes from it
+                with contextlib.suppress(*DAMAGE):  # it is not resumed from
                     yield read_manifest(self.storage, folder).facts
 
     def _candidates(self, accept: Callable[[CheckpointManifest], bool] | None) -> list[str]:
@@ -127,18 +126,18 @@ class Checkpoints:
             return accept(read_manifest(self.storage, folder))
         except DAMAGE as damage:
             logger.warning(
-                "checkpoint %s/%s does not verify (%s); not going back to it", self.storage.uri, folder, damage
+                "checkpoint %s/%s does not verify (%s); not rolling back to it", self.storage.uri, folder, damage
             )
             return False
 
     def _read(self, folder: str, owned_rows: RowSelector) -> Checkpoint:
-        """CorruptData on all ranks when one found it damaged, UserError when one could not read it."""
+        """CorruptData on all ranks where one found damage, StorageError where one could not read."""
         read, damage, refusal = None, None, None
         try:
             read = checkpoint.read(self.storage, folder, owned_rows)
         except DAMAGE as error:
             damage = str(error)
-        except OSError as error:  # perhaps it is sound: going on from an older one would undo work
+        except OSError as error:  # it may be sound: resuming from an older one would lose work
             refusal = (
                 f"checkpoint {self.storage.uri}/{folder} cannot be read ({error}); repeat the command when it can, or "
                 "remove that folder to resume from the one before"
@@ -152,7 +151,7 @@ class Checkpoints:
         return read
 
     def _exchange(self, value: Any) -> list[Any]:
-        """The JSON values of all ranks, in rank order."""
+        """All-gathers JSON values, in rank order."""
         if self._group is None:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -165,16 +164,16 @@ class Checkpoints:
 
 
 def assigned_blocks(held: Sequence[Mapping[Block, int]], rank: int) -> list[Block]:
-    """Those blocks that `rank` writes, of the blocks that each rank holds and their bytes: every block has one writer.
+    """The blocks that `rank` writes, from the blocks (and bytes) that each rank holds; every block has one writer.
 
-    What several ranks hold goes to the one of them that has the least to write.
+    A block that several ranks hold goes to the one with the least to write.
     """
     holders: dict[Block, list[int]] = {}
     for holder, blocks in enumerate(held):
         for block in blocks:
             holders.setdefault(block, []).append(holder)
     load, mine = [0] * len(held), []
-    for block, ranks in sorted(holders.items(), key=lambda item: len(item[1])):  # those without a choice first
+    for block, ranks in sorted(holders.items(), key=lambda item: len(item[1])):  # blocks with one holder first
         writer = min(ranks, key=lambda holder: load[holder])
         load[writer] += held[writer][block]
         if writer == rank:
@@ -183,7 +182,7 @@ def assigned_blocks(held: Sequence[Mapping[Block, int]], rank: int) -> list[Bloc
 
 
 def _raise_any(kind: type[UserError], reasons: Sequence[str | None]) -> None:
-    """Raises what went wrong on any rank, with the ranks where there are several."""
+    """Raises the errors of all ranks as one; names the ranks if there are several."""
     if any(reasons):
         alone = len(reasons) == 1
         raise kind("; ".join(reason if alone else f"rank {r}: {reason}" for r, reason in enumerate(reasons) if reason))

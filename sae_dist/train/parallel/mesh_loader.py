@@ -1,7 +1,7 @@
-"""The global batch on every rank of a mesh: each reads its lanes of it, and all have it, in the order of one reader.
+"""The global batch on every rank of a mesh: each rank reads its lanes, and all get all rows in the order of one reader.
 
-Before each batch there is a roll call: whether every rank has its rows and nobody was asked to stop. So all take a
-step, or none does. Bytes received for a batch of B rows: the rows in the store's dtype and 8 a row for their places.
+Before each batch there is a roll call: whether every rank has its rows and none was asked to stop, so that all ranks
+take a step or none does. A rank receives the batch's rows in the store's dtype, and 8 bytes a row for their places.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,15 @@ class GlobalBatch(NamedTuple):
     """A global batch; the same on every rank."""
 
     x: Shaped[Tensor, "batch width"]  # in the store's dtype, on the mesh's device; on CPUs only until the next batch
-    target: Shaped[Tensor, "batch target_width"]  # what is to be rebuilt: x itself, or as that
+    target: Shaped[Tensor, "batch target_width"]  # what to reconstruct: x, or other hooks
     epoch: int
     order_hash: int  # of all rows so far
     units_done: int
-    docs: Callable[[], Int64[Tensor, " batch"]]  # document numbers, in any order; all ranks must ask, or none
+    docs: Callable[[], Int64[Tensor, " batch"]]  # document numbers, in any order; all ranks call it together
 
 
 class MeshLoader:
-    """Global batches from `start_step`; use it in a `with`. `options` are the Loader's own."""
+    """Global batches from `start_step` on; use it in a `with`. `options` go to the Loader."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class MeshLoader:
         **options: Any,
     ) -> None:
         self._mesh, rank, readers = mesh, mesh.world.rank, min(mesh.world.size, order.lanes)
-        if options.get("live") and mesh.world.size > readers:  # they could not wait for rows as long as readers may
+        if options.get("live") and mesh.world.size > readers:  # ranks without lanes cannot wait for rows as readers can
             raise UserError(
                 f"order.lanes={order.lanes} are fewer than the {mesh.world.size} ranks of a live=true training; raise "
                 "order.lanes, or use fewer ranks"
@@ -68,7 +68,7 @@ class MeshLoader:
             )  # fmt: skip
 
     def next(self, *, stop: bool = False) -> GlobalBatch | None:
-        """The next batch; None on all ranks once one of them has `stop`, or a loader that was asked to."""
+        """The next batch; None on all ranks once one of them, or its loader, was asked to stop."""
         if stop and self._mesh.world.group is None:
             return None
         mine = None if stop or self._loader is None else next(self._loader, None)

@@ -1,4 +1,4 @@
-"""A rank's time in a mesh: it meets the others, says once a second how it is, and names who is gone when one is."""
+"""A rank's session in a mesh: rendezvous, heartbeats, and errors that name the ranks that are gone."""
 
 import logging
 import re
@@ -25,11 +25,11 @@ NETWORK = re.compile("gloo|nccl|connection|socket|peer|time[d ]*out", re.IGNOREC
 
 
 class PeersLost(RuntimeError):
-    """An exchange failed; says which ranks are not heard any more, and what the library said."""
+    """An exchange failed; the message names the ranks without heartbeats and quotes the library."""
 
 
 class MeshSession(NamedTuple):
-    """The mesh, and whom to tell where this rank is: the step and what it does."""
+    """The mesh, and a function that reports this rank's step and phase."""
 
     mesh: Mesh
     set_phase: Callable[[int, str], None]
@@ -39,11 +39,11 @@ class MeshSession(NamedTuple):
 def mesh_session(
     config: MeshConfig, rendezvous: Rendezvous | None, *, rank: int, world: int, device: str | torch.device = "cpu"
 ) -> Iterator[MeshSession]:
-    """One of `world` processes that all do this, for as long as the context lasts; a world of one meets nobody.
+    """The session of one of `world` processes that all enter it; a world of one needs no rendezvous.
 
-    `device` is what this rank has; they take CPUs unless all have a GPU. PeersLost in place of what a failed exchange
-    raises: with the ranks that are gone, after four seconds of listening. UserError where memory is too small and where
-    data ranks would compute with different kernels or numbers of threads. Any other error is raised as it is.
+    `device` is this rank's; all ranks use CPUs unless all have a GPU. A failed exchange is raised as PeersLost, after
+    four seconds in which missing heartbeats show which ranks are gone. UserError where memory is too small, and where
+    data ranks would compute with different kernels or numbers of threads. Other errors are raised as they are.
     """
     device = torch.device(device)
     if rendezvous is None or world == 1:
@@ -52,7 +52,7 @@ def mesh_session(
     heartbeat, store = Heartbeat(connect_store(rendezvous, START_S), rank), connect_store(rendezvous, START_S)
     try:
         store.set(f"here/{rank}", device.type)
-        store.wait(names := [f"here/{other}" for other in range(world)])  # starting takes longer than an exchange may
+        store.wait(names := [f"here/{other}" for other in range(world)])  # starting may take longer than an exchange
         without = [other for other, name in enumerate(names) if store.get(name) != b"cuda"]
         if device.type == "cuda" and without:
             logger.warning("rank %d has a GPU, but %d of %d ranks have none: all use CPUs", rank, len(without), world)
@@ -85,7 +85,7 @@ def mesh_session(
         except RuntimeError:
             gone = "the process that served the meeting point is gone"
         if gone is None and not (isinstance(error, DistError) or NETWORK.search(str(error))):
-            raise  # a mistake of ours: it would come again
+            raise  # a bug: it would happen again
         gone = gone or "every rank still answers; the network between them failed"
         raise PeersLost(f"rank {rank} cannot go on: {gone} ({said})") from error
     finally:
@@ -93,11 +93,11 @@ def mesh_session(
 
 
 def _refuse_mixture(store: Store, rank: int, world: int) -> None:
-    """UserError unless all CPUs compute with the same: data ranks, which hold copies, would drift apart unnoticed."""
-    compiled = library()  # its name is a hash of all that decides its sums
+    """UserError unless all CPUs use the same kernels and threads: else copies on data ranks would silently diverge."""
+    compiled = library()  # its name is a hash of everything that decides its sums
     kernel = "plain torch" if compiled is None else Path(compiled._name).stem
     store.set(f"kernels/{rank}", f"{kernel} on {torch.get_num_threads()} threads")  # torch's sums depend on them
-    kernels = [store.get(f"kernels/{other}").decode() for other in range(world)]  # waits for those who compile it
+    kernels = [store.get(f"kernels/{other}").decode() for other in range(world)]  # waits for ranks that compile
     other = next((rank for rank, own in enumerate(kernels) if own != kernels[0]), None)
     if other is not None:
         raise UserError(

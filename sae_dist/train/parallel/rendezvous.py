@@ -1,4 +1,4 @@
-"""Where the processes of a mesh meet: a store that one of them, or the driver, serves to those who have its secret."""
+"""The rendezvous of a mesh: a key-value store that the driver or rank 0 serves to processes with its secret."""
 
 import json
 import os
@@ -16,26 +16,26 @@ from sae_dist.config import UserError
 from sae_dist.network import is_ours, let_gloo_listen_towards
 from sae_dist.parallel.key_value import PrefixedStore, StoreAddress, StoreClient, StoreServer
 
-FILE = ".rendezvous"  # in the run's folder: how ranks of torchrun hear of the secret
+FILE = ".rendezvous"  # in the run's folder: tells ranks of torchrun the address and the secret
 LOOK_S = 0.2
 
 
 class Rendezvous(NamedTuple):
-    """A served store, and the part of its names that one attempt uses: what dead ranks left there is never read."""
+    """The address of a store, and the prefix of one attempt's keys, so that keys of dead ranks are never read."""
 
     at: StoreAddress
     attempt: str
 
 
 def serve(host: str) -> StoreServer:
-    """A store that listens on `host` alone."""
+    """Starts a store that listens on `host` only."""
     return StoreServer(host)
 
 
 def connect_store(rendezvous: Rendezvous, timeout_s: float) -> Store:
-    """A connection of one's own: a call that waits does not hold up calls on another connection.
+    """A new connection to the store: a call that waits does not block other connections.
 
-    Who meets on the loopback also talks on it: nccl would use any network.
+    Also restricts gloo and nccl to the interface of the rendezvous.
     """
     let_gloo_listen_towards(rendezvous.at.host)
     if rendezvous.at.host in ("127.0.0.1", "localhost"):
@@ -44,17 +44,17 @@ def connect_store(rendezvous: Rendezvous, timeout_s: float) -> Store:
 
 
 def attempt_store(served: StoreServer, attempt: str) -> Store:
-    """What the ranks of one attempt see of a served store."""
+    """The keys of one attempt in a served store."""
     return PrefixedStore(served, attempt)
 
 
 @contextmanager
 def torchrun_rendezvous(out: Path, timeout_s: float) -> Iterator[Rendezvous]:
-    """The meeting of ranks that torchrun started, for as long as the context lasts; rank 0 serves its store.
+    """The rendezvous of ranks that torchrun started; rank 0 serves its store while the context lasts.
 
-    torchrun's own store takes words from everybody who reaches it, so it is not used. The ranks find each other by a
-    file in `out`, a folder that all of them see, which only this user may read. UserError for restarts on several
-    machines: only that one whose rank died counts them, so that the others would look for each other elsewhere.
+    torchrun's own store accepts anybody who reaches it, so it is not used. Ranks find the address in a file in `out`,
+    a folder that all of them see; only this user may read the file. UserError for restarts on several machines, since
+    only the machine whose rank died counts them.
     """
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise UserError(
@@ -78,9 +78,9 @@ def torchrun_rendezvous(out: Path, timeout_s: float) -> Iterator[Rendezvous]:
 
 
 def _host_of_rank_0() -> str:
-    """Where rank 0 listens: the loopback where all ranks are on its machine, else the address that others have for it.
+    """The address that rank 0 listens on: the loopback if all ranks are on its machine, else MASTER_ADDR.
 
-    That is every address where MASTER_ADDR is a name that this machine has for its loopback, or none of its own.
+    All addresses where MASTER_ADDR resolves to the loopback, or to none of this machine's addresses.
     """
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         return "127.0.0.1"
@@ -89,7 +89,7 @@ def _host_of_rank_0() -> str:
 
 
 def _publish(path: Path, record: dict[str, object]) -> None:
-    """Writes the file whole, for this user's eyes only."""
+    """Writes the file atomically, readable by this user only."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{FILE}.{secrets.token_hex(4)}")
     with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
@@ -98,7 +98,7 @@ def _publish(path: Path, record: dict[str, object]) -> None:
 
 
 def _found(path: Path, start: list[str], timeout_s: float) -> StoreAddress:
-    """What rank 0 of this start published and serves; a file that an earlier start left is passed over."""
+    """The address that rank 0 of this start published; files of earlier starts are ignored."""
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
         try:

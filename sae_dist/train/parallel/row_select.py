@@ -1,9 +1,9 @@
-"""The k best latents of every row over all parts of a dictionary: the same latents, ties included, as one rank chooses.
+"""The k largest pre-activations of every row over all parts of a dictionary: the same latents as on one rank.
 
-A part's own k best hold all of it that the whole can choose, whatever the other parts have. One gather of every part's
-(value, index) keys moves 8 k bytes a row and part; two rounds move less once parts are many: every part first tells
-the values of its 2 k / parts best, of which the k-th best bounds the k-th of all from below, and then only what reaches
-the bound, which is little more than k keys a row in all, however many parts there are.
+The k largest of a part contain all latents of it that can be chosen. One gather of every part's (value, index) keys
+moves 8 k bytes a row and part. Two rounds move less once there are many parts: first every part sends the values of its
+2 k / parts largest, whose k-th largest is a lower bound of the final k-th largest; then it sends only keys that reach
+the bound, little more than k a row in all.
 """
 
 import torch
@@ -24,17 +24,17 @@ def pays_two_rounds(k: int, parts: int, d_model: int) -> bool:
 def row_best(
     mesh: Mesh, candidates: Selected, *, latents: range, k: int, width: int, two_rounds: bool, name: str
 ) -> Selected:
-    """Of all parts' candidates the k best a row; at the places of other parts' latents the value is 0.
+    """The k largest of all parts' candidates in every row; places of other parts' latents have the value 0.
 
-    `candidates` are this part's own best k, or all that it has; `width` is the most candidates that any part has.
-    Indices, in and out, count within the part, which is `latents` of the whole. The places are the same on all ranks.
+    `candidates` are the k largest of this part, or all that it has; `width` is the largest number of candidates of any
+    part. Indices, in and out, count within the part, which is `latents` of the whole. Places agree on all ranks.
     """
     if mesh.feature.group is None:
         return candidates
     keys = plain.keys(candidates.values, candidates.indices + latents.start)
     keys = torch.nn.functional.pad(keys, (0, width - keys.shape[1]))
     everybody = _two_rounds(mesh, keys, k=k, name=name) if two_rounds else _one_round(mesh, keys, name=name)
-    places = min(k, mesh.feature.size * width)  # the same for all rows, however few keys reached two rounds' bound
+    places = min(k, mesh.feature.size * width)  # the same for all rows, however few keys reached the bound
     everybody = torch.nn.functional.pad(everybody, (0, max(places - everybody.shape[1], 0)))
     chosen = plain.unpacked(everybody.topk(places).values)
     own = (chosen.values > 0) & (chosen.indices >= latents.start) & (chosen.indices < latents.stop)

@@ -1,30 +1,29 @@
 """A training step on a mesh: the latents, loss, gradients and counters that one rank alone would have.
 
-Every rank is given the whole batch. A data rank encodes its share of the rows, a feature rank with its part of the
-latents. Exchanges, and bytes that a rank receives for B rows of d dimensions on D x F ranks:
+Every rank has the whole batch. A data rank encodes its share of the rows with the latents of its feature rank.
+Exchanges, and bytes that a rank receives for B rows of d dimensions on D x F ranks:
 
-    candidates       8 k (F - 1) B / D            who is among the k best (row_select.py; two rounds: about 16 k B / D)
+    candidates       8 k (F - 1) B / D            the k largest (row_select.py; two rounds: about 16 k B / D)
     reconstruction   4 d (F - 1) / F B / D        partial sums, to the rank that owns the row
     errors           4 d (1 - 1 / (D F)) B        x - x_hat, to everybody
-    pairs            12 k (D - 1) / D B           what a data rank's rows chose in this part, with d loss / dz; 4 more
+    pairs            12 k (D - 1) / D B           pairs of a data rank's rows in this part, with d loss / dz; 4 more
                                                   for a value that is not z, and for each of the latents' own vectors
     b_dec            4 d (F - 1)                  its gradient through the encoder
     columns          16 d (F - 1)                 factored moments: sums of squared gradients by dimension
-    cost             8 (D F - 1)                  of activity, where its price depends on how much there is
-    counts           40 (D F - 1)                 active values, dead latents, flaws; the loss, the same to the bit
+    cost             8 (D F - 1)                  of activity, where the kind has a penalty
+    counts           40 (D F - 1)                 active values, dead latents, flaws; the loss, equal on all ranks
 
-The data axis never reduces a gradient: 8 d n_latents / F bytes twice, where errors and pairs are 4 d B + 12 k B. All
-data ranks work out the same update from the same batch instead, in the order that one rank of these stages would: they
-stay equal bit for bit, their number does not show in the result, and dead counters need no exchange. (One process alone
-takes the kernels' fused step: its sums are in another order, and its AuxK of few dead latents is a bf16 product.) AuxK
-adds its own candidates, sums, errors and pairs while latents are dead. The best of a batch are found by counts instead
-of candidates (threshold, batch_select.py: 16 KiB whatever the sizes), what lies above a level by every part alone, and
-their pairs travel without empty places: 16 k / F (D - 1) / D B.
+The data axis reduces no gradients, which would be 8 d n_latents / F bytes twice; errors and pairs are 4 d B + 12 k B.
+Instead all data ranks compute the same update from the same batch, in the same order: they stay equal bit for bit, the
+result does not depend on their number, and dead counters need no exchange. (A single process uses the kernels' fused
+step: its sums have another order, and its AuxK of few dead latents is a bf16 product.) AuxK adds its own candidates,
+sums, errors and pairs while latents are dead. The largest of a batch are found by counts instead of candidates
+(threshold, batch_select.py: 16 KiB for any sizes), latents above a level by every part alone; their pairs are sent
+without empty places: 16 k / F (D - 1) / D B.
 
-On a GPU the process runs ahead of what it has launched, and waits for it once a step: for the counts, which say whether
-the step is sound. It waits once more for AuxK's list of dead latents, once for the norm when clipping, three times for
-each selection in two rounds, and, as the number of a row's latents is not known before, some twenty-five times for
-the cut of a batch. What follows the counts, the update, is under way while the next batch is fetched.
+On a GPU the process waits once a step, for the counts, which say whether the step is finite. It waits once more for
+AuxK's list of dead latents, once for the norm when clipping, three times for each selection in two rounds, and some
+twenty-five times for the cut of a batch. The update runs while the next batch is fetched.
 """
 
 from collections.abc import Iterator, Mapping
@@ -62,14 +61,14 @@ from sae_dist.train.parallel.mesh import Mesh, owned_range, owned_ranges
 from sae_dist.train.parallel.row_select import pays_two_rounds, row_best
 
 LINE_WIDTH = 2  # times k places in a line, where rows have different numbers of latents
-THRESHOLD_EMA = 0.1  # weight of a batch in the running mean of thresholds, 1 / steps at first: at 0.01 it lags behind
+THRESHOLD_EMA = 0.1  # weight of a batch in the running mean of thresholds, at first 1 / steps; 0.01 lags behind
 
 
 class MeshStep:
-    """`Shard` over a mesh; `shard` is this rank's part of the dictionary `sae`, `latents` which part.
+    """`Shard` over a mesh; `shard` is this rank's part of the dictionary `sae`, `latents` its latents.
 
-    `k_aux` is the whole dictionary's. `micro_batch`: rows encoded at once. `clip_norm`: the most that the gradient of
-    all parameters may measure. The methods that train are called by all ranks at the same time.
+    `k_aux` is the whole dictionary's. `micro_batch`: rows encoded at once. `clip_norm`: the largest norm of the whole
+    gradient. All ranks call `forward`, `update_`, `dead_fraction` and `gradients_are_finite` together.
     """
 
     def __init__(
@@ -92,28 +91,28 @@ class MeshStep:
         self._maths = sae if isinstance(sae, Elementwise) else None
         self._fused = mesh.world.size == 1 and micro_batch is None and isinstance(sae.rule, Top) and not self._maths
         self._width = width or initial_width(k, mesh.feature.size)
-        # Where a latent of the finished dictionary is active: a statistic of the run, for kinds that choose by it.
+        # Latents of the finished dictionary are active above it; a running mean, for kinds that track one.
         self.threshold = torch.zeros((), dtype=torch.float64) if tracks_threshold(sae) else None
-        self._smallest: float | None = None  # chosen value of the last forward
-        self.widened = 0  # rows here that had to be selected again, wider
-        self.penalty: Penalty | None = None  # of the last forward, for kinds that have a price of activity
+        self._smallest: float | None = None  # smallest chosen value of the last forward
+        self.widened = 0  # rows of this rank that were selected again so far
+        self.penalty: Penalty | None = None  # of the last forward, for kinds with a penalty
         self._d_own = dict[str, Tensor]()
         self._rates = {spec.name: spec.lr_factor for spec in own_vectors(sae)}
         shard.join_(n_latents=n_latents, total=lambda part: ordered_sum(mesh, mesh.feature, part, name="columns"))
         self._dead: list[int] | None = None  # dead latents of each feature rank; None: not counted yet
-        self._flaws = 0  # parts of the mesh where d loss / dz is not finite
+        self._flaws = 0  # ranks where d loss / dz is not finite
         self._through_decoder = torch.empty(0)
 
     def gradients_are_finite(self, statistics: StepStatistics) -> bool:
-        """Whether the loss and all gradients of the last `forward` are finite, on all ranks: the same on each."""
+        """Whether the loss and all gradients of the last `forward` are finite on all ranks; equal on every rank."""
         return is_finite(statistics) and not self._flaws
 
     def skip_(self) -> None:
-        """Nothing is learned or counted from the last `forward`."""
+        """Discards the last `forward`."""
         self._dead = None
 
     def forward(self, x: Float[Tensor, "batch d_model"], *, variance: float) -> StepStatistics:
-        """Everything up to what `update_` needs. The statistics are the whole mesh's; `fired` is about this part."""
+        """The step up to `update_`. The statistics are of the whole mesh; `fired` is of this rank's latents."""
         if self._fused:
             return self.shard.forward(x, variance=variance)
         x, stages, scale = x.float(), self.shard.stages, error_scale(len(x), variance)
@@ -139,7 +138,7 @@ class MeshStep:
         return self._statistics(terms, torch.stack(squared_errors), tokens=len(x))
 
     def update_(self, *, lr: float) -> None:
-        """The update that the last `forward` leads to."""
+        """The update from the last `forward`."""
         if self.threshold is not None and self._smallest is not None:
             # A running mean over batches (Bussmann et al. 2024, sec. 3).
             self.threshold += max(1 / (self.shard.steps + 1), THRESHOLD_EMA) * (self._smallest - self.threshold)
@@ -163,7 +162,7 @@ class MeshStep:
         self.shard.update_vectors_({name: d * factor for name, d in self._d_own.items()}, hyper, rates=self._rates)
 
     def count_(self, fired: Bool[Tensor, " n_latents"], *, tokens: int) -> None:
-        """Count the batch's tokens as silence for every latent here that did not fire."""
+        """Adds the batch's tokens to the silence of every latent of this rank that did not fire."""
         self.shard.count_(fired, tokens=tokens)
 
     def dead_fraction(self) -> float:
@@ -171,15 +170,15 @@ class MeshStep:
         return sum(self._dead_by_rank()) / self.n_latents
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Of everything that the next step depends on, this rank's part, as tensors that share memory with this object.
+        """This rank's part of all state, as tensors that share memory with this object.
 
-        Split by latents: all but b_dec and its moments, the number of steps and the threshold, which are the same on
-        all ranks.
+        Everything is split by latents, except b_dec and its moments, the number of steps and the threshold, which are
+        equal on all ranks.
         """
         return self.shard.state_dict() | ({} if self.threshold is None else {"threshold": self.threshold})
 
     def load_state_dict_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over this rank's part of what `state_dict` gave, on this or any other mesh."""
+        """Copies in this rank's part of a `state_dict` of this or any other mesh."""
         rest = dict(tensors)
         if self.threshold is not None:
             self.threshold.copy_(rest.pop("threshold"))
@@ -187,7 +186,7 @@ class MeshStep:
         self._dead = None
 
     def _reconstruct(self, stages: Stages, rows: Tensor, x: Tensor, residual: Tensor | None, *, k: int) -> LocalTerm:
-        """What the k best latents leave of x, or the k best dead ones of the residual, for this data rank's rows."""
+        """The errors of x after the k largest latents, or of the residual after k dead ones, for this rank's rows."""
         mine, feature = owned_range(len(x), self.mesh.data), self.mesh.feature
         latents, available = None, [len(r) for r in owned_ranges(self.n_latents, feature.size)]
         if residual is not None:
@@ -209,14 +208,14 @@ class MeshStep:
             else:
                 at = range(chunk.start - mine.start, chunk.stop - mine.start)
                 errors.append(self._residual(residual[at.start : at.stop], summed))
-            del summed  # not beside the next chunk's candidates
+            del summed  # freed before the next chunk's candidates
             chosen.append(selected)
         return LocalTerm(
             torch.cat(errors), Selected(torch.cat([s.values for s in chosen]), torch.cat([s.indices for s in chosen]))
         )
 
     def _reconstruct_lines(self, stages: Stages, rows: Tensor, x: Tensor) -> LocalTerm:
-        """What a batch's best latents, or all above their level, leave of x, for this data rank's rows."""
+        """The errors of reconstructing x by a batch's largest latents, or all above a level, for this rank's rows."""
         mine, level = owned_range(len(x), self.mesh.data), None
         if isinstance(self.sae.rule, Above):
             assert self._maths is not None, f"{self.sae.kind} has a rule Above and no level"
@@ -238,13 +237,13 @@ class MeshStep:
         return {name: vector[indices] for name, vector in self.shard.vectors.items()}
 
     def _decoder_values(self, z: Selected) -> Selected:
-        """What the decoder reads of the chosen pairs."""
+        """The values of the chosen pairs, which the decoder multiplies."""
         if self._maths is None:
             return z
         return Selected(pair_values(self._maths, z.values, self._own(z.indices))[0], z.indices)
 
     def _backward(self, z: Selected, *, batch: int) -> Backward | None:
-        """How gradients of values go on to z and the latents' own vectors; all ranks call this together."""
+        """The map from gradients of values to those of z and the latents' own vectors; all ranks call this together."""
         if self._maths is None:
             return None
         _, here = pair_values(self._maths, z.values, self._own(z.indices))
@@ -259,14 +258,14 @@ class MeshStep:
         return backward
 
     def _reduced(self, partial: Float[Tensor, "rows d_model"]) -> Float[Tensor, "share d_model"]:
-        """The sum of all parts' partial sums, of this rank's share of the rows."""
+        """The sum of all parts' partial reconstructions, for this rank's share of the rows."""
         sizes = [len(r) for r in owned_ranges(len(partial), self.mesh.feature.size)]
         return sum_rows(self.mesh, self.mesh.feature, partial, sizes, name="reconstruction")
 
     def _residual(
         self, target: Float[Tensor, "rows d_model"], rebuilt: Float[Tensor, "share d_model"]
     ) -> Float[Tensor, "rows d_model"]:
-        """The target less what the shares of all ranks of this feature axis have rebuilt of it, on each of them."""
+        """target - reconstruction for all rows, gathered from the shares of the feature axis."""
         shares, feature = owned_ranges(len(target), self.mesh.feature.size), self.mesh.feature
         share = shares[feature.rank]
         left = target[share.start : share.stop] - rebuilt
@@ -281,10 +280,10 @@ class MeshStep:
     def _statistics(
         self, terms: list[GlobalTerm], squared_errors: Float[Tensor, " 2"], *, tokens: int
     ) -> StepStatistics:
-        """The step's figures, which one exchange makes the whole mesh's.
+        """The statistics of the step over the whole mesh, in one exchange.
 
-        It also says how many latents of each part are dead once these tokens are counted, and who has a flaw. The loss
-        is that of rank 0: another number of threads may add another rank's up to other bits.
+        It also exchanges how many latents of each part are dead once these tokens are counted, and which ranks have
+        gradients that are not finite. The loss is rank 0's, since other numbers of threads may round it otherwise.
         """
         values, indices = terms[0].values, terms[0].loss.selected.indices
         n_here, silence = len(self.latents), self.shard.tokens_since_fired

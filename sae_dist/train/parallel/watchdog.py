@@ -1,10 +1,10 @@
-"""A rank's own eye on the others, for ranks on GPUs: what waits in a GPU's queue no exception can end.
+"""A watchdog for ranks on GPUs: no exception can interrupt a wait for a GPU.
 
-An exchange over gloo raises when its time is over. One over nccl is work of the GPU: the process that reads a number
-which depends on it waits in the driver, and only the end of the process lets go of the GPU. So a thread listens to the
-pulse of the others, and ends this process, with a line that names them, once one has been silent for too long; whoever
-started the ranks (Ray, torchrun) then starts all of them again. nccl's own watchdog, which does not know who is
-missing, is given MARGIN_S more, for exchanges that stick although everybody is heard.
+A gloo exchange that times out raises. An nccl exchange is work of the GPU: a process that reads a result waits in the
+driver, and only its end releases the GPU. So a thread reads the heartbeats of the others and ends this process, with a
+line that names them, once one has been silent for too long; whoever started the ranks (Ray, torchrun) starts them
+again. nccl's own watchdog, which does not know which rank is missing, waits MARGIN_S longer; it catches exchanges that
+hang although all ranks have heartbeats.
 """
 
 import logging
@@ -21,7 +21,7 @@ MARGIN_S = 10.0  # that nccl waits longer than mesh.collective_timeout_s
 
 
 class Watchdog:
-    """Ends this process once another rank has been silent for `timeout_s`; close it when the ranks part."""
+    """Ends this process once another rank has been silent for `timeout_s`; close it at the end of the session."""
 
     def __init__(self, store: Store, rank: int, world: int, timeout_s: float) -> None:
         self._listener, self._rank, self._timeout_s = HeartbeatMonitor(store, world), rank, timeout_s
@@ -38,7 +38,7 @@ class Watchdog:
         while not self._end.wait(EVERY_S):
             try:
                 self._listener.poll()
-            except RuntimeError:  # who served the store is gone, and with it all that could be said of the others
+            except RuntimeError:  # the server of the store is gone: no heartbeats to read
                 return
             silent = self._listener.silent(self._timeout_s, among=self._others)
             if silent is not None:
