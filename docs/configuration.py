@@ -17,9 +17,12 @@ from sae_dist.config import CONF_DIR
 PAGE = Path(__file__).with_suffix(".md")
 REQUIRED = {
     "harvest": ["store"], "train": ["store"], "evaluate": ["out"], "pages": ["out"], "status": ["out"],
-    "store": ["action", "store"],
+    "store": ["action", "store"], "submit": ["command", "scheduler.address"],
 }  # fmt: skip
-KINDS = {"sae": "Dictionaries", "text": "Text", "model": "Models", "pages": "Feature pages"}  # groups that hold keys
+KINDS = {  # groups that hold keys, by the command that has them
+    "run": {"sae": "Dictionaries", "text": "Text", "model": "Models", "pages": "Feature pages"},
+    "submit": {"scheduler": "Schedulers"},
+}
 NAMED = {
     "preset": "Presets",
     "target": "Sizes for `plan`",
@@ -48,7 +51,7 @@ class Key(NamedTuple):
 def page() -> str:
     """The whole page."""
     run = list(_keys("run"))
-    parts = [HEAD, "## `run`\n", _table(run), *_kinds(), *_others(run), *_named()]
+    parts = [HEAD, "## `run`\n", _table(run), *_kinds("run"), *_others(run), *_named()]
     return "\n".join(parts)
 
 
@@ -62,18 +65,22 @@ def _keys(command: str) -> Iterator[Key]:
         yield Key(path, GIVEN if path in required else f"`{_shown(value)}`", said.get(path, ""))
 
 
-def _kinds() -> Iterator[str]:
-    """A table for every alternative of `sae`, `text`, `model` and `pages`."""
-    config = _config("run")
+def _kinds(command: str) -> Iterator[str]:
+    """A table for every alternative of a command's groups."""
+    config = _config(command)
     assert config is not None
-    found = {group: options(group, config) for group in KINDS}
-    composed = [
-        compose("run", [part for group, name in zip(found, together, strict=True) for part in _chosen(group, name)])
-        for together in zip_longest(*found.values())
-    ]
-    for group, title in KINDS.items():
+    found = {group: options(group, config) for group in KINDS[command]}
+    declaring = keys.groups(config)
+    named = [key for key in _given(command) if key.partition(".")[0] not in found]
+
+    def chosen(together: Iterable[str | None]) -> Iterator[str]:
+        for group, name in zip(found, together, strict=True):
+            yield from _chosen(group, name, declaring.get(group, {}))
+
+    composed = [compose(command, [*named, *chosen(together)]) for together in zip_longest(*found.values())]
+    for group, title in KINDS[command].items():
         yield f"## {title}: `{group}=`\n"
-        declared = keys.groups(config).get(group, {})
+        declared = declaring.get(group, {})
         for name, values in zip(found[group], composed, strict=False):
             yield f"### `{group}={name}`\n"
             file = CONF_DIR / group / f"{name}.yaml"
@@ -84,19 +91,21 @@ def _kinds() -> Iterator[str]:
                 yield text.splitlines()[0].lstrip("# ") + "\n"
             elif name in declared and kind.__doc__ and len(declared) > 1:
                 yield kind.__doc__.strip().split("\n\n")[0] + "\n"
+            before = "" if group == "scheduler" else f"{group}."  # whose keys are typed as they are
             yield _table(
-                Key(f"{group}.{path}", value if value == GIVEN else f"`{_shown(value)}`", said.get(path, ""))
+                Key(f"{before}{path}", value if value == GIVEN else f"`{_shown(value)}`", said.get(path, ""))
                 for path, value in _leaves(values[group])
                 if path != "kind"
             )
 
 
-def _chosen(group: str, name: str | None) -> list[str]:
+def _chosen(group: str, name: str | None, declared: Mapping[str, type]) -> list[str]:
     """The alternative `name` of a group, and the keys that it asks for."""
     if name is None:
         return []
     file = CONF_DIR / group / f"{name}.yaml"
-    own = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    own = keys.defaults(declared[name]) if name in declared else {}
+    own |= yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     return [f"{group}={name}", *(f"{group}.{key}={GIVEN}" for key, value in own.items() if value == keys.MISSING)]
 
 
@@ -109,13 +118,16 @@ def _others(run: Iterable[Key]) -> Iterator[str]:
         own = list(_keys(command))
         alike = sorted({key.path.partition(".")[0] for key in own if there.get(key.path) == key})
         differing = [key for key in own if there.get(key.path) != key]
-        grouped = [key for key, value in compose(command, _given(command)).items() if _is_group(key, value)]
+        values = compose(command, _given(command)).items()
+        grouped = [key for key, value in values if _is_group(key, value) and key not in KINDS.get(command, {})]
         yield f"## `{command}`\n"
         yield f"{does}.\n"
         if same := [*(f"`{key}`" for key in alike), *(f"`{key}=`" for key in grouped)]:
             yield f"As for `run`: {', '.join(same)}.{' Its own:' if differing else ''}\n"
         if differing:
             yield _table(differing)
+        if command in KINDS:
+            yield from _kinds(command)
 
 
 def _named() -> Iterator[str]:
@@ -134,7 +146,7 @@ def _given(command: str) -> list[str]:
 
 
 def _is_group(key: str, value: object) -> bool:
-    return key in {*KINDS, *NAMED} and isinstance(value, Mapping)
+    return key in {*NAMED, *(group for groups in KINDS.values() for group in groups)} and isinstance(value, Mapping)
 
 
 def _config(command: str) -> type | None:

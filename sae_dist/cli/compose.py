@@ -20,7 +20,7 @@ from sae_dist.config import CONF_DIR, UserError
 from sae_dist.text.detect import detect
 
 COLUMN = 26  # where comments begin in --help
-PATH_KEYS = ("out", "store", "path", "to")  # keys that are always a name
+PATH_KEYS = ("out", "store", "path", "to", "follow", "stop")  # keys that are always a name, of a place or of a job
 
 
 def options(group: str, config: type | None = None) -> list[str]:
@@ -57,6 +57,22 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"{missing[0]} is missing; set {missing[0]}=...")
     left_out = [part[1:] for part in expanded if part.startswith("~")]  # a preset may have put keys of it back
     return {str(key): None if key in left_out else value for key, value in values.items()}
+
+
+def spelled_out(command: str, words: Sequence[str]) -> list[str]:
+    """The words of a command line as key=value: the first of them may leave out their keys, where a command says so."""
+    positional = iter(getattr(importlib.import_module(f"sae_dist.cli.{command}"), "POSITIONAL", ()))
+    overrides = []
+    for word in words:
+        if "=" not in word and not word.startswith(("+", "~")):
+            key = next(positional, None)
+            if word.startswith("-") or key is None:
+                raise UserError(
+                    f"{word} is not understood; write key=value (`sae-dist {command} --help` lists the keys)"
+                )
+            word = f"{key}='{word}'"
+        overrides.append(word)
+    return overrides
 
 
 def _leaves(values: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:

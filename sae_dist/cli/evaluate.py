@@ -4,6 +4,7 @@ A run of `sae-dist train` has no language model: its cross-entropies stay null.
 Example: sae-dist evaluate runs/quickstart evaluate.ce_sequences=512
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ class EvaluateJob:
 
     out: str  # the run's folder
     evaluate: EvaluateConfig
+
+    def with_absolute_paths(self) -> "EvaluateJob":
+        return dataclasses.replace(self, out=str(Path(local_folder("out", self.out)).absolute()))
 
 
 CONFIG = EvaluateJob

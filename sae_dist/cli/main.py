@@ -27,6 +27,8 @@ COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "pages": "feature pages: a static site that opens from disk",
     "status": "what a run is doing, from its files alone",
     "plan": "memory, traffic, tokens/s, storage and price of a run before it is started",
+    "submit": "a command as a job on a Ray cluster, Slurm, Kubernetes, SkyPilot or torchrun",
+    "jobs": "the jobs that were submitted: list, follow, stop",
     "store": "ls, stats, verify, gc, import, copy of activation stores",
 }
 BAD_INPUT, STOPPED = 2, 75
@@ -74,27 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(command: str, overrides: list[str]) -> int:
-    from sae_dist.cli.compose import compose, help_text  # after the checks above: Hydra and torch take seconds to load
+    # After the checks above: Hydra and torch take seconds to load.
+    from sae_dist.cli.compose import compose, help_text, spelled_out
 
     module = importlib.import_module(f"sae_dist.cli.{command}")
     if {"-h", "--help"} & set(overrides):
         _print(help_text(command, module.__doc__ or ""))
         return 0
-    show = "--cfg" in overrides
-    positional = iter(getattr(module, "POSITIONAL", ()))
-    keys = []
-    for override in overrides:
-        if override == "--cfg":
-            continue
-        if "=" not in override and not override.startswith(("+", "~")):
-            key = next(positional, None)
-            if override.startswith("-") or key is None:
-                raise UserError(
-                    f"{override} is not understood; write key=value (`sae-dist {command} --help` lists the keys)"
-                )
-            override = f"{key}='{override}'"
-        keys.append(override)
-    values = compose(command, keys)
+    show, words = "--cfg" in overrides, [word for word in overrides if word != "--cfg"]
+    if hasattr(module, "of_command"):  # its first argument is another command, whose keys it takes
+        return module.of_command(words, show=show)
+    values = compose(command, spelled_out(command, words))
     if show:
         _print(yaml.safe_dump(values, sort_keys=False))
         return 0

@@ -3,6 +3,7 @@
 Example: sae-dist pages runs/quickstart pages.top_contexts=32
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ class PagesJob:
 
     out: str  # the run's folder
     pages: PagesConfig
+
+    def with_absolute_paths(self) -> "PagesJob":
+        return dataclasses.replace(self, out=str(Path(local_folder("out", self.out)).absolute()))
 
 
 CONFIG = PagesJob

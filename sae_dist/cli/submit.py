@@ -1,0 +1,133 @@
+"""Give a command, as it runs here, to a cluster's scheduler: it goes on without this terminal.
+
+    sae-dist submit COMMAND key=value ... scheduler=ray|slurm|kuberay|skypilot|torchrun [dry_run=true]
+
+Keys of the scheduler stand among those of the command; docs/submit.md has them all. The same line again does no harm: a
+job that is there is shown, one that is done is not repeated, one that was stopped or died goes on. Folders become
+absolute, and must be the same on the cluster's nodes. Example:
+    sae-dist submit train store=s3://bucket/mine out=/shared/runs/mine scheduler=ray address=http://127.0.0.1:8265
+"""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from sae_dist.cli import keys
+from sae_dist.cli.compose import compose, options, spelled_out
+from sae_dist.config import UserError, frozen, load, to_dict
+from sae_dist.service.config import absolute_uri
+from sae_dist.service.submit.job import Job
+from sae_dist.service.submit.schedulers import Scheduler, render, submit
+
+PLACES = ("out", "store", "text.path", "train.checkpoints", "train.cache")  # folders, files or URIs
+
+
+@frozen
+class Submit:
+    """Which command, and where to."""
+
+    command: Literal["run", "harvest", "train", "evaluate", "pages"]  # the first word
+    arguments: tuple[str, ...] = ()  # its key=value
+    scheduler: Scheduler
+    dry_run: bool = False  # print what would be sent, and send nothing
+
+
+CONFIG = Submit
+KINDS = keys.groups(Submit)["scheduler"]
+COMMANDS = get_args(Submit.__annotations__["command"])
+
+
+def of_command(arguments: Sequence[str], *, show: bool) -> int:
+    """`arguments`: the command that is sent, and keys of both; `show`: says what they make, and does nothing."""
+    command, *words = arguments or ("",)
+    if command not in COMMANDS:
+        raise UserError(f"submit {command or '...'}: name the command first, one of {', '.join(COMMANDS)}")
+    kind, own, others = _told_apart(words)
+    try:
+        job = job_of(command, others)
+    except UserError as error:
+        unknown = str(error).startswith("unknown key")
+        also = ", ".join([*_fields(kind), "dry_run"])
+        raise UserError(f"{error}{f'; those of scheduler={kind} are {also}' if unknown else ''}") from None
+    try:
+        values = compose("submit", [f"command={command}", *own]) | {"arguments": list(job.arguments)}
+        config = load(Submit, values)
+    except UserError as error:
+        raise UserError(str(error).replace("scheduler.", "")) from None
+    shown = yaml.safe_dump(values, sort_keys=False) if show else render(job, config.scheduler)
+    if show or config.dry_run:
+        print(shown)
+        return 0
+    return submit(job, config.scheduler)
+
+
+def job_of(command: str, words: Sequence[str]) -> Job:
+    """The command line with absolute places, checked by what checks it when it runs here."""
+    module = importlib.import_module(f"sae_dist.cli.{command}")
+    given = [_absolute(word, module.CONFIG) for word in spelled_out(command, words)]
+    if any(_key(word) == "cluster" for word in given):
+        raise UserError("cluster= is set by the scheduler; leave it out")
+    config = load(module.CONFIG, compose(command, given))
+    values = to_dict(config.with_absolute_paths())
+    places = {key: absolute_uri(place) for key in PLACES if (place := _leaf(values, key))}
+    if _leaf(values, "text.kind") == "huggingface":
+        del places["text.path"]
+    if _leaf(values, "model.name") != _leaf(to_dict(config), "model.name"):  # a folder
+        places["model.name"] = values["model"]["name"]
+    for key, place in places.items():
+        *sections, last = key.split(".")
+        functools.reduce(dict.__getitem__, sections, values)[last] = place
+    rest = [word for word in given if _key(word) not in places]
+    return Job(command, (*rest, *(f"{key}={place}" for key, place in places.items())), values)
+
+
+def _told_apart(words: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """The scheduler, the keys of the submission as Hydra takes them, and the words of the command."""
+    kinds = [word.partition("=")[2] for word in words if _key(word) == "scheduler"]
+    if not kinds or kinds[-1] not in KINDS:
+        said = f"scheduler={kinds[-1]} is not known" if kinds else "scheduler is missing"
+        raise UserError(f"{said}; set scheduler= to one of {', '.join(KINDS)}")
+    kind, own, others = kinds[-1], [], []
+    for word in words:
+        key = _key(word)
+        having = [name for name in KINDS if key in _fields(name)]
+        if key in ("scheduler", "dry_run"):
+            own.append(word)
+        elif kind in having:
+            own.append(f"scheduler.{word}")
+        elif having:
+            raise UserError(
+                f"{key}= is a key of scheduler={' and '.join(having)}, not of scheduler={kind}; leave it out"
+            )
+        else:
+            others.append(word)
+    return kind, own, others
+
+
+def _fields(kind: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(KINDS[kind]) if field.name != "kind"]
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0]
+
+
+def _leaf(values: Mapping[str, Any], key: str) -> Any:
+    found: Any = values
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _absolute(word: str, config: type) -> str:
+    """`text=corpus` as another machine finds it, if it is something that lies here."""
+    key, _, value = word.partition("=")
+    place = value.strip("'\"")
+    if key != "text" or place in options(key, config) or not Path(place).exists():
+        return word
+    return f"{key}={Path(place).absolute()}"
