@@ -61,9 +61,11 @@ def shape_errors(shape: Any, values: object) -> str:
 def local_folder(key: str, value: str) -> str:
     """`value` if it is a folder on a disk; UserError for a URI, which would become a folder of that name."""
     if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", value):
+        cure = "give a local or shared folder; mirror=s3://bucket/prefix keeps a copy of a run elsewhere"
         raise UserError(
-            f"{key}={value} is not a folder on a disk, which a run needs for its own files; give a path without "
-            f"{found[1]}: (store= and train.checkpoints= may be URIs, as s3://bucket/prefix)"
+            f"{key}={value} is not a folder on a disk, which a run needs for its own files; "
+            f"{cure if key == 'out' else f'give a path without {found[1]}:'} "
+            "(store= and train.checkpoints= may be URIs, as s3://bucket/prefix)"
         )
     return value
 

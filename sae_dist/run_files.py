@@ -30,25 +30,33 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_json(path: Path, shape: type[T], *, cure: str) -> T:
     """What `path` holds, of the shape of a TypedDict; UserError with the file and the cure when it is anything else."""
-    text = _text(path, cure)
+    return parse_json(_text(path, cure), shape, name=str(path), cure=cure)
+
+
+def parse_json(text: str | bytes, shape: type[T], *, name: str, cure: str) -> T:
+    """`read_json` of a text that was read already, from the file `name`."""
     try:
         values = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: it is not whole JSON; {cure}") from None
+        raise UserError(f"{name} is damaged: it is not whole JSON; {cure}") from None
     if wrong := shape_errors(shape, values):
-        raise UserError(f"{path} is damaged: {wrong}; {cure}")
+        raise UserError(f"{name} is damaged: {wrong}; {cure}")
     return values
 
 
 def read_yaml(path: Path, *, cure: str) -> dict[str, Any]:
     """The keys and values that `path` holds; UserError with the file and the cure when it is anything else."""
-    text = _text(path, cure)
+    return parse_yaml(_text(path, cure), name=str(path), cure=cure)
+
+
+def parse_yaml(text: str | bytes, *, name: str, cure: str) -> dict[str, Any]:
+    """`read_yaml` of a text that was read already, from the file `name`."""
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: it is not whole YAML; {cure}") from None
+        raise UserError(f"{name} is damaged: it is not whole YAML; {cure}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path} is damaged: it does not hold keys and values; {cure}")
+        raise UserError(f"{name} is damaged: it does not hold keys and values; {cure}")
     return values
 
 

@@ -1,50 +1,150 @@
 """What a run is doing, or what came of it, from its files alone: no process is asked, so it works for dead runs too.
 
-Example: sae-dist status runs/quickstart
+Of a folder of runs it is a list. A run's mirror= can be looked at from anywhere. watch=true goes on until the run ends.
+Examples: sae-dist status runs/quickstart
+          sae-dist status s3://bucket/runs/mine watch=true
 """
 
+import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from sae_dist.cli.report import result_paths
-from sae_dist.config import UserError, local_folder
-from sae_dist.service.display import duration, lines
-from sae_dist.service.run_folder import is_claimed, read_status
-from sae_dist.service.summary import read_summary
+from pydantic import Field
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from sae_dist import storage
+from sae_dist.cli.status_view import clock, one_line, run_view, runs_table
+from sae_dist.config import UserError, frozen, load
+from sae_dist.service.findings import Checkpoint, Disk, findings
+from sae_dist.service.run_list import read_runs
+from sae_dist.service.run_progress import figures, progress
+from sae_dist.service.run_status import RunStatus, read_run
+from sae_dist.storage import StorageError
+from sae_dist.train.checkpoint_folders import MANIFEST, folders, step_of
 
 POSITIONAL = ("out",)
-FIGURES = ("tokens", "fvu", "l0", "dead_fraction", "loss_recovered")
+RETRY_S = 15.0  # a storage that fails for longer does not answer
+
+
+@frozen
+class StatusConfig:
+    """What to look at, and how."""
+
+    out: str = "runs"  # a run's folder, a folder of runs, or where a run's mirror= is: s3://bucket/prefix
+    watch: bool = False  # look again and again, until the run ends or Ctrl-C
+    every: Annotated[float, Field(gt=0)] = 2.0  # seconds between two looks
+    json: bool = False  # one JSON object, for scripts
+
+
+CONFIG = StatusConfig
+
+
+class View(NamedTuple):
+    """What was seen: for a person, in a line, and as values; `over` once nothing there works any more."""
+
+    shown: RenderableType
+    line: str
+    values: dict[str, Any]
+    over: bool
 
 
 def main(values: Mapping[str, Any]) -> int:
-    out = Path(local_folder("out", values["out"]))
-    status = read_status(out)
-    if status is None:
-        raise UserError(f"out={out} holds no run (no status.json); `ls runs` shows what there is")
-    state = status["state"]
-    if not is_claimed(out) and state not in ("done", "stopped", "refused", "failed"):
-        state = f"dead while {state}; the same command goes on from here"
-    print(
-        f"{out}: {state}  (work {duration(status['wall_seconds'])}, said {duration(time.time() - status['time'])} ago)"
-    )
-    if note := status.get("note"):
-        print(f"  {note}")
-    for phase in ("text", "harvest", "train"):
-        for line in lines(phase, status.get(phase, {})):
-            print(f"  {line}")
-    if state == "done" and "step" in status:
-        print("\n".join(f"  {line}" for line in _finished(read_summary(out))))
+    config = load(StatusConfig, values)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 400  # for other programs: one line is one line
+    if config.json:
+        print(json.dumps(_look(config.out, console).values, indent=2))
+    elif config.watch:
+        _watch(config, console)
+    else:
+        console.print(_look(config.out, console).shown, soft_wrap=True)
     return 0
 
 
-def _finished(summary: Mapping[str, Any]) -> list[str]:
-    """The figures of a finished training, what is wrong with them, and where its parts are."""
-    trained = {"steps": summary["steps"], "tokens": summary["tokens_trained"], "latents": summary["n_latents"]}
-    found = lines("trained", trained | {"tokens_per_second": summary["tokens_per_second"]})
-    judged = [("held out", summary["eval"]), *((one["name"], one["eval"]) for one in summary.get("also", []))]
-    for name, own in judged:
-        found += lines(name, {key: own[key] for key in FIGURES if own.get(key) is not None})
-    found += [f"ALERT: {alert}" for alert in summary.get("alerts", [])]
-    return found + result_paths(summary)
+def _watch(config: StatusConfig, console: Console) -> None:
+    """Until nothing works any more there, or Ctrl-C; where nobody looks on, a line whenever something changed."""
+    view = _look(config.out, console)
+    try:
+        if not console.is_terminal:
+            said = ""
+            while not view.over:
+                if view.line != said:
+                    said = view.line
+                    console.print(f"{clock()}  {said}")
+                time.sleep(config.every)
+                view = _look(config.out, console)
+            console.print(view.shown, soft_wrap=True)
+            return
+        with Live(view.shown, console=console, auto_refresh=False) as live:
+            while not view.over:
+                time.sleep(config.every)
+                view = _look(config.out, console)
+                live.update(view.shown, refresh=True)
+    except KeyboardInterrupt:
+        pass
+
+
+def _look(where: str, console: Console) -> View:
+    """At a run or a folder of runs; UserError where there is nothing to read."""
+    place = storage.open(where, retry_s=RETRY_S)
+    if (run := read_run(place)) is not None:
+        return _run(run, console)
+    if runs := read_runs(place, retry_s=RETRY_S):
+        states = [run.state for run in runs]
+        line = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        listed = [values_of(run) for run in runs]
+        over = not any(run.works for run in runs)
+        return View(runs_table(runs), line, {"kind": "runs", "place": place.uri, "runs": listed}, over)
+    raise UserError(f"out={where} holds no run (no status.json, and no folder with one); give the folder of a run")
+
+
+def _run(run: RunStatus, console: Console) -> View:
+    damage, checkpoint = (), None
+    try:
+        checkpoint = newest_checkpoint(run)
+    except (StorageError, OSError) as error:
+        damage = (f"the checkpoints cannot be listed: {error}",)
+    run = run._replace(damage=(*run.damage, *damage))
+    found = findings(run, checkpoint=checkpoint, disk=disk_of(run))
+    values = values_of(run) | {
+        "checkpoint": None if checkpoint is None else checkpoint._asdict(),
+        "findings": [finding._asdict() for finding in found],
+    }
+    return View(run_view(run, found, checkpoint, console), one_line(run), {"kind": "run"} | values, not run.works)
+
+
+def newest_checkpoint(run: RunStatus) -> Checkpoint | None:
+    """None where there is none, or where it cannot be seen from here: beside another machine's run."""
+    place = (run.config.get("train") or {}).get("checkpoints")
+    if place is None or (run.claimed is None and not str(place).startswith("s3://")):
+        if run.claimed is None:
+            return None
+        place = f"{run.place}/checkpoints"
+    there = storage.open(str(place), retry_s=RETRY_S)
+    for folder in folders(there):
+        for entry in there.list(f"{folder}/{MANIFEST}"):
+            return Checkpoint(step_of(folder), entry.mtime)
+    return None
+
+
+def disk_of(run: RunStatus) -> Disk | None:
+    """Of a run on this machine."""
+    if run.claimed is None or not Path(run.place).is_dir():
+        return None
+    usage = shutil.disk_usage(run.place)
+    return Disk(usage.free, usage.total)
+
+
+def values_of(run: RunStatus) -> dict[str, Any]:
+    """A run for a script; times in seconds, `age_s` since it last wrote its status."""
+    parts = {part.name: part._asdict() | {"share": round(part.share, 4)} for part in progress(run)}
+    return {
+        "place": run.place, "state": run.state, "phase": run.phase, "works": run.works, "age_s": run.age_s,
+        "progress": parts, "figures": figures(run), "command": run.command, "damage": list(run.damage),
+        "status": dict(run.said), "summary": run.summary,
+    }  # fmt: skip

@@ -71,7 +71,29 @@ def newest_metrics(path: Path) -> dict[str, Any]:
     return next((entry for line in reversed(lines) if (entry := _training_line(path, line)) is not None), {})
 
 
-def _training_line(path: Path, line: bytes) -> dict[str, Any] | None:
+def metrics_lines(data: bytes, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The lines of training, and those of harvesting, in the end of the metrics.jsonl `name`.
+
+    UserError for what is no line of a run.
+    """
+    training, harvest = [], []
+    for line in data.split(b"\n"):
+        if (entry := _training_line(name, line)) is not None:
+            training.append(entry)
+        elif (entry := _harvest_line(line)) is not None:
+            harvest.append(entry)
+    return training, harvest
+
+
+def _harvest_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and entry.get("phase") == "harvest" else None
+
+
+def _training_line(path: Path | str, line: bytes) -> dict[str, Any] | None:
     """A line as an object with a step; None for a phase without steps, and for what a kill cut short or is in writing.
 
     No beginning of an object is JSON, so JSON that is no line of a run is damage: UserError.

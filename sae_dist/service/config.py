@@ -26,6 +26,7 @@ class RunConfig:
     """text + model -> store -> dictionary -> evaluation -> feature pages."""
 
     out: str | None = None  # the run's folder; null: runs/<model>-<hook>-<dictionary>
+    mirror: str | None = None  # s3://bucket/prefix: a copy of status, metrics and results, for `sae-dist status`
     seed: int = 0
     cluster: str = "local"  # local: Ray for this run on this machine; else the address of a Ray cluster
     model: ModelConfig
@@ -87,8 +88,14 @@ class RunConfig:
 
         A store that is in the run's folder stays unnamed, so that a copy of the folder is whole.
         """
-        store = None if self.store is None else absolute_uri(self.store)
-        return dataclasses.replace(self, out=str(self.folder), store=store, model=self.model.with_absolute_paths())
+        store = _absolute(self.store)
+        return dataclasses.replace(
+            self,
+            out=str(self.folder),
+            mirror=_absolute(self.mirror),
+            store=store,
+            model=self.model.with_absolute_paths(),
+        )
 
     def train_job(self) -> "TrainJob":
         """The training part of the run."""
@@ -104,6 +111,7 @@ class HarvestJob:
     """text + model -> store."""
 
     out: str = "runs/harvest"  # tokens and status
+    mirror: str | None = None  # s3://bucket/prefix: a copy of status, metrics and results, for `sae-dist status`
     cluster: str = "local"  # local: Ray for this job on this machine; else the address of a Ray cluster
     model: ModelConfig
     hook: str | tuple[str, ...]  # one, or a list: [resid_post.4, resid_post.9]
@@ -122,11 +130,9 @@ class HarvestJob:
     def with_absolute_paths(self) -> "HarvestJob":
         """The same with absolute places: other processes have other working directories."""
         return dataclasses.replace(
-            self,
-            out=str(Path(self.out).absolute()),
-            store=absolute_uri(self.store),
+            self, out=str(Path(self.out).absolute()), mirror=_absolute(self.mirror), store=absolute_uri(self.store),
             model=self.model.with_absolute_paths(),
-        )
+        )  # fmt: skip
 
 
 @frozen
@@ -134,6 +140,7 @@ class TrainJob:
     """store -> dictionary."""
 
     out: str
+    mirror: str | None = None  # s3://bucket/prefix: a copy of status, metrics and results, for `sae-dist status`
     seed: int = 0
     store: str  # folder or URI of an activation store
     live: bool = False  # true: a harvest is still filling the store; rows are waited for
@@ -160,10 +167,10 @@ class TrainJob:
 
     def with_absolute_paths(self) -> "TrainJob":
         """The same with absolute places: other processes have other working directories."""
-        checkpoints = None if self.train.checkpoints is None else absolute_uri(self.train.checkpoints)
+        checkpoints = _absolute(self.train.checkpoints)
         cache = None if self.train.cache is None else str(Path(self.train.cache).absolute())
         return dataclasses.replace(
-            self, out=str(Path(self.out).absolute()), store=absolute_uri(self.store),
+            self, out=str(Path(self.out).absolute()), mirror=_absolute(self.mirror), store=absolute_uri(self.store),
             train=dataclasses.replace(self.train, checkpoints=checkpoints, cache=cache),
         )  # fmt: skip
 
@@ -171,6 +178,10 @@ class TrainJob:
 def absolute_uri(place: str) -> str:
     """A folder as an absolute path; anything with a scheme as it is."""
     return place if "://" in place else str(Path(place).absolute())
+
+
+def _absolute(place: str | None) -> str | None:
+    return None if place is None else absolute_uri(place)
 
 
 def _check_cache(train: TrainConfig, store_uri: str) -> None:
@@ -184,10 +195,10 @@ def _check_cache(train: TrainConfig, store_uri: str) -> None:
 # (Another thread count, batch size or sharding may round a model's products otherwise, as another machine may.) A store
 # counts by content.
 KEYS_FREE_TO_CHANGE = (
-    "out", "store", "live", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas", "harvest.threads",
-    "harvest.gpus", "harvest.lease_s", "harvest.start_timeout_s", "harvest.ahead_units", "harvest.retention",
-    "harvest.ring_gb", "harvest.batch_sequences", "harvest.batch_memory_gb", "harvest.tensor_parallel",
-    "model.device_map", "train.log_every", "train.cache", "train.cache_gb",
+    "out", "mirror", "store", "live", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas",
+    "harvest.threads", "harvest.gpus", "harvest.lease_s", "harvest.start_timeout_s", "harvest.ahead_units",
+    "harvest.retention", "harvest.ring_gb", "harvest.batch_sequences", "harvest.batch_memory_gb",
+    "harvest.tensor_parallel", "model.device_map", "train.log_every", "train.cache", "train.cache_gb",
     "train.checkpoints", "train.keep_checkpoints", "train.keep_every", "train.checkpoint_every",
     "train.micro_batch", "train.launcher", "train.max_restarts", "train.device",
 )  # fmt: skip

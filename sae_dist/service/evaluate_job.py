@@ -28,6 +28,7 @@ from sae_dist.model.logits import check_direct_path, unembedding
 from sae_dist.run_files import write_json
 from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.service.config import RunConfig, TrainJob
+from sae_dist.service.mirror import Mirror
 from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.run_folder import claim, read_config
 from sae_dist.service.summary import alert_entry, read_summary
@@ -160,7 +161,10 @@ def _claimed(out: Path) -> Iterator[tuple[dict[str, Any], RunConfig | None]]:
             config = load_config(kind, values)
         except UserError as wrong:
             raise UserError(f"{out / 'config.yaml'} is damaged: {wrong}") from None
+        copy = None if config.mirror is None else Mirror(out, config.mirror, values)
         yield read_summary(out), config if isinstance(config, RunConfig) else None
+        if copy is not None:
+            copy.close()
 
 
 def _prepared(config: RunConfig) -> tuple[Prepared, Store]:

@@ -34,10 +34,15 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
         check_address(job.cluster)
         with Display(job.out) as display:
             folder.status("preparing")
+
+            def preparing(facts: Mapping[str, Any]) -> None:
+                display.update("text", facts)
+                folder.status("preparing", text=facts)
+
             prepared = prepare(
                 model=job.model, hook_points=job.hooks, text=job.text, harvest=job.harvest,
                 folder=folder.path / "text", store_uri=job.store,
-                progress=lambda facts: display.update("text", facts),
+                progress=preparing,
                 describe_on_cluster=describe_on_cluster(job.model, job.harvest, job.hooks, job.store, job.cluster),
             )  # fmt: skip
             display.update("text", prepared.facts, now=True)

@@ -4,6 +4,10 @@ import contextlib
 import fcntl
 import logging
 import os
+import shlex
+import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,11 +21,19 @@ from typing_extensions import TypedDict
 from sae_dist.config import Stopped, UserError, to_dict
 from sae_dist.run_files import read_json, read_yaml, write_json, write_whole
 from sae_dist.service.config import identity
+from sae_dist.service.mirror import Mirror
+from sae_dist.service.periodic import Periodic
 from sae_dist.system_errors import user_error
 
 logger = logging.getLogger(__name__)
 
 CLAIM_TRIES = 5
+LOCK = ".lock"  # held by the process that works on the run
+ENDED = ("done", "stopped", "refused", "failed")  # states in which no process works on the run
+HEARTBEAT_S = 10.0  # status.json is written again after so long, whether there is something new or not
+LEAST_S = 0.5  # and not sooner than this while the state is the same
+STATUS_CURE = "remove it: the run writes a new one when it goes on"
+CONFIG_CURE = "take it from a copy of the run, or remove it and repeat the run's command, which writes it"
 
 
 class RunFolder:
@@ -29,11 +41,14 @@ class RunFolder:
 
     def __init__(self, path: Path, config: object) -> None:
         self.path, values = path, to_dict(config)
+        self._mirror: Mirror | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = claim(path)
             try:
                 _refuse_another_run(path, values)
+                if (place := values.get("mirror")) is not None:
+                    self._mirror = Mirror(path, place, values)
                 write_whole(path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
             except BaseException:
                 self._lock.close()
@@ -41,6 +56,12 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"out={path} cannot be written ({error.strerror}); choose another out=") from None
         self._started, self._seconds_before = time.monotonic(), _seconds_before(path)
+        self._state, self._facts = "", {}
+        self._changed, self._written = time.time(), time.monotonic()
+        self._one_writer = threading.Lock()
+        self._heartbeat = Periodic(self._beat, every_s=HEARTBEAT_S / 2, name="heartbeat")
+        if self._mirror is not None:
+            self._mirror.start()
 
     @property
     def wall_seconds(self) -> float:
@@ -48,9 +69,35 @@ class RunFolder:
         return round(self._seconds_before + time.monotonic() - self._started, 1)
 
     def status(self, state: str, **facts: Any) -> None:
-        """Writes status.json: what the run is doing now, for `sae-dist status` and for people."""
-        content = {"state": state, "time": round(time.time(), 1), "pid": os.getpid(), "wall_seconds": self.wall_seconds}
-        write_json(self.path / "status.json", content | facts)
+        """What the run is doing now, for status.json, from which `sae-dist status` and people read it.
+
+        A new state is written at once, new facts within HEARTBEAT_S.
+        """
+        with self._one_writer:
+            new = state != self._state
+            if new or facts != self._facts:
+                self._changed = time.time()
+            self._state, self._facts = state, facts
+            if new or time.monotonic() - self._written >= LEAST_S:
+                self._write()
+
+    def _beat(self) -> None:
+        """Writes status.json again: a file that grows old says that this process is gone."""
+        with self._one_writer:
+            if self._state in ("", *ENDED) or time.monotonic() - self._written < HEARTBEAT_S:
+                return
+            try:
+                self._write()
+            except OSError as error:
+                logger.warning("status.json is old: %s", user_error(error) or error)
+
+    def _write(self) -> None:
+        content = {
+            "state": self._state, "time": round(time.time(), 1), "changed": round(self._changed, 1),
+            "wall_seconds": self.wall_seconds, "pid": os.getpid(), "host": socket.gethostname(), **_command(),
+        }  # fmt: skip
+        write_json(self.path / "status.json", content | self._facts)
+        self._written = time.monotonic()
 
     def done(self, summary: Mapping[str, Any]) -> None:
         """The state of a finished training; its alerts are there for who looks at status.json alone."""
@@ -85,7 +132,13 @@ class RunFolder:
             logger.warning("status.json still says something else: %s", user_error(error) or error)
 
     def close(self) -> None:
-        self._lock.close()
+        """Lets go of the folder, once the copy of it is up to date."""
+        try:
+            self._heartbeat.close()
+            if self._mirror is not None:
+                self._mirror.close()
+        finally:
+            self._lock.close()
 
 
 Fact = str | int | float | None
@@ -101,6 +154,10 @@ class Status(TypedDict):
     time: Annotated[float, Field(ge=0, lt=1e12)]
     pid: Annotated[int, Field(ge=0, lt=2**31)]
     wall_seconds: Annotated[float, Field(ge=0, lt=1e12)]
+    changed: NotRequired[Annotated[float, Field(ge=0, lt=1e12)]]  # since when it says the same
+    host: NotRequired[str]
+    command: NotRequired[str]  # that repeats the run, in
+    directory: NotRequired[str]
     note: NotRequired[str]
     alerts: NotRequired[list[str]]
     text: NotRequired[Facts]
@@ -112,7 +169,16 @@ def read_status(path: Path) -> Status | None:
     """status.json; None when there is none, UserError when it is damaged."""
     if not os.path.lexists(path / "status.json"):
         return None
-    return read_json(path / "status.json", Status, cure="remove it: the run writes a new one when it goes on")
+    return read_json(path / "status.json", Status, cure=STATUS_CURE)
+
+
+def _command() -> dict[str, str]:
+    """What a person types to repeat this run, and where; nothing where other programs started it."""
+    program = Path(sys.argv[0])
+    ours = program.name == "sae-dist" or program.parts[-2:] == ("sae_dist", "__main__.py")
+    if not ours or "TORCHELASTIC_RUN_ID" in os.environ:
+        return {}
+    return {"command": shlex.join(["sae-dist", *sys.argv[1:]]), "directory": os.getcwd()}
 
 
 def _seconds_before(path: Path) -> float:
@@ -127,14 +193,13 @@ def _seconds_before(path: Path) -> float:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.yaml of a run's folder; UserError when it is missing or damaged."""
-    cure = "take it from a copy of the run, or remove it and repeat the run's command, which writes it"
-    return read_yaml(path / "config.yaml", cure=cure)
+    return read_yaml(path / "config.yaml", cure=CONFIG_CURE)
 
 
 def is_claimed(path: Path) -> bool:
     """Whether a process works on this run now. Asking does not get in the way of one that is about to."""
     try:
-        with (path / ".lock").open("r") as lock:
+        with (path / LOCK).open("r") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -145,7 +210,7 @@ def is_claimed(path: Path) -> bool:
 
 def claim(path: Path) -> IO[str]:
     """The run's lock file, held until it is closed; UserError while another process holds it."""
-    lock, holder = (path / ".lock").open("a+"), "unknown"
+    lock, holder = (path / LOCK).open("a+"), "unknown"
     try:
         for _ in range(CLAIM_TRIES - 1):  # somebody may just be asking whether the run is claimed
             with contextlib.suppress(BlockingIOError):

@@ -5,7 +5,7 @@ run is what lies on disk; this process holds nothing that another start of the s
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,15 @@ def run(config: RunConfig) -> dict[str, Any]:
         check_address(config.cluster)
         with Display(str(folder.path)) as display:
             folder.status("preparing")
+
+            def preparing(facts: Mapping[str, Any]) -> None:
+                display.update("text", facts)
+                folder.status("preparing", text=facts)
+
             prepared = prepare(
                 model=config.model, hook_points=[config.hook], text=config.text, harvest=config.harvest,
                 folder=folder.path / "text", store_uri=config.store_uri,
-                progress=lambda facts: display.update("text", facts),
+                progress=preparing,
                 describe_on_cluster=describe_on_cluster(
                     config.model, config.harvest, (config.hook,), config.store_uri, config.cluster
                 ),
@@ -217,5 +222,5 @@ class _Run:
             ready, _ = ray.wait([saying := replica.progress.remote()], timeout=0.5)
             said = result_of(saying) if ready else said
             self._display.update(phase, said)
-            self._folder.status(phase, **said)
+            self._folder.status(phase, progress=said)
         return result_of(asked)

@@ -19,6 +19,7 @@ from sae_dist.train.members import MAIN, Member
 logger = logging.getLogger(__name__)
 
 
+SUMMARY_CURE = "repeat the run's command, which writes it again"
 STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Metrics = dict[str, int | float | str | None | dict[str, float | str | None]]  # not_measured: reasons by figure
@@ -97,7 +98,7 @@ def read_finished(out: Path, hashed: str, members: Iterable[Member]) -> dict[str
 
 def read_summary(out: Path) -> dict[str, Any]:
     """summary.json of a finished run, as `Summary` says; UserError when it is missing or damaged."""
-    return dict(read_json(out / "summary.json", Summary, cure="repeat the run's command, which writes it again"))
+    return dict(read_json(out / "summary.json", Summary, cure=SUMMARY_CURE))
 
 
 class Phase(TypedDict):

@@ -175,6 +175,7 @@ def _run_once(
             if (finished := read_finished(out, hashed, job.members)) is not None:
                 folder.done(finished)
                 return finished
+            folder.status("preparing")
             if not job.live:
                 check_heldout(store)
             elif job.order.round_units == 0:
@@ -188,9 +189,11 @@ def _run_once(
 
                 begun = True
                 begin(True)
+                show({})
                 trained = work(provenance={"config_hash": hashed}, show=show)
                 show({}, now=True)
                 wait_for_heldout(store, stop)
+            folder.status("evaluate")
             dictionaries = [dictionary.load(member.folder(out)) for member in job.members]
             found = evaluate_reconstruction(dictionaries, store, hook, EvaluateConfig())
             figures = {member.name: merged(UNMEASURED, own) for member, own in zip(job.members, found, strict=True)}

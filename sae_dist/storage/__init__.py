@@ -14,10 +14,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-def open(uri: str | Path) -> Storage:
+def open(uri: str | Path, *, retry_s: float | None = None) -> Storage:
     """The storage at `uri`: a folder, file:///folder or s3://bucket/prefix.
 
-    S3 finds endpoint, region and credentials where every AWS client does (AWS_ENDPOINT_URL, AWS_PROFILE, roles, ...).
+    A request to S3 that fails is tried again for `retry_s` (None: S3Config.retry_s). S3 finds endpoint, region and
+    credentials where every AWS client does (AWS_ENDPOINT_URL, AWS_PROFILE, roles, ...).
     """
     scheme, separator, rest = str(uri).partition("://")
     if not separator:
@@ -31,10 +32,10 @@ def open(uri: str | Path) -> Storage:
         case "file":
             return LocalStorage(Path(rest).absolute())
         case "s3":
-            from sae_dist.storage.s3 import S3Storage  # its clients take a second to import
+            from sae_dist.storage.s3 import S3Config, S3Storage  # its clients take a second to import
 
             bucket, _, prefix = rest.strip("/").partition("/")
-            return S3Storage(bucket, prefix)
+            return S3Storage(bucket, prefix, None if retry_s is None else S3Config(retry_s=retry_s))
         case _:
             raise UserError(f"store={uri}: unknown scheme {scheme}; use a folder, file:// or s3://")
 

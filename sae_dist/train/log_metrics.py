@@ -62,4 +62,5 @@ def run_metrics(state: TrainState, start: TrainState, batch: int, starved_s: flo
         "tokens": state.step * batch,
         "tokens_per_second": (state.step - start.step) * batch / seconds,
         "starved_fraction": starved_s / seconds,
+        "starved_seconds": round(starved_s, 3),
     } | ({"exchange_fraction": exchanging / seconds} if mesh.world.size > 1 else {})

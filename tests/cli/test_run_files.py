@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sae_dist.cli.main import main
@@ -17,22 +16,7 @@ from sae_dist.service.run_folder import read_status
 from sae_dist.service.summary import read_summary
 
 OWN_FILES = ("summary.json", "status.json", "config.yaml", "dictionary/config.json")
-READ_BY = {
-    "evaluate": ("summary.json", "config.yaml", "dictionary/config.json"),
-    "status": ("summary.json", "status.json"),
-}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, list[str]]:
-    """A short training that has ended: its folder, and its command without out=."""
-    folder = tmp_path_factory.mktemp("finished")
-    np.save(folder / "acts.npy", np.random.default_rng(0).standard_normal((2000, 16), np.float32))
-    assert main(["store", "import", f"path={folder}/acts.npy", f"store={folder}/store"]) == 0
-    command = ["train", f"store={folder}/store", "sae.n_latents=32", "sae.k=4", "train.steps=10", "train.batch=128",
-               "train.init_rows=256", "wandb.mode=disabled"]  # fmt: skip
-    assert main([*command, f"out={folder}/run"]) == 0
-    return folder / "run", command
+READ_BY = {"evaluate": ("summary.json", "config.yaml", "dictionary/config.json")}  # status: test_status.py
 
 
 @pytest.fixture
@@ -118,8 +102,8 @@ def test_a_repeated_run_makes_again_what_it_can_and_refuses_what_it_cannot_tell(
 def test_the_status_of_a_finished_run_has_its_figures_and_its_places(finished, copy, capsys):
     assert main(["status", str(copy)]) == 0
     said = capsys.readouterr().out
-    assert "steps 10" in said and "fvu " in said and "l0 4.000" in said
-    assert f"dictionary: {finished[0]}/dictionary" in said
+    assert "10 of 10 steps" in said and "FVU " in said and "L0 4.000" in said
+    assert f"dictionary  {finished[0]}/dictionary" in said
 
 
 def test_a_run_that_diverges_says_so_everywhere(finished, tmp_path, capsys, caplog):
@@ -152,8 +136,8 @@ def test_out_is_a_folder_on_a_disk_or_refused_before_anything_starts(finished, t
     monkeypatch.chdir(tmp_path)
     for command in (finished[1], ["run", "preset=tiny"], ["harvest", "store=s", "model=tiny-llama"]):
         refused(capsys, f"out={out} is not a folder on a disk", *command, f"out={out}")
-    for command in ("evaluate", "pages", "status"):
-        refused(capsys, f"out={out} is not a folder on a disk", command, out)
+    for command in ("evaluate", "pages"):
+        assert "mirror=s3://bucket/prefix" in refused(capsys, f"out={out} is not a folder on a disk", command, out)
     assert not list(tmp_path.iterdir())
 
 

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
 from sae_dist.cli.compose import compose
 from sae_dist.config import UserError, load
+from sae_dist.service import run_folder
 from sae_dist.service.config import TrainJob, identity
 from sae_dist.service.run_folder import RunFolder, is_claimed, read_status
 
@@ -55,6 +57,38 @@ def test_work_adds_up_over_attempts(tmp_path):
     second = RunFolder(tmp_path, job())
     assert second.wall_seconds >= before
     second.close()
+
+
+def test_a_status_grows_old_only_when_its_process_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "HEARTBEAT_S", 0.1)
+    folder = RunFolder(tmp_path, job())
+    folder.status("evaluate", progress={"unit": 3})
+    first = read_status(tmp_path)
+    assert first is not None
+    deadline, newer = time.monotonic() + 60, first
+    while newer["time"] <= first["time"] + 0.2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+        newer = read_status(tmp_path) or newer
+    ages = ("time", "wall_seconds")
+    assert {**newer, **dict.fromkeys(ages)} == {**first, **dict.fromkeys(ages)}  # and says since when it is the same
+    folder.status("done")
+    done = read_status(tmp_path)
+    time.sleep(0.3)
+    assert read_status(tmp_path) == done
+    folder.close()
+
+
+def test_new_facts_are_written_without_a_new_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "HEARTBEAT_S", 0.1)
+    folder = RunFolder(tmp_path, job())
+    for step in range(50):
+        folder.status("running", train={"step": step})
+    deadline = time.monotonic() + 60
+    while (read_status(tmp_path) or {}).get("train") != {"step": 49}:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    folder.close()
 
 
 def test_identity_is_flat_and_leaves_out_what_is_free():
