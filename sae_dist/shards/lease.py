@@ -179,11 +179,9 @@ def _acquire(place: LeasedPlace, out: str, ttl_s: float) -> int:
 
 def _is_over(place: LeasedPlace, token: int, holder: LeaseHolder | None, ttl_s: float) -> bool:
     """Whether the holder of `token` is done or dead; takes up to `ttl_s` to say so of one on another machine."""
-    here, before = _identity(os.getpid())["machine"], place.last_beat(token)
-    if before is not None and before.released:
-        return True
-    if holder is not None and here is not None and holder.machine == here:
-        return holder != holder._replace(**_identity(holder.pid))  # gone, or another process by that number
+    if (known := is_over(place, token, holder)) is not None:
+        return known
+    before = place.last_beat(token)
     logger.info("%s belongs to %s; waiting %.0f s for a sign of life", place.name, _described(holder), ttl_s)
     until = time.monotonic() + ttl_s
     while time.monotonic() < until:
@@ -192,6 +190,16 @@ def _is_over(place: LeasedPlace, token: int, holder: LeaseHolder | None, ttl_s: 
         if now is not None and now != before:
             return now.released
     return True
+
+
+def is_over(place: LeasedPlace, token: int, holder: LeaseHolder | None) -> bool | None:
+    """Whether the holder of `token` is done or dead, as far as can be told at once; None: only its beats will tell."""
+    here, last = _identity(os.getpid())["machine"], place.last_beat(token)
+    if last is not None and last.released:
+        return True
+    if holder is not None and here is not None and holder.machine == here:
+        return holder != holder._replace(**_identity(holder.pid))  # gone, or another process by that number
+    return None
 
 
 def _identity(pid: int) -> dict[str, Any]:
