@@ -25,6 +25,7 @@ COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "train": "activation store -> dictionary",
     "evaluate": "FVU, L0, dead share, density, loss recovered; on held-out tokens",
     "pages": "feature pages: a static site that opens from disk",
+    "sweep": "many configurations of a command, each trained once, in shared passes; resumes, adds points",
     "status": "what a run is doing, from its files alone",
     "plan": "memory, traffic, tokens/s, storage and price of a run before it is started",
     "submit": "a command as a job on a Ray cluster, Slurm, Kubernetes, SkyPilot or torchrun",
@@ -32,6 +33,7 @@ COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "store": "ls, stats, verify, gc, import, copy of activation stores",
 }
 BAD_INPUT, STOPPED = 2, 75
+MULTIRUN = {"-m", "--multirun"}  # as Hydra has it: of several values of a key each
 
 
 def usage() -> str:
@@ -79,6 +81,8 @@ def _dispatch(command: str, overrides: list[str]) -> int:
     # After the checks above: Hydra and torch take seconds to load.
     from sae_dist.cli.compose import compose, help_text, spelled_out
 
+    if MULTIRUN & set(overrides):
+        command, overrides = "sweep", [command, *(each for each in overrides if each not in MULTIRUN)]
     module = importlib.import_module(f"sae_dist.cli.{command}")
     if {"-h", "--help"} & set(overrides):
         _print(help_text(command, module.__doc__ or ""))

@@ -1,7 +1,7 @@
 """A machine as data: what one device holds, how fast it does each kind of work, how it is joined to others."""
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
@@ -28,6 +28,15 @@ class Link:
 
     bytes_per_s: Positive  # received by a rank, one direction
     latency_s: Annotated[float, Field(ge=0)]  # of one collective
+
+
+class Holding(Protocol):
+    """What the memory of a rank depends on, of a machine."""
+
+    @property
+    def backend(self) -> Backend: ...
+    @property
+    def runtime(self) -> float: ...
 
 
 @frozen

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sae_kernels.eight_bit import block_of
 
-from sae_dist.plan.machine import Machine
+from sae_dist.plan.machine import Holding
 from sae_dist.plan.workload import Workload
 from sae_dist.sae.variants.interface import Elementwise
 from sae_dist.train.parallel.batch_select import initial_width
@@ -36,7 +36,7 @@ class MemoryItem(NamedTuple):
     host: bool = False
 
 
-def memory(work: Workload, machine: Machine) -> list[MemoryItem]:
+def memory(work: Workload, machine: Holding) -> list[MemoryItem]:
     """What one rank holds; the sum is the most that it ever needs.
 
     The dictionaries of a pass share the program, the loader and the rows, and they learn one after the other.
@@ -91,7 +91,7 @@ def moment_bytes(work: Workload) -> float:
     return 2 * (row * work.latents + column) + 8 * ((1 + work.vectors) * work.latents + work.d_model)
 
 
-def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
+def step_bytes(work: Workload, machine: Holding) -> tuple[float, float]:
     """For one dictionary, what of the batch lives until its update ends, and what the largest phase needs besides."""
     d, batch, rows, k, kernels = work.d_model, work.batch, work.rows, work.k, work.kernels(machine.backend)
     width = places = k  # candidates a row, and places that what is chosen of them takes
@@ -125,7 +125,7 @@ def step_bytes(work: Workload, machine: Machine) -> tuple[float, float]:
             return read + scaled + 2 * batch * d + errors, keys + max(exchange, after)
 
 
-def shared_bytes(work: Workload, machine: Machine) -> float:
+def shared_bytes(work: Workload, machine: Holding) -> float:
     """Of what `step_bytes` holds, the rows that all dictionaries are given: as read, and scaled in fp32."""
     return (2 if work.kernels(machine.backend) == "torch" else 6) * work.batch * work.d_model
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,21 @@ def write(
         raise ValueError(f"{folder} would lack some of {', '.join(name for name, n in missing.items() if n)}")
     about = {**info, "format": FORMAT, "k": k, WEIGHTS: _xxh3_128(weights.with_suffix(".part"))}
     weights.with_suffix(".part").replace(weights)
+    _write_about(config, about)
+
+
+def link(source: Path, target: Path, **changed: Any) -> None:
+    """The dictionary in `source` in a new folder too: the same file of weights, and a config.json with other values.
+
+    UserError when the dictionary is damaged.
+    """
+    about = check(source)
+    target.mkdir(parents=True)
+    os.link(source / "dictionary.safetensors", target / "dictionary.safetensors")
+    _write_about(target / "config.json", about | changed)
+
+
+def _write_about(config: Path, about: Mapping[str, Any]) -> None:
     config.with_suffix(".part").write_text(
         json.dumps({**about, "digest": digest(about)}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )

@@ -18,4 +18,6 @@ class Point:
     seconds: float | None = None  # wall seconds of its training; a pass of several is divided among them by their work
     cost: float | None = None  # seconds times what an hour is said to cost; None where nobody said
     summary: Mapping[str, Any] | None = None  # summary.json of a point that is done
+    stopped_at: int | None = None  # done, but stopped early: by the stopping rule, after so many steps
+    stopped_why: str | None = None  # what the rule said, in one line
     failure: str | None = None  # the last failure in one line

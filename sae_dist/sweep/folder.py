@@ -1,0 +1,116 @@
+"""The folder of a sweep, and its points as the ledger and their own folders say.
+
+sweep.json          the command, the swept keys, the command lines that were given
+ledger/             who works on which point, and what came of it (ledger.py)
+points/<id>/        the run folder of a point that is done, as its command leaves it
+passes/<id>/        the run folder of a pass, and what its process said (pass.log)
+rungs/<id>-<steps>/ the run folder of a point that was trained for fewer steps, to be compared (halving.py)
+stores/<id>/        activations that the sweep itself has harvested
+report/             plots and tables of all points
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from typing_extensions import TypedDict
+
+from sae_dist import storage
+from sae_dist.config import UserError
+from sae_dist.run_files import read_json, write_json
+from sae_dist.sweep.ledger import Ledger
+from sae_dist.sweep.point import Point
+
+SWEEP = "sweep.json"
+
+
+class About(TypedDict):
+    """sweep.json."""
+
+    command: str
+    keys: list[str]  # that were swept
+    lines: list[list[str]]  # arguments that were given, the first ones first
+
+
+class SweepFolder(NamedTuple):
+    """Where everything lies."""
+
+    path: Path
+
+    def point(self, point: str) -> Path:
+        return self.path / "points" / point
+
+    def rung(self, point: str, steps: int) -> Path:
+        return self.path / "rungs" / f"{point}-{steps}"
+
+    def pass_(self, name: str) -> Path:
+        return self.path / "passes" / name
+
+    def store(self, name: str) -> Path:
+        return self.path / "stores" / name
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def about(self) -> About | None:
+        """sweep.json; None where no sweep was started here."""
+        if not (self.path / SWEEP).exists():
+            return None
+        return read_json(self.path / SWEEP, About, cure="remove it, and repeat the sweep's command, which writes it")
+
+    def check(self, command: str) -> About:
+        """sweep.json as it is, or is to begin; UserError where the folder holds something else."""
+        there = self.about()
+        if there is None:
+            if (self.path / "config.yaml").exists():
+                raise UserError(f"out={self.path} holds a run, not a sweep; choose another out=")
+            return About(command=command, keys=[], lines=[])
+        if there["command"] != command:
+            raise UserError(f"out={self.path} holds a sweep of {there['command']}; choose another out= for {command}")
+        return there
+
+    def open(self, command: str, keys: Sequence[str], line: Sequence[str]) -> None:
+        """Keeps the swept keys and the command line in sweep.json."""
+        there = self.check(command)
+        now = About(
+            command=command, keys=[*there["keys"], *(key for key in keys if key not in there["keys"])],
+            lines=there["lines"] if list(line) in there["lines"] else [*there["lines"], list(line)],
+        )  # fmt: skip
+        if now != there:
+            write_json(self.path / SWEEP, now)
+
+
+def read_points(out: Path) -> list[Point]:
+    """Every point of the sweep in `out`, by its overrides; UserError where there is no sweep."""
+    folder = SweepFolder(out)
+    if folder.about() is None:
+        raise UserError(f"out={out} holds no sweep (no {SWEEP})")
+    ledger = Ledger(storage.open(out))
+    ledger.refresh()
+    points = [of_ledger(ledger, folder, point) for point in ledger.points]
+    return sorted(points, key=lambda point: [_order(value) for value in point.overrides.values()])
+
+
+def of_ledger(ledger: Ledger, folder: SweepFolder, point: str) -> Point:
+    """A point as the ledger and its folder say; one that was done, and whose folder is gone, is pending."""
+    state, ends, path = ledger.state(point), ledger.ends(point), folder.point(point) / "summary.json"
+    if state == "done" and not path.exists():
+        state = "pending"
+    last = ends[-1] if state == "done" else None
+    cure = "remove the point's folder, and repeat the sweep's command, which makes it again"
+    return Point(
+        id=point, overrides=ledger.points[point].overrides, state=state, tries=ledger.tries(point),
+        seconds=last and last.seconds, cost=last and last.cost,
+        summary=read_json(path, dict[str, Any], cure=cure) if last else None,
+        stopped_at=last and last.stopped_at, stopped_why=last and last.stopped_why,
+        failure=None if last else next((ended.failure for ended in reversed(ends) if ended.failure), None),
+    )  # fmt: skip
+
+
+def _order(value: object) -> tuple[int, float, str]:
+    """Numbers by size, before words."""
+    if isinstance(value, int | float):
+        return 0, float(value), ""
+    return 1, 0.0, re.sub(r"\d+", lambda found: found[0].zfill(12), str(value))

@@ -1,0 +1,128 @@
+"""A sweep as a command: four points in one pass over rows that lie on S3, and what each of them leaves."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from sae_dist.cli.main import main
+from sae_dist.monitor.metrics import read_metrics
+from sae_dist.sweep.folder import read_points
+from tests.shards import seaweedfs
+from tests.shards.s3_double import S3Double
+from tests.train.test_loop import full_store
+
+KEYS = [
+    "store=s3://bucket/store", "sae.n_latents=48", "train.steps=40", "train.batch=64", "train.init_rows=256",
+    "train.checkpoint_every=20", "train.log_every=10", "wandb.mode=disabled",
+]  # fmt: skip
+
+
+class Swept(NamedTuple):
+    """A sweep, a run of its second point alone, and how often each read rows."""
+
+    out: Path
+    alone: Path
+    reads: dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    place = tmp_path_factory.mktemp("sweep")
+    with S3Double() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**seaweedfs.KEYS, "AWS_ENDPOINT_URL": server.endpoint}.items():
+            patch.setenv(name, value)
+        full_store("s3://bucket/store")
+        reads = {}
+        commands = {
+            "sweep": ["sweep", "train", *KEYS, "sae=topk,batchtopk", "sae.k=2,4", "sweep.price_hour=36"],
+            "alone": ["train", *KEYS, "sae=batchtopk", "sae.k=4"],
+        }
+        for name, command in commands.items():
+            server.log.clear()
+            assert main([*command, f"out={place / name}"]) == 0
+            reads[name] = sum(method == "GET" and key.startswith("store/data/") for method, key in server.log)
+        yield Swept(place / "sweep", place / "alone", reads)
+
+
+def test_every_point_is_done_once_in_one_pass_over_the_rows(swept):
+    points = read_points(swept.out)
+    assert sorted(tuple(point.overrides.values()) for point in points) == [
+        ("batchtopk", 2), ("batchtopk", 4), ("topk", 2), ("topk", 4),
+    ]  # fmt: skip
+    assert {(point.state, point.tries) for point in points} == {("done", 1)}
+    assert len(list((swept.out / "passes").iterdir())) == 1
+    assert swept.reads["sweep"] == swept.reads["alone"] > 0
+    for point in points:
+        assert point.seconds > 0 and point.cost == pytest.approx(point.seconds / 100, abs=1e-4)
+        assert point.summary["eval"]["l0"] > 0
+
+
+def test_a_point_is_the_run_that_training_it_alone_leaves(swept):
+    (point,) = [each for each in read_points(swept.out) if [*each.overrides.values()] == ["batchtopk", 4]]
+    own = swept.out / "points" / point.id
+    assert sorted(path.name for path in own.iterdir()) == [
+        "config.yaml", "dictionary", "metrics.jsonl", "status.json", "summary.json",
+    ]  # fmt: skip
+    for part in ("dictionary/dictionary.safetensors", "dictionary/config.json"):
+        assert (own / part).read_bytes() == (swept.alone / part).read_bytes()
+
+    def said(folder: Path) -> dict:
+        times = ("name", "dictionary", "wall_seconds", "tokens_per_second")
+        return {k: v for k, v in json.loads((folder / "summary.json").read_text()).items() if k not in times}
+
+    assert said(own) == said(swept.alone) == {k: v for k, v in point.summary.items() if k in said(own)}
+
+    def figures(folder: Path) -> list[dict]:
+        return [
+            {k: v for k, v in line.items() if k not in ("time", "tokens_per_second", "starved_fraction")
+             and not k.startswith("checkpoint")}
+            for line in read_metrics(folder / "metrics.jsonl")
+        ]  # fmt: skip
+
+    assert figures(own) == figures(swept.alone)
+    configs = [yaml.safe_load((folder / "config.yaml").read_text()) | {"out": ""} for folder in (own, swept.alone)]
+    assert configs[0] == configs[1]
+
+
+def test_commands_about_runs_work_on_a_point(swept, capsys):
+    point = read_points(swept.out)[0]
+    own, overrides = swept.out / "points" / point.id, [f"{key}={value}" for key, value in point.overrides.items()]
+    before = (own / "summary.json").read_bytes()
+    assert main(["status", str(own)]) == 0
+    assert "done" in capsys.readouterr().out
+    assert main(["evaluate", str(own)]) == 0
+    assert main(["train", *KEYS, *overrides, f"out={own}"]) == 0  # finished: nothing is trained
+    assert (own / "summary.json").read_bytes() == before
+
+
+def test_repeating_the_command_does_nothing_and_fewer_values_leave_the_other_points(swept, capsys):
+    ledger = sorted(path for path in (swept.out / "ledger").glob("*-*/*") if path.suffix == ".json")
+    assert main(["sweep", "train", *KEYS, "sae=topk", "sae.k=2,4", f"out={swept.out}"]) == 0
+    assert capsys.readouterr().out.count("done") == 2
+    assert sorted(path for path in (swept.out / "ledger").glob("*-*/*") if path.suffix == ".json") == ledger
+    assert len(read_points(swept.out)) == 4
+    about = json.loads((swept.out / "sweep.json").read_text())
+    assert about["command"] == "train" and about["keys"] == ["sae", "sae.k"] and len(about["lines"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sae.k=2,30"], "sae.k=30: sae.k=30 exceeds d_model=24"),
+        (["sae.k=2,4", "only=zz"], "only=zz is none of the points that the keys make"),
+        (["sae.k=4", "train.log_every=1,2"], "come to the same dictionary: this key only says where or how fast"),
+        (["sae.k=4", "more_dictionaries=[{k: 8}]"], "more_dictionaries= is what a sweep makes of its points"),
+    ],
+)
+def test_what_cannot_be_swept_is_one_line_and_exit_2_before_anything_starts(swept, tmp_path, capsys, arguments, said):
+    assert main(["sweep", "train", *KEYS, f"out={tmp_path / 'new'}", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_something_else_is_refused(swept, capsys):
+    assert main(["sweep", "train", *KEYS, "sae.k=2,4", f"out={swept.alone}"]) == 2
+    assert "holds a run, not a sweep" in capsys.readouterr().err
