@@ -1,22 +1,15 @@
 """Checkpoints that are made on this machine once and then kept in the user's cache folder."""
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from sae_dist.cache_folder import CURE, cache_folder
 from sae_dist.config import UserError
 from sae_dist.locks import file_lock
 
 logger = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Where derived files are kept between runs: SAE_DIST_CACHE, else the user's cache folder (XDG)."""
-    if own := os.environ.get("SAE_DIST_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae_dist"
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
@@ -40,8 +33,5 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
             make(partial)
             partial.rename(folder)
     except OSError as error:
-        raise UserError(
-            f"the model cannot be kept in {folder.parent} ({error.strerror or error}); set SAE_DIST_CACHE to a folder "
-            "that can be written"
-        ) from error
+        raise UserError(f"the model cannot be kept in {folder.parent} ({error.strerror or error}); {CURE}") from error
     return folder

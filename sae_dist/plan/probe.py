@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import platform
 import subprocess
 import sys
@@ -16,11 +15,13 @@ import torch
 from sae_kernels.cpu.build import cpu_flags
 from sae_kernels.shard import Shard
 
+from sae_dist.cache_folder import CURE, cache_folder
 from sae_dist.config import digest, load, to_dict
 from sae_dist.plan.fit import TimedStep, rates
 from sae_dist.plan.machine import Link, Machine
 from sae_dist.plan.parallel import loopback
 from sae_dist.plan.workload import Workload
+from sae_dist.run_files import write_json
 from sae_dist.sae.config import TopK
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,17 @@ def here(*, again: bool = False) -> Machine:
         return load(Machine, json.loads(kept.read_text()))
     logger.info("measuring this machine, about half a minute; keep it idle (%s)", kept)
     machine = measure()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(to_dict(machine), indent=1) + "\n")
-    temporary.replace(kept)
+    keep(machine)
     return machine
+
+
+def keep(machine: Machine) -> None:
+    """Keeps the description of this machine for the next plan; only a warning where it cannot be written."""
+    path = _file()
+    try:
+        write_json(path, to_dict(machine))
+    except OSError as error:
+        logger.warning("the measurement cannot be kept in %s (%s); %s", path.parent, error.strerror, CURE)
 
 
 def measure() -> Machine:
@@ -122,5 +129,4 @@ def step_of(n_latents: int, d_model: int, k: int) -> Shard:
 def _file() -> Path:
     """One file a machine, number of threads and version of what is measured."""
     known = [VERSION, torch.__version__, torch.get_num_threads(), platform.node(), sorted(cpu_flags())]
-    own = os.environ.get("SAE_DIST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sae_dist"
-    return Path(own).expanduser() / "machines" / f"{digest(known)[:16]}.json"
+    return cache_folder() / "machines" / f"{digest(known)[:16]}.json"
