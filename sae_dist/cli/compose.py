@@ -24,7 +24,7 @@ PATH_KEYS = ("out", "store", "path", "to", "follow", "stop")  # keys that are al
 
 
 def options(group: str, config: type | None = None) -> list[str]:
-    """The alternatives of a group: the YAML files of conf/<group>/, and the dataclasses that `config` names for it."""
+    """The alternatives of a group: the YAML files in conf/<group>/ and the dataclasses that `config` has for it."""
     declared = {} if config is None else keys.groups(config).get(group, {})
     return sorted({path.stem for path in (CONF_DIR / group).glob("*.yaml")} | set(declared))
 
@@ -84,7 +84,7 @@ def _leaves(values: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]
 
 
 def _groups(command: str) -> dict[str, str]:
-    """The groups that a command has, each with what it is unless it is chosen."""
+    """The groups of a command, each with its default alternative."""
     config = OmegaConf.load(CONF_DIR / f"{command}.yaml")
     assert isinstance(config, DictConfig)
     found: dict[str, str] = {}
@@ -97,7 +97,7 @@ def _groups(command: str) -> dict[str, str]:
 
 
 def _parsable(override: str) -> str:
-    """The override as Hydra reads it: a name or a path with signs of Hydra's grammar in it is quoted."""
+    """The override as Hydra parses it: a name or a path with characters of Hydra's grammar is quoted."""
     key, equals, value = override.partition("=")
     as_it_is, quoted = [override], [f"{key}={_quoted(value)}"]
     if not equals or value[:1] in ("'", '"') or value == "null":
@@ -140,7 +140,7 @@ def _expand(override: str, config: type | None) -> list[str]:
 
 
 def _explain(command: str, message: str) -> str:
-    """Hydra's several lines as one that says what to do."""
+    """Hydra's error message as one line with the cure."""
     if found := re.search(r"Could not override '([^']+)'", message):
         key = found.group(1)
         known = [k for k, _ in _leaves(_bare(command))]
@@ -177,7 +177,7 @@ def _bare(command: str) -> dict[str, Any]:
 
 
 def help_text(command: str, about: str) -> str:
-    """What the command does, and its keys: defaults, comments, the alternatives of every group."""
+    """The text of --help: what the command does, its groups, and its keys with defaults and comments."""
     text = (CONF_DIR / f"{command}.yaml").read_text(encoding="utf-8")
     groups, config = _groups(command), _config(command)
     beside = {} if config is None else keys.comments(config)
@@ -197,7 +197,7 @@ def help_text(command: str, about: str) -> str:
 
 
 def _described(values: Mapping[str, Any], beside: Mapping[str, str], prefix: str = "", depth: int = 0) -> Iterator[str]:
-    """A line a key: its value, and what is said of it, in a column of its own where that is long."""
+    """A line for every key with its value and its comment; long comments are wrapped in a column."""
     for key, value in values.items():
         nested = isinstance(value, Mapping)
         said = beside.get(f"{prefix}{key}", "")

@@ -1,4 +1,4 @@
-"""Judge a run's dictionary on held-out tokens again, in this process, perhaps on more of them.
+"""Evaluate a run's dictionary on held-out tokens again, in this process, with other settings if given.
 
 A run of `sae-dist train` has no language model: its cross-entropies stay null.
 Example: sae-dist evaluate runs/quickstart evaluate.ce_sequences=512
@@ -19,7 +19,7 @@ POSITIONAL = ("out",)
 
 @frozen
 class EvaluateJob:
-    """Which run to judge, and on how much."""
+    """Which run to evaluate, and how."""
 
     out: str  # the run's folder
     evaluate: EvaluateConfig

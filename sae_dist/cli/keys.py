@@ -21,9 +21,9 @@ MISSING = "???"  # Hydra's word for a value that must be given
 
 
 def register(config: type) -> None:
-    """Tells Hydra the defaults: all under the name `keys`, each alternative of a key in the key's group.
+    """Registers the defaults with Hydra: all under the name `keys`, each alternative in the group of its key.
 
-    An alternative that has a file in conf/ is left to it.
+    An alternative with a file in conf/ is not registered.
     """
     store = ConfigStore.instance()
     store.store(name="keys", node=defaults(config))
@@ -34,7 +34,7 @@ def register(config: type) -> None:
 
 
 def defaults(config: type) -> dict[str, Any]:
-    """Every key with its default, nested; a key that has alternatives is left to its group."""
+    """Every key with its default, nested; without keys that have alternatives, which are groups."""
     found: dict[str, Any] = {}
     for name, field in _fields(config):
         if dataclasses.is_dataclass(field.annotation):
@@ -45,13 +45,13 @@ def defaults(config: type) -> dict[str, Any]:
 
 
 def groups(config: type) -> dict[str, dict[str, type]]:
-    """The keys that have alternatives, and those by name."""
+    """The keys that have alternatives, each with its alternatives by name."""
     found = {name: _alternatives(field) for name, field in _fields(config)}
     return {name: alternatives for name, alternatives in found.items() if alternatives}
 
 
 def comments(config: type, prefix: str = "") -> dict[str, str]:
-    """What the source says beside every key, by its dotted path."""
+    """The comment beside every key in the source, by the key's dotted path."""
     found = {f"{prefix}{name}": text for name, text in _beside(config).items()}
     for name, field in _fields(config):
         if dataclasses.is_dataclass(field.annotation):
@@ -60,7 +60,7 @@ def comments(config: type, prefix: str = "") -> dict[str, str]:
 
 
 def comments_of_yaml(text: str, prefix: str = "") -> dict[str, str]:
-    """What a YAML file says beside every key, by its dotted path; a line of comment alone belongs to the key above."""
+    """The comment beside every key of a YAML file, by dotted path; a comment line belongs to the key above it."""
     found: dict[str, str] = {}
     path: list[tuple[int, str]] = []
     for line in text.splitlines():
@@ -79,7 +79,7 @@ def _fields(config: type) -> Iterator[tuple[str, FieldInfo]]:
 
 
 def _alternatives(field: FieldInfo) -> dict[str, type]:
-    """The dataclasses that a key may be one of, by their kind; the only one of a key that may be null is `default`."""
+    """The dataclasses that a key may be, by `kind`; `default` names the only one of a key that may be null."""
     options = [option for option in get_args(field.annotation) if dataclasses.is_dataclass(option)]
     if len(options) == 1:
         return {"default": options[0]}  # pyright: ignore[reportReturnType]

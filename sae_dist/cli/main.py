@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {refused}", file=sys.stderr)
         return BAD_INPUT
     except (KeyboardInterrupt, Stopped) as stop:
-        with contextlib.suppress(OSError):  # the terminal, or who read the pipe, may have gone before
-            print(f"stopped{f': {stop}' if str(stop) else ''}; the same command goes on from here", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal or the reader of the pipe may be gone
+            print(f"stopped{f': {stop}' if str(stop) else ''}; run the same command again to resume", file=sys.stderr)
         return STOPPED
 
 

@@ -1,6 +1,6 @@
 """Harvest, train, evaluate and write feature pages, in one job under Ray.
 
-Repeating the command goes on where it stopped, whatever stopped it; a finished run prints its summary again.
+Repeat the command to resume, whatever stopped it; a finished run prints its summary again.
 Example: sae-dist run preset=quickstart
 """
 

@@ -1,4 +1,4 @@
-"""Look after activation stores.
+"""List, check, clean, import and copy activation stores.
 
 sae-dist store ls      store=S            what it holds
 sae-dist store stats   store=S            norms, variance and outliers of every hook point
@@ -32,7 +32,7 @@ BAD_INPUT = 2
 
 @frozen
 class StoreJob:
-    """One action on one store; the keys of the other actions are at rest."""
+    """One action on one store; keys of other actions are ignored."""
 
     action: Literal["ls", "stats", "verify", "gc", "import", "copy"]
     store: str

@@ -1,6 +1,6 @@
 """Train dictionaries on an activation store, without a language model: in this process, or on a mesh of several.
 
-The store may hold activations that were made elsewhere (sae-dist store import). Repeating the command goes on, on any
+The store may hold activations that were made elsewhere (sae-dist store import). Repeat the command to resume, on any
 mesh. mesh.feature=2 starts two Ray actors here or on cluster=; `torchrun -m sae_dist train ...` works too.
 more_dictionaries=[...] trains more dictionaries on the same batches.
 Example: sae-dist train store=stores/mine sae.n_latents=512 sae.k=4 train.steps=3000 train.batch=512 out=runs/mine
@@ -19,7 +19,7 @@ CONFIG = TrainJob
 
 
 def main(values: Mapping[str, Any]) -> int:
-    with catch_signals() as request:  # the step in hand is finished and saved first
+    with catch_signals() as request:  # the current step is finished and saved first
         summary = train_and_evaluate(load(TrainJob, values), stop=request.made)
     if summary is not None:
         print_summary(summary)

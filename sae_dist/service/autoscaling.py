@@ -1,27 +1,26 @@
-"""How many replicas a harvest should have, from who waited for whom. A pure function: what it needs is given.
+"""How many replicas a harvest should have, from who waited for whom. Pure: all inputs are arguments.
 
-Consumers that starve want more producers; producers that are blocked for want of credits are too many. One interval
-says little (a checkpoint, a slow unit), so the same answer must come `PATIENCE` times in a row, and after a change
-nothing is decided until its effect can be seen.
+Starving consumers need more producers; blocked producers are too many. One interval says little (a checkpoint, a slow
+unit), so `PATIENCE` intervals in a row must agree, and after a change nothing is decided until its effect shows.
 """
 
 from typing import NamedTuple
 
 INTERVAL_S = 10.0  # what one observation covers
 PATIENCE = 3  # observations in a row that must agree
-SETTLING = 3  # observations after a change, or while a replica starts, that count for nothing
+SETTLING = 3  # observations after a change, or while a replica starts, that are ignored
 STARVED, BLOCKED = 0.05, 0.25  # shares of the time; apart, so that a harvest between them is left as it is
 
 
 class Observation(NamedTuple):
-    """One interval: the share of it that the hungriest consumer starved, and that producers were blocked."""
+    """One interval: the share of it that the hungriest consumer starved, and the share that producers were blocked."""
 
     starved: float
     blocked: float
 
 
 class ScaleState(NamedTuple):
-    """How many replicas are wanted, and what the last observations said: votes in a row, +1 or -1 each."""
+    """How many replicas are wanted; votes in a row for one more (positive) or fewer (negative); intervals to ignore."""
 
     wanted: int
     votes: int = 0
@@ -31,7 +30,7 @@ class ScaleState(NamedTuple):
 def decide(scale: ScaleState, seen: Observation, *, least: int, most: int, starting: bool) -> ScaleState:
     """The scale after one more interval; within [least, most] and by one replica at a time.
 
-    `starting`: some replica is not at work yet, so that what is seen is not what the wanted number gives.
+    starting: some replica is not at work yet, so the observation does not count
     """
     if starting:
         return scale._replace(votes=0, settling=SETTLING)

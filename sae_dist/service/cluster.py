@@ -1,4 +1,4 @@
-"""Ray, started here for one run or joined where it was told; never a neighbour's that happens to be found."""
+"""Connections to Ray: a private one started for this run, or the cluster at the address given."""
 
 import logging
 import re
@@ -20,16 +20,16 @@ from sae_dist.service.signals import StopRequest, catch_signals
 
 logger = logging.getLogger(__name__)
 QUIET = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": False}
-STARTS = 3  # Ray gives its own processes 30 s to start, and a busy machine may need longer
-ANSWER_S = 5.0  # that a cluster's head may take to accept a connection
+STARTS = 3  # tries: Ray gives its own processes 30 s to start, and a busy machine may need longer
+ANSWER_S = 5.0  # seconds that a cluster's head may take to accept a connection
 
 
 @contextmanager
 def cluster(address: str, *, cpus: int) -> Iterator[StopRequest]:
-    """Ray for as long as the context lasts: `local` starts one on this machine's loopback with `cpus` places.
+    """Connects to Ray for as long as the context lasts; `local` starts one on this machine's loopback with `cpus` CPUs.
 
-    Meanwhile requests to stop do not interrupt: look for them in what the context gives. UserError, within seconds,
-    where `address` has no Ray to join.
+    Inside, SIGTERM and Ctrl-C do not interrupt: check the StopRequest that the context yields. UserError, within
+    seconds, when no Ray answers at `address`.
     """
     try:
         if address == "local":
@@ -46,7 +46,7 @@ def cluster(address: str, *, cpus: int) -> Iterator[StopRequest]:
 
 
 def _start_here(cpus: int) -> None:
-    """Ray on this machine's loopback, tried again when the machine was too busy for the time that Ray allows."""
+    """Starts Ray on this machine's loopback; retries when its processes were too slow to start."""
     for attempt in range(1, STARTS + 1):
         try:
             local_ray.start(cpus, **QUIET)
@@ -54,18 +54,18 @@ def _start_here(cpus: int) -> None:
         except Exception as error:  # Ray raises nothing narrower
             if "timed out during startup" not in str(error) or attempt == STARTS:
                 raise
-            logger.warning("Ray's processes did not start within its 30 s (a busy machine?); trying again")
+            logger.warning("Ray's processes did not start within 30 s (a busy machine?); trying again")
             ray.shutdown()
 
 
 def check_address(address: str) -> None:
-    """UserError, within seconds, where no Ray answers at `address`; for before the long work that needs none."""
+    """UserError, within seconds, when no Ray answers at `address`; call it before long work that does not need Ray."""
     if address != "local":
         _head(address)
 
 
 def _join(address: str) -> None:
-    """Joins the cluster whose head is at `address` (HOST:PORT), or the one that `auto` finds."""
+    """Joins the cluster whose head is at `address` (HOST:PORT, or `auto` to look for one)."""
     head = _head(address)
     try:
         local_ray.read_token()
@@ -76,7 +76,7 @@ def _join(address: str) -> None:
 
 
 def _head(address: str) -> str:
-    """The address of the cluster's head, which answers there. Ray itself would try for five minutes to reach one."""
+    """The address of the cluster's head, checked within seconds: Ray itself would try for five minutes."""
     try:
         head = services.get_ray_address_from_environment(address, None) if address == "auto" else address
         if head is None or "://" in head:
@@ -109,9 +109,9 @@ def nodes() -> list[Node]:
 
 
 def check_capacity(bundle: Bundle, processes: int, *, others: int = 0, cure: str) -> None:
-    """UserError when the cluster has not what the run asks for, even empty: its actors would wait for ever.
+    """UserError when even the empty cluster is too small for `processes` bundles: their actors would wait for ever.
 
-    `others`: processes of one CPU beside those.
+    others: further processes of one CPU each
     """
     there = nodes()
     cpus = sum(node.total.get("CPU", 0) for node in there)
@@ -123,12 +123,12 @@ def check_capacity(bundle: Bundle, processes: int, *, others: int = 0, cure: str
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """The first line of an error's message, or its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def death_reason(death: RayActorError) -> str:
-    """Why an actor is gone, as far as Ray knows, in one line: out of memory, its node lost, killed."""
+    """Why an actor died, as far as Ray knows, in one line: out of memory, node lost, killed."""
     told = [line.strip() for line in str(death).splitlines() if line.strip()]
     return next((line for line in told if "cause" in line.lower() or "reason" in line.lower()), " ".join(told[:2]))[
         :300
@@ -136,7 +136,7 @@ def death_reason(death: RayActorError) -> str:
 
 
 def result_of(ref: ray.ObjectRef) -> Any:
-    """`ray.get`, with a user's mistake that was found in an actor raised as what it is."""
+    """`ray.get` that raises an actor's UserError as a UserError."""
     try:
         return ray.get(ref)
     except RayTaskError as error:
@@ -144,7 +144,7 @@ def result_of(ref: ray.ObjectRef) -> Any:
             raise UserError(str(error.cause)) from None
         raise
     except RayActorError as death:
-        if death.actor_init_failed:  # trying again would end the same way
+        if death.actor_init_failed:  # a retry would fail in the same way
             mistake = re.search(r"UserError[^:]*: (.+)", str(death))
             if mistake:
                 raise UserError(mistake.group(1)) from None

@@ -1,4 +1,4 @@
-"""The whole of a run: the parts' own configurations side by side."""
+"""Configurations of whole jobs: run, harvest and train, made of the parts' own configurations."""
 
 import dataclasses
 import re
@@ -18,7 +18,7 @@ from sae_dist.text.corpus import TextConfig
 from sae_dist.train.config import MeshConfig, TrainConfig
 from sae_dist.train.members import Member, members
 
-ONE_PASS = 0.95  # of the positions of a harvest surely become rows: separators and outliers do not
+ONE_PASS = 0.95  # share of a harvest's positions that surely become rows; separators and outliers do not
 
 
 @frozen
@@ -84,9 +84,9 @@ class RunConfig:
         return absolute_uri(self.store) if self.store is not None else str(self.folder / "store")
 
     def with_absolute_paths(self) -> "RunConfig":
-        """The same with absolute places: other processes have other working directories.
+        """The same with absolute paths, for processes with other working directories.
 
-        A store that is in the run's folder stays unnamed, so that a copy of the folder is whole.
+        A store in the run's folder stays null, so that the folder can be copied as a whole.
         """
         store = _absolute(self.store)
         return dataclasses.replace(

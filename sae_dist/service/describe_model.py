@@ -1,4 +1,4 @@
-"""What a store must know of a model that no single process may be able to hold: a replica says it."""
+"""The description of a model that is too large for one process: taken from its store, or from a replica."""
 
 import functools
 import time
@@ -20,7 +20,7 @@ from sae_dist.shards import reader
 def describe_on_cluster(
     model: ModelConfig, harvest: HarvestConfig, hooks: tuple[str, ...], store_uri: str, address: str
 ) -> Callable[[], Description] | None:
-    """How to describe a model that several processes hold together; None where this process may load it."""
+    """A function that describes a tensor-parallel model; None where this process can load the model itself."""
     if harvest.tensor_parallel == 1:
         return None
     return functools.partial(_by_store_or_replica, model, harvest, hooks, store_uri=store_uri, address=address)
@@ -29,9 +29,9 @@ def describe_on_cluster(
 def _by_store_or_replica(
     model: ModelConfig, harvest: HarvestConfig, hooks: tuple[str, ...], *, store_uri: str, address: str
 ) -> Description:
-    """A store that is there has the description (every replica compares it with its own model before it harvests).
+    """The description in store.json if there is one; else a replica is started on the cluster at `address` and asked.
 
-    For a new one a replica is started on the cluster at `address`, and ended.
+    Every replica compares the store's description with its own model before it harvests.
     """
     place = storage.open(store_uri)
     if place.exists("store.json"):

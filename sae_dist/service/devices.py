@@ -1,4 +1,4 @@
-"""Which device a rank computes on: each a GPU of its own, or all of them on processors.
+"""Which device a rank computes on: one GPU each, or the CPU for all of them.
 
 Who starts the ranks decides. Ray gives an actor the share of a GPU that it reserved (gpu_shares.py); ranks of torchrun
 take the GPU of their number on the machine, and agree when they meet (train/parallel/mesh_session.py).
@@ -18,19 +18,19 @@ GPU_BUNDLE = Bundle(1.0, 1.0)
 
 
 def usable_gpus() -> int:
-    """GPUs that this process sees and torch can use."""
+    """The number of GPUs that this process sees and torch can use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def device_of_process(wanted: DeviceChoice, *, there: int) -> torch.device:
-    """Where a training without a mesh computes, on a machine with `there` GPUs."""
+    """The device of a training in one process, on a machine with `there` GPUs."""
     if wanted == "cuda" and there == 0:
         raise UserError("train.device=cuda, but this process sees no usable GPU; use train.device=auto or cpu")
     return torch.device("cuda" if wanted != "cpu" and there else "cpu")
 
 
 def device_of_local_rank(wanted: DeviceChoice, *, rank: int, ranks: int, there: int) -> torch.device:
-    """The GPU of the `rank`-th of `ranks` on this machine, which has `there`; UserError where cuda has too few."""
+    """The device of local rank `rank` of `ranks`, on a machine with `there` GPUs; UserError when cuda has too few."""
     if wanted == "cuda" and there < ranks:
         raise UserError(
             f"train.device=cuda, but {ranks} ranks were started on {socket.gethostname()}, which has {there} usable "

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live table on a terminal, a plain line now and then elsewhere."""
+"""The progress of a run: a live table on a terminal, a plain line every 15 s elsewhere."""
 
 import logging
 import sys
@@ -30,7 +30,7 @@ def duration(seconds: float) -> str:
 
 
 def quantity(value: object) -> str:
-    """A figure as a person reads it: 12,345 tokens, 0.312, 4.1e-05."""
+    """A figure as text: 12,345 or 0.312 or 4.1e-05; "-" for None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "-" if value is None else str(value)
     if isinstance(value, int) or abs(value) >= 1000:
@@ -54,7 +54,7 @@ def progress(out: Path, config: TrainConfig) -> dict[str, Any]:
 
 
 class Display:
-    """Shows the newest facts of every phase; `update` may be called as often as one likes."""
+    """Shows the newest facts of every phase; `update` may be called at any rate."""
 
     def __init__(self, title: str) -> None:
         self._title, self._started, self._printed = title, time.monotonic(), 0.0
@@ -77,7 +77,7 @@ class Display:
             self._live.stop()
 
     def update(self, phase: str, facts: Mapping[str, Any], *, now: bool = False) -> None:
-        """The phase's facts, in the order in which they are to be read; `now` prints a plain line without waiting."""
+        """Replaces the facts of a phase, shown in their order; `now` prints the plain line at once."""
         self._phases[phase] = facts
         if self._live is not None:
             self._live.update(self._table())
@@ -105,7 +105,7 @@ class Display:
 
 
 def lines(name: str, facts: Mapping[str, Any]) -> list[str]:
-    """The facts of a phase as text: one line, and one more for every part that has facts of its own."""
+    """The facts of a phase as text: one line, and one more for every nested part."""
     flat = "  ".join(f"{key} {quantity(value)}" for key, value in facts.items() if not isinstance(value, Mapping))
     inner = [part for key, value in facts.items() if isinstance(value, Mapping) for part in lines(f"  {key}", value)]
     return ([f"{name:<9} {flat}"] if flat else []) + inner

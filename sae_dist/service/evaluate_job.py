@@ -1,4 +1,4 @@
-"""Evaluation and feature pages of a run's dictionary, beside the model that they need."""
+"""Evaluation and feature pages of a run's dictionary, in the process that has the language model."""
 
 import dataclasses
 import os
@@ -58,7 +58,7 @@ def evaluate(
     split_token, policy = separator(language_model.tokenizer), config.harvest.rows
 
     def positions(tokens: Tensor, x: Tensor) -> Tensor:
-        """Where a harvest would make rows."""
+        """The positions [sequences, context] that a harvest would turn into rows."""
         return row_mask({config.hook: x}, eligible(tokens, policy, split_token), policy).mask
 
     wanted = min(config.evaluate.ce_sequences, stream.n_sequences) * (stream.context - 1)
@@ -80,7 +80,7 @@ def pages(
     summary: Mapping[str, Any],
     progress: Callable[..., None] = lambda **_: None,
 ) -> Path:
-    """The static site of a run, from the rows that its dictionary was trained on."""
+    """Writes the feature pages of a run from its training rows; returns the path of their index."""
     assert config.pages is not None
     dictionary = dictionary_file.load(config.folder / "dictionary")
     tokenizer = language_model.tokenizer
@@ -102,7 +102,7 @@ def pages(
 
 
 def _outputs(language_model: LanguageModel, hook: str) -> Unembedding | str:
-    """The unembedding of the tokenizer's tokens; the reason, where the hook point has no direct path to it."""
+    """The unembedding of the tokenizer's tokens, or the reason why the hook point has no direct path to it."""
     try:
         check_direct_path(language_model.model, hook)
         W_U = unembedding(language_model.model).cpu()
@@ -113,7 +113,7 @@ def _outputs(language_model: LanguageModel, hook: str) -> Unembedding | str:
 
 
 def evaluate_run(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
-    """Judges a finished run's dictionaries anew; its summary, with the new figures written into summary.json."""
+    """Evaluates a finished run's dictionaries again and updates summary.json, which it returns."""
     with _claimed(out) as (summary, config):
         summary.pop("alerts", None)
         judged = {MAIN: summary} | {one["name"]: one for one in summary.get("also", [])}
@@ -140,7 +140,7 @@ def evaluate_run(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
 
 
 def write_run_pages(out: Path, pages_config: PagesConfig) -> Path:
-    """Writes a finished run's feature pages anew; the path of their index."""
+    """Writes a finished run's feature pages again; returns the path of their index."""
     with _claimed(out) as (summary, config):
         if config is None:
             raise UserError(f"out={out} is a run of `sae-dist train`: it has no text and no model to make pages of")
@@ -151,7 +151,7 @@ def write_run_pages(out: Path, pages_config: PagesConfig) -> Path:
 
 @contextmanager
 def _claimed(out: Path) -> Iterator[tuple[dict[str, Any], RunConfig | None]]:
-    """A finished run's summary and config (None for a run of `sae-dist train`), held against other processes."""
+    """Locks a finished run's folder; yields its summary and its config (None for a run of `sae-dist train`)."""
     if not os.path.lexists(out / "summary.json"):
         raise UserError(f"out={out} has no summary.json: the run has not finished; repeat its command first")
     with claim(out):
@@ -168,7 +168,7 @@ def _claimed(out: Path) -> Iterator[tuple[dict[str, Any], RunConfig | None]]:
 
 
 def _prepared(config: RunConfig) -> tuple[Prepared, Store]:
-    store = reader.open(storage.open(config.store_uri))  # never made anew: a run that was moved takes its store along
+    store = reader.open(storage.open(config.store_uri))  # an existing one: UserError where the run was moved without it
     prepared = prepare(
         model=config.model, hook_points=[config.hook], text=config.text, harvest=config.harvest,
         folder=config.folder / "text", store_uri=config.store_uri, progress=lambda _: None,

@@ -1,4 +1,4 @@
-"""The harvest command: replicas fill a store, and nothing else happens."""
+"""The harvest command: model replicas fill a store."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def harvest_store(job: HarvestJob) -> dict[str, Any]:
-    """Harvests the units that the store lacks; how many units and rows it has then."""
+    """Harvests the units that the store lacks; returns how many units and rows it has then."""
     job = job.with_absolute_paths()
     folder = RunFolder(Path(job.out), job)
     values = to_dict(job)
@@ -72,7 +72,7 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
 
 @contextmanager
 def harvest_log(out: Path, wandb: WandbConfig, run_config: Mapping[str, Any]) -> Iterator[Log]:
-    """Where a harvest's figures go: metrics.jsonl of the run's folder, and W&B as a run of its own."""
+    """A Log of the harvest: metrics.jsonl in the run's folder, and a W&B run of its own."""
     lines = JsonLines(out / "metrics.jsonl", phase="harvest")
     with ExitStack() as mirrors:
         mirror: WandbMirror | None = None

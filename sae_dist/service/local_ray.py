@@ -1,6 +1,6 @@
-"""Ray's own processes for one run: on the loopback, behind a token, out of reach of signals that ask to stop.
+"""Ray's processes for one run: on the loopback only, protected by a token, shielded from signals that ask to stop.
 
-What this needs in the environment is there only while Ray starts: Ray's processes inherit it, other processes do not.
+The environment is changed only while Ray starts: Ray's processes inherit the change, others do not.
 """
 
 import os
@@ -25,9 +25,9 @@ SHIELDED_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # Ray blocks SIGINT itself
 
 
 def start(cpus: int, **quiet: Any) -> None:
-    """A Ray with `cpus` places that only this process and those that Ray starts can talk to; ends with `ray.shutdown`.
+    """Starts a Ray with `cpus` CPUs that only this process and Ray's own can talk to; `ray.shutdown` ends it.
 
-    The token is in no file. A message that reaches Ray's ports without it is refused.
+    The token is in no file. Ray refuses messages without it.
     """
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with environment(ENVIRONMENT | token), keep_loopback_address(), _shielded():
@@ -39,14 +39,14 @@ def start(cpus: int, **quiet: Any) -> None:
 
 
 def read_token() -> None:
-    """Ray reads its mode and token once a process; this process may have used another Ray before."""
+    """Makes Ray read its mode and token again: it reads them once, and this process may have used another Ray."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """These variables for as long as the context lasts."""
+    """Sets environment variables for as long as the context lasts."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -61,9 +61,9 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def keep_loopback_address() -> Iterator[None]:
-    """Lets Ray take the address 127.0.0.1 as it is; it would put the address of a network card in its place.
+    """Makes Ray keep the address 127.0.0.1, which it would replace by the address of a network card.
 
-    Ray does this for Windows and macOS, by a variable that it reads when it is imported.
+    Ray does so on Windows and macOS, by a variable that it reads when it is imported.
     """
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
@@ -82,10 +82,10 @@ def _shielded() -> Iterator[None]:
 
 
 class _ShieldedProcess(subprocess.Popen[bytes]):
-    """A process of Ray, the first of a process group, that ignores requests to stop, as all do that it starts.
+    """A process of Ray in a process group of its own; it and its children ignore signals that ask to stop.
 
-    A terminal, `timeout`, systemd and Slurm signal all processes of a command at once. The driver alone is to hear it:
-    the training saves its state before Ray ends.
+    A terminal, `timeout`, systemd and Slurm signal all processes of a command at once. Only the driver reacts, so that
+    training saves its state before Ray ends.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -96,6 +96,6 @@ class _ShieldedProcess(subprocess.Popen[bytes]):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def terminate(self) -> None:
-        """Ends the whole group, as for the node with its actors."""
+        """Kills the whole group: the node with its actors."""
         if self.poll() is None:
             os.killpg(self.pid, signal.SIGKILL)

@@ -1,8 +1,7 @@
-"""An actor does not outlive the Ray node that started it.
+"""Ends an actor whose Ray node is gone.
 
-A node that was cut off and declared dead ends itself, and leaves its actors. Ray's own check is for processes that the
-first process of the machine inherits, which is not who inherits them in many containers: they would keep their memory
-and their GPU, out of everybody's reach.
+A node that was cut off from its cluster ends itself and leaves its actors behind. Ray looks for orphans whose parent is
+process 1, but in many containers another process inherits them: they would keep their memory and their GPU.
 """
 
 import logging
@@ -16,7 +15,7 @@ EVERY_S = 2.0
 
 
 def exit_with_parent() -> None:
-    """From now on this process ends, at once, within two seconds of the one that started it."""
+    """Makes this process exit within two seconds after its parent."""
     threading.Thread(target=_watch, args=(os.getppid(),), name="orphan", daemon=True).start()
 
 

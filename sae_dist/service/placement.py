@@ -1,4 +1,4 @@
-"""Whether a cluster has room for replicas, and what to tell a person while it has not."""
+"""Whether a cluster has room for a group of processes, and a message for when it has not."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Bundle(NamedTuple):
-    """What one process of a replica reserves; all of them are alike."""
+    """What one process reserves; all processes of a group reserve the same."""
 
     cpus: float
     gpus: float
@@ -19,7 +19,7 @@ class Bundle(NamedTuple):
 
 
 class Node(NamedTuple):
-    """A machine of the cluster: what it has, and what of that is free."""
+    """A machine of the cluster: its total and its free resources."""
 
     name: str
     total: Mapping[str, float]
@@ -27,17 +27,17 @@ class Node(NamedTuple):
 
 
 def fits(bundle: Bundle, has: Mapping[str, float]) -> int:
-    """How many bundles go into these resources."""
+    """How many bundles fit into the resources `has`."""
     return min(math.floor(has.get(name, 0) / amount + 1e-9) for name, amount in bundle.resources().items())
 
 
 def never_fits(bundle: Bundle, size: int, nodes: Sequence[Node]) -> bool:
-    """Whether a replica of `size` processes would not fit even with nothing else in the cluster."""
+    """Whether `size` bundles would not fit even into the empty cluster."""
     return sum(fits(bundle, node.total) for node in nodes) < size
 
 
 def explain(bundle: Bundle, size: int, nodes: Sequence[Node]) -> str:
-    """What a replica that is not placed waits for, as one clause: which bundles, and what every node has."""
+    """What a group that is not placed waits for, as one clause: the bundles, and what every node has."""
     has = "; ".join(f"{node.name} has {_free(node)}" for node in nodes[:4])
     more = f"; and {len(nodes) - 4} more nodes" if len(nodes) > 4 else ""
     return f"{size} x {bundle}, one for each of its processes; {has or 'there are no nodes'}{more}"

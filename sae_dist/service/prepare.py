@@ -1,4 +1,4 @@
-"""What must be known before anything is harvested: the tokens, the units, and what the store will hold."""
+"""Preparation of a harvest: tokenise the text, check the model, create the store."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ from sae_dist.text.tokenize import TokenSplit, separator, tokenize, tokenizer_fi
 
 
 class Prepared(NamedTuple):
-    """The tokens of both sides, the store's description, and what to tell a person."""
+    """The training and held-out tokens, the store's description, and facts for the display."""
 
     split: TokenSplit
     meta: StoreMeta
@@ -41,11 +41,10 @@ def prepare(
     evaluated: bool = False,
     pages: bool = False,
 ) -> Prepared:
-    """Tokenises the text under `folder` and creates the store, once.
+    """Tokenises the text under `folder` and creates the store, unless both exist.
 
-    UserError, within seconds, for a model or a hook point that cannot do what the harvest will ask of it, and where the
-    dictionary is `evaluated` or gets `pages`, what evaluation and pages will. The model is loaded here for that, or
-    `describe_on_cluster` describes it where this process could not hold it.
+    UserError, within seconds, when the model or a hook point cannot be harvested, or cannot be evaluated (`evaluated`)
+    or shown (`pages`). The model is loaded here for that, unless `describe_on_cluster` is given.
     """
     text_fingerprint = corpus.fingerprint(text)  # first: a missing file is found before a model is loaded for nothing
     tokenizer = load_tokenizer(model)
@@ -80,7 +79,7 @@ def prepare(
 def _check_model(
     model: LanguageModel, hook_points: Sequence[str], context: int, *, evaluated: bool, pages: bool
 ) -> None:
-    """Once, in small, all that replicas will do with the model."""
+    """Tries on one sequence everything that replicas will do with the model."""
     check_forward(model, hook_points, context)
     for hook in hook_points:
         if evaluated:

@@ -1,7 +1,7 @@
-"""The actors that train one dictionary, one a rank. They live and die together: when one is lost, all begin again.
+"""The Ray actors of a training, one a rank. When one is lost, all restart from the last checkpoint.
 
-The driver serves the store where they meet and hears their pulse there: a rank that died, or has not been heard of for
-mesh.collective_timeout_s, is named with its machine, its process and its last step.
+The driver serves the key-value store where they meet and reads their pulse there: a rank that died, or was silent for
+mesh.collective_timeout_s, is named with its machine, process and last step.
 """
 
 import logging
@@ -31,12 +31,12 @@ from sae_dist.train.parallel.mesh_session import PeersLost
 
 logger = logging.getLogger(__name__)
 
-GRACE_S = 120.0  # for ranks that were asked to stop: to finish their step, save and return
-CAUSE_S = 15.0  # after one rank failed: for the others to say why, or to be found dead
+GRACE_S = 120.0  # that ranks which were asked to stop have to finish their step, save and return
+CAUSE_S = 15.0  # after one rank failed, that the others have to report why
 
 
 class RankActors:
-    """Training in actors. Call `poll` until it gives the result; a `with` ends by asking them to save.
+    """Training in actors. Call `poll` until it returns the result; leaving the `with` asks the actors to save.
 
     `bundle` is what each of them reserves (gpu_shares.share_gpus).
     """
@@ -54,9 +54,10 @@ class RankActors:
         self._start()
 
     def poll(self, timeout_s: float) -> Trained | None:
-        """What came of it once all ranks are done; waits `timeout_s` at most. UserError for a user's mistake.
+        """The result once all ranks are done, else None after `timeout_s` at most. Restarts ranks that were lost.
 
-        RuntimeError when ranks were lost more than train.max_restarts times without a new checkpoint.
+        UserError for a user's mistake; RuntimeError when ranks were lost more than train.max_restarts times without a
+        new checkpoint.
         """
         if not self._working:
             return self._result
@@ -76,14 +77,14 @@ class RankActors:
         return None if self._working else self._result
 
     def facts(self) -> dict[str, Any]:
-        """A line a rank, for status.json; nothing where there is only one."""
+        """The state of every rank, for status.json; empty for a single rank."""
         return {} if self._listener is None else {"ranks": self._listener.facts()}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._working:  # whatever ends the run: what was trained is saved first
+        if self._working:  # save what was trained, whatever ends the run
             logger.info("stopping: the trainer saves its state")
             for actor in self._actors:
                 actor.stop.remote()
@@ -118,19 +119,19 @@ class RankActors:
         self._working = {actor.train.remote(): rank for rank, actor in enumerate(self._actors)}
 
     def _again(self, cause: str) -> None:
-        """Starts all ranks anew, unless that has not helped so far."""
+        """Restarts all ranks, unless restarts brought no new checkpoint."""
         newest = self._newest_checkpoint()
         self._deaths, self._saved = (1 if newest != self._saved else self._deaths + 1), newest
         if self._deaths > self._job.train.max_restarts:
             raise RuntimeError(
                 f"the trainer died {self._deaths} times without a new checkpoint; the last time: {cause}"
             )
-        logger.warning("the trainer died; a new one goes on from %s (%s)", newest or "the start", cause)
+        logger.warning("the trainer died; restarting it from %s (%s)", newest or "the start", cause)
         self._kill()
         self._start()
 
     def _cause(self, ref: ray.ObjectRef, failure: RayActorError | RayTaskError) -> str:
-        """Why ranks were lost; raises what is no loss: a user's mistake, or an error of the program, on any rank."""
+        """Why ranks were lost, as a clause; raises a user's mistake or an error of the program on any rank."""
         failures = {self._working.pop(ref): failure}
         others, _ = ray.wait(list(self._working), num_returns=len(self._working), timeout=CAUSE_S)
         for other in others:
@@ -155,7 +156,7 @@ class RankActors:
         return f"rank {rank}" if self._listener is None else self._listener.describe(rank)
 
     def _listen(self) -> str | None:
-        """Who has been silent for too long; says meanwhile who is slow."""
+        """Which ranks were silent for too long, as a clause, or None; logs slow ranks."""
         if self._listener is None or time.monotonic() - self._heard_at < EVERY_S:
             return None
         self._heard_at = time.monotonic()
@@ -166,7 +167,7 @@ class RankActors:
 
     def _kill(self) -> None:
         for actor in self._actors:
-            ray.kill(actor)  # it may only be out of reach
+            ray.kill(actor)  # it may still be alive on an unreachable node
         self._working = {}
 
     def _newest_checkpoint(self) -> str | None:

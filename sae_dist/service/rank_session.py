@@ -37,7 +37,7 @@ SHORT_STEPS = 5_000  # below which the learning rate of the law is too low to co
 
 
 def chosen_hook(store: Store, hook: str | None) -> str:
-    """`hook`, or the store's only one; UserError when it has not that one, or several to choose from."""
+    """`hook`, or the store's only hook point if it is None; UserError when it does not exist or has to be chosen."""
     there = list(store.meta.hooks)
     if hook is None and len(there) == 1:
         return there[0]
@@ -47,7 +47,7 @@ def chosen_hook(store: Store, hook: str | None) -> str:
 
 
 def check_heldout(store: Store) -> None:
-    """Refuses a store whose held-out units are not there, before hours of training rather than after."""
+    """UserError when held-out units are missing: before hours of training rather than after."""
     if missing := _missing_heldout(store):
         raise UserError(
             f"store={store.storage.uri} lacks {len(missing)} of its {store.meta.heldout_units} held-out units (unit "
@@ -56,7 +56,7 @@ def check_heldout(store: Store) -> None:
 
 
 def wait_for_heldout(store: Store, stop: Callable[[], bool], *, stall_s: float = 3600.0) -> None:
-    """Until a harvest that goes on has committed all held-out units; Stopped once `stop()`, UserError if it stalls."""
+    """Waits until a running harvest has committed all held-out units; Stopped once `stop()`, UserError if it stalls."""
     missing, heard = _missing_heldout(store), time.monotonic()
     if missing:
         logger.info("trained; waiting for %d held-out units of the harvest", len(missing))
@@ -127,7 +127,7 @@ def _logs(job: TrainJob, out: Path, first: bool, watch: Log | None) -> Iterator[
 
 
 def log_default_rate(job: TrainJob) -> None:
-    """The law for the learning rate is of long runs: in a short one a dictionary has not come far when it ends."""
+    """Logs that the default learning rate is meant for long runs: a short run may learn more with a higher one."""
     lawful = [member for member in job.members if member.lr is None]
     if lawful and job.train.n_steps < SHORT_STEPS:
         logger.info(
@@ -138,9 +138,9 @@ def log_default_rate(job: TrainJob) -> None:
 
 
 def alerting(log: Log, job: TrainJob) -> Log:
-    """`log`, with a key `alert` in the line at which a dictionary's figures turn so bad that nobody should miss it.
+    """`log` that adds a key `alert` to the line at which a dictionary's figures turn bad.
 
-    FVU counts from the second half of the steps on: it may begin above 1.
+    FVU counts in the second half of the steps only: it may begin above 1.
     """
     amiss: set[str] = set()
 
@@ -161,7 +161,7 @@ def alerting(log: Log, job: TrainJob) -> Log:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: in a Slurm slot or a container not all that the machine has."""
+    """The number of cores that this process may use, as limited by Slurm or a container."""
     return len(os.sched_getaffinity(0))
 
 
@@ -183,7 +183,7 @@ class RankActor:
         self._stop = threading.Event()
 
     def train(self) -> Trained | None:
-        """Trains on a store that may still be growing; None when a rank was asked to stop before the end."""
+        """Trains to the end; None when it was asked to stop before. The store may still be growing."""
         mesh = self._job.mesh
         try:
             world = mesh.data * mesh.feature
@@ -198,5 +198,5 @@ class RankActor:
             raise
 
     def stop(self) -> None:
-        """Asks `train` to save and return after its present step."""
+        """Asks `train` to save and return after the current step."""
         self._stop.set()

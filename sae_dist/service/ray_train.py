@@ -53,7 +53,7 @@ class _NoProcessGroup(TorchConfig):
 
 
 class _Failures(UserCallback):
-    """Tells the driver why workers failed; runs in Ray Train's controller."""
+    """Reports to the driver why workers failed; runs in Ray Train's controller."""
 
     def __init__(self, run: Rendezvous) -> None:
         self._run = run
@@ -134,11 +134,11 @@ class _WorkerMonitor:
         self._attempt, self._listener = "", None
 
     def outcome(self) -> Outcome | None:
-        """What came of it, once a worker has said so."""
+        """The outcome that a worker reported; None before."""
         return Outcome(*json.loads(self._run.get("outcome"))) if self._run.check(["outcome"]) else None
 
     def poll(self) -> None:
-        """Takes in where the ranks are; says who is slow, who failed and how it goes on."""
+        """Reads the pulse of the ranks; logs slow ranks, failures and restarts."""
         if self._listener is not None:
             self._listener.poll()
             for slow in self._listener.stragglers():
@@ -158,7 +158,7 @@ class _WorkerMonitor:
                     logger.warning("training with %d data ranks of mesh.data=%d", data, self._job.mesh.data)
 
     def facts(self) -> dict[str, Any]:
-        """A line a rank, for status.json."""
+        """The state of every rank, for status.json."""
         return {} if self._listener is None else {"ranks": self._listener.facts()}
 
     def _who(self, rank: int) -> str:
@@ -181,7 +181,7 @@ def _fit(trainer: TorchTrainer) -> None:
 
 
 def _why(fitted: ray.ObjectRef, job: TrainJob) -> str:
-    """Why Ray Train gave up, in a line."""
+    """Why Ray Train failed, in one line."""
     try:
         ray.get(fitted)
     except TrainingFailedError as failed:

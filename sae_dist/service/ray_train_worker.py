@@ -30,14 +30,14 @@ LOOK_S = 0.5
 
 
 class Outcome(NamedTuple):
-    """What came of the training, as a worker says it."""
+    """The end of a training, as a worker reports it."""
 
     kind: str  # trained, stopped, refused
     told: Any  # the fields of Trained, or a line
 
 
 def train_worker(given: dict[str, Any]) -> None:
-    """What every worker does: a rank's training, or nothing if it is one too many for the mesh."""
+    """Trains as one rank, or returns at once if the mesh has no place for this worker."""
     exit_with_parent()
     job, context = load_config(TrainJob, given["job"]), ray.train.get_context()
     rank, bundle, place = context.get_world_rank(), Bundle(*given["bundle"]), Rendezvous(*given["run"])
@@ -67,7 +67,7 @@ def train_worker(given: dict[str, Any]) -> None:
 
 @contextmanager
 def _stop_requested(place: Rendezvous) -> Iterator[Callable[[], bool]]:
-    """Whether the driver has asked to stop; a thread looks, so that a step does not wait for the answer."""
+    """Yields a function that says whether the driver asked to stop; a thread polls, so that no step waits for it."""
     store, heard, end = connect_store(place, START_S), threading.Event(), threading.Event()
 
     def look() -> None:

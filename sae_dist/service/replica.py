@@ -1,4 +1,4 @@
-"""One process of a model replica: holds the language model, or a part of it, harvests units, judges dictionaries."""
+"""One process of a model replica: loads the model, or a part of it, harvests units and evaluates dictionaries."""
 
 import functools
 import logging
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class ReplicaConfig(NamedTuple):
-    """What a replica needs to know; plain values, since it crosses a process border."""
+    """What a replica needs to know; plain values that can be sent to another process."""
 
     model: dict[str, Any]
     harvest: dict[str, Any]
@@ -41,7 +41,7 @@ class ReplicaConfig(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A process that is ready: where it is, and what its processor reaches on a plain product."""
+    """A process that has loaded its model; flop_per_s is its speed on a plain matrix product."""
 
     rank: int
     node: str
@@ -69,7 +69,7 @@ class Replica:
         self._progress: dict[str, Any] = {}
 
     def meet(self) -> StoreAddress:
-        """Opens the place where the other processes of the replica come; for the first of them."""
+        """Serves the key-value store where the processes of the replica meet; called in rank 0."""
         self._served = StoreServer(ray.util.get_node_ip_address())
         return self._served.address
 
@@ -110,16 +110,16 @@ class Replica:
         return self._harvester.harvest(unit, turn, producer=producer)
 
     def pulse(self) -> Progress:
-        """A sign of life: it changes with every batch and every commit."""
+        """Positions and units done so far: a sign of life that changes with every batch and every commit."""
         return Progress(0, 0) if self._harvester is None else self._harvester.progress
 
     def progress(self) -> dict[str, Any]:
-        """How far `evaluate` or `pages` is; answered beside them."""
+        """How far `evaluate` or `pages` is; may be called while they run."""
         return self._progress
 
     @functools.cached_property
     def _language_model(self) -> LanguageModel:
-        """The model as modules; the engine's own where it has one."""
+        """The model as torch modules: the engine's own, or one loaded now."""
         return whole_model(self._engine, self._model)
 
     def evaluate(self, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -130,7 +130,7 @@ class Replica:
         )  # fmt: skip
 
     def pages(self, values: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes the feature pages of a run's dictionary; where their index is."""
+        """Writes the feature pages of a run's dictionary; returns the path of their index."""
         path = evaluate_job.pages(
             load_config(RunConfig, values), self._language_model, store=self._store,
             stream=self._split.train, summary=summary, progress=self._say,

@@ -1,7 +1,7 @@
-"""One model replica as the driver sees it: processes in a placement group that hold the model together.
+"""One model replica as the driver sees it: actors in a placement group that hold the model together.
 
-Nothing here waits: `advance` goes one step further towards `ready` when that step is done, and asks every process for a
-sign of life. Whatever ends a replica is raised as `ReplicaLost`; a user's mistake that it found as `UserError`.
+Nothing here blocks: `advance` starts the next step towards `ready` when the last one is done, and asks every process
+for a sign of life. The end of a replica is raised as `ReplicaLost`, a user's mistake that it found as `UserError`.
 """
 
 import logging
@@ -23,18 +23,18 @@ from sae_dist.service.replica import Loaded, Replica, ReplicaConfig
 
 logger = logging.getLogger(__name__)
 
-PULSE_S = 1.0  # between an answer and the next question to a process
-PATIENCE_S = 15.0  # without a place before a person is told, and until told again
+PULSE_S = 1.0  # between the answer of a process and the next question to it
+PATIENCE_S = 15.0  # between messages while the replica waits for free resources
 PROGRAM_ERRORS = (IndexError, TypeError, AttributeError, AssertionError, NotImplementedError)  # whoever does the work
-PULSES = 30  # answers of a process that its mean delay is taken over
+PULSES = 30  # answers that the mean delay of a process is taken over
 
 
 class ReplicaLost(Exception):
-    """The replica is gone, or one of its processes, or nothing sensible comes from it; says why in a line."""
+    """The replica or one of its processes is dead or fails; says why in one line."""
 
 
 class ReplicaShape(NamedTuple):
-    """How a replica is made: so many processes, what each reserves, and the threads it computes with."""
+    """The number of processes of a replica, what each reserves, and the threads that each computes with."""
 
     size: int
     bundle: Bundle
@@ -42,7 +42,7 @@ class ReplicaShape(NamedTuple):
 
 
 class ReplicaHandle:
-    """A replica from when it is asked for until `close`. Times: the driver's monotonic clock, in seconds."""
+    """A replica from its request until `close`. Times are seconds of the driver's monotonic clock."""
 
     def __init__(
         self, number: int, config: ReplicaConfig, shape: ReplicaShape, *, start_timeout_s: float, now: float
@@ -50,10 +50,10 @@ class ReplicaHandle:
         self.number, self.shape = number, shape
         self.state: Literal["placing", "meeting", "loading", "ready"] = "placing"
         self.loaded: list[Loaded] = []
-        self.draining = False  # gets no more units, and goes when it has none
+        self.draining = False  # gets no more units, and is closed when it has none
         self._config, self._start_timeout_s, self._began, self._told = config, start_timeout_s, now, now
         self._actors: list[ActorHandle] = []
-        self.steps: list[ray.ObjectRef] = []  # what the present state waits for, unless it is a place
+        self.steps: list[ray.ObjectRef] = []  # calls that the current state waits for; none while it is placed
         self.ready_at = math.inf
         self._turn = 0
         self._asked: dict[ray.ObjectRef, tuple[int, float]] = {}  # pulse -> process, when
@@ -71,11 +71,11 @@ class ReplicaHandle:
 
     @property
     def flop_per_s(self) -> float:
-        """What its processes together reach on plain products; 0 before they are ready."""
+        """The speed of its processes together on plain matrix products; 0 before they are ready."""
         return sum(loaded.flop_per_s for loaded in self.loaded)
 
     def advance(self, now: float) -> bool:
-        """Goes on as far as it can; whether the replica gave a sign of life. Raises `ReplicaLost` and `UserError`."""
+        """Does what can be done now; returns whether the replica gave a sign of life. ReplicaLost, UserError."""
         if self.state == "ready":
             return self._listen(now)
         if now - self._began > self._start_timeout_s:
@@ -104,24 +104,24 @@ class ReplicaHandle:
         return True
 
     def harvest(self, unit: int, producer: str) -> list[ray.ObjectRef]:
-        """Gives the unit to all processes; the first answer has the `UnitReport`, the others are None."""
+        """Sends the unit to all processes; the first result is the `UnitReport`, the others are None."""
         refs: list[ray.ObjectRef] = [actor.harvest.remote(unit, self._turn, producer) for actor in self._actors]
         self._turn += 1
         return refs
 
     def delays(self, now: float) -> dict[tuple[int, int], float]:
-        """Mean seconds that a process takes to answer, by (replica, process); an answer that is out counts so far."""
+        """Mean seconds that each process takes to answer, by (replica, process); an open question counts too."""
         known = {rank: mean(delays) for rank, delays in self._delays.items()}
         for rank, asked in self._asked.values():
             known[rank] = max(known.get(rank, 0.0), now - asked)
         return {(self.number, rank): delay for rank, delay in known.items()}
 
     def leader(self) -> ActorHandle:
-        """The process that leads; of a replica of one, the one that can judge a dictionary too."""
+        """The first process; the only one of a replica of one, which can also evaluate dictionaries."""
         return self._actors[0]
 
     def close(self) -> None:
-        """Kills its processes, whatever state they are in, and gives back their places."""
+        """Kills its processes, whatever state they are in, and frees their resources."""
         for actor in self._actors:
             ray.kill(actor)
         remove_placement_group(self._group)
@@ -161,7 +161,7 @@ class ReplicaHandle:
         self.steps, self.state = [actor.load.remote(address) for actor in self._actors], "loading"
 
     def _listen(self, now: float) -> bool:
-        """Takes in the pulses that came and asks again; whether the one of a process differs from its last."""
+        """Collects the pulses that arrived and asks again; returns whether any pulse has changed."""
         came, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0) if self._asked else ([], [])
         alive = False
         for ref in came:
@@ -178,9 +178,9 @@ class ReplicaHandle:
 
 
 def replica_result(ref: ray.ObjectRef) -> Any:
-    """The answer of a process; `ReplicaLost` when there is none to be had, `UserError` when it found a user's mistake.
+    """The result of a call; `ReplicaLost` when the replica failed, `UserError` for a user's mistake that it found.
 
-    A fault of the program itself is raised as it is: another replica would have it too.
+    An error of the program itself is raised as it is: every other replica would raise it too.
     """
     try:
         return result_of(ref)

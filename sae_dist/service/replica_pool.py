@@ -1,7 +1,7 @@
-"""Replicas at work: units are leased to them in order, and a unit whose replica is gone is leased to another.
+"""The replicas of a harvest: units are leased to them in order, and a dead replica's units are leased to another.
 
-One driver at a time fills a store (shards/lease.py). Which copy of a unit counts is decided by the store alone, so
-nothing here has to be sure that a replica which it gave up is really dead.
+One driver at a time fills a store (shards/lease.py). The store alone decides which copy of a unit counts, so a replica
+that was given up need not really be dead.
 """
 
 import logging
@@ -33,10 +33,10 @@ from sae_dist.storage import StorageError
 
 logger = logging.getLogger(__name__)
 
-DEPTH = 2  # units that a replica has at once: one in the model, one on its way into the store
-MAX_DEATHS = 5  # of replicas without a unit in between: something kills them all, and would kill the next one
-MAX_TRIES = 5  # of one unit: it kills those who take it
-LOOK_EVERY_S = 2.0  # at how far readers are
+DEPTH = 2  # units that a replica has at once: one in the model, one being written
+MAX_DEATHS = 5  # of replicas in a row without a finished unit: the next one would die too
+MAX_TRIES = 5  # of one unit, which seems to kill its replicas
+LOOK_EVERY_S = 2.0  # between two looks at the readers' positions
 LOG_EVERY_S = 10.0
 
 
@@ -53,7 +53,7 @@ def check_harvest_capacity(config: HarvestConfig, bundle: Bundle, *, others: int
 
 
 class ReplicaPool:
-    """The units still to do and the replicas that do them. Call `poll` until `done`; close it."""
+    """The units that are not done and the replicas that work on them. Call `poll` until `done`, then `close`."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class ReplicaPool:
         return not self._leases.left
 
     def poll(self, timeout_s: float) -> None:
-        """Takes in what has finished, hands out what is next, mends and resizes; waits `timeout_s` at most."""
+        """Collects finished units, assigns new ones, replaces dead replicas, resizes; waits `timeout_s` at most."""
         if self._lease is None or self.done:
             return
         self._lease.check()
@@ -115,21 +115,21 @@ class ReplicaPool:
         waiting = [*self._calls, *(ref for handle in self._handles.values() for ref in handle.steps)]
         if waiting:
             ray.wait(waiting, num_returns=1, timeout=timeout_s)
-        else:  # for a place in the cluster
+        else:  # replicas wait for free resources
             time.sleep(min(timeout_s, 0.1))
         self._collect_reports(time.monotonic())
         if self.done or now - self._logged >= LOG_EVERY_S:
             self._logged = now
             self._log(self._units_done, self.figures())
         if self.done:
-            self._resources.close()  # others may fill the store now
+            self._resources.close()  # releases the store's lease
 
     def stop_waiting_for_readers(self) -> None:
-        """From now on nobody reads any more: harvesting need not wait for anybody."""
+        """Lifts the bound of harvest.ahead_units: training has ended."""
         self._flow = FlowControl(0).look([], 0)
 
     def facts(self) -> dict[str, Any]:
-        """How far the harvest is, for people: what all replicas did, and a part for each that is at work."""
+        """The progress of the harvest for the display: totals, and a part for each replica that is at work."""
         facts: dict[str, Any] = self._counts()
         if (left := remaining_s(self._working(), units_left=self._leases.left)) is not None and not self.done:
             facts["eta"] = duration(left)
@@ -142,7 +142,7 @@ class ReplicaPool:
         return facts
 
     def figures(self) -> dict[str, Any]:
-        """The same as flat figures, for metrics.jsonl and W&B."""
+        """The same facts as flat figures, for metrics.jsonl and W&B."""
         figures: dict[str, Any] = self._counts()
         figures["tokens"] = sum(each.positions for each in self._throughput.values())
         figures["eta_s"] = remaining_s(self._working(), units_left=self._leases.left)
@@ -153,9 +153,9 @@ class ReplicaPool:
         return figures
 
     def any_replica(self, check: Callable[[], None]) -> ActorHandle:
-        """A process that holds the whole model and is not needed for harvesting any more, a new one if there is none.
+        """A process with the whole model, after the harvest: an idle replica or a new one.
 
-        `check` is called now and then while it starts, and may raise.
+        `check` is called repeatedly while it starts, and may raise.
         """
         assert self.done, "replicas are at work"
         if self._config.tensor_parallel > 1 and any(handle.shape.size > 1 for handle in self._handles.values()):
@@ -173,7 +173,7 @@ class ReplicaPool:
             time.sleep(0.05)
 
     def replace(self, replica: ActorHandle) -> None:
-        """A replica that died outside a unit is gone; `any_replica` gives another."""
+        """Removes a replica that died outside a unit; `any_replica` then returns another."""
         for handle in list(self._handles.values()):
             if handle.leader() == replica:
                 del self._handles[handle.number]
@@ -188,7 +188,7 @@ class ReplicaPool:
         return self._store.meta.n_units - self._leases.left
 
     def _look(self, now: float) -> None:
-        """At the readers: how far ahead of them harvesting may be, what they need no more, how hungry they are."""
+        """Reads the consumers' positions: updates the bound, retires consumed units, adapts the number of replicas."""
         grows, keeps = self._bounds.least < self._bounds.most, self._config.retention == "keep"
         if not (self._config.ahead_units or grows) and keeps:
             return
@@ -203,7 +203,7 @@ class ReplicaPool:
         since, blocked_s, before = self._observed
         if not grows or now - since < INTERVAL_S:
             return
-        # Without a reader the store is what is wanted, as soon as may be.
+        # Without a reader the store itself is what is wanted, as fast as possible.
         starved = starved_share(before, self._readers, now - since) if self._readers else 1.0
         if starved is None:
             return
@@ -218,7 +218,7 @@ class ReplicaPool:
         self._scale, self._observed = scale, (now, self._blocked_s, self._readers)
 
     def _resize(self) -> None:
-        """As many replicas as are wanted, but no more than there are units; those with the least to lose go."""
+        """Starts or drains replicas until there are as many as wanted, and no more than units; idle ones go first."""
         wanted = min(self._scale.wanted, self._leases.left)
         staying = [handle for handle in self._handles.values() if not handle.draining]
         staying.sort(key=lambda handle: (not handle.ready, -len(self._leases.of(handle.number))))
@@ -241,7 +241,7 @@ class ReplicaPool:
         return handle
 
     def _assign_units(self, now: float) -> None:
-        """Units in order, those that came back first and whatever the readers say: they may be waiting for them."""
+        """Assigns units in order. Units that came back go first and ignore the bound: a reader may wait for them."""
         assert self._lease is not None
         for depth in range(1, DEPTH + 1):
             for handle in self._handles.values():
@@ -263,7 +263,7 @@ class ReplicaPool:
         finished, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
         for ref in finished:
             number, attempt = self._calls.pop(ref, (None, 0))
-            if number is None:  # its replica was given up a moment ago
+            if number is None:  # its replica has just been given up
                 continue
             handle = self._handles[number]
             try:
@@ -279,7 +279,7 @@ class ReplicaPool:
                 self._throughput[number].add(UnitReport(*report), now)
 
     def _give_up(self, handle: ReplicaHandle, why: str) -> None:
-        """Gives a replica up, with its units; `_resize` puts another in its place."""
+        """Closes a replica that is lost and returns its units to the queue; `_resize` starts another."""
         self._deaths, self._deaths_in_a_row = self._deaths + 1, self._deaths_in_a_row + 1
         del self._handles[handle.number]
         handle.close()
@@ -290,7 +290,7 @@ class ReplicaPool:
         for unit in units:
             if self._leases.lost[unit] >= MAX_TRIES:
                 raise RuntimeError(f"unit {unit} was lost {MAX_TRIES} times with its replica; the last time: {why}")
-        at = f"at unit {units[0]}; what it had goes to another" if units else f"while {handle.state}"
+        at = f"at unit {units[0]}; its units go to another" if units else f"while {handle.state}"
         logger.warning("replica %d died %s (%s)", handle.number, at, why)
 
     def _close_replicas(self) -> None:
@@ -324,7 +324,7 @@ class ReplicaPool:
         return {"state": handle.state} | on | (known.facts() if known is not None else {})
 
     def _alert(self) -> str | None:
-        """Who holds the others up, if somebody does."""
+        """A slow process or replica, as a clause; None when there is none."""
         now, delays = time.monotonic(), {}
         for handle in self._handles.values():
             delays |= handle.delays(now)

@@ -1,4 +1,4 @@
-"""What a run leaves: the folder that is its memory, claimed by one process at a time."""
+"""The folder of a run: its configuration and status, locked by one process at a time."""
 
 import contextlib
 import fcntl
@@ -37,7 +37,7 @@ CONFIG_CURE = "take it from a copy of the run, or remove it and repeat the run's
 
 
 class RunFolder:
-    """`out`, held for as long as this process lives: the kernel lets go of the lock however the process ends."""
+    """`out`, locked until `close`; the kernel releases the lock however the process ends."""
 
     def __init__(self, path: Path, config: object) -> None:
         self.path, values = path, to_dict(config)
@@ -65,7 +65,7 @@ class RunFolder:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds that this run has been at work, over all its attempts."""
+        """Seconds that this run has worked, over all its attempts."""
         return round(self._seconds_before + time.monotonic() - self._started, 1)
 
     def status(self, state: str, **facts: Any) -> None:
@@ -100,17 +100,17 @@ class RunFolder:
         self._written = time.monotonic()
 
     def done(self, summary: Mapping[str, Any]) -> None:
-        """The state of a finished training; its alerts are there for who looks at status.json alone."""
+        """Writes the status of a finished run, with its alerts."""
         alerts = {"alerts": summary["alerts"]} if summary.get("alerts") else {}
         self.status("done", step=summary["steps"], tokens=summary["tokens_trained"], **alerts)
 
     @contextmanager
     def recording_outcome(self) -> Iterator[None]:
-        """Lets go of the folder at the end, and leaves in status.json how it ended if it did not end well."""
+        """Unlocks the folder at the end; if an error ended the run, status.json says which."""
         try:
             yield
         except (Stopped, KeyboardInterrupt) as stopped:
-            self._ended("stopped", f"{str(stopped) or 'Ctrl-C'}; the same command goes on from here")
+            self._ended("stopped", f"{str(stopped) or 'Ctrl-C'}; run the same command again to resume")
             raise
         except UserError as error:
             self._ended("refused", str(error))
@@ -125,7 +125,7 @@ class RunFolder:
             self.close()
 
     def _ended(self, state: str, note: str) -> None:
-        """The state that the run ends in; a disk that does not take it is no more than a warning beside that."""
+        """Writes the state that the run ends in; a full disk is only a warning here."""
         try:
             self.status(state, note=note)
         except OSError as error:
@@ -146,7 +146,7 @@ Facts = dict[str, Fact | dict[str, Fact]]
 
 
 class Status(TypedDict):
-    """status.json, and phases of which each has facts: text, harvest, train, ranks."""
+    """status.json; each phase (text, harvest, train) has facts."""
 
     __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # type: ignore[misc]
 
@@ -182,7 +182,7 @@ def _command() -> dict[str, str]:
 
 
 def _seconds_before(path: Path) -> float:
-    """Seconds of work of earlier attempts; they are no reason not to go on."""
+    """Seconds of work of earlier attempts; 0 with a warning when status.json is damaged."""
     try:
         before = read_status(path)
     except UserError as damage:
@@ -197,7 +197,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def is_claimed(path: Path) -> bool:
-    """Whether a process works on this run now. Asking does not get in the way of one that is about to."""
+    """Whether a process works on this run now; asking does not keep another process from starting."""
     try:
         with (path / LOCK).open("r") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -212,7 +212,7 @@ def claim(path: Path) -> IO[str]:
     """The run's lock file, held until it is closed; UserError while another process holds it."""
     lock, holder = (path / LOCK).open("a+"), "unknown"
     try:
-        for _ in range(CLAIM_TRIES - 1):  # somebody may just be asking whether the run is claimed
+        for _ in range(CLAIM_TRIES - 1):  # `is_claimed` of another process may hold it for a moment
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return lock
@@ -220,7 +220,7 @@ def claim(path: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        with contextlib.suppress(UserError):  # damaged: its number is a courtesy
+        with contextlib.suppress(UserError):  # a damaged status.json: the message does without the process number
             holder = status["pid"] if (status := read_status(path)) is not None else holder
         raise UserError(
             f"out={path} is in use by process {holder}; wait for it, stop it, or choose another out="
@@ -229,7 +229,7 @@ def claim(path: Path) -> IO[str]:
 
 
 def _refuse_another_run(path: Path, values: dict[str, Any]) -> None:
-    """A repeated command goes on; a different one in the same folder would mix two runs."""
+    """UserError when the folder has a run with other settings, which must not be mixed."""
     if not os.path.lexists(path / "config.yaml"):
         return
     then, now = identity(read_config(path)), identity(values)

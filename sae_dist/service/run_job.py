@@ -1,7 +1,7 @@
-"""The main job: text, harvest and training at once, evaluation, feature pages. Repeating it goes on where it stopped.
+"""The run command: text, harvest and training at once, evaluation, feature pages. Repeating it resumes.
 
-Every phase leaves its result in the run's folder or in the store and looks there before it starts, so the state of a
-run is what lies on disk; this process holds nothing that another start of the same command would miss.
+Every phase writes its result to the run's folder or the store and looks there before it starts: all state of a run is
+on disk.
 """
 
 import logging
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """Does what is still to do of the run and returns its summary (summary.json)."""
+    """Does the phases of the run that are not done and returns its summary (summary.json)."""
     if config.train.launcher not in ("auto", "actors"):
         raise UserError(
             f"train.launcher={config.train.launcher}: this command trains in Ray actors; leave it at auto, or harvest "
@@ -90,7 +90,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
-    """The summary, if the run has ended with these very settings on the store that is there."""
+    """The summary, if the run has finished with these settings on this store and all its results are sound."""
     if not (out / "summary.json").is_file():
         return None
     store = reader.open(storage.open(config.store_uri))
@@ -104,7 +104,7 @@ def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
 
 
 class _Run:
-    """The phases that need processes. One object a start; nothing in it outlives it."""
+    """The phases that need Ray."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class _Run:
         )
 
     def execute(self) -> dict[str, Any]:
-        """Harvests what is missing while training on it, then judges what came out."""
+        """Harvests what is missing while training on it, then evaluates; returns the summary."""
         with (
             harvest_log(self._out, self._config.wandb, self._values) as log,
             closing(
@@ -150,7 +150,7 @@ class _Run:
             hashed=self._hashed, figures=figures,
         )  # fmt: skip
         if self._config.pages is not None:
-            # Pages may fail; the figures are there then, and the same command tries the pages alone again.
+            # Figures are written first: if the pages fail, the same command retries the pages alone.
             write_json(self._out / "summary.json", summary | {"wall_seconds": self._folder.wall_seconds})
             main = self._config.members[0]  # pages are the main dictionary's
             made_from = digest([weights_digest(main.folder(self._out)), figures[main.name], self._values["pages"]])
@@ -162,7 +162,7 @@ class _Run:
         return summary
 
     def _stream(self, pool: ReplicaPool) -> Trained:
-        """Harvest and training side by side: they meet at the committed units of the store."""
+        """Runs harvest and training side by side; they meet at the committed units of the store."""
         job, provenance = self._config.train_job(), {"config_hash": self._hashed}
         with RankActors(job, provenance=provenance, bundle=self._shares.rank) as ranks:
             report = None
@@ -215,7 +215,7 @@ class _Run:
         return result
 
     def _wait(self, phase: str, replica: ActorHandle, asked: ray.ObjectRef) -> dict[str, Any]:
-        """The answer, showing meanwhile how far it is."""
+        """Waits for the result and shows the progress meanwhile."""
         said: dict[str, Any] = {}
         while not ray.wait([asked], timeout=0.5)[0]:
             self._request.check()

@@ -1,6 +1,6 @@
-"""A request to stop, heard between two steps of the driver: SIGTERM, Ctrl-C, or a terminal that was closed (SIGHUP).
+"""Signals that ask to stop (SIGTERM, Ctrl-C, SIGHUP of a closed terminal), checked between two steps of the driver.
 
-An exception out of a signal handler would go right through Ray's own code, which does not survive it.
+An exception raised by a signal handler could end Ray's own code anywhere, which Ray does not survive.
 """
 
 import os
@@ -18,7 +18,7 @@ SAME_REQUEST_S = 1.0  # a supervisor may signal a process and then its group: a 
 
 
 class StopRequest:
-    """Whether there was a request to stop since `catch_signals`."""
+    """Whether a signal asked to stop since `catch_signals`."""
 
     def __init__(self) -> None:
         self._heard: str | None = None
@@ -33,7 +33,7 @@ class StopRequest:
             raise Stopped(self._heard)
 
     def hear(self, name: str) -> None:
-        """Takes in a signal. A second Ctrl-C does not wait for anything any more."""
+        """Records a signal; a second Ctrl-C raises KeyboardInterrupt at once."""
         if self._heard is None:
             self._heard, self._heard_at = name, time.monotonic()
         elif name == "SIGINT" and time.monotonic() - self._heard_at > SAME_REQUEST_S:
@@ -42,7 +42,7 @@ class StopRequest:
 
 @contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Turns signals into a request for as long as the context lasts."""
+    """Turns signals into a StopRequest for as long as the context lasts."""
     request = StopRequest()
     before = on_signals(request.hear)
     try:
@@ -55,10 +55,10 @@ def catch_signals() -> Iterator[StopRequest]:
 def on_signals(
     hear: Callable[[str], None], requests: tuple[signal.Signals, ...] = STOP_SIGNALS
 ) -> dict[signal.Signals, Any]:
-    """Calls `hear` with the name of each of these signals from now on; what handled them before.
+    """Calls `hear` with the name of each of these signals from now on; returns the previous handlers.
 
-    SIGHUP is left alone where it is ignored: that is what nohup is for. A signal that whoever started this process had
-    blocked is let through: it is blocked for Ray (launch/slurm.sbatch).
+    SIGHUP stays ignored where it is (nohup). Signals that were blocked when this process started are unblocked:
+    launch/slurm.sbatch blocks them for Ray.
     """
 
     def handler(number: int, _: object) -> None:
@@ -72,10 +72,7 @@ def on_signals(
 
 
 def _discard_output_to_closed_files() -> None:
-    """From now on what is said to a terminal or a pipe that was closed goes nowhere.
-
-    Writing to it is an error, which would end the saving.
-    """
+    """Redirects output to a closed terminal or pipe to /dev/null: an error on writing would interrupt the saving."""
     for descriptor in (1, 2):
         looked = select.poll()
         looked.register(descriptor, 0)

@@ -39,7 +39,7 @@ class AlsoJudged(TypedDict):
 
 
 class Summary(TypedDict):
-    """What every reader of summary.json may count on; it has more."""
+    """The keys of summary.json that every reader may rely on; there are more."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
@@ -64,7 +64,7 @@ class Summary(TypedDict):
 
 
 class Finished(Protocol):
-    """What training reports."""
+    """The result of a training, as far as a summary needs it."""
 
     @property
     def steps(self) -> int: ...
@@ -77,9 +77,9 @@ class Finished(Protocol):
 
 
 def read_finished(out: Path, hashed: str, members: Iterable[Member]) -> dict[str, Any] | None:
-    """The summary that a finished run of the same configuration left in `out`, with all of its dictionaries sound.
+    """The summary of a finished run of the same configuration in `out`, if all its dictionaries are sound.
 
-    None when there is none; what is gone or damaged is said in the log, and is made again by going on.
+    None otherwise; what is missing or damaged is logged, and made again by the caller.
     """
     if not os.path.lexists(out / "summary.json"):
         return None
@@ -90,7 +90,7 @@ def read_finished(out: Path, hashed: str, members: Iterable[Member]) -> dict[str
         for member in members:
             check(member.folder(out))
     except UserError as damage:
-        what, _, _ = str(damage).partition(";")  # its cure, to repeat the command, is under way
+        what, _, _ = str(damage).partition(";")  # without the cure, to repeat the command: that is happening
         logger.warning("this run had finished, but %s; making it again", what)
         return None
     return found
@@ -102,14 +102,14 @@ def read_summary(out: Path) -> dict[str, Any]:
 
 
 class Phase(TypedDict):
-    """evaluate.json or pages.json: what a phase of the main job came to, and a digest of what it was made from."""
+    """evaluate.json or pages.json: the result of a phase, and the digest of what it was made from."""
 
     made_from: str
     result: dict[str, Any]
 
 
 def read_phase(path: Path, made_from: str) -> dict[str, Any] | None:
-    """The result of a phase, if it was made from the same; None when there is none, or when it is damaged."""
+    """The result of a phase, if it was made from the same; None if not, or if the file is missing or damaged."""
     if not os.path.lexists(path):
         return None
     try:
@@ -121,7 +121,7 @@ def read_phase(path: Path, made_from: str) -> dict[str, Any] | None:
 
 
 def alerts(figures: Mapping[str, Any]) -> list[str]:
-    """What is so wrong with a dictionary's figures that nobody should use it unawares, a clause each."""
+    """What is badly wrong with a dictionary's figures, a clause each."""
     fvu, l0 = figures.get("fvu"), figures.get("l0")
     found = []
     if l0 == 0:
@@ -132,12 +132,12 @@ def alerts(figures: Mapping[str, Any]) -> list[str]:
 
 
 def weights_digest(dictionary: Path) -> str:
-    """What judgements of a dictionary hang on: the hash of its weights, which are what it says."""
+    """The hash of a dictionary's weights, verified; evaluations depend on it."""
     return check(dictionary)[WEIGHTS]
 
 
 def alert_entry(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The key `alerts` of a summary, if its dictionaries' figures give reason; the log says them too."""
+    """The key `alerts` of a summary, or nothing where all figures are sane; alerts are logged too."""
     cure = "the training diverged or has hardly begun: see metrics.jsonl, lower train.lr or train longer"
     named = {"" if name == MAIN else f"{name}: ": alerts(own) for name, own in figures.items()}
     found = [f"{name}on held-out rows {'; '.join(of)} ({cure})" for name, of in named.items() if of]

@@ -1,4 +1,4 @@
-"""What replicas do with their time, from their reports: rates, shares, how long it takes. Times are given."""
+"""Rates of replicas and shares of their time, from their reports. Pure: times are arguments."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sae_dist.harvest.harvester import UnitReport
 
-RECENT = 8  # units that the present rate is taken over
+RECENT = 8  # units that the current rate is taken over
 SLOW_ANSWER_S, SLOW_RATIO = (
     1.0,
     4.0,
@@ -31,7 +31,7 @@ class Snapshot(NamedTuple):
 
 
 class Throughput:
-    """One replica since it was ready at `now`; `flop_per_s` is what its processes reach on plain products."""
+    """One replica since it was ready at `now`; `flop_per_s` is its speed on plain matrix products."""
 
     def __init__(self, now: float, flop_per_s: float) -> None:
         self.units = self.rows = self.outliers = self.nonfinite = self.duplicates = 0
@@ -41,11 +41,11 @@ class Throughput:
 
     @property
     def positions(self) -> int:
-        """Run through the model."""
+        """Positions that were run through the model."""
         return self._recent[-1].positions
 
     def add(self, report: UnitReport, now: float) -> None:
-        """One more unit of it is over."""
+        """Counts one more finished unit."""
         last = self._recent[-1]
         self._recent.append(Snapshot(now, last.positions + report.positions, last.flop + report.flop))
         self.units += 1
@@ -64,7 +64,7 @@ class Throughput:
 
     @property
     def utilisation(self) -> float:
-        """Operations of the forward passes, as a share of what plain products would reach in that time."""
+        """FLOP of the forward passes, as a share of what plain matrix products would reach in that time."""
         first, last = self._recent[0], self._recent[-1]
         possible = self._flop_per_s * (last.time - first.time)
         return (last.flop - first.flop) / possible if possible else 0.0
@@ -85,7 +85,7 @@ class Throughput:
 
 
 def remaining_s(replicas: Sequence[Throughput], *, units_left: int) -> float | None:
-    """How long the units that are left will take; None before the first one is over."""
+    """Seconds that `units_left` will take; None before the first unit is done."""
     rate = sum(replica.tokens_per_second for replica in replicas)
     units = sum(replica.units for replica in replicas)
     if not rate or not units:
@@ -94,7 +94,7 @@ def remaining_s(replicas: Sequence[Throughput], *, units_left: int) -> float | N
 
 
 def slow_process(delays: Mapping[tuple[int, int], float]) -> tuple[int, int] | None:
-    """The process, as (replica, process), that answers much later than the others, if there is one."""
+    """The (replica, process) that answers much later than the others, or None."""
     if len(delays) < 2:
         return None
     slowest = max(delays, key=lambda process: delays[process])
@@ -103,7 +103,7 @@ def slow_process(delays: Mapping[tuple[int, int], float]) -> tuple[int, int] | N
 
 
 def slow_replica(replicas: Mapping[int, Throughput]) -> int | None:
-    """The replica that is much slower than the others, if there is one; each must have done some units."""
+    """The replica that is much slower than the others, or None; only replicas with two units or more count."""
     rates = {number: each.tokens_per_second for number, each in replicas.items() if each.units >= 2}
     if len(rates) < 2:
         return None

@@ -37,7 +37,7 @@ Show = Callable[[Mapping[str, Any]], None]  # facts for status.json, besides tho
 
 
 class Work(Protocol):
-    """The training itself; `show` is called now and then."""
+    """The training itself; calls `show` repeatedly with facts for status.json."""
 
     def __call__(self, *, provenance: Mapping[str, Any], show: Show) -> Trained: ...
 
@@ -65,8 +65,8 @@ def launcher(job: TrainJob) -> Launcher:
     asked, world, started = job.train.launcher, job.mesh.data * job.mesh.feature, "TORCHELASTIC_RUN_ID" in os.environ
     if job.mesh.least_data is not None and asked != "ray_train":
         raise UserError(
-            f"mesh.least_data={job.mesh.least_data} with train.launcher={asked}: only ray_train goes on with fewer "
-            "ranks than mesh.data; use train.launcher=ray_train, or mesh.least_data=null"
+            f"mesh.least_data={job.mesh.least_data} with train.launcher={asked}: only ray_train continues with "
+            "fewer ranks than mesh.data; use train.launcher=ray_train, or mesh.least_data=null"
         )
     if asked == "auto":
         return "torchrun" if started else "process" if world == 1 else "actors"

@@ -1,8 +1,8 @@
-"""Which replica works on which unit, and how long nobody doubts it. No clock and no process in here: times are given.
+"""Which replica works on which unit. Pure: times are arguments.
 
-A lease is renewed by every sign of life of its replica and ends with the unit's report, with the replica, or when
-nothing was heard for `lease_s`. Every grant has an attempt number of its own, so that a report of an attempt that is
-over is known as such. Which of two producers of a unit counts is not decided here but by the store, which takes one.
+A lease is renewed by every sign of life of its replica. It ends with the unit's report, with the replica, or `lease_s`
+seconds after the last sign of life. Every grant has a new attempt number, so that late reports are recognised. When two
+replicas write one unit, the store decides which copy counts.
 """
 
 from collections import Counter, deque
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class UnitLease(NamedTuple):
-    """One unit in the hands of one replica; times in seconds of the coordinator's monotonic clock."""
+    """One unit that one replica works on; `heard` in seconds of the driver's monotonic clock."""
 
     attempt: int
     unit: int
@@ -20,14 +20,14 @@ class UnitLease(NamedTuple):
 
 
 class UnitLeases:
-    """Units are pending, leased or over. Pending ones go out in order, those that came back first."""
+    """Units are pending, leased or done. Pending ones are granted in order, returned ones first."""
 
     def __init__(self, todo: Sequence[int], *, lease_s: float) -> None:
         self._pending, self._lease_s = deque(todo), lease_s
         self._held: dict[int, UnitLease] = {}  # by attempt
         self._attempts = 0
-        self.lost: Counter[int] = Counter()  # how often a unit came back
-        self.expired = 0  # replicas of which nothing was heard for too long
+        self.lost: Counter[int] = Counter()  # by unit: how often it came back
+        self.expired = 0  # replicas that were silent for too long
 
     @property
     def pending(self) -> int:
@@ -39,25 +39,25 @@ class UnitLeases:
 
     @property
     def retried(self) -> int:
-        """Times that a unit came back."""
+        """How often a unit came back, over all units."""
         return self.lost.total()
 
     @property
     def left(self) -> int:
-        """Units that are not over yet."""
+        """Units that are not done."""
         return len(self._pending) + len(self._held)
 
     @property
     def next_came_back(self) -> bool:
-        """Whether the next unit to go out was out before."""
+        """Whether the next unit was granted before."""
         return bool(self._pending) and self.lost[self._pending[0]] > 0
 
     def of(self, replica: int) -> list[UnitLease]:
-        """What the replica holds, longest held first."""
+        """The replica's leases, oldest first."""
         return [lease for lease in self._held.values() if lease.replica == replica]
 
     def grant(self, replica: int, now: float) -> UnitLease | None:
-        """The next unit for the replica, None when none is pending."""
+        """Leases the next unit to the replica; None when none is pending."""
         if not self._pending:
             return None
         self._attempts += 1
@@ -66,16 +66,16 @@ class UnitLeases:
         return lease
 
     def hear(self, replica: int, now: float) -> None:
-        """A sign of life: all leases of the replica begin anew."""
+        """Renews all leases of the replica after a sign of life."""
         for lease in self.of(replica):
             self._held[lease.attempt] = lease._replace(heard=now)
 
     def finish(self, attempt: int) -> bool:
-        """The attempt's unit is over; False when the lease was already taken from it: its report is late."""
+        """Marks the attempt's unit as done; False when its lease had already ended."""
         return self._held.pop(attempt, None) is not None
 
     def take_back(self, replica: int) -> list[int]:
-        """Ends all leases of a replica that is gone; its units are the next to go out. Returns them."""
+        """Ends all leases of a dead replica and returns its units, which are the next to be granted."""
         lost = self.of(replica)
         for lease in reversed(lost):
             del self._held[lease.attempt]
@@ -84,7 +84,7 @@ class UnitLeases:
         return [lease.unit for lease in lost]
 
     def overdue(self, now: float) -> list[int]:
-        """Replicas with a lease that was not renewed in time."""
+        """Replicas with an expired lease."""
         silent = {lease.replica for lease in self._held.values() if now - lease.heard > self._lease_s}
         self.expired += len(silent)
         return sorted(silent)

@@ -68,7 +68,7 @@ def test_pages_null_is_no_pages_also_where_a_preset_has_keys_of_it(preset):
         (["run", "train.launcher=process", "out={tmp}/f", "model=tiny-llama"], "this command trains in Ray actors"),
         (
             ["train", "store={tmp}/s", "mesh.data=2", "mesh.least_data=1", "out={tmp}/f"],
-            "mesh.least_data=1 with train.launcher=auto: only ray_train goes on with fewer ranks than mesh.data",
+            "mesh.least_data=1 with train.launcher=auto: only ray_train continues with fewer ranks than mesh.data",
         ),
         (["train", "store={tmp}/s", "mesh.least_data=2", "out={tmp}/f"], "mesh.least_data=2 exceeds mesh.data=1"),
         (["run", "mesh.data=2", "mesh.least_data=1", "out={tmp}/f", "model=tiny-llama"], "this command trains in Ray"),

@@ -95,7 +95,7 @@ def test_kill_9_of_ranks_is_mended_within_the_run_and_they_are_named(store, unin
         {"point": within[0], "where": within[1], "action": "kill", "nth": 2, "once": f"{tmp_path}/checkpoint"}
     )
     said = finish(start(command(store, tmp_path / "run"), faults))
-    assert said.count("the trainer died; a new one goes on from") == len(list(tmp_path.glob("[0-9]"))) + 1
+    assert said.count("the trainer died; restarting it from") == len(list(tmp_path.glob("[0-9]"))) + 1
     for step, rank in deaths:
         assert f"rank {rank} (" in said, (step, said)
     assert ", last at step" in said and "died: " in said
@@ -151,7 +151,7 @@ def test_a_request_to_stop_saves_and_exits_75_and_another_mesh_goes_on(store, un
     ])  # fmt: skip
     wait_until(lambda: any((out / "checkpoints").glob("step_*/checkpoint.json")), process)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on" in finish(process, 75)
+    assert "run the same command again" in finish(process, 75)
     assert json.loads((out / "status.json").read_text())["state"] == "stopped"
     finish(start(command(store, out, "mesh.feature=1")))
     assert order_hash(out) == order_hash(uninterrupted)
@@ -177,7 +177,7 @@ def test_under_ray_train_a_mistake_is_one_line_and_a_request_to_stop_saves(store
     ])  # fmt: skip
     wait_until(lambda: any((out / "checkpoints").glob("step_*/checkpoint.json")), process)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on" in finish(process, 75)
+    assert "run the same command again" in finish(process, 75)
     finish(start(command(store, out)))
     assert weights(out) == weights(uninterrupted)
 

@@ -69,7 +69,7 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(store, uninterrup
     there = nodes.lose(nodes.workers[1])
     nodes.add()
     said = finish(driver)
-    assert "the trainer died; a new one goes on from step_" in said
+    assert "the trainer died; restarting it from step_" in said
     assert weights(tmp_path / "run") == weights(uninterrupted)
     assert order_hash(tmp_path / "run") == order_hash(uninterrupted)
     _, alive = psutil.wait_procs(there, timeout=60)

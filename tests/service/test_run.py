@@ -210,7 +210,7 @@ def test_a_run_whose_replica_and_trainer_are_killed_ends_in_the_same_dictionary(
     kill(driver, "ray::RankActor")
     said = finish(driver)
     assert "replica 0 died at unit" in said
-    assert "the trainer died; a new one goes on from step_" in said
+    assert "the trainer died; restarting it from step_" in said
     assert files(out / "dictionary") == files(uninterrupted / "dictionary")
     shared = order_hashes(out).items() & order_hashes(uninterrupted).items()
     assert len(shared) == len(order_hashes(uninterrupted))
@@ -225,7 +225,7 @@ def test_a_request_to_stop_is_granted_and_the_same_command_goes_on(uninterrupted
     for process in [*psutil.Process(first.pid).children(recursive=True), first]:  # as systemd does
         process.send_signal(signal.SIGTERM)
     os.killpg(first.pid, signal.SIGTERM)
-    assert "the same command goes on" in finish(first, 75)
+    assert "run the same command again" in finish(first, 75)
     assert json.loads((out / "status.json").read_text())["state"] == "stopped"
     finish(start(out))
     assert files(out / "dictionary") == files(uninterrupted / "dictionary")

@@ -158,7 +158,7 @@ def stop(address: str, name: str) -> None:
         print(f"{name} was asked to stop; it saves first")
         while not (info := _known(client, address, name)).status.is_terminal():
             time.sleep(LOOK_S)
-        print(f"{name}: {info.status.value.lower()}; submitting it again goes on from here")
+        print(f"{name}: {info.status.value.lower()}; submit it again to resume")
 
 
 def follow(address: str, name: str, again: Callable[[], str] | None = None, tries: int = 1) -> int:

@@ -135,7 +135,7 @@ def stop(name: str) -> None:
             print(f"job {found.number} was asked to stop; it saves first")
         while (facts := facts_of(found.number))["JobState"] in ALIVE:
             time.sleep(LOOK_S)
-        print(f"job {found.number}: {facts['JobState'].lower()}; submitting it again goes on from here")
+        print(f"job {found.number}: {facts['JobState'].lower()}; submit it again to resume")
 
 
 def follow(name: str) -> int:
