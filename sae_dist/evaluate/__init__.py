@@ -1,1 +1,1 @@
-"""What a dictionary is worth: reconstruction, sparsity, loss recovered."""
+"""Metrics of a dictionary: reconstruction, sparsity, loss recovered."""

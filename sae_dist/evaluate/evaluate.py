@@ -1,6 +1,6 @@
-"""Dictionaries judged on held-out text: on the store's held-out units, and in the running model.
+"""Evaluates dictionaries on held-out data: the store's held-out units, and held-out text in the model.
 
-Several of one hook point are judged together: rows are read once, and the model runs once without any of them.
+All dictionaries of a hook point are evaluated together: rows are read once, and the clean model runs once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -88,7 +88,7 @@ def _rebuilt(dictionary: Dictionary, rows: Float[Tensor, "rows d_model"]) -> Flo
 
 
 def loss_figures(found: LossRecovered) -> Metrics:
-    """What was found, by name; null with a reason where there was no token to predict, or no loss to recover."""
+    """The metrics by name; null with a reason where there was no token to predict or no loss to recover."""
     if not found.tokens:
         return unmeasured(LOSS, "the held-out text has no token to predict") | {"ce_tokens": 0}
     shares = {

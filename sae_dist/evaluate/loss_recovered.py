@@ -1,4 +1,4 @@
-"""What dictionaries keep of the model's loss: cross-entropy with a reconstruction spliced into the running model."""
+"""The model's cross-entropy with a reconstruction spliced in, compared with clean and ablated runs."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +33,7 @@ class LossRecovered(NamedTuple):
 
     @property
     def loss_recovered_mean(self) -> float | None:
-        """The same against mean ablation, the harder yardstick."""
+        """The same with mean ablation, which is a stricter baseline."""
         return self._share(self.ce_mean_ablated)
 
     def _share(self, ablated: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Metrics of a dictionary by name. One that cannot be had is null, and `not_measured` says why: never a guess."""
+"""Metrics by name. One that cannot be measured is null, and `not_measured` has the reason."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ LOSS = (
 
 
 def measured(found: Metrics, why: Mapping[str, str]) -> Metrics:
-    """`found` with null for what is no finite number, and the reason, by figure."""
+    """`found` with null in place of values that are not finite, and a reason for each."""
     missing = {
         name
         for name, value in found.items()
@@ -30,7 +30,7 @@ def unmeasured(names: tuple[str, ...], why: str) -> Metrics:
 
 
 def merged(*parts: Metrics) -> Metrics:
-    """All figures of the parts, of which later ones count, and the reasons for those that are null."""
+    """Merges metrics; later parts win. Keeps the reasons of those that are null."""
     all_ = {name: value for part in parts for name, value in part.items()}
     reasons = {
         name: why for part in parts for name, why in part.get("not_measured", {}).items() if all_.get(name) is None

@@ -43,9 +43,9 @@ def insert_(
     pos: Int[Tensor, " n"],
     block: int = 1,
 ) -> None:
-    """Offer n entries; of those in one cell, document and block of `block` positions only the smallest key stays.
+    """Inserts n entries; of those in one cell, document and block of `block` positions only the smallest key is kept.
 
-    The best entry of a block can only be pushed out by better blocks, so dropping early loses nothing.
+    Only better blocks can displace the best entry of a block, so dropping the others early loses nothing.
     """
     better = (key < kept.key[cell, -1]).nonzero().squeeze(-1)
     if not len(better):

@@ -1,6 +1,6 @@
-"""What every latent does on a stream of tokens: statistics and contexts, in one pass and bounded memory.
+"""Statistics and contexts of every latent on a stream of tokens, in one pass and bounded memory.
 
-Nothing here depends on how the stream is cut into batches: sums run in the order of the rows, the rest is exact.
+The result does not depend on the batches: sums run in the order of the rows, the rest is exact.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,7 @@ Encode = Callable[[Float[Tensor, "rows d_model"]], Active]
 class PagesConfig:
     """What the feature pages show."""
 
-    tokens: PositiveInt = 500_000  # of the activation store that are looked at
+    tokens: PositiveInt = 500_000  # read from the activation store
     top_contexts: PositiveInt = 16  # the strongest activations of each latent, one a passage
     intervals: PositiveInt = 5  # equal parts of a latent's range of activation
     interval_contexts: NonNegativeInt = 3  # chance contexts of each interval
@@ -152,7 +152,7 @@ def _widen_(
     *,
     grown: Int[Tensor, " n_latents"],
 ) -> None:
-    """Move every latent whose maximum has `grown` to its new range; what it had so far goes with it."""
+    """Moves the histogram and samples of every latent whose range has `grown` to the new range."""
     shift = torch.where(exponent == histogram.UNSEEN, 0, grown - exponent)
     for s in shift.unique().tolist():
         if s == 0:

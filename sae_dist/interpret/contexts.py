@@ -47,7 +47,7 @@ class Shading(NamedTuple):
 
 
 def choose(collected: Collected, config: PagesConfig) -> tuple[Contexts, Intervals]:
-    """The strongest activations, one a passage, and of every interval a fair sample of those not yet in sight."""
+    """The strongest activations, one a passage, and a uniform sample of every interval without those already shown."""
     edges = _bin_edges(collected, config.intervals)
     top = _passages(collected.top, config)
     parts = [_contexts(top, TOP)]
@@ -76,7 +76,7 @@ def _intervals(collected: Collected, edges: Int[Tensor, "n_paged n_edges"]) -> I
 
 
 def _samples(collected: Collected, edges: Int[Tensor, "n_paged n_edges"]) -> list[BoundedLists]:
-    """A fair sample of every interval: the smallest hashes of a union of bins are among those of its parts."""
+    """A uniform sample of every interval; the smallest hashes of a union of bins are among those of the bins."""
     bins = torch.arange(SAMPLE_BINS)
     cells = torch.arange(len(edges))[:, None] * SAMPLE_BINS + bins
     return [
@@ -86,7 +86,7 @@ def _samples(collected: Collected, edges: Int[Tensor, "n_paged n_edges"]) -> lis
 
 
 def _passages(top: BoundedLists, config: PagesConfig) -> BoundedLists:
-    """The strongest first; an activation that an earlier context shows already is not shown again."""
+    """The strongest first, without activations that an earlier context already shows."""
     chosen = torch.zeros(top.key.shape, dtype=torch.bool)
     for i in range(top.key.shape[1]):
         seen = _shows(top.doc, top.pos, top.doc[:, i, None], top.pos[:, i, None], config)
@@ -154,9 +154,9 @@ def _places(windows: _Windows, group: Int[Tensor, " n"], pos: Int[Tensor, " n"])
 def shade(
     rows: RowBatches, encode: Encode, *, collected: Collected, contexts: Contexts, config: PagesConfig
 ) -> Shading:
-    """The activations of each context's latent on the tokens round it, from the same rows in a second pass.
+    """The activations of each context's latent on the tokens around it, from the same rows in a second pass.
 
-    Only rows that some context shows are encoded. Tokens that the stream does not hold stay without a value.
+    Encodes only rows that some context shows. Tokens that are not in the stream have no value.
     """
     width = config.tokens_before + 1 + config.tokens_after
     first = contexts.pos - config.tokens_before + width  # positions are moved up by `width`: no window starts below 0

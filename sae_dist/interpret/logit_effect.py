@@ -1,4 +1,4 @@
-"""What a latent says directly about the next token."""
+"""The direct effect of a latent on the logits of the next token."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class LogitEffects(NamedTuple):
 
 
 class Unembedding(NamedTuple):
-    """The unembedding of the tokens that exist: an embedding may have rows more, which no token has."""
+    """The unembedding, restricted to ids that the tokenizer has."""
 
     W_U: Float[Tensor, "d_model n_output"]
     tokens: Int[Tensor, " n_output"]  # the id of each column
@@ -44,6 +44,6 @@ def logit_effects(
 
 
 def no_effects(n_latents: int) -> LogitEffects:
-    """Of a hook point without a direct path to the logits: no tokens."""
+    """Empty effects, for hook points without a direct path to the logits."""
     ids, values = torch.zeros(n_latents, 0, dtype=torch.int64), torch.zeros(n_latents, 0)
     return LogitEffects(ids, values, ids, values)

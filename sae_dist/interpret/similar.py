@@ -1,4 +1,4 @@
-"""Latents that write in nearly the same direction."""
+"""The latents with the most similar decoder directions."""
 
 from typing import NamedTuple
 

@@ -42,9 +42,9 @@ def feature_pages(
     summary: Mapping[str, Any],
     config: PagesConfig,
 ) -> Path:
-    """Look at a dictionary on a stream of activations and write `<out>/pages`; `rows` starts the same stream twice.
+    """Writes `<out>/pages` for a dictionary on a stream of activations; `rows` must start the same stream twice.
 
-    `outputs` may be the reason why latents have no direct effect on the logits; the pages then say it.
+    `outputs` may be a reason why latents have no direct effect on the logits, which the pages show.
     """
     collected = collect(rows(), encode, n_latents=len(W_dec), category=stream.category, config=config)
     contexts, intervals = choose(collected, config)
@@ -122,7 +122,7 @@ def build(
 
 
 def _facts(summary: Mapping[str, Any], collected: Collected, *, token_bytes: int) -> dict[str, Any]:
-    """What all pages need to know."""
+    """The facts that all pages read."""
     return {
         "summary": _finite(summary),
         "rows": collected.rows,

@@ -1,4 +1,4 @@
-"""Keyed hashes of tokens: chance that does not depend on the order or the size of batches."""
+"""Keyed hashes of tokens: random numbers that do not depend on the order or size of batches."""
 
 import torch
 from jaxtyping import Int

@@ -1,1 +1,1 @@
-"""What processes that compute together share, whatever they compute."""
+"""Communication between processes that compute together."""

@@ -1,8 +1,8 @@
-"""Where processes meet: a store of names and values that listens on one address and talks to who knows its secret.
+"""A key-value store for process groups that accepts only clients with its secret.
 
-torch's own TCPStore takes words from everybody who reaches its port, and a wrong one ends what meets there. Here both
-sides of a connection prove first that they know the secret, and every message carries a code that only they can make;
-a connection that fails in this is closed, and nothing else happens.
+torch's own TCPStore accepts anybody who reaches its port, and a malformed message ends the group. Here both sides of a
+connection prove that they know the secret, and every message has an HMAC; a connection that fails is closed, without
+any other effect.
 """
 
 import hmac
@@ -20,24 +20,24 @@ from torch.distributed import DistStoreError, Store  # pyright: ignore[reportPri
 
 logger = logging.getLogger(__name__)
 
-PROOF_S = 10.0  # that a stranger may take to prove that it is none
+PROOF_S = 10.0  # allowed for the proof of the secret
 NONCE = 32  # bytes
 CODE = 32
 
 
 class StoreAddress(NamedTuple):
-    """The address of a served store, and the secret that opens it."""
+    """The address of a store, and its secret."""
 
     host: str
     port: int
     secret: str
 
-    def __repr__(self) -> str:  # what is printed or logged gives no secret away
+    def __repr__(self) -> str:  # never prints the secret
         return f"StoreAddress({self.host}:{self.port})"
 
 
 class _KeyValues:
-    """Names and values, for many threads."""
+    """The keys and values; thread-safe."""
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
@@ -76,18 +76,18 @@ class _KeyValues:
     def _wait(self, keys: Iterable[str], timeout_s: float) -> None:
         if not self._changed.wait_for(lambda: self._check(keys), timeout_s):
             missing = [key for key in keys if key not in self._values]
-            raise TimeoutError(f"nobody said {', '.join(missing[:3])} within {timeout_s:.0f} s")
+            raise TimeoutError(f"nobody set {', '.join(missing[:3])} within {timeout_s:.0f} s")
 
 
 class _SecretStore(Store):
-    """torch's Store by way of `_ask`; its errors are torch's."""
+    """torch's Store on top of `_ask`; raises torch's errors."""
 
     def _ask(self, verb: str, *given: Any) -> Any:
         raise NotImplementedError
 
     @property
     def patience_s(self) -> float:
-        """Seconds that `get` and `wait` wait, as `set_timeout` says."""
+        """Seconds that `get` and `wait` wait, set by `set_timeout`."""
         return self.timeout.total_seconds()  # pyright: ignore[reportAttributeAccessIssue]
 
     def set(self, key: str, value: bytes | str) -> None:
@@ -116,12 +116,12 @@ class _SecretStore(Store):
 
 
 def _text(value: bytes | str) -> str:
-    """A value as JSON carries it: a letter a byte."""
+    """Bytes as a string for JSON, one character a byte."""
     return (value.encode() if isinstance(value, str) else bytes(value)).decode("latin-1")
 
 
 class PrefixedStore(_SecretStore):
-    """The part of a store whose names begin with `prefix`. (torch's PrefixStore would not keep the other alive.)"""
+    """The keys of a store with `prefix`. (torch's PrefixStore would not keep the store alive.)"""
 
     def __init__(self, store: _SecretStore, prefix: str) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class PrefixedStore(_SecretStore):
 
 
 class StoreServer(_SecretStore):
-    """The store in the process that serves it; `close` it when nobody is to come any more."""
+    """The store in the process that serves it; `close` stops new connections."""
 
     def __init__(self, host: str) -> None:
         super().__init__()
@@ -145,8 +145,8 @@ class StoreServer(_SecretStore):
         threading.Thread(target=self._accept, name="rendezvous", daemon=True).start()
 
     def close(self) -> None:
-        """Nobody else can come; who is there may go on."""
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for them
+        """Stops listening; existing connections stay open."""
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread
         self._listener.close()
 
     def _ask(self, verb: str, *given: Any) -> Any:
@@ -177,13 +177,13 @@ class StoreServer(_SecretStore):
             except PermissionError as stranger:
                 if not self._warned:
                     self._warned = True
-                    logger.warning("refused a connection to the ranks' meeting place, and more like it: %s", stranger)
-            except (OSError, EOFError):  # it has left
+                    logger.warning("refused a connection to the ranks' rendezvous, and more like it: %s", stranger)
+            except (OSError, EOFError):  # the client has left
                 return
 
 
 class StoreClient(_SecretStore):
-    """The store as another process has it: one connection, for one call at a time."""
+    """The store from another process: one connection, one call at a time. DistStoreError where it is out of reach."""
 
     def __init__(self, place: StoreAddress, timeout_s: float) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class StoreClient(_SecretStore):
             self._channel = _Channel(connection, place.secret, serves=False)
         except (OSError, EOFError) as error:
             raise DistStoreError(
-                f"the ranks' meeting place at {place.host}:{place.port} is out of reach ({error})"
+                f"the ranks' rendezvous at {place.host}:{place.port} is out of reach ({error})"
             ) from None
 
     def _ask(self, verb: str, *given: Any) -> Any:
@@ -204,14 +204,14 @@ class StoreClient(_SecretStore):
                 how, answer = self._channel.receive()
             except (OSError, EOFError) as error:
                 self._channel.close()
-                raise DistStoreError(f"the process that served the ranks' meeting place is gone ({error})") from None
+                raise DistStoreError(f"the process that served the ranks' rendezvous is gone ({error})") from None
         if how == "late":
             raise DistStoreError(answer)
         return answer
 
 
 class _Channel:
-    """A connection whose two ends have proved to each other that they know the secret. PermissionError else."""
+    """A connection on which both ends have proved that they know the secret; else PermissionError."""
 
     def __init__(self, connection: socket.socket, secret: str, *, serves: bool) -> None:
         self._connection = connection
@@ -242,7 +242,7 @@ class _Channel:
     def receive(self) -> Any:
         head = self._read(4 + CODE)
         size = int.from_bytes(head[:4], "big")
-        if not self._received and size > 64:  # of a stranger nothing long is read
+        if not self._received and size > 64:  # nothing long is read before the proof
             raise PermissionError("the other side does not know the secret")
         body = self._read(size)
         if not hmac.compare_digest(head[4:], self._code(self._roles[1], self._received, body)):

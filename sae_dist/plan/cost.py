@@ -10,9 +10,9 @@ SCALE = 4  # bytes a row more where the store is quantised
 
 
 class HarvestedModel(NamedTuple):
-    """The language model that is harvested."""
+    """The size of the language model that is harvested."""
 
-    parameters: float  # that a token passes: those of the layers up to the hook point
+    parameters: float  # of the layers up to the hook point
     context: int  # positions of a sequence
     kept: float  # share of positions that become rows
 
@@ -47,7 +47,7 @@ def cost(
     tokens_per_second: float,
     storage_tb_month: float | None,
 ) -> Cost:
-    """The whole run: `work.store_rows` harvested once, `work.steps` steps on all ranks of the mesh."""
+    """The cost of a run that harvests `work.store_rows` once and takes `work.steps` steps on the mesh."""
     flop = harvest_flop(harvested, work.store_rows) if harvested else 0.0
     harvest_hours = flop / machine.harvest / 3600
     devices = min(work.ranks, machine.devices) if machine.backend != "triton" else work.ranks

@@ -14,7 +14,7 @@ KINDS = ("product", "select", "gather", "stream", "step")
 
 
 class TimedStep(NamedTuple):
-    """One step, timed."""
+    """A workload and the measured seconds of its step."""
 
     work: Workload
     seconds: float
@@ -23,7 +23,7 @@ class TimedStep(NamedTuple):
 def rates(measured: Sequence[TimedStep], backend: Backend) -> Rates:
     """The rates whose predictions have the least squared relative error over the measured steps.
 
-    A kind of work that the fit finds to cost nothing beside the others gets the largest rate that is still a number.
+    A kind of work whose fitted cost is 0 gets the rate 1e18.
     """
     rows = np.array([[amounts(m.work, backend)[kind] for kind in KINDS] for m in measured])
     seconds = np.array([m.seconds for m in measured])
@@ -42,9 +42,9 @@ def rates(measured: Sequence[TimedStep], backend: Backend) -> Rates:
 def nonnegative(
     a: Float64[np.ndarray, "equations unknowns"], b: Float64[np.ndarray, " equations"]
 ) -> Float64[np.ndarray, " unknowns"]:
-    """argmin ||a x - b|| over x >= 0: the best of the least squares over every set of unknowns held at zero.
+    """argmin ||a x - b|| over x >= 0, by least squares for every subset of unknowns; the others are 0.
 
-    There are five unknowns and so 31 sets; the best feasible one is the minimum (its complement's bounds are active).
+    With five unknowns there are 31 subsets; the best feasible solution is the minimum.
     """
     scale = np.abs(a).max(0)
     scale[scale == 0] = 1

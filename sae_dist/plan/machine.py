@@ -1,4 +1,4 @@
-"""A machine as data: what one device holds, how fast it does each kind of work, how it is joined to others."""
+"""A machine as data: memory of a device, its rate for each kind of work, and its links to others."""
 
 from dataclasses import field
 from typing import Annotated, Literal, Protocol
@@ -13,7 +13,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 @frozen
 class Rates:
-    """What a device achieves on each kind of work of a step; `work.py` says how much of each there is."""
+    """Rates of a device for each kind of work of a step; `seconds.amounts` says how much of each there is."""
 
     product: Positive  # FLOP/s of the encoder's product, selection included where the kernel fuses it
     select: Positive | None = None  # pre-activations/s that a separate top k looks through; null: fused, costs nothing
@@ -24,7 +24,7 @@ class Rates:
 
 @frozen
 class Link:
-    """What joins ranks: a collective takes calls x latency_s + bytes received / bytes_per_s."""
+    """A link between ranks: a collective takes calls x latency_s + bytes received / bytes_per_s."""
 
     bytes_per_s: Positive  # received by a rank, one direction
     latency_s: Annotated[float, Field(ge=0)]  # of one collective
@@ -44,7 +44,7 @@ class Machine:
     """One kind of machine; a run takes as many as its mesh needs. Amounts are in bytes, FLOP and seconds."""
 
     name: str
-    backend: Backend  # which kernels a step takes there; memory and traffic depend on it
+    backend: Backend  # which kernels a step uses; memory depends on it
     devices: Annotated[int, Field(ge=1)]  # accelerators, 1 where the processor itself computes
     memory: Positive  # bytes of a device
     host_memory: Positive  # bytes beside the devices of a machine

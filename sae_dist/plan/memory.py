@@ -1,7 +1,7 @@
-"""Bytes that the largest rank holds, part by part, at the fullest moment of a step.
+"""Bytes of the largest rank, item by item, at the peak of a step.
 
-A step's phases do not overlap: of what each needs for itself only the largest counts. The tensors are those of
-`train.parallel.step` and of the kernels behind it; `parallel.simulate` counts them in the program itself.
+The phases of a step do not overlap, so only the phase with the most memory counts. The tensors are those of
+`train.parallel.step` and its kernels; `parallel.simulate` counts them in the program itself.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ CHUNK = 64  # latents of one partial sum of b_dec's gradient (sae_kernels.cpu)
 
 
 class MemoryItem(NamedTuple):
-    """One line of the table; `host` parts lie beside an accelerator, not on it."""
+    """One line of the table; `host` items are in host memory, not on an accelerator."""
 
     name: str
     bytes: float
@@ -37,9 +37,9 @@ class MemoryItem(NamedTuple):
 
 
 def memory(work: Workload, machine: Holding) -> list[MemoryItem]:
-    """What one rank holds; the sum is the most that it ever needs.
+    """The memory of one rank; the sum of the items is its peak.
 
-    The dictionaries of a pass share the program, the loader and the rows, and they learn one after the other.
+    The dictionaries of a pass share the program, the loader and the rows, and take their steps one after the other.
     """
     d_model = work.d_model
     accelerator = machine.backend == "triton"
@@ -50,7 +50,7 @@ def memory(work: Workload, machine: Holding) -> list[MemoryItem]:
     largest = max(member.latents for member in work.members)
     kernels = [member for member in work.members if member.kernels(machine.backend) != "torch"]
     copies = 2 * sum(member.latents for member in kernels) * d_model
-    start = 8 * largest * d_model - batch  # the initial weights, before they are let go of; there is no batch
+    start = 8 * largest * d_model - batch  # initial weights until they are freed, when there is no batch
     return [
         MemoryItem("program and libraries", machine.runtime),
         *_named((PARAMETERS[member.state.parameters], parameter_bytes(member)) for member in work.members),
@@ -67,12 +67,12 @@ def memory(work: Workload, machine: Holding) -> list[MemoryItem]:
 
 
 def state_bytes(work: Workload) -> float:
-    """What a checkpoint holds of one dictionary on one rank: weights and moments as they are stored, counters."""
+    """Bytes of one dictionary's state on one rank: weights, moments, counters."""
     return parameter_bytes(work) + moment_bytes(work) + 8 * work.latents
 
 
 def parameter_bytes(work: Workload) -> float:
-    """Matrices as they are stored, and vectors that are always fp32."""
+    """Bytes of the matrices in their format, and of the vectors in fp32."""
     each = {"float32": 4, "bfloat16_stochastic": 2}[work.state.parameters]
     sizes = {"n_latents": work.latents, "d_model": work.d_model}
     learned = [spec for spec in work.sae.tensors if spec.role == "learned"]
@@ -80,9 +80,9 @@ def parameter_bytes(work: Workload) -> float:
 
 
 def moment_bytes(work: Workload) -> float:
-    """Of a row of a matrix: two fp32 a number, or codes and a scale a block; factored, the second is one fp32.
+    """Bytes of the moments. float32: two numbers an element; int8: two codes, and scales; factored: see row_state.
 
-    That and a row of fp32 for all latents together. Of the vectors both are fp32.
+    The moments of vectors are always fp32.
     """
     coded = work.d_model + 4 * (work.d_model // block_of(work.d_model))
     row, column = {
@@ -92,7 +92,7 @@ def moment_bytes(work: Workload) -> float:
 
 
 def step_bytes(work: Workload, machine: Holding) -> tuple[float, float]:
-    """For one dictionary, what of the batch lives until its update ends, and what the largest phase needs besides."""
+    """For one dictionary: bytes that live until its update ends, and bytes of the largest phase beside them."""
     d, batch, rows, k, kernels = work.d_model, work.batch, work.rows, work.k, work.kernels(machine.backend)
     width = places = k  # candidates a row, and places that what is chosen of them takes
     if work.in_lines:
@@ -126,14 +126,14 @@ def step_bytes(work: Workload, machine: Holding) -> tuple[float, float]:
 
 
 def shared_bytes(work: Workload, machine: Holding) -> float:
-    """Of what `step_bytes` holds, the rows that all dictionaries are given: as read, and scaled in fp32."""
+    """The part of `step_bytes` that all dictionaries share: rows as read, and scaled in fp32."""
     return (2 if work.kernels(machine.backend) == "torch" else 6) * work.batch * work.d_model
 
 
 def candidate_bytes(work: Workload) -> float:
-    """Keys of all parts, as gathered and as put in rows; in two rounds 2 k / parts values each, then k keys a row.
+    """Bytes of the selection: keys of all parts, gathered and in rows; in two rounds 2 k / parts values, then k keys.
 
-    In lines: this part's candidates (value, index, mask and digit), and its pairs as gathered and as put in lines.
+    In lines: this part's candidates (value, index, mask and digit), and its pairs, gathered and in lines.
     """
     rows, k, parts = work.rows, work.k, work.feature
     if work.in_lines:
@@ -157,7 +157,7 @@ def loader_bytes(work: Workload) -> float:
 
 
 def _named(amounts: Iterable[tuple[str, float]]) -> list[MemoryItem]:
-    """A line for every name, in their order, with the sum of its amounts."""
+    """One item per name, in order, with the sum of its bytes."""
     sums: dict[str, float] = {}
     for name, size in amounts:
         sums[name] = sums.get(name, 0.0) + size

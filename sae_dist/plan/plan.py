@@ -1,4 +1,4 @@
-"""The plan of a run: memory, traffic, time, storage and price in one value; refuses what cannot run."""
+"""The plan of a run: memory, traffic, time, storage and price. UserError for what cannot run."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ MOST_RANKS = 1 << 14  # a search ends here: no cluster is larger
 
 
 class MeshEstimate(NamedTuple):
-    """A way to split a run, and what it comes to."""
+    """A mesh for a run, with its memory and speed."""
 
     data: int
     feature: int
@@ -25,7 +25,7 @@ class MeshEstimate(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything that is known before the run; a rank's figures are the largest rank's."""
+    """The plan; figures of a rank are those of the largest rank."""
 
     work: Workload
     machine: Machine
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     bound_by: str
     machines: int
     wall_hours: float
-    smallest: MeshEstimate  # the fewest ranks that hold it
+    smallest: MeshEstimate  # the fewest ranks with enough memory
     alternatives: list[MeshEstimate]  # other splits of the same number of ranks that fit, fastest first
     cost: Cost
 
@@ -93,7 +93,7 @@ def bound_by(work: Workload, machine: Machine) -> str:
 
 
 def bytes_needed(work: Workload, machine: Machine) -> tuple[float, float]:
-    """Bytes needed of one device, and beside the devices of one machine; a processor's are all of the first kind."""
+    """Bytes on one device, and host bytes of one machine; without accelerators all bytes are of the first kind."""
     parts = memory(work, machine)
     ranks = min(machine.devices, work.ranks)
     on_device = sum(part.bytes for part in parts if not part.host) * shared_by(work, machine)
@@ -106,7 +106,7 @@ def fits(work: Workload, machine: Machine) -> bool:
 
 
 def smallest_mesh(work: Workload, machine: Machine) -> MeshEstimate:
-    """The fewest feature ranks that hold the run, the data axis being one; UserError where none do."""
+    """The fewest feature ranks with enough memory, with one data rank; UserError where no number is enough."""
     feature = 1
     most = min(member.n_latents for member in work.members)
     while feature <= min(MOST_RANKS, most):

@@ -1,4 +1,4 @@
-"""This machine as a description: real steps of a few shapes, a real exchange; kept in the user's cache folder."""
+"""Measures this machine by steps of a few shapes and an exchange; the result is cached in the user's cache folder."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ from sae_dist.sae.config import TopK
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of what is measured; another one is measured again
+VERSION = 1  # of the measurement; caches of another version are not used
 SHAPES = (  # n_latents, d_model, k, batch: every kind of work dominates in one of them
     (8_192, 512, 32, 1_024),
     (16_384, 128, 8, 1_024),
@@ -48,7 +48,7 @@ print(psutil.Process().memory_info().rss)
 
 
 def here(*, again: bool = False) -> Machine:
-    """The description of this machine, measured once: half a minute; `again` measures whatever is kept."""
+    """The description of this machine, measured once in half a minute; `again` ignores the cache."""
     kept = _file()
     if kept.exists() and not again:
         return load(Machine, json.loads(kept.read_text()))
@@ -68,7 +68,7 @@ def keep(machine: Machine) -> None:
 
 
 def measure() -> Machine:
-    """Steps, an exchange and a process of this machine, as they are now: other programs slow them down."""
+    """Measures steps, an exchange and a process; other running programs distort the result."""
     measured = list(_steps())
     backend = step_of(*SHAPES[-1][:3]).backend_used
     assert backend in ("cpu", "torch"), "a machine with a GPU is described in conf/machine"
@@ -127,6 +127,6 @@ def step_of(n_latents: int, d_model: int, k: int) -> Shard:
 
 
 def _file() -> Path:
-    """One file a machine, number of threads and version of what is measured."""
+    """The cache file for this machine, number of threads and versions."""
     known = [VERSION, torch.__version__, torch.get_num_threads(), platform.node(), sorted(cpu_flags())]
     return cache_folder() / "machines" / f"{digest(known)[:16]}.json"

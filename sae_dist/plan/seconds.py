@@ -16,7 +16,7 @@ NAMES: dict[Kind, tuple[str, str]] = {  # what a person reads, and the unit
 }
 ENCODER, DECODER = 26, 24  # bytes a weight that the fused updates move (kernels/README.md)
 DENSE = 100  # bytes a weight with plain torch: gradients are stored, and some ten passes run over each matrix
-# What plain torch, which a compact state takes, costs an accelerator: an estimate from data sheets, not measured.
+# Costs of plain torch, which compact states use, on an accelerator: estimated from data sheets, not measured.
 FP32_PRODUCT = 16  # times a product on matrix units in bf16: 989 to 67 TFLOP/s on an H100, 312 to 19.5 on an A100
 SEARCH = 80  # bytes a pre-activation: written, and read and written again for relu, keys and the top k
 
@@ -31,7 +31,7 @@ class Phase(NamedTuple):
 
 
 def phases(work: Workload, machine: Machine) -> list[Phase]:
-    """What follows one another on a rank; reading goes on beside it (`reading_s`)."""
+    """The phases of a rank's step, one after the other; reading runs in parallel (`reading_s`)."""
     share, rates = shared_by(work, machine), machine.rates
     per_unit: dict[Kind, float] = {
         "product": share / rates.product,
@@ -76,18 +76,18 @@ def amounts(work: Workload, backend: Backend) -> dict[Kind, float]:
 
 
 def shared_by(work: Workload, machine: Machine) -> float:
-    """Ranks that share one device: an accelerator has one rank, the cores of a machine all that run on it."""
+    """Ranks that share one device: one per accelerator; on CPUs all ranks of the machine share its cores."""
     return 1.0 if machine.backend == "triton" else float(work.ranks)
 
 
 def joined_by(axis: str, work: Workload, machine: Machine) -> Link:
-    """The link of an axis: feature ranks are neighbours, so a machine holds as many of them as it has devices."""
+    """The link of an axis. Feature ranks are neighbours, so they share a machine while it has devices."""
     span = work.feature if axis == "feature" else work.ranks
     return machine.link if machine.backend != "triton" or span <= machine.devices else machine.network
 
 
 def reading_s(work: Workload, machine: Machine) -> float:
-    """Seconds that a machine needs to read its share of a batch from the object storage."""
+    """Seconds in which a machine reads its share of a batch from object storage."""
     return work.batch * work.d_model * work.stored_bytes / n_machines(work, machine) / machine.read
 
 

@@ -1,8 +1,8 @@
 """Bytes that a rank receives in one step, exchange by exchange: what `Mesh.traffic` counts while it runs.
 
-The figures are those of rank 0, which has the largest part of everything. What a step decides by its data, how many
-keys reach the bound of a selection in two rounds and, where rows have different numbers of pairs, how many are chosen
-here, is taken as k a row in all, evenly over the parts; also that no row is selected twice and none ties at the cut.
+The figures are those of rank 0, which has the largest part of everything. Numbers that depend on the data (keys that
+reach the bound of a selection in two rounds, pairs where rows have different numbers of them) are assumed to be k a
+row, evenly over the parts; no row is selected twice, and no values tie at the cut.
 """
 
 from typing import Literal, NamedTuple
@@ -27,7 +27,7 @@ class Exchange(NamedTuple):
 
 
 def exchanges(work: Workload) -> list[Exchange]:
-    """The exchanges of a step on this mesh, none where an axis has one rank; all dictionaries of the pass make them."""
+    """The exchanges of a step, of all dictionaries of the pass; none over an axis with one rank."""
     if work.others:
         return [exchange for member in work.members for exchange in exchanges(member)]
     extra = 1 + work.vectors if isinstance(work.sae, Elementwise) else 0  # numbers that each pair has besides
@@ -48,7 +48,7 @@ def exchanges(work: Workload) -> list[Exchange]:
 
 
 def _use(work: Workload, k: int, available: int, name: str, extra: int = 0) -> list[Exchange]:
-    """One use of latents in the loss: who is chosen, the sum of the partial sums, what it leaves, the chosen pairs."""
+    """The exchanges of one term of the loss: candidates, partial sums, errors, pairs."""
     found, rows, feature, width = [], work.rows, work.feature, min(k, available)
     if feature > 1:
         if pays_two_rounds(k, feature, work.d_model):
@@ -68,9 +68,9 @@ def _use(work: Workload, k: int, available: int, name: str, extra: int = 0) -> l
 
 
 def _in_lines(work: Workload, extra: int) -> list[Exchange]:
-    """A choice over a batch, or above a level: what it leaves, and the chosen pairs with their rows.
+    """The exchanges of a choice over a batch or above a level: counts, errors, pairs with their rows.
 
-    Of a batch: counts of the values by their digits. In both cases whether some rows must be selected again.
+    Over a batch, counts of values by their digits; in both cases, how many rows must be selected again.
     """
     found = []
     if work.ranks > 1:
@@ -87,7 +87,7 @@ def _in_lines(work: Workload, extra: int) -> list[Exchange]:
 
 
 def _errors(work: Workload) -> list[Exchange]:
-    """The sum of the partial sums, each rank's share of the rows, and what it leaves, to everybody."""
+    """Partial sums to the owner of each row, and the errors to all ranks."""
     found, share = [], -(-work.rows // work.feature)
     if work.feature > 1:
         size = (work.feature - 1) * share * work.d_model * 4
@@ -98,14 +98,14 @@ def _errors(work: Workload) -> list[Exchange]:
 
 
 def reaching(work: Workload, k: int) -> int:
-    """Keys of one part that reach the bound in the second of two rounds, or pairs that lie in lines: k a row in all."""
+    """Keys of one part that reach the bound of two rounds, or its pairs in lines: k a row over all parts."""
     return -(-work.rows * k // work.feature)
 
 
 def loading(work: Workload) -> list[Exchange]:
-    """How the batch comes to every rank: read once on the whole mesh, in as many parts as there are readers.
+    """The exchanges that bring the batch to all ranks; it is read once, in as many parts as there are readers.
 
-    A rank without a lane to read is sent as much as one with: parts are padded to the longest.
+    Ranks without a lane receive as much as others, since parts are padded to the longest.
     """
     if work.ranks == 1:
         return []
@@ -128,5 +128,5 @@ def by_name(work: Workload) -> dict[str, tuple[int, int]]:
 
 
 def dense_gradient_bytes(work: Workload) -> float:
-    """What a ring all-reduce of fp32 gradients over the data axis would bring instead: 2 (D - 1) / D of them."""
+    """Bytes of a ring all-reduce of dense fp32 gradients over the data axis instead: 2 (D - 1) / D of them."""
     return sum(2 * (work.data - 1) / work.data * 4 * 2 * member.latents * work.d_model for member in work.members)

@@ -1,4 +1,4 @@
-"""What is to be trained, as the few numbers that memory, traffic and time depend on."""
+"""The numbers of a training that memory, traffic and time depend on."""
 
 from typing import NamedTuple
 
@@ -13,9 +13,9 @@ from sae_dist.train.config import TrainConfig
 
 
 class Workload(NamedTuple):
-    """One pass on one mesh: a dictionary, and perhaps others. Sizes are of the run, properties of its largest rank.
+    """A dictionary on a mesh, and perhaps `others` in the same pass. Properties are those of the largest rank.
 
-    Numbers and properties are the main dictionary's alone; `members` has all of them, a workload each.
+    Numbers are of the main dictionary; `members` has a workload for each.
     """
 
     sae: Variant
@@ -23,7 +23,7 @@ class Workload(NamedTuple):
     batch: int  # rows of an optimiser step, over all ranks
     data: int = 1  # ranks that share the rows
     feature: int = 1  # ranks that share the latents
-    dead: int = 0  # latents that AuxK trains, an assumption
+    dead: int = 0  # assumed number of dead latents, which AuxK trains
     steps: int = 1
     init_rows: int = 0  # sample of rows from which a run begins
     prefetch: int = 4  # batches read ahead
@@ -55,12 +55,12 @@ class Workload(NamedTuple):
 
     @property
     def in_lines(self) -> bool:
-        """Whether rows have different numbers of latents, so that their pairs lie in lines."""
+        """Whether rows have different numbers of latents, so that pairs are stored in lines."""
         return not isinstance(self.sae.rule, Top)
 
     @property
     def vectors(self) -> int:
-        """Vectors that a kind learns beside the autoencoder's, a number a latent each."""
+        """Number of vectors [n_latents] that the kind learns besides AUTOENCODER."""
         return len(own_vectors(self.sae))
 
     @property
@@ -84,7 +84,7 @@ class Workload(NamedTuple):
         return sum(spec.size(**sizes) for spec in self.sae.tensors if spec.role == "learned")
 
     def kernels(self, backend: Backend) -> Backend:
-        """What computes its steps where one of fp32 state is computed by `backend`: plain torch, unless it is fp32."""
+        """The backend of its steps on a machine with `backend`: plain torch unless all state is fp32."""
         return backend if self.state.plain else "torch"
 
     def on_mesh(self, *, data: int, feature: int) -> "Workload":
@@ -94,7 +94,7 @@ class Workload(NamedTuple):
 
 
 def check(work: Workload) -> None:
-    """Refuses a mesh that some rank would have no part in; the cure is in the message."""
+    """UserError for a mesh on which some rank would have nothing to do."""
     for member in work.members:
         if (member.feature - 1) * member.latents >= member.n_latents:
             raise UserError(

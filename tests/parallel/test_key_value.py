@@ -38,7 +38,7 @@ def test_a_word_that_is_waited_for_comes_or_its_absence_is_an_error(served):
     ours, theirs = StoreClient(served.address, 10), StoreClient(served.address, 10)
     threading.Timer(0.2, theirs.set, ("late", "word")).start()
     assert ours.get("late") == b"word"
-    with pytest.raises(DistStoreError, match="nobody said never within 0 s"):
+    with pytest.raises(DistStoreError, match="nobody set never within 0 s"):
         ours.wait(["late", "never"], timedelta(seconds=0.1))
     assert ours.get("late") == b"word"  # the connection goes on
 

@@ -1,1 +1,1 @@
-"""What needs process groups: how fast this machine exchanges tensors, and a simulated step of any number of ranks."""
+"""Parts of the plan that need process groups: a measured exchange, and a simulated step of any number of ranks."""

@@ -1,8 +1,8 @@
 """One step of the real program on a rank of a mesh of any size, with tensors that have shapes but no numbers.
 
-torch's fake process group answers every collective at once, and tensors on the device `meta` take no memory: the code
-of `train.parallel` runs as it is, and what it would hold and exchange is counted as it goes. Where the program asks a
-number for its value, it is told what a plan assumes: every chosen latent is active, spread evenly over the parts.
+torch's fake process group returns from every collective at once, and tensors on the device `meta` take no memory: the
+code of `train.parallel` runs unchanged while its memory and exchanges are counted. Where it reads a value, it gets
+the plan's assumption: every chosen latent is active, spread evenly over the parts.
 """
 
 import weakref
@@ -26,7 +26,7 @@ from sae_dist.train.parallel.step import MeshStep
 
 
 class Simulated(NamedTuple):
-    """What rank 0 did in one step."""
+    """Counts of one step on rank 0."""
 
     moved: dict[str, tuple[int, int]]  # calls and bytes received by name of the exchange
     state_bytes: int  # of tensors before the step
@@ -55,7 +55,7 @@ def simulate(work: Workload) -> Simulated:
 
 
 def _run(step: MeshStep, x: Tensor) -> None:
-    """A step without the question whether its loss is finite: a number that is not there."""
+    """A step without the check whether its loss is finite, since there are no values."""
     statistics = step.forward(x.float(), variance=1.0)
     step.update_(lr=1e-4)
     step.count_(statistics.fired, tokens=len(x))
@@ -99,7 +99,7 @@ class _Memory(TorchDispatchMode):
 
 
 class _Assumed(TorchFunctionMode):
-    """Answers the questions that a step asks of its numbers, and nothing else."""
+    """Replaces the values that a step reads by assumptions."""
 
     def __init__(self, work: Workload) -> None:
         super().__init__()

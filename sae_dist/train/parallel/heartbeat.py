@@ -165,4 +165,4 @@ def missing_ranks(store: Store, world: int, *, patience_s: float = 4 * EVERY_S) 
             time.sleep(EVERY_S / 2)
         return listener.silent(2.5 * EVERY_S)
     except RuntimeError:
-        return "the process that served the meeting point is gone"
+        return "the process that served the rendezvous is gone"

@@ -83,7 +83,7 @@ def mesh_session(
         try:
             gone = missing_ranks(connect_store(rendezvous, config.collective_timeout_s), world)
         except RuntimeError:
-            gone = "the process that served the meeting point is gone"
+            gone = "the process that served the rendezvous is gone"
         if gone is None and not (isinstance(error, DistError) or NETWORK.search(str(error))):
             raise  # a bug: it would happen again
         gone = gone or "every rank still answers; the network between them failed"
