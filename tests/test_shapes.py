@@ -22,7 +22,7 @@ def test_an_argument_of_another_shape_is_refused():
     with pytest.raises(jaxtyping.TypeCheckError, match=r"Expected type: .*n_latents d_model"):
         reference.unit_norm(torch.ones(3))
     with pytest.raises(jaxtyping.TypeCheckError, match="batches"):
-        reconstruction.reconstruction([], [torch.ones(3)])
+        reconstruction.reconstruction([], [(torch.ones(3), torch.ones(3))])
 
 
 def test_so_it_is_in_a_forked_process():

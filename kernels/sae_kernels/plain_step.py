@@ -15,7 +15,7 @@ from sae_kernels.stages import AuxK, LossTerm, RowGradients
 class _SortedPairs(NamedTuple):
     """A term's pairs, sorted by latent, then place, then row; those of latent j begin at offsets[j]."""
 
-    errors: Tensor  # [batch, d_model]
+    errors: Tensor  # [batch, d_out]
     row: Tensor  # [pairs]
     decoder: Tensor  # weight of errors[row] in dW_dec[latent]
     encoder: Tensor  # weight of rows[row] in dW_enc[:, latent]
@@ -27,7 +27,8 @@ class PlainStep:
 
     `enc` and `dec` store the rows of W_enc^T and W_dec. Gradients of matrices are computed for one block of latents at
     a time, right before its update, so no dense gradient is in memory. `biases` are b_enc and b_dec, `first` and
-    `second` their Adam moments.
+    `second` their Adam moments. x - `centre` goes into the encoder,
+    None: x - b_dec.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class PlainStep:
         first: list[Tensor],
         second: list[Tensor],
         *,
+        centre: Tensor | None = None,
         unit: bool,
         product_dtype: torch.dtype | None,
     ) -> None:
         self.enc, self.dec, self.unit, self.product_dtype = enc, dec, unit, product_dtype
         (self.b_enc, self.b_dec), self.first, self.second = biases, first, second
+        self.centre = self.b_dec if centre is None else centre
         self.n_latents = len(enc.value)  # of the whole dictionary, of which this may be a part
         self.total: Callable[[Tensor], Tensor] = _alone  # over the parts
         self._rows, self._pairs, self._through_decoder = torch.empty(0), list[_SortedPairs](), torch.empty(0)
@@ -55,7 +58,7 @@ class PlainStep:
         return self.select(self.rows(x), k=k)
 
     def rows(self, x: Tensor) -> Tensor:
-        return plain.rounded(x.float() - self.b_dec, self.product_dtype)
+        return plain.rounded(x.float() - self.centre, self.product_dtype)
 
     def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None) -> Selected:
         W_enc, b_enc = self.enc.value, self.b_enc if level is None else self.b_enc - level
@@ -85,12 +88,12 @@ class PlainStep:
     def row_gradients(self) -> RowGradients:
         every = slice(0, len(self.b_enc))
         d_bias = self._d_bias()
-        return RowGradients(self._d_enc(every), self._d_dec(every), d_bias, self._through_b_dec(d_bias))
+        return RowGradients(self._d_enc(every), self._d_dec(every), d_bias, self._through_centre(d_bias))
 
     def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Tensor:
         if gradients is None:
             d_bias = self._d_bias()
-            enc, dec, through = self._d_enc, self._d_dec, self._through_b_dec(d_bias)  # before W_enc changes
+            enc, dec, through = self._d_enc, self._d_dec, self._through_centre(d_bias)  # before W_enc changes
         else:
             enc, dec, d_bias, through = gradients
             enc, dec = enc.__getitem__, dec.__getitem__
@@ -159,8 +162,8 @@ class PlainStep:
         ones = self._rows.new_ones(len(self._rows), 1)
         return _sum(plain.bag_sums(ones, h.row, h.encoder, h.offsets) for h in self._pairs).squeeze(1)
 
-    def _through_b_dec(self, d_bias: Tensor) -> Tensor:
-        out = torch.zeros_like(self.b_dec)
+    def _through_centre(self, d_bias: Tensor) -> Tensor:
+        out = torch.zeros_like(self.centre)
         for start in range(0, len(d_bias), plain.TILE):
             part = slice(start, start + plain.TILE)
             out += d_bias[part] @ plain.rounded(self.enc.value[part].float(), self.product_dtype)

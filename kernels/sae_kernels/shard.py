@@ -34,9 +34,11 @@ def is_finite(statistics: StepStatistics) -> bool:
 class Shard:
     """The state of a dictionary in training: parameters, Adam moments, dead counters, reusable buffers.
 
-    W_enc is stored as the transpose of a contiguous [n_latents, d_model] tensor. The given tensors are copied. With
+    W_enc is stored as the transpose of a contiguous [n_latents, d_in] tensor. The given tensors are copied. With
     `unit`, W_dec must have rows of norm 1, and updates keep that norm. `vectors` are further parameters [n_latents], by
-    name. A latent is dead once it has been silent for `dead_after_tokens` tokens. `k`, `k_aux` and `aux_coefficient`
+    name. `b_in` is for a dictionary that reconstructs other rows than its input x, perhaps of another width: the
+    encoder then reads x - b_in, a constant, instead of x - b_dec. Such a dictionary is trained by its `stages`.
+    A latent is dead once it has been silent for `dead_after_tokens` tokens. `k`, `k_aux` and `aux_coefficient`
     are for the fused step; `k` may be assigned between steps, `k_aux=0` turns AuxK off. `screen="int16"` halves the
     work of the CPU kernels' product, with the same selection (screen.h); `auto` does so where it is faster.
 
@@ -50,11 +52,12 @@ class Shard:
 
     def __init__(
         self,
-        W_enc: Float[Tensor, "d_model n_latents"],
-        W_dec: Float[Tensor, "n_latents d_model"],
+        W_enc: Float[Tensor, "d_in n_latents"],
+        W_dec: Float[Tensor, "n_latents d_out"],
         *,
         b_enc: Float[Tensor, " n_latents"],
-        b_dec: Float[Tensor, " d_model"],
+        b_dec: Float[Tensor, " d_out"],
+        b_in: Float[Tensor, " d_in"] | None = None,
         k: int,
         k_aux: int,
         aux_coefficient: float,
@@ -69,10 +72,13 @@ class Shard:
         backend: Backend = "auto",
         screen: Screen = "auto",
     ) -> None:
-        n_latents, d_model = W_dec.shape
+        n_latents, d_out = W_dec.shape
+        d_in = len(W_enc)
+        if b_in is None and d_in != d_out:
+            raise ValueError(f"W_enc reads {d_in} dimensions and W_dec writes {d_out}; give b_in, of x's own width")
         if not 0 < k <= n_latents:
             raise ValueError(f"k={k} with n_latents={n_latents}; choose 1 <= k <= n_latents")
-        self.n_latents, self.d_model, self.k = n_latents, d_model, k
+        self.n_latents, self.k = n_latents, k
         self.k_aux, self.aux_coefficient, self.dead_after_tokens = k_aux, aux_coefficient, dead_after_tokens
         self.betas, self.eps, self.product_dtype, self.backend = betas, eps, product_dtype, backend
         self.state = state
@@ -80,6 +86,7 @@ class Shard:
         self._dec = RowState(W_dec, state, stream=1, first_latent=first_latent)
         self.W_dec = self._dec.value
         self.b_enc, self.b_dec = b_enc.detach().float().clone(), b_dec.detach().float().clone()
+        self.b_in = None if b_in is None else b_in.detach().float().clone()
         biases = [self.b_enc, self.b_dec]
         self._first, self._second = ([torch.zeros_like(p) for p in biases] for _ in range(2))
         self.vectors = {name: vector.detach().float().clone() for name, vector in vectors.items()}
@@ -109,13 +116,14 @@ class Shard:
         ):
             from sae_kernels import triton_step  # imports Triton, which only a GPU needs
 
-            self._kernels = triton_step.TritonStep(*own, unit=unit)
+            self._kernels = triton_step.TritonStep(*own, centre=self.b_in, unit=unit)
         elif state.plain and backend != "torch" and on_cpu and library():
-            self._kernels = CpuStep(*own, unit=unit, screen=screen)
+            self._kernels = CpuStep(*own, centre=self.b_in, unit=unit, screen=screen)
         else:
             self._kernels = PlainStep(
-                self._enc, self._dec, biases, self._first, self._second, unit=unit, product_dtype=product_dtype
-            )
+                self._enc, self._dec, biases, self._first, self._second, centre=self.b_in, unit=unit,
+                product_dtype=product_dtype,
+            )  # fmt: skip
         if screen == "int16" and not isinstance(self._kernels, CpuStep):
             raise ValueError(f"screen=int16 needs the CPU kernels, but backend={self.backend_used}; use auto")
 
@@ -149,7 +157,7 @@ class Shard:
         return self._kernels.screened if isinstance(self._kernels, CpuStep) else None
 
     @property
-    def W_enc(self) -> Float[Tensor, "d_model n_latents"]:
+    def W_enc(self) -> Float[Tensor, "d_in n_latents"]:
         return self._enc.value.t()
 
     @property
@@ -181,6 +189,8 @@ class Shard:
 
     def forward(self, x: Float[Tensor, "batch d_model"], *, variance: float | Float[Tensor, ""]) -> StepStatistics:
         """The first half of `step`; what `update_(None)` needs is kept until then."""
+        if self.b_in is not None:
+            raise ValueError("the fused step rebuilds its input, and this dictionary has b_in; take its `stages`")
         scale, aux = error_scale(len(x), float(variance)), None
         if self.k_aux and len(places := self.dead.nonzero().squeeze(1)):  # waits for the GPU: before it has work
             weight = aux_weight(self.aux_coefficient, n_dead=len(places), k_aux=self.k_aux)
@@ -222,7 +232,7 @@ class Shard:
     def state_dict(self) -> dict[str, Tensor]:
         """All state of the training, as tensors that share memory with this object.
 
-        Tensors named *W_enc are [d_model, n_latents]. In the others the first dim is n_latents, except *b_dec and
+        Tensors named *W_enc are [d_in, n_latents]. In the others the first dim is n_latents, except *b_dec, b_in and
         second_column.*, which every part of a dictionary has whole.
         """
         tensors = {"W_enc": self._enc.value, "W_dec": self._dec.value, "b_enc": self.b_enc, "b_dec": self.b_dec}
@@ -231,7 +241,7 @@ class Shard:
         for kind, moments in (("first", self._first), ("second", self._second)):
             tensors |= {f"{kind}.{name}": moment for name, moment in zip(("b_enc", "b_dec"), moments, strict=True)}
         tensors = {name: tensor.t() if name.endswith("W_enc") else tensor for name, tensor in tensors.items()}
-        tensors |= self.vectors
+        tensors |= self.vectors if self.b_in is None else self.vectors | {"b_in": self.b_in}
         for kind, moments in self._of_vectors.items():
             tensors |= {f"{kind}.{name}": moment for name, moment in moments.items()}
         return tensors | {

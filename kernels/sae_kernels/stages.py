@@ -19,7 +19,7 @@ from sae_kernels.row_state import Hyper
 class LossTerm(NamedTuple):
     """One term of the loss (the reconstruction, AuxK), whose gradients are sums over its (row, latent) pairs."""
 
-    errors: Float[Tensor, "batch d_model"]  # target less reconstruction
+    errors: Float[Tensor, "batch d_out"]  # target less reconstruction
     selected: Selected  # indices within this shard; empty places have the value 0 and any valid index
     d_z: Float[Tensor, "batch k"]  # d loss / d z, 0 at empty places
     scale: float  # d loss / d x_hat = scale * errors
@@ -37,20 +37,19 @@ class AuxK(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """Dense gradients of the latents' rows, and their part of b_dec's."""
+    """Dense gradients of the latents' rows, and what b_dec's has of them where x - b_dec goes into the encoder."""
 
-    enc: Float[Tensor, "n_latents d_model"]
-    dec: Float[Tensor, "n_latents d_model"]
+    enc: Float[Tensor, "n_latents d_in"]
+    dec: Float[Tensor, "n_latents d_out"]
     b_enc: Float[Tensor, " n_latents"]
-    # sum_j d_b_enc[j] W_enc[:, j]: b_dec's gradient through the encoder, negated
-    through_b_dec: Float[Tensor, " d_model"]
+    through_centre: Float[Tensor, " d_in"]  # sum_j d_b_enc[j] W_enc[:, j]: of what is subtracted from x, negated
 
 
 class Stages(Protocol):
     """The kernels bound to the tensors of a dictionary, or of a part of one."""
 
-    def rows(self, x: Float[Tensor, "batch d_model"]) -> Shaped[Tensor, "batch width"]:
-        """x - b_dec in the format of the encoder's product; `width` is d_model, perhaps padded."""
+    def rows(self, x: Float[Tensor, "batch d_in"]) -> Shaped[Tensor, "batch width"]:
+        """x - b_dec, or x - b_in, in the format of the encoder's product; `width` is d_in, perhaps padded."""
         ...
 
     def select(
@@ -63,12 +62,12 @@ class Stages(Protocol):
         """
         ...
 
-    def partial(self, selected: Selected) -> Float[Tensor, "batch d_model"]:
+    def partial(self, selected: Selected) -> Float[Tensor, "batch d_out"]:
         """sum_j values_j W_dec[j], without b_dec."""
         ...
 
     def d_z(
-        self, errors: Float[Tensor, "batch d_model"], selected: Selected, *, scale: float
+        self, errors: Float[Tensor, "batch d_out"], selected: Selected, *, scale: float
     ) -> Float[Tensor, "batch k"]:
         """scale * errors . W_dec[j] at every selected place, 0 where the selected value is 0."""
         ...
@@ -81,10 +80,10 @@ class Stages(Protocol):
         """The dense gradients of the saved terms."""
         ...
 
-    def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Float[Tensor, " d_model"]:
-        """Adam on the rows, from dense gradients or from the saved terms; returns `through_b_dec`."""
+    def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Float[Tensor, " d_in"]:
+        """Adam on the rows, from dense gradients or from the saved terms; returns `through_centre`."""
         ...
 
-    def update_b_dec_(self, gradient: Float[Tensor, " d_model"], hyper: Hyper) -> None:
+    def update_b_dec_(self, gradient: Float[Tensor, " d_out"], hyper: Hyper) -> None:
         """Adam on b_dec."""
         ...

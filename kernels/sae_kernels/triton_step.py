@@ -35,16 +35,19 @@ class _Reconstruction(NamedTuple):
 class TritonStep:
     """The kernels bound to one dictionary's tensors, with the pairs of the last forward pass.
 
-    `parameters` are W_enc as [n_latents, d_model], W_dec, b_enc and b_dec; `first` and `second` Adam's moments of them.
+    `parameters` are W_enc as [n_latents, d_in], W_dec, b_enc and b_dec; `first` and `second` Adam's moments of them.
+    x - `centre` goes into the encoder, None: x - b_dec.
     A bf16 copy of W_enc, 2 bytes a parameter, is what the product reads; the update writes it.
     """
 
     def __init__(
-        self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor], *, unit: bool = True
-    ) -> None:
+        self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor], *, centre: Tensor | None = None,
+        unit: bool = True,
+    ) -> None:  # fmt: skip
         self.unit = unit
         moments = [ParameterState(*tensors) for tensors in zip(parameters, first, second, strict=True)]
         self.W_enc, self.W_dec, self.b_enc, self.b_dec = moments
+        self.centre = self.b_dec.value if centre is None else centre
         self.rounded = torch.empty_like(self.W_enc.value, dtype=torch.bfloat16)
         self.norms = torch.zeros(2, len(self.rounded), device=self.rounded.device)  # of both gradients' rows, squared
         self._d_b_enc = torch.empty_like(self.b_enc.value)
@@ -90,7 +93,7 @@ class TritonStep:
                 values = torch.cat([main.selected.values, chosen.values], 1)
                 weights, d_z = torch.cat([weights, aux.scale * chosen.values], 1), torch.cat([d_z, aux_d_z], 1)
                 by_latent = segments(values, indices, n_latents=len(self.rounded))
-                self._through_encoder = self._through_b_dec(d_z, indices)
+                self._through_encoder = self._through_centre(d_z, indices)
         self._encoder = WeightedPairs(rows, d_z, by_latent, split=k, shift=0)
         self._decoder = WeightedPairs(errors, weights, by_latent, split=k, shift=len(rows))
         return statistics
@@ -105,7 +108,7 @@ class TritonStep:
             rows, errors, Selected(values, indices), d_z, weights=scale * values,
             by_latent=segments(values, indices, n_latents=len(self.rounded)), squared_error=errors.square().sum(),
             active=values.count_nonzero(), through_decoder=scale * errors.sum(0),
-            through_encoder=self._through_b_dec(d_z, indices),
+            through_encoder=self._through_centre(d_z, indices),
         )  # fmt: skip
 
     def gradients(self) -> Gradients:
@@ -155,7 +158,7 @@ class TritonStep:
         by_latent = segments(values, indices, n_latents=len(self.rounded))
         self._encoder = WeightedPairs(rows, d_z, by_latent, split=split, shift=0)
         self._decoder = WeightedPairs(errors, weights, by_latent, split=split, shift=len(rows))
-        self._through_encoder = self._through_b_dec(d_z, indices)
+        self._through_encoder = self._through_centre(d_z, indices)
 
     def row_gradients(self) -> RowGradients:
         n_latents = len(self.rounded)
@@ -178,7 +181,7 @@ class TritonStep:
         if gradients is None:
             encoder, decoder, through, aux = self._encoder, self._decoder, self._through_encoder, self._aux
         else:
-            encoder, decoder, through = gradients.enc.contiguous(), gradients.dec.contiguous(), gradients.through_b_dec
+            encoder, decoder, through = gradients.enc.contiguous(), gradients.dec.contiguous(), gradients.through_centre
             self._d_b_enc.copy_(gradients.b_enc)
             aux = None
         schedule = self._schedule(hyper)
@@ -207,15 +210,15 @@ class TritonStep:
             self._row = torch.tensor([row], pin_memory=on_gpu).to(self.rounded.device, non_blocking=True)
         return self._row
 
-    def _through_b_dec(self, d_z: Tensor, indices: Tensor) -> Tensor:
-        """W_enc d_b_enc of some pairs: b_dec, subtracted from x, acts through the encoder."""
+    def _through_centre(self, d_z: Tensor, indices: Tensor) -> Tensor:
+        """W_enc d_b_enc of some pairs: what is subtracted from x acts through the encoder."""
         return decode(d_z, indices, self.rounded, None).sum(0)
 
     def _through_dead(self, aux: DeadGradients, places: Tensor) -> Tensor:
         return aux.bias @ self.rounded[places].float()
 
     def _rows(self, x: Tensor) -> Tensor:
-        return torch.sub(x, self.b_dec.value, out=torch.empty(x.shape, dtype=torch.bfloat16, device=x.device))
+        return torch.sub(x, self.centre, out=torch.empty(x.shape, dtype=torch.bfloat16, device=x.device))
 
     def _select_dead(self, rows: Tensor, places: Tensor, *, k: int) -> Selected:
         """AuxK's selection, by place among the dead latents: one product over the compacted set."""

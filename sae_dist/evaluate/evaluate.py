@@ -18,17 +18,21 @@ from sae_dist.evaluate.reconstruction import is_constant, reconstruction
 from sae_dist.model.load import LanguageModel
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.metrics import ReconstructionSums, figures
-from sae_dist.shards.reader import Store, heldout
+from sae_dist.shards.hooks import Hooks
+from sae_dist.shards.reader import Store, heldout_pairs
 from sae_dist.text.stream import TokenStream
 
 
 def evaluate_reconstruction(
-    dictionaries: Sequence[Dictionary], store: Store, hook: str, config: EvaluateConfig
+    dictionaries: Sequence[Dictionary], store: Store, hooks: Hooks, config: EvaluateConfig
 ) -> list[Metrics]:
-    """Each one's figures that need no model: FVU, L0, cosine and dead share on the units that training never reads."""
+    """Each one's figures that need no model: FVU, L0, cosine and dead share on the units that training never reads.
+
+    FVU and cosine are those of what is rebuilt: of a transcoder, the rows of its target.
+    """
     if not store.meta.heldout_units:
         return [unmeasured(RECONSTRUCTION, "the store has no held-out units")] * len(dictionaries)
-    totals = reconstruction(dictionaries, (batch.x for batch in heldout(store, hook, config.batch_rows)))
+    totals = reconstruction(dictionaries, heldout_pairs(store, hooks, config.batch_rows))
     if totals is None:
         none = unmeasured(RECONSTRUCTION, "the held-out units have no rows that are finite") | {"tokens": 0}
         return [none] * len(dictionaries)

@@ -11,7 +11,7 @@ from sae_kernels.eight_bit import block_of
 
 from sae_dist.plan.machine import Holding
 from sae_dist.plan.workload import Workload
-from sae_dist.sae.variants.interface import Elementwise
+from sae_dist.sae.variants.interface import Elementwise, Sizes
 from sae_dist.train.parallel.batch_select import initial_width
 from sae_dist.train.parallel.row_select import pays_two_rounds
 from sae_dist.train.parallel.step import LINE_WIDTH
@@ -74,9 +74,9 @@ def state_bytes(work: Workload) -> float:
 def parameter_bytes(work: Workload) -> float:
     """Bytes of the matrices in their format, and of the vectors in fp32."""
     each = {"float32": 4, "bfloat16_stochastic": 2}[work.state.parameters]
-    sizes = {"n_latents": work.latents, "d_model": work.d_model}
+    sizes = Sizes(work.latents, work.d_model, work.d_model)
     learned = [spec for spec in work.sae.tensors if spec.role == "learned"]
-    return sum((each if len(spec.dims) == 2 else 4) * spec.size(**sizes) for spec in learned)
+    return sum((each if len(spec.dims) == 2 else 4) * spec.size(sizes) for spec in learned)
 
 
 def moment_bytes(work: Workload) -> float:

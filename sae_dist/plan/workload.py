@@ -7,7 +7,7 @@ from sae_kernels.row_state import StateOptions
 from sae_dist.config import UserError
 from sae_dist.plan.machine import Backend
 from sae_dist.sae.config import SAEConfig, check_width, resolved_k_aux
-from sae_dist.sae.variants.interface import Top, Variant, own_vectors
+from sae_dist.sae.variants.interface import Sizes, Top, Variant, own_vectors
 from sae_dist.shards.order import OrderConfig
 from sae_dist.train.config import TrainConfig
 
@@ -80,8 +80,8 @@ class Workload(NamedTuple):
     @property
     def parameters(self) -> int:
         """Learned numbers of the whole dictionary."""
-        sizes = {"n_latents": self.n_latents, "d_model": self.d_model}
-        return sum(spec.size(**sizes) for spec in self.sae.tensors if spec.role == "learned")
+        sizes = Sizes(self.n_latents, self.d_model, self.d_model)
+        return sum(spec.size(sizes) for spec in self.sae.tensors if spec.role == "learned")
 
     def kernels(self, backend: Backend) -> Backend:
         """The backend of its steps on a machine with `backend`: plain torch unless all state is fp32."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from sae_dist.config import UserError, digest
 from sae_dist.sae.config import KINDS
 from sae_dist.sae.initialize import Parameters
-from sae_dist.sae.variants.interface import TensorSpec
+from sae_dist.sae.variants.interface import Sizes, TensorSpec, tensors
 
 FORMAT = 1
 WEIGHTS = "weights_xxh3_128"  # the key of config.json that holds the hash of dictionary.safetensors
@@ -32,58 +32,60 @@ class Dictionary:
     """x_hat = decode(encode(x)) on raw activations; `info` is config.json: variant, model, hook point, provenance.
 
     A latent is active where it is among the k largest of its row, or where it is above its `threshold` if there is one.
+    With `b_in` it is a transcoder: it reads x - b_in and rebuilds other activations than x, of `target_hook`.
     """
 
     parameters: Parameters
     k: int
     info: Mapping[str, Any]
     threshold: Float[Tensor, " n_latents"] | None = None
+    b_in: Float[Tensor, " d_in"] | None = None
 
     @property
     def n_latents(self) -> int:
-        return self.parameters.W_dec.shape[0]
+        return self.sizes.n_latents
 
     @property
-    def d_model(self) -> int:
-        return self.parameters.W_dec.shape[1]
+    def sizes(self) -> Sizes:
+        n_latents, d_out = self.parameters.W_dec.shape
+        return Sizes(n_latents, d_in=len(self.parameters.W_enc), d_out=d_out)
 
-    def encode(self, x: Float[Tensor, "batch d_model"]) -> Active:
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Active:
         """The active latents of every row, largest first."""
         W_enc, _, b_enc, b_dec = self.parameters
+        centre = b_dec if self.b_in is None else self.b_in
         if self.threshold is not None:
-            return sae_kernels.threshold_encode(x.float(), W_enc, b_enc, b_dec, theta=self.threshold)
-        return sae_kernels.packed(sae_kernels.topk_encode(x.float(), W_enc, b_enc, b_dec, k=self.k))
+            return sae_kernels.threshold_encode(x.float(), W_enc, b_enc, centre, theta=self.threshold)
+        return sae_kernels.packed(sae_kernels.topk_encode(x.float(), W_enc, b_enc, centre, k=self.k))
 
-    def decode(self, active: Active) -> Float[Tensor, "batch d_model"]:
-        """x_hat from the active latents."""
+    def decode(self, active: Active) -> Float[Tensor, "batch d_out"]:
+        """x_hat, or the target's rows, from the active latents."""
         _, W_dec, _, b_dec = self.parameters
         return sae_kernels.active_decode(active, W_dec, b_dec)
 
 
 def save(dictionary: Dictionary, folder: Path) -> None:
     """Writes both files, each whole or not at all; config.json last, so that a folder with one is complete."""
-    tensors: dict[str, Tensor] = dictionary.parameters._asdict()
-    tensors |= {} if dictionary.threshold is None else {"threshold": dictionary.threshold}
-    specs = KINDS[dictionary.info["variant"]]().tensors
-    parts = ((s, 0, tensors[s.name].t() if s.stored_transposed else tensors[s.name]) for s in specs)
-    write(
-        folder, parts, specs=specs, n_latents=dictionary.n_latents, d_model=dictionary.d_model, k=dictionary.k,
-        info=dictionary.info,
-    )  # fmt: skip
+    own: dict[str, Tensor] = dictionary.parameters._asdict()
+    more = {"threshold": dictionary.threshold, "b_in": dictionary.b_in}
+    own |= {name: tensor for name, tensor in more.items() if tensor is not None}
+    specs = _specs(dictionary.info)
+    parts = ((s, 0, own[s.name].t() if s.stored_transposed else own[s.name]) for s in specs)
+    write(folder, parts, specs=specs, sizes=dictionary.sizes, k=dictionary.k, info=dictionary.info)
 
 
 def write(
-    folder: Path, parts: Iterable[tuple[TensorSpec, int, Tensor]], *, specs: Iterable[TensorSpec], n_latents: int,
-    d_model: int, k: int, info: Mapping[str, Any],
+    folder: Path, parts: Iterable[tuple[TensorSpec, int, Tensor]], *, specs: Iterable[TensorSpec], sizes: Sizes,
+    k: int, info: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Writes a dictionary from parts (spec, first latent, fp32 rows), of which one is in memory at a time.
 
-    Rows are latents, also of W_enc: [latents, d_model]. b_dec is one part. `specs` are all tensors of the dictionary.
+    Rows are latents, also of W_enc: [latents, d_in]. b_dec is one part. `specs` are all tensors of the dictionary.
     ValueError where parts are missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights, config = folder / "dictionary.safetensors", folder / "config.json"
-    shapes = {spec.name: spec.shape(n_latents=n_latents, d_model=d_model) for spec in sorted(specs)}  # by name
+    shapes = {spec.name: spec.shape(sizes) for spec in sorted(specs)}  # by name
     header: dict[str, dict[str, Any]] = {"__metadata__": {"format": str(FORMAT)}}
     at = 0
     for name, shape in shapes.items():
@@ -102,7 +104,7 @@ def write(
             pieces = rows.t() if spec.stored_transposed else rows.reshape(1, -1)  # as stored in the file
             first = start if spec.stored_transposed else start * rows[:1].numel()
             for number, piece in enumerate(pieces.contiguous().numpy()):
-                file.seek(at + 4 * (number * n_latents + first))
+                file.seek(at + 4 * (number * sizes.n_latents + first))
                 file.write(piece.data)
             missing[spec.name] -= rows.numel()
     if any(missing.values()):
@@ -153,6 +155,11 @@ def check(folder: Path) -> dict[str, Any]:
     return info
 
 
+def _specs(info: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+    """The tensors of a dictionary that says this of itself."""
+    return tensors(KINDS[info["variant"]](), transcodes="target_hook" in info)
+
+
 def _xxh3_128(path: Path) -> str:
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
@@ -166,20 +173,21 @@ def load(folder: Path) -> Dictionary:
     config, weights = folder / "config.json", folder / "dictionary.safetensors"
     info = check(folder)
     try:
-        tensors = load_file(weights)
+        own = load_file(weights)
     except SafetensorError as error:
         raise UserError(f"{weights} is damaged ({error}); {CURE}") from error
     variant = info.get("variant")
     if variant not in KINDS:
         raise UserError(f"{config} says variant={variant}; this program knows {', '.join(KINDS)}")
-    if names := {spec.name for spec in KINDS[variant]().tensors} ^ tensors.keys():
+    if names := {spec.name for spec in _specs(info)} ^ own.keys():
         raise UserError(
             f"{weights} and variant={variant} in {config} do not agree on {', '.join(sorted(names))}; repeat the "
             "command of the run with another out="
         )
-    W_enc = tensors["W_enc"].T.contiguous().T
-    parameters = Parameters(W_enc, tensors["W_dec"], tensors["b_enc"], tensors["b_dec"])
-    if W_enc.shape != parameters.W_dec.T.shape:
+    W_enc = own["W_enc"].T.contiguous().T
+    parameters = Parameters(W_enc, own["W_dec"], own["b_enc"], own["b_dec"])
+    b_in, (n_latents, d_out) = own.get("b_in"), parameters.W_dec.shape
+    if W_enc.shape != (d_out if b_in is None else len(b_in), n_latents):
         raise UserError(f"{weights}: W_enc {list(W_enc.shape)} does not fit W_dec {list(parameters.W_dec.shape)}")
     assert all(t.dtype == torch.float32 for t in parameters)
-    return Dictionary(parameters=parameters, k=info["k"], info=info, threshold=tensors.get("threshold"))
+    return Dictionary(parameters=parameters, k=info["k"], info=info, threshold=own.get("threshold"), b_in=b_in)

@@ -12,12 +12,12 @@ BLOCK = 1024  # latents whose initial decoder rows come from one random generato
 
 
 class Parameters(NamedTuple):
-    """A dictionary's weights; W_enc is a transposed view of a contiguous [n_latents, d_model] tensor of its own."""
+    """A dictionary's weights; W_enc is a transposed view of a contiguous [n_latents, d_in] tensor of its own."""
 
-    W_enc: Float[Tensor, "d_model n_latents"]
-    W_dec: Float[Tensor, "n_latents d_model"]
+    W_enc: Float[Tensor, "d_in n_latents"]
+    W_dec: Float[Tensor, "n_latents d_out"]
     b_enc: Float[Tensor, " n_latents"]
-    b_dec: Float[Tensor, " d_model"]
+    b_dec: Float[Tensor, " d_out"]
 
 
 class Initialization(NamedTuple):
@@ -25,6 +25,7 @@ class Initialization(NamedTuple):
 
     parameters: Parameters
     level: float  # in the mean over the sample, k pre-activations of a row are above it
+    b_in: Float[Tensor, " d_in"] | None = None  # the centre of x, of a dictionary that rebuilds something else
 
 
 def geometric_median(
@@ -46,25 +47,26 @@ def geometric_median(
     return y.to(x.dtype)
 
 
-def decoder_rows(latents: range, *, d_model: int, seed: int) -> Float[Tensor, "latents d_model"]:
-    """Random unit rows of W_dec for some latents; each block of 1,024 has a generator of its own.
+def random_rows(name: str, latents: range, *, width: int, seed: int) -> Float[Tensor, "latents width"]:
+    """Random unit rows of the matrix `name` for some latents; a generator for each block of 1,024.
 
-    A row is a function of (seed, latent, d_model), so a rank makes only the rows that it owns.
+    A row is a function of (name, seed, latent, width), so a rank makes only the rows that it owns.
     """
-    parts = [torch.empty(0, d_model)]
+    parts = [torch.empty(0, width)]
     for block in range(latents.start // BLOCK, -(-latents.stop // BLOCK)):
-        key = hashlib.blake2b(f"W_dec {seed} {block}".encode(), digest_size=8).digest()
+        key = hashlib.blake2b(f"{name} {seed} {block}".encode(), digest_size=8).digest()
         generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(key, "little", signed=True))
-        rows = torch.randn(BLOCK, d_model, generator=generator)
+        rows = torch.randn(BLOCK, width, generator=generator)
         first = block * BLOCK
         parts.append(rows[max(latents.start - first, 0) : latents.stop - first])
-    W_dec = torch.cat(parts)
-    return W_dec.div_(W_dec.norm(dim=-1, keepdim=True))
+    rows = torch.cat(parts)
+    return rows.div_(rows.norm(dim=-1, keepdim=True))
 
 
 def initialize(
-    x: Float[Tensor, "rows d_model"],
+    x: Float[Tensor, "rows d_in"],
     *,
+    target: Float[Tensor, "rows d_out"] | None = None,
     n_latents: int,
     k: int,
     seed: int,
@@ -77,26 +79,32 @@ def initialize(
     c makes ||x_hat - b_dec|| match ||x - b_dec|| on the sample in the mean (Gao et al. 2024, App. A.1): a dictionary
     that starts at the right size loses fewer latents in the first steps. b_dec from data before step 0 matters more
     than all else: activations far from the origin leave most latents of a zero-centred encoder silent for ever.
+    With a `target`, other rows that are to be rebuilt from x, nothing can be tied: W_enc has random rows of its own, c
+    matches ||target - b_dec||, and each side is centred by its own geometric median.
 
     `latents` selects a part of the dictionary, with the same values as in the whole. For a part, `kth` maps each sample
     row's largest values to the k-th largest over all parts, and `total` sums a tensor over all parts.
     """
-    latents = range(n_latents) if latents is None else latents
-    W_dec = decoder_rows(latents, d_model=x.shape[1], seed=seed).to(x.device)  # the same rows on every device
-    b_dec = geometric_median(x)
-    centred = x - b_dec
-    sample = centred[:: max(len(centred) // 512, 1)].double()  # the ratio of two mean norms: 512 rows give it to a few
-    best = sample.new_empty(len(sample), 0)  # per cent. In fp64, so that c in fp32 does not show how latents are parted
-    for tile in W_dec.split(BLOCK):
+    latents, wanted = range(n_latents) if latents is None else latents, x if target is None else target
+    # The same rows on every device.
+    W_dec = random_rows("W_dec", latents, width=wanted.shape[1], seed=seed).to(x.device)
+    enc = W_dec if target is None else random_rows("W_enc", latents, width=x.shape[1], seed=seed).to(x.device)
+    b_dec = geometric_median(wanted)
+    b_in = b_dec if target is None else geometric_median(x)
+    every = slice(None, None, max(len(x) // 512, 1))
+    sample = (x[every] - b_in).double()  # the ratio of two mean norms: 512 rows give it to a few per cent
+    size = (wanted[every] - b_dec).double().norm(dim=-1).mean()
+    best = sample.new_empty(len(sample), 0)  # in fp64, so that c in fp32 does not show how latents are parted
+    for tile in enc.split(BLOCK):
         values = (sample @ tile.double().T).relu()
         best = torch.cat([best, values], 1)
         best = best.topk(min(k, best.shape[1])).values
     least = best[:, -1] if kth is None else kth(best)
-    rebuilt = torch.zeros_like(sample)
-    for tile in W_dec.split(BLOCK):
+    rebuilt = sample.new_zeros(len(sample), wanted.shape[1])
+    for tile, rows in zip(enc.split(BLOCK), W_dec.split(BLOCK), strict=True):
         values = (sample @ tile.double().T).relu()
-        rebuilt += torch.where(values >= least[:, None], values, 0.0) @ tile.double()
+        rebuilt += torch.where(values >= least[:, None], values, 0.0) @ rows.double()
     rebuilt = total(rebuilt)
-    c = float(sample.norm(dim=-1).mean() / rebuilt.norm(dim=-1).mean().clamp_min(1e-12))
-    parameters = Parameters((W_dec * c).clone().T, W_dec, torch.zeros(len(latents), device=x.device), b_dec)
-    return Initialization(parameters, c * float(least.mean()))
+    c = float(size / rebuilt.norm(dim=-1).mean().clamp_min(1e-12))
+    parameters = Parameters((enc * c).clone().T, W_dec, torch.zeros(len(latents), device=x.device), b_dec)
+    return Initialization(parameters, c * float(least.mean()), None if target is None else b_in)

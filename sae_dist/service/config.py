@@ -145,6 +145,8 @@ class TrainJob:
     store: str  # folder or URI of an activation store
     live: bool = False  # true: a harvest is still filling the store; rows are waited for
     hook: str | None = None  # null: the only one that the store has
+    # null: that one is rebuilt (an autoencoder); else another hook point of the store, rebuilt from it (a transcoder)
+    target_hook: str | None = None
     sae: SAEConfig
     # more dictionaries in the same pass, each by its keys of sae, seed, lr, parameters, moments (of train) and name
     # that differ: 'more_dictionaries=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'
@@ -158,12 +160,16 @@ class TrainJob:
     def __post_init__(self) -> None:
         local_folder("out", self.out)
         _check_cache(self.train, absolute_uri(self.store))
+        if self.target_hook is not None and self.target_hook == self.hook:
+            raise ValueError(
+                f"target_hook={self.target_hook} is hook itself; leave it out: an autoencoder rebuilds hook"
+            )
         _ = self.members  # a wrong entry is refused here
 
     @property
     def members(self) -> tuple[Member, ...]:
         """All dictionaries of the pass, the main one first."""
-        return _members(self)
+        return _members(self, transcodes=self.target_hook is not None)
 
     def with_absolute_paths(self) -> "TrainJob":
         """The same with absolute places: other processes have other working directories."""
@@ -228,8 +234,8 @@ def evaluation_digest(config: RunConfig) -> str:
     return digest([to_dict(config)[part] for part in ("evaluate", "pages")])
 
 
-def _members(job: RunConfig | TrainJob) -> tuple[Member, ...]:
+def _members(job: RunConfig | TrainJob, *, transcodes: bool = False) -> tuple[Member, ...]:
     return members(
         job.more_dictionaries, sae=job.sae, seed=job.seed, lr=job.train.lr, parameters=job.train.parameters,
-        moments=job.train.moments,
+        moments=job.train.moments, transcodes=transcodes,
     )  # fmt: skip

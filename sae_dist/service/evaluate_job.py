@@ -33,6 +33,7 @@ from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.run_folder import claim, read_config
 from sae_dist.service.summary import alert_entry, read_summary
 from sae_dist.shards import reader
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.shards.retention import retired
 from sae_dist.text.stream import TokenStream
@@ -62,7 +63,7 @@ def evaluate(
         return row_mask({config.hook: x}, eligible(tokens, policy, split_token), policy).mask
 
     wanted = min(config.evaluate.ce_sequences, stream.n_sequences) * (stream.context - 1)
-    rebuilt = evaluate_reconstruction(dictionaries, store, config.hook, config.evaluate)
+    rebuilt = evaluate_reconstruction(dictionaries, store, Hooks((config.hook,)), config.evaluate)
     losses = evaluate_loss(
         dictionaries, language_model, config.hook, stream=stream, mean=mean, config=config.evaluate,
         positions=positions,
@@ -123,8 +124,9 @@ def evaluate_run(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
                 raise UserError(
                     f"store={summary['store']} has no held-out units to judge on; import it with heldout_fraction"
                 )
+            hooks = Hooks((summary["hook"],), (summary["target_hook"],) if "target_hook" in summary else ())
             dictionaries = [dictionary_file.load(folder(out, name)) for name in judged]
-            found = evaluate_reconstruction(dictionaries, store, summary["hook"], evaluate_config)
+            found = evaluate_reconstruction(dictionaries, store, hooks, evaluate_config)
             for own, figures in zip(judged.values(), found, strict=True):
                 own["eval"] = merged(own["eval"], figures)
         else:

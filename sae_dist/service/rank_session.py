@@ -23,6 +23,7 @@ from sae_dist.service.parent_watch import exit_with_parent
 from sae_dist.service.placement import Bundle
 from sae_dist.service.summary import alerts
 from sae_dist.shards import reader
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.reader import Store
 from sae_dist.shards.slice_cache import SliceCache
 from sae_dist.system_errors import user_error
@@ -36,14 +37,20 @@ logger = logging.getLogger(__name__)
 SHORT_STEPS = 5_000  # below which the learning rate of the law is too low to come far
 
 
-def chosen_hook(store: Store, hook: str | None) -> str:
-    """`hook`, or the store's only hook point if it is None; UserError when it does not exist or has to be chosen."""
+def chosen_hooks(store: Store, job: TrainJob) -> Hooks:
+    """`job.hook`, or the store's only hook point if it is None, and the target: perhaps `job.target_hook`.
+
+    UserError when one does not exist or has to be chosen.
+    """
     there = list(store.meta.hooks)
-    if hook is None and len(there) == 1:
-        return there[0]
-    if hook not in there:
-        raise UserError(f"hook={hook} of store={store.storage.uri}; choose one of {', '.join(there)}")
-    return hook
+    hook = there[0] if job.hook is None and len(there) == 1 else job.hook
+    for key, name in (("hook", hook), ("target_hook", job.target_hook or hook)):
+        if name not in there:
+            raise UserError(f"{key}={name} of store={store.storage.uri}; choose one of {', '.join(there)}")
+    assert hook is not None
+    if job.target_hook == hook:
+        raise UserError(f"target_hook={hook} is the only hook point of store={store.storage.uri}; leave it out")
+    return Hooks((hook,), () if job.target_hook is None else (job.target_hook,))
 
 
 def check_heldout(store: Store) -> None:
@@ -100,7 +107,7 @@ def run_rank(
     alone = file_lock(out / ".training", waiting=f"another process still trains into {out}; waiting until it has ended")
     with alone if rank.mesh.is_rank_0 else nullcontext(), _logs(job, out, rank.mesh.is_rank_0, watch) as log:
         task = Task(
-            store, hook=chosen_hook(store, job.hook), members=job.members, config=job.train, order=job.order,
+            store, hooks=chosen_hooks(store, job), members=job.members, config=job.train, order=job.order,
             seed=job.seed, out=out, live=job.live, provenance={**origin, **provenance},
             checkpoint_timeout_s=job.mesh.checkpoint_timeout_s,
         )  # fmt: skip

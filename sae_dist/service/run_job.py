@@ -31,6 +31,7 @@ from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.signals import StopRequest
 from sae_dist.service.summary import read_finished, read_phase, summarize, weights_digest
 from sae_dist.shards import reader
+from sae_dist.shards.hooks import Hooks
 from sae_dist.train.loop import Trained
 from sae_dist.train.members import MAIN
 
@@ -146,7 +147,7 @@ class _Run:
         report = self._stream(pool)
         figures = self._figures(pool)
         summary = summarize(
-            self._config.train_job(), hook=self._config.hook, store=self._store, trained=report,
+            self._config.train_job(), hooks=Hooks((self._config.hook,)), store=self._store, trained=report,
             hashed=self._hashed, figures=figures,
         )  # fmt: skip
         if self._config.pages is not None:

@@ -13,6 +13,7 @@ from sae_dist.config import UserError
 from sae_dist.run_files import read_json
 from sae_dist.sae.dictionary import WEIGHTS, check
 from sae_dist.service.config import TrainJob
+from sae_dist.shards.hooks import Hooks, sides
 from sae_dist.shards.reader import Store
 from sae_dist.train.members import MAIN, Member
 
@@ -47,6 +48,8 @@ class Summary(TypedDict):
     config_hash: str
     store: str
     hook: str
+    target_hook: NotRequired[str]  # of a transcoder, and its width
+    d_out: NotRequired[Count]
     dictionary: str
     n_latents: Count
     d_model: Count
@@ -147,7 +150,7 @@ def alert_entry(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]
 
 
 def summarize(
-    job: TrainJob, *, hook: str, store: Store, trained: Finished, hashed: str, figures: Mapping[str, dict[str, Any]]
+    job: TrainJob, *, hooks: Hooks, store: Store, trained: Finished, hashed: str, figures: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """The summary of a finished training; `wall_seconds` is for the caller to fill in last.
 
@@ -171,10 +174,9 @@ def summarize(
             "name": job.out.rstrip("/").rpartition("/")[2],
             "config_hash": hashed,
             "store": job.store,
-            "hook": hook,
+            **sides(hooks, store.meta),
             "dictionary": f"{job.out}/dictionary",
             "n_latents": job.sae.n_latents,
-            "d_model": store.meta.hooks[hook],
             "k": job.sae.k,
             "tokens_trained": trained.tokens,
             "steps": trained.steps,

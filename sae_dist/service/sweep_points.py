@@ -8,7 +8,7 @@ from sae_dist import storage
 from sae_dist.config import UserError, digest, to_dict
 from sae_dist.sae.config import check_width
 from sae_dist.service.config import RunConfig, TrainJob, identity
-from sae_dist.service.rank_session import chosen_hook
+from sae_dist.service.rank_session import chosen_hooks
 from sae_dist.service.sweep_room import Sizes, sizes
 from sae_dist.shards import reader
 from sae_dist.sweep import group
@@ -81,7 +81,8 @@ def _point(
     if isinstance(config, TrainJob):
         place = config.with_absolute_paths().store
         store = reader.open(storage.open(place))
-        store_digest, hook = store.meta.digest, chosen_hook(store, config.hook)
+        store_digest, hooks = store.meta.digest, chosen_hooks(store, config).every
+        hook = max(hooks, key=store.meta.hooks.__getitem__)  # of a transcoder the wider side decides what it needs
     else:
         hook = config.hook
         if config.harvest.retention != "keep":

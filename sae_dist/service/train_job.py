@@ -20,7 +20,7 @@ from sae_dist.service.config import TrainJob, config_hash
 from sae_dist.service.devices import device_of_local_rank, device_of_process, usable_gpus
 from sae_dist.service.display import Display, progress
 from sae_dist.service.gpu_shares import share_gpus
-from sae_dist.service.rank_session import check_heldout, chosen_hook, run_rank, wait_for_heldout
+from sae_dist.service.rank_session import check_heldout, chosen_hooks, run_rank, wait_for_heldout
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.summary import read_finished, summarize
 from sae_dist.shards import reader
@@ -168,7 +168,7 @@ def _run_once(
     begun, out = False, Path(job.out)
     try:
         store = reader.open(storage.open(job.store))
-        hook = chosen_hook(store, job.hook)
+        hooks = chosen_hooks(store, job)
         hashed = config_hash(job, store.meta.digest)
         folder = RunFolder(out, job)
         with folder.recording_outcome():
@@ -195,9 +195,9 @@ def _run_once(
                 wait_for_heldout(store, stop)
             folder.status("evaluate")
             dictionaries = [dictionary.load(member.folder(out)) for member in job.members]
-            found = evaluate_reconstruction(dictionaries, store, hook, EvaluateConfig())
+            found = evaluate_reconstruction(dictionaries, store, hooks, EvaluateConfig())
             figures = {member.name: merged(UNMEASURED, own) for member, own in zip(job.members, found, strict=True)}
-            summary = summarize(job, hook=hook, store=store, trained=trained, hashed=hashed, figures=figures)
+            summary = summarize(job, hooks=hooks, store=store, trained=trained, hashed=hashed, figures=figures)
             summary["wall_seconds"] = folder.wall_seconds
             write_json(out / "summary.json", summary)
             folder.done(summary)

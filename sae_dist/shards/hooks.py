@@ -1,7 +1,7 @@
 """Which hook points of a store are taken together: those that a dictionary reads, and those that it rebuilds."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sae_dist.config import UserError
 from sae_dist.shards.format import StoreMeta
@@ -38,6 +38,14 @@ class Hooks(NamedTuple):
 def width(meta: StoreMeta, hooks: Sequence[str]) -> int:
     """Of the rows of these hook points side by side."""
     return sum(meta.hooks[hook] for hook in hooks)
+
+
+def sides(hooks: Hooks, meta: StoreMeta) -> dict[str, Any]:
+    """What a dictionary says of them, in its config.json and in a summary: what it reads, and what it rebuilds."""
+    said = {"hook": "+".join(hooks.reads), "d_model": width(meta, hooks.reads)}
+    if hooks.rebuilds_input:
+        return said
+    return said | {"target_hook": "+".join(hooks.writes), "d_out": width(meta, hooks.writes)}
 
 
 def check(hooks: Hooks, meta: StoreMeta, place: str) -> None:

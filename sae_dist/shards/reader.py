@@ -8,14 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 from jaxtyping import Shaped, UInt8, UInt32, UInt64
 from torch import Tensor
 
 from sae_dist.config import UserError
 from sae_dist.shards import commits as commit_files
-from sae_dist.shards import format, manifest, quantize, records, slices, statistics
+from sae_dist.shards import format, manifest, records, slices, statistics
 from sae_dist.shards.commits import Commit, SliceRef
 from sae_dist.shards.format import StoreMeta
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.manifest import Manifest
 from sae_dist.shards.records import CorruptData
 from sae_dist.shards.slice_cache import SliceCache
@@ -220,15 +222,30 @@ def heldout(store: Store, hook: str, batch_rows: int) -> Iterator[StoredRows]:
         yield from unit_rows(store, hook, unit, batch_rows)
 
 
+def heldout_pairs(store: Store, hooks: Hooks, batch_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of those rows what is read and what is to be rebuilt, hook points side by side."""
+    for unit in range(store.meta.train_units, store.meta.n_units):
+        for parts in _slices(store, hooks.every, unit):
+            for rows in _pieces(parts[hooks.every[0]], batch_rows):
+                x, *target = [torch.cat([parts[hook].rows(rows) for hook in names], 1) for names in hooks.sides]
+                yield x, target[0] if target else x
+
+
 def unit_rows(store: Store, hook: str, unit: int, batch_rows: int) -> Iterator[StoredRows]:
     """The rows of one unit in the order stored."""
+    for parts in _slices(store, (hook,), unit):
+        part = parts[hook]
+        for rows in _pieces(part, batch_rows):
+            yield StoredRows(part.rows(rows), part.doc[rows], part.pos[rows], part.token[rows], unit)
+
+
+def _slices(store: Store, hooks: Sequence[str], unit: int) -> Iterator[dict[str, Slice]]:
     commit = store.commit(unit)
     if commit is None:
         raise UserError(f"unit={unit} of {store.storage.uri} is not committed; harvest it first")
-    for index in range(len(commit.shards[hook].slices)):
-        part = store.read_slice(hook, unit, index)
-        for start in range(0, len(part.doc), batch_rows):
-            rows = slice(start, start + batch_rows)
-            scale = None if part.scale is None else part.scale[rows]
-            x = quantize.decode(part.bits[rows], scale, part.dtype)
-            yield StoredRows(x, part.doc[rows], part.pos[rows], part.token[rows], unit)
+    for index in range(len(commit.shards[hooks[0]].slices)):
+        yield store.read_slices(hooks, unit, index)
+
+
+def _pieces(part: Slice, batch_rows: int) -> Iterator[slice]:
+    return (slice(start, start + batch_rows) for start in range(0, len(part.doc), batch_rows))

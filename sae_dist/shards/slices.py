@@ -31,7 +31,11 @@ class Slice(NamedTuple):
     @property
     def x(self) -> Shaped[Tensor, "rows width"]:
         """The activations: a view for plain dtypes, dequantised to bfloat16 for int8 and fp8."""
-        return quantize.decode(self.bits, self.scale, self.dtype)
+        return self.rows(slice(None))
+
+    def rows(self, which: slice) -> Shaped[Tensor, "some width"]:
+        """Some of them."""
+        return quantize.decode(self.bits[which], None if self.scale is None else self.scale[which], self.dtype)
 
 
 def fetch(storage: Storage, key: str, ref: SliceRef) -> UInt8[np.ndarray, " bytes"]:

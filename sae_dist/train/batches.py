@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_dist.config import Stopped
-from sae_dist.shards.hooks import Hooks
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.mesh_loader import MeshLoader
 from sae_dist.train.state import TrainState
@@ -26,24 +25,26 @@ class Batches(NamedTuple):
         """The batches that follow `state`; use it in a `with`."""
         return self._feed(state.step, state.order_hash, state.source.manifest, until=self.task.config.n_steps)
 
-    def sample(self, manifest: int | None) -> Float[Tensor, "rows d_model"]:
-        """The first `train.init_rows` rows in the order of training, fp32.
+    def sample(self, manifest: int | None) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "rows d_out"] | None]:
+        """The first `train.init_rows` rows in the order of training, fp32, and their targets unless they are the same.
 
         Raises Stopped where `stop()` becomes true before they are read.
         """
-        parts: list[Tensor] = []
+        x, target, alike = list[Tensor](), list[Tensor](), self.task.hooks.rebuilds_input
         n_rows, batch = self.task.config.init_rows, self.task.config.batch
         with self._feed(0, 0, manifest, until=-(-n_rows // batch)) as feed:
-            while sum(map(len, parts)) < n_rows:
+            while sum(map(len, x)) < n_rows:
                 if (fed := feed.next()) is None:
                     raise Stopped("nothing was trained yet")
-                parts.append(fed.x.float().clone())
-        return torch.cat(parts)[:n_rows]
+                x.append(fed.x.float().clone())
+                if not alike:
+                    target.append(fed.target.float().clone())
+        return torch.cat(x)[:n_rows], None if alike else torch.cat(target)[:n_rows]
 
     def _feed(self, step: int, order_hash: int, manifest: int | None, *, until: int) -> MeshLoader:
         task = self.task
         return MeshLoader(
-            self.mesh, task.store, Hooks((task.hook,)), batch=task.config.batch, seed=task.seed, order=task.order,
+            self.mesh, task.store, task.hooks, batch=task.config.batch, seed=task.seed, order=task.order,
             start_step=step, order_hash=order_hash, live=task.live,
             manifest=None if manifest is None else task.store.pinned(manifest, task.checkpoints), stop=self.stop,
             stop_step=until,

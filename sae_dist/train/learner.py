@@ -38,10 +38,10 @@ class StepOutcome(NamedTuple):
         return f"{self.alert}, up to step {step}; lower {rate}={member.peak_lr:g}, in another out="
 
 
-def check_member(member: Member, d_model: int, mesh: Mesh) -> None:
+def check_member(member: Member, d_out: int, mesh: Mesh) -> None:
     """UserError where a dictionary does not fit activations of this width, or this mesh."""
     try:
-        check_width(member.sae, d_model)
+        check_width(member.sae, d_out)
         mesh.latents(member.sae.n_latents)
     except UserError as error:
         if member.name == MAIN:
@@ -50,11 +50,12 @@ def check_member(member: Member, d_model: int, mesh: Mesh) -> None:
 
 
 def train_step(
-    learner: Learner, config: TrainConfig, x: Float[Tensor, "batch d_model"], *, lr: float, variance: float
-) -> StepOutcome:
+    learner: Learner, config: TrainConfig, x: Float[Tensor, "batch d_in"], *,
+    target: Float[Tensor, "batch d_out"], lr: float, variance: float,
+) -> StepOutcome:  # fmt: skip
     """One step, unless the learner's guard skips it; all ranks call this together."""
     sae = learner.sae
-    said = sae.forward(x, variance=variance)
+    said = sae.forward(x, target, variance=variance)
     squared_error = float(said.squared_error)
     unit = len(x) * variance
     verdict = judge(

@@ -35,7 +35,7 @@ def dictionary_metrics(
         "skipped_steps": guard.skipped,
         "loss_spikes": guard.spikes,
         "roll_backs": guard.roll_backs,
-    } | _of_kind(learner.sae, state.scale)
+    } | _of_kind(learner.sae, state.scales.target)
     return {f"{learner.member.prefix}{name}": value for name, value in own.items()}
 
 

@@ -17,6 +17,7 @@ from sae_dist import faults
 from sae_dist.config import Stopped
 from sae_dist.monitor.metrics import Log
 from sae_dist.shards import lease as leases
+from sae_dist.shards.hooks import sides
 from sae_dist.shards.lease import Lease
 from sae_dist.train.batches import Batches
 from sae_dist.train.config import TrainConfig
@@ -65,7 +66,7 @@ def train(
     """
     mesh, n_steps = mesh or Mesh.single(), task.config.n_steps
     for member in task.members:
-        check_member(member, task.d_model, mesh)
+        check_member(member, task.d_out, mesh)
     if mesh.is_rank_0:
         _warn_of_slow_states(task)
     with ExitStack() as held:
@@ -111,9 +112,10 @@ def _take_steps(
     with closing(saver), batches.after(state) as feed:
         set_phase(state.step, "training")
         while (batch := feed.next(stop=stopping)) is not None:
-            factor, x = lr_factor(state.step, config), batch.x.float() * state.scale
+            factor, x = lr_factor(state.step, config), batch.x.float() * state.scales.x
+            target = x if batch.target is batch.x else batch.target.float() * state.scales.target
             outcomes = [
-                train_step(one, config, x, lr=one.member.peak_lr * factor, variance=state.variance)
+                train_step(one, config, x, target=target, lr=one.member.peak_lr * factor, variance=state.variance)
                 for one in state.learners
             ]
             step, last = state.step + 1, state.step + 1 == config.n_steps
@@ -160,9 +162,8 @@ def _warn_of_slow_states(task: Task) -> None:
 def _info(task: Task, state: TrainState) -> dict[str, Any]:
     """The provenance that all dictionaries of the training share."""
     return {
-        "d_model": task.d_model,
-        "subtract_b_dec": True,  # the encoder reads x - b_dec
-        "hook": task.hook,
+        **sides(task.hooks, task.store.meta),
+        "subtract_b_dec": task.hooks.rebuilds_input,  # the encoder reads x - b_dec; of a transcoder x - b_in
         "tokens_trained": state.step * task.config.batch,
         "order_hash": f"{state.order_hash:016x}",
         "order_seed": task.seed,

@@ -16,6 +16,7 @@ from sae_kernels.row_state import MomentFormat, ParameterFormat, StateOptions
 
 from sae_dist.config import UserError, frozen, load, to_dict
 from sae_dist.sae.config import KINDS, SAEConfig
+from sae_dist.sae.variants.interface import TensorSpec, tensors
 from sae_dist.train.schedule import base_lr
 
 MAIN = "main"
@@ -42,6 +43,12 @@ class Member(NamedTuple):
     lr: float | None = None  # the peak; None: base_lr of its size
     parameters: ParameterFormat = "float32"
     moments: MomentFormat = "float32"
+    transcodes: bool = False  # what is rebuilt is not the input
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """Of its dictionary."""
+        return tensors(self.sae, transcodes=self.transcodes)
 
     @property
     def prefix(self) -> str:
@@ -63,10 +70,10 @@ class Member(NamedTuple):
 
 def members(
     more: Sequence[Mapping[str, Any]], *, sae: SAEConfig, seed: int, lr: float | None = None,
-    parameters: ParameterFormat = "float32", moments: MomentFormat = "float32",
+    parameters: ParameterFormat = "float32", moments: MomentFormat = "float32", transcodes: bool = False,
 ) -> tuple[Member, ...]:  # fmt: skip
     """The main dictionary and `more`, checked. UserError names the entry, the value and the cure."""
-    found = [Member(MAIN, sae, seed, lr, parameters, moments)]
+    found = [Member(MAIN, sae, seed, lr, parameters, moments, transcodes)]
     for number, entry in enumerate(more):
         place = f"more_dictionaries.{number}"
         member = _member(place, entry, found[0])
@@ -116,4 +123,4 @@ def _member(place: str, entry: Mapping[str, Any], main: Member) -> Member:
         sae = load(SAEConfig, _shared(main.sae, changes.get("kind")) | changes)  # type: ignore[arg-type]  a union
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    return Member(own.name, sae, own.seed, own.lr, own.parameters, own.moments)
+    return Member(own.name, sae, own.seed, own.lr, own.parameters, own.moments, main.transcodes)

@@ -6,6 +6,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from sae_dist.config import UserError, load
+from sae_dist.sae.scale import Scales
 from sae_dist.shards.records import CorruptData
 from sae_dist.train import guard as guards
 from sae_dist.train.batches import Batches
@@ -52,14 +53,14 @@ def resume(batches: Batches, checkpoints: Checkpoints) -> StartPoint:
     if not task.live:
         version = task.store.snapshot(task.checkpoints).version if mesh.is_rank_0 else 0
         manifest = broadcast_number(mesh, version, name="manifest")
-    x = batches.sample(manifest)
-    return StartPoint(initial_state(x, task.members, task.config, mesh, source=task.source(manifest)))
+    x, target = batches.sample(manifest)
+    return StartPoint(initial_state(x, target, task.members, task.config, mesh, source=task.source(manifest)))
 
 
 class _Facts(NamedTuple):
     """The facts of a checkpoint besides guards and identities."""
 
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    scales: Scales
     variance: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     order_hash: Annotated[int, Field(ge=0, lt=1 << 64)]
     units_done: Annotated[int, Field(ge=0)]

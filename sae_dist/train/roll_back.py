@@ -78,8 +78,9 @@ def _earlier(learner: Learner, state: TrainState, batches: Batches, checkpoints:
         to = f"step {earlier.step}" if earlier is not None else "the start: no checkpoint is from before the trouble"
         logger.warning("%sgoing back to %s", task.named(member), to)
     if earlier is None:
-        x = batches.sample(state.source.manifest)
-        return learner._replace(sae=initial_state(x, [member], task.config, mesh, source=state.source).learners[0].sae)
+        x, target = batches.sample(state.source.manifest)
+        begun = initial_state(x, target, [member], task.config, mesh, source=state.source)
+        return learner._replace(sae=begun.learners[0].sae)
     learner.sae.load_state_dict_(local_tensors(earlier, member))
     return learner
 

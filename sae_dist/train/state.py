@@ -11,7 +11,7 @@ from torch import Tensor
 from sae_dist.config import UserError
 from sae_dist.sae.config import SAEConfig, resolved_k_aux
 from sae_dist.sae.initialize import initialize
-from sae_dist.sae.scale import input_scale
+from sae_dist.sae.scale import Scales, input_scale
 from sae_dist.sae.variants.interface import Elementwise, TensorSpec, own_vectors
 from sae_dist.train import guard as guards
 from sae_dist.train.checkpoint import Checkpoint, OwnedRows, RowSelector
@@ -32,7 +32,7 @@ class RowSource(NamedTuple):
     """The rows that a checkpoint was trained on; it may resume with no others."""
 
     store: str  # digest of store.json
-    hook: str
+    hook: str  # or several: those that are read -> those that are rebuilt
     manifest: int | None  # version that the order is pinned to; None while the store grows
     run: str | None = None  # hash of the run's configuration: tells runs with one checkpoint folder apart
 
@@ -42,8 +42,8 @@ class TrainState(NamedTuple):
 
     step: int
     learners: tuple[Learner, ...]  # one per dictionary
-    scale: float  # x is multiplied by it before anything else
-    variance: float  # mean over rows of ||x - mean||^2, scaled: the loss's constant denominator
+    scales: Scales
+    variance: float  # mean over rows of ||target - mean||^2, scaled: the loss's constant denominator
     order_hash: int  # of the rows seen
     units_done: int  # units of the first epoch that no later step reads in it
     source: RowSource
@@ -51,12 +51,26 @@ class TrainState(NamedTuple):
 
 
 def initial_state(
-    x: Float[Tensor, "rows d_model"], members: Sequence[Member], config: TrainConfig, mesh: Mesh, *, source: RowSource
-) -> TrainState:
-    """The state before step 0, from a sample of raw rows: input scale, variance, this rank's initial parameters.
+    x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"] | None, members: Sequence[Member],
+    config: TrainConfig, mesh: Mesh, *, source: RowSource,
+) -> TrainState:  # fmt: skip
+    """The state before step 0, from a sample of raw rows: scales, variance, this rank's initial parameters.
 
-    UserError where all rows are the same.
+    `target` is what is to be rebuilt, None: x. UserError where all rows are the same.
     """
+    x, scale, variance = _scaled(x, source)
+    scales = Scales(scale, scale)
+    if target is not None:
+        target, scale, variance = _scaled(target, source)
+        scales = scales._replace(target=scale)
+    learners = tuple(
+        Learner(m, _step(_initial(x, target, m.sae, mesh, seed=m.seed), m, config, mesh), Guard()) for m in members
+    )
+    return TrainState(0, learners, scales, variance, 0, 0, source, 0.0)
+
+
+def _scaled(x: Float[Tensor, "rows width"], source: RowSource) -> tuple[Float[Tensor, "rows width"], float, float]:
+    """Raw rows of one side scaled, by what, and their variance."""
     scale = input_scale(float(x.double().square().sum(-1).mean()), x.shape[1])
     x = x * scale
     variance = float((x - x.mean(0)).double().square().sum(-1).mean())
@@ -65,10 +79,7 @@ def initial_state(
             f"hook={source.hook}: the first {len(x)} rows are all the same, so that there is nothing to learn; look at "
             "what the store holds (sae-dist store stats)"
         )
-    learners = tuple(
-        Learner(m, _step(_initial(x, m.sae, mesh, seed=m.seed), m, config, mesh), Guard()) for m in members
-    )
-    return TrainState(0, learners, scale, variance, 0, 0, source, 0.0)
+    return x, scale, variance
 
 
 def to_checkpoint(state: TrainState) -> Checkpoint:
@@ -97,8 +108,8 @@ def from_checkpoint(saved: Checkpoint, members: Sequence[Member], config: TrainC
         step = _step(tensors, member, config, mesh)
         step.load_state_dict_(tensors)
         learners.append(Learner(member, step, guards.from_facts(facts.pop(f"{member.prefix}guard"))))
-    source = RowSource(*facts.pop("source"))
-    return TrainState(saved.step, tuple(learners), source=source, **facts)
+    source, scales = RowSource(*facts.pop("source")), Scales(*facts.pop("scales"))
+    return TrainState(saved.step, tuple(learners), scales, source=source, **facts)
 
 
 def owned_rows(mesh: Mesh, members: Sequence[Member], only: Member | None = None) -> RowSelector:
@@ -130,7 +141,7 @@ def _is_of(name: str, member: Member) -> bool:
 def _spec(name: str, member: Member) -> TensorSpec | None:
     """The spec of a tensor of the state, or of the tensor that it is a moment of; None: a counter."""
     own = name.rpartition(".")[2]
-    return next((spec for spec in member.sae.tensors if spec.name == own), None)
+    return next((spec for spec in member.tensors if spec.name == own), None)
 
 
 def _is_split(name: str, member: Member) -> bool:
@@ -142,7 +153,7 @@ def _is_split(name: str, member: Member) -> bool:
 
 
 def _transposed(tensors: Mapping[str, Tensor], member: Member) -> dict[str, Tensor]:
-    """Between MeshStep's shapes and a checkpoint's, where all matrices are [n_latents, d_model]."""
+    """Between MeshStep's shapes and a checkpoint's, where rows of all matrices are latents."""
 
     specs = {name: _spec(name, member) for name in tensors}
     return {
@@ -151,7 +162,9 @@ def _transposed(tensors: Mapping[str, Tensor], member: Member) -> dict[str, Tens
     }
 
 
-def _initial(x: Float[Tensor, "rows d_model"], sae: SAEConfig, mesh: Mesh, *, seed: int) -> dict[str, Tensor]:
+def _initial(
+    x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"] | None, sae: SAEConfig, mesh: Mesh, *, seed: int
+) -> dict[str, Tensor]:
     """This rank's part of a dictionary's initial tensors, from scaled rows."""
 
     k = sae.rule.k
@@ -162,21 +175,23 @@ def _initial(x: Float[Tensor, "rows d_model"], sae: SAEConfig, mesh: Mesh, *, se
         everybody = all_gather(mesh, mesh.feature, padded, name="initialize").permute(1, 0, 2).flatten(1)
         return everybody.topk(k).values[:, -1]
 
-    parameters, level = initialize(
-        x, n_latents=sae.n_latents, k=k, seed=seed, latents=mesh.latents(sae.n_latents), kth=kth,
+    parameters, level, b_in = initialize(
+        x, target=target, n_latents=sae.n_latents, k=k, seed=seed, latents=mesh.latents(sae.n_latents), kth=kth,
         total=lambda part: ordered_sum(mesh, mesh.feature, part, name="initialize"),
     )  # fmt: skip
     own = sae.start(level) if isinstance(sae, Elementwise) else {}
-    return parameters._asdict() | {name: torch.full_like(parameters.b_enc, value) for name, value in own.items()}
+    tensors = parameters._asdict() | {name: torch.full_like(parameters.b_enc, value) for name, value in own.items()}
+    return tensors if b_in is None else tensors | {"b_in": b_in}
 
 
 def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, mesh: Mesh) -> MeshStep:
     sae, here = member.sae, mesh.latents(member.sae.n_latents)
-    own = {spec.name: tensors[spec.name].to(mesh.device) for spec in sae.tensors if spec.role == "learned"}
+    own = {spec.name: tensors[spec.name].to(mesh.device) for spec in member.tensors if spec.role != "tracked"}
     k_aux = resolved_k_aux(sae, own["W_dec"].shape[1])
     shard = Shard(
-        own["W_enc"], own["W_dec"], b_enc=own["b_enc"], b_dec=own["b_dec"], k=min(sae.rule.k, len(here)), k_aux=k_aux,
-        aux_coefficient=sae.aux_coefficient, dead_after_tokens=sae.dead_after_tokens, first_latent=here.start,
+        own["W_enc"], own["W_dec"], b_enc=own["b_enc"], b_dec=own["b_dec"], b_in=own.get("b_in"),
+        k=min(sae.rule.k, len(here)), k_aux=k_aux, aux_coefficient=sae.aux_coefficient,
+        dead_after_tokens=sae.dead_after_tokens, first_latent=here.start,
         vectors={spec.name: own[spec.name] for spec in own_vectors(sae)},
         unit=any(spec.unit for spec in sae.tensors), product_dtype=getattr(torch, config.product), state=member.state,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from sae_dist import storage
 from sae_dist.config import digest
+from sae_dist.shards.hooks import Hooks, width
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
 from sae_dist.storage import Storage
@@ -18,7 +19,7 @@ class Task(NamedTuple):
     """Which dictionaries to train, on which rows, into which folder; the same on every rank."""
 
     store: Store
-    hook: str
+    hooks: Hooks
     members: Sequence[Member]  # the main one first
     config: TrainConfig
     order: OrderConfig
@@ -29,8 +30,14 @@ class Task(NamedTuple):
     checkpoint_timeout_s: float = 1800.0  # a rank waits so long for the others to write
 
     @property
-    def d_model(self) -> int:
-        return self.store.meta.hooks[self.hook]
+    def d_in(self) -> int:
+        """Width of the rows that go in."""
+        return width(self.store.meta, self.hooks.sides[0])
+
+    @property
+    def d_out(self) -> int:
+        """Width of the rows that are to be rebuilt."""
+        return width(self.store.meta, self.hooks.sides[-1])
 
     @property
     def checkpoints(self) -> Storage:
@@ -43,7 +50,7 @@ class Task(NamedTuple):
 
     def source(self, manifest: int | None) -> RowSource:
         """The row source of a checkpoint; `manifest` is the store's version that the order is pinned to."""
-        return RowSource(self.store.meta.digest, self.hook, manifest, self.provenance.get("config_hash"))
+        return RowSource(self.store.meta.digest, str(self.hooks), manifest, self.provenance.get("config_hash"))
 
     def named(self, member: Member) -> str:
         """Prefix of messages about a member; empty where there is only one."""

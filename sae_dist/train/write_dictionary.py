@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from sae_dist.sae import dictionary
-from sae_dist.sae.variants.interface import TensorSpec
+from sae_dist.sae.scale import Scales
+from sae_dist.sae.variants.interface import Sizes, TensorSpec
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train.checkpoint import read_file
 from sae_dist.train.checkpoint_folders import folders, step_of
@@ -39,10 +40,12 @@ def write_dictionary(
     for saved in [folder for folder in folders(storage, run_id) if step_of(folder) == step]:
         try:
             manifest = read_manifest(storage, saved)
-            n_latents, d_model = manifest.tensors[f"{member.prefix}W_dec"].shape
+            (n_latents, d_in), (_, d_out) = (
+                manifest.tensors[member.prefix + name].shape for name in ("W_enc", "W_dec")
+            )
             dictionary.write(
-                folder, _parts(storage, manifest, member), specs=member.sae.tensors, n_latents=n_latents,
-                d_model=d_model, k=member.sae.rule.k, info=own | dict(info),
+                folder, _parts(storage, manifest, member), specs=member.tensors, sizes=Sizes(n_latents, d_in, d_out),
+                k=member.sae.rule.k, info=own | dict(info),
             )  # fmt: skip
             return
         except (OSError, ValueError) as error:
@@ -55,11 +58,11 @@ def write_dictionary(
 
 def _parts(storage: Storage, manifest: CheckpointManifest, member: Member) -> Iterator[tuple[TensorSpec, int, Tensor]]:
     """Yields (spec, first row, rows) of every block, with the input scale folded in."""
-    scale, n_latents = manifest.facts["scale"], member.sae.n_latents
-    wanted = {member.prefix + spec.name: spec for spec in member.sae.tensors}
+    scales, n_latents = Scales(*manifest.facts["scales"]), member.sae.n_latents
+    wanted = {member.prefix + spec.name: spec for spec in member.tensors}
     for file in manifest.files:
         if any(block.name in wanted for block in file.blocks):
             for block, rows in read_file(storage, manifest, file).items():
                 if (spec := wanted.get(block.name)) is not None:
-                    part = spec.folded(rows.float(), scale)
+                    part = spec.folded(rows.float(), scales)
                     yield spec, block.start, part.expand(n_latents) if spec.role == "tracked" else part

@@ -10,8 +10,8 @@ from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.sae.config import BatchTopK, TopK, check_width, resolved_k_aux
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.initialize import Parameters
-from sae_dist.sae.scale import input_scale
-from sae_dist.sae.variants.interface import AUTOENCODER
+from sae_dist.sae.scale import Scales, input_scale
+from sae_dist.sae.variants.interface import AUTOENCODER, B_IN, Sizes
 from tests.allocations import Allocations
 
 
@@ -40,12 +40,39 @@ def test_the_input_scale_makes_the_mean_square_norm_d_model():
 def test_folded_on_raw_input_is_unfolded_on_scaled_input():
     parameters, scale = random_parameters(), 0.04
     x = 25 * torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
-    folded = Parameters(*(spec.folded(tensor, scale) for spec, tensor in zip(AUTOENCODER, parameters, strict=True)))
+    scales = Scales(scale, scale)
+    folded = Parameters(*(spec.folded(tensor, scales) for spec, tensor in zip(AUTOENCODER, parameters, strict=True)))
+    assert torch.equal(folded.W_enc, parameters.W_enc)  # bit for bit
     trained, folded = dictionary(parameters), dictionary(folded)
     on_scaled, on_raw = trained.encode(x * scale), folded.encode(x)
     assert torch.equal(on_scaled.indices, on_raw.indices)
     assert torch.allclose(on_scaled.values / scale, on_raw.values, rtol=1e-4, atol=1e-4)
     assert torch.allclose(trained.decode(on_scaled) / scale, folded.decode(on_raw), rtol=1e-4, atol=1e-3)
+
+
+def transcoder(parameters: Parameters, b_in: torch.Tensor) -> Dictionary:
+    info = {"variant": "topk", "hook": "resid_pre.1", "target_hook": "mlp_out.1"}
+    return Dictionary(parameters=parameters, k=5, info=info, b_in=b_in)
+
+
+def test_a_transcoder_is_folded_by_the_scales_of_both_sides_and_saved_with_both_widths(tmp_path):
+    g, scales = torch.Generator().manual_seed(0), Scales(0.04, 3.0)
+    own, x = random_parameters(), 25 * torch.randn(50, 9, generator=g)
+    parameters = own._replace(W_enc=torch.randn(40, 9, generator=g).T)
+    b_in = torch.randn(9, generator=g)
+    trained = transcoder(parameters, b_in)
+    folded = Parameters(*(spec.folded(tensor, scales) for spec, tensor in zip(AUTOENCODER, parameters, strict=True)))
+    assert torch.equal(folded.W_dec, parameters.W_dec)  # its rows keep norm 1
+    dictionary_file.save(transcoder(folded, B_IN.folded(b_in, scales)), tmp_path)
+    loaded = dictionary_file.load(tmp_path)
+    assert loaded.sizes == (40, 9, 12) and loaded.b_in is not None
+    on_scaled, on_raw = trained.encode(x * scales.x), loaded.encode(x)
+    assert torch.equal(on_scaled.indices, on_raw.indices)
+    expected = trained.decode(on_scaled) / scales.target
+    torch.testing.assert_close(loaded.decode(on_raw), expected, rtol=1e-4, atol=1e-4)
+    z = ((x * scales.x - b_in) @ parameters.W_enc + parameters.b_enc).relu()
+    kept = torch.zeros_like(z).scatter(1, z.topk(5).indices, z.topk(5).values)
+    torch.testing.assert_close(expected, (kept @ parameters.W_dec + parameters.b_dec) / 3, rtol=1e-4, atol=1e-4)
 
 
 def test_encode_and_decode_are_the_documented_formula():
@@ -137,10 +164,10 @@ def test_a_variant_and_a_threshold_that_do_not_go_together_are_refused(tmp_path)
         ("topk", BatchTopK().tensors, "variant=topk in .* do not agree on threshold"),
         ("other", AUTOENCODER, "variant=other; this program knows topk, batchtopk"),
     ):
-        sizes = {"n_latents": 4, "d_model": 3}
-        rows = {spec: torch.ones(spec.shape(**sizes)) for spec in specs}
+        sizes = Sizes(4, 3, 3)
+        rows = {spec: torch.ones(spec.shape(sizes)) for spec in specs}
         parts = ((spec, 0, tensor.t() if spec.stored_transposed else tensor) for spec, tensor in rows.items())
-        dictionary_file.write(tmp_path, parts, specs=specs, k=2, info={"variant": variant}, **sizes)
+        dictionary_file.write(tmp_path, parts, specs=specs, k=2, info={"variant": variant}, sizes=sizes)
         with pytest.raises(UserError, match=said):
             dictionary_file.load(tmp_path)
 

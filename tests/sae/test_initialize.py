@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_dist.sae.initialize import BLOCK, decoder_rows, geometric_median, initialize
+from sae_dist.sae.initialize import BLOCK, geometric_median, initialize, random_rows
 
 
 def test_the_geometric_median_of_a_line_is_its_median():
@@ -30,7 +30,8 @@ def test_one_outlier_moves_the_mean_and_not_the_geometric_median():
 
 def test_initialisation_is_tied_unit_and_of_the_right_size():
     x = 3 + torch.randn(512, 16, generator=torch.Generator().manual_seed(2))
-    (W_enc, W_dec, b_enc, b_dec), level = initialize(x, n_latents=64, k=4, seed=0)
+    start = initialize(x, n_latents=64, k=4, seed=0)
+    (W_enc, W_dec, b_enc, b_dec), level = start.parameters, start.level
     c = (W_enc.T / W_dec).mean()
     assert torch.allclose(W_enc.T, c * W_dec)
     assert torch.allclose(W_dec.norm(dim=-1), torch.ones(64))
@@ -40,6 +41,21 @@ def test_initialisation_is_tied_unit_and_of_the_right_size():
     rebuilt = torch.einsum("bk,bkd->bd", values, W_dec[indices])
     ratio = rebuilt.norm(dim=-1).mean() / (x - b_dec).norm(dim=-1).mean()
     assert abs(float(ratio) - 1) < 1e-4
+    assert level == pytest.approx(float(values[:, -1].mean()), rel=1e-4)
+
+
+def test_with_a_target_each_side_has_its_own_rows_and_centre():
+    g = torch.Generator().manual_seed(2)
+    x, target = 3 + torch.randn(512, 16, generator=g), torch.randn(512, 10, generator=g) - 40
+    (W_enc, W_dec, b_enc, b_dec), level, b_in = initialize(x, target=target, n_latents=64, k=4, seed=0)
+    assert W_enc.shape == (16, 64) and W_dec.shape == (64, 10) and not b_enc.any()
+    assert torch.equal(b_dec, geometric_median(target)) and b_in is not None and torch.equal(b_in, geometric_median(x))
+    assert torch.allclose(W_dec.norm(dim=-1), torch.ones(64)) and torch.allclose(
+        W_enc.norm(dim=0).diff(), torch.zeros(63), atol=1e-5
+    )
+    values, indices = ((x - b_in) @ W_enc).relu().topk(4)
+    rebuilt = torch.einsum("bk,bkd->bd", values, W_dec[indices])
+    assert float(rebuilt.norm(dim=-1).mean() / (target - b_dec).norm(dim=-1).mean()) == pytest.approx(1, abs=1e-4)
     assert level == pytest.approx(float(values[:, -1].mean()), rel=1e-4)
 
 
@@ -55,12 +71,12 @@ def test_the_seed_decides_and_nothing_else():
 
 @pytest.mark.parametrize("bounds", [(0, 3), (5, BLOCK + 9), (BLOCK - 1, BLOCK), (BLOCK, 2 * BLOCK), (7, 3 * BLOCK - 1)])
 def test_a_part_of_the_decoder_is_that_part_of_the_whole(bounds):
-    whole = decoder_rows(range(3 * BLOCK), d_model=5, seed=1)
-    assert torch.equal(decoder_rows(range(*bounds), d_model=5, seed=1), whole[slice(*bounds)])
+    whole = random_rows("W_dec", range(3 * BLOCK), width=5, seed=1)
+    assert torch.equal(random_rows("W_dec", range(*bounds), width=5, seed=1), whole[slice(*bounds)])
 
 
 def test_no_two_blocks_and_no_two_seeds_share_rows():
-    rows = torch.cat([decoder_rows(range(2 * BLOCK), d_model=4, seed=seed) for seed in (0, 1, -1)])
+    rows = torch.cat([random_rows("W_dec", range(2 * BLOCK), width=4, seed=seed) for seed in (0, 1, -1)])
     assert len(rows.unique(dim=0)) == 6 * BLOCK
 
 
@@ -81,9 +97,9 @@ def test_parts_made_apart_are_the_whole_dictionary():
         initialize(x, n_latents=50, k=4, seed=3, latents=part, kth=lambda _: least, total=lambda a: note("rebuilt", a))
     rebuilt = torch.stack(seen["rebuilt"]).sum(0)
     for part in parts:
-        (W_enc, W_dec, b_enc, b_dec), _ = initialize(
+        W_enc, W_dec, b_enc, b_dec = initialize(
             x, n_latents=50, k=4, seed=3, latents=part, kth=lambda _: least, total=lambda _: rebuilt
-        )
+        ).parameters
         assert torch.equal(W_enc, whole.W_enc[:, part.start : part.stop])
         assert torch.equal(W_dec, whole.W_dec[part.start : part.stop])
         assert torch.equal(b_dec, whole.b_dec)

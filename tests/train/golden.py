@@ -21,6 +21,7 @@ import torch.distributed as dist
 from sae_dist import storage
 from sae_dist.sae.config import BatchTopK, SAEConfig, TopK
 from sae_dist.shards import reader
+from sae_dist.shards.hooks import Hooks
 from sae_dist.train import checkpoint, loop
 from sae_dist.train.checkpoint_folders import folders
 from sae_dist.train.config import MeshConfig, TrainConfig
@@ -75,7 +76,7 @@ def rank_of(golden: Golden, folder: Path, rank: int) -> None:
     meeting = None if world == 1 else dist.FileStore(str(folder / f"meeting-{golden.name}"), world)
     mesh = connect(config, rank=rank, world=world, device="cpu", store=meeting)
     task = Task(
-        reader.open(storage.open(str(folder / "store"))), hook="x", config=golden.config, order=ORDER, seed=0,
+        reader.open(storage.open(str(folder / "store"))), Hooks(("x",)), config=golden.config, order=ORDER, seed=0,
         members=(Member(MAIN, golden.sae, 0), *golden.more), out=folder / golden.name,
     )  # fmt: skip
     loop.train(task, mesh, log=lambda *_: None)

@@ -12,6 +12,7 @@ from sae_dist.sae import dictionary
 from sae_dist.sae.config import BatchTopK, SAEConfig, TopK
 from sae_dist.shards import consumers, lease, reader
 from sae_dist.shards.format import StoreMeta
+from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
 from sae_dist.shards.records import seal, unseal
@@ -76,7 +77,7 @@ def train(
     lines: list[tuple[int, dict]] = []
     seed = more.get("seed", 0)
     given = {"seed": seed, "order": ORDER, "members": (Member(MAIN, sae, seed, config.lr),)} | more
-    task = Task(store, hook="x", config=config, out=out, **given)
+    task = Task(store, hooks=Hooks(("x",)), config=config, out=out, **given)
     return loop.train(task, log=lambda *entry: lines.append(entry), stop=stop, set_phase=set_phase), lines
 
 
@@ -215,7 +216,9 @@ def test_one_run_at_a_time_works_in_a_place_for_checkpoints(store, tmp_path):
         train(store, tmp_path / "mine", config=config)
 
 
-@pytest.mark.parametrize("change", [{"scale": "x"}, {"units_done": -1}, {"guard": {"in_a_row": []}}, {"source": 1}])
+@pytest.mark.parametrize(
+    "change", [{"scales": [1.0, "x"]}, {"units_done": -1}, {"guard": {"in_a_row": []}}, {"source": 1}]
+)
 def test_senseless_facts_of_a_checkpoint_are_one_line(store, tmp_path, change):
     with pytest.raises(Stopped):
         train(store, tmp_path, stop=iter([False, True]).__next__)

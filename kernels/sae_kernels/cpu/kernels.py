@@ -103,19 +103,21 @@ def screen_pays() -> bool:
 class CpuStep:
     """The kernels bound to one dictionary's tensors, with the buffers of a step: made once, grown when a batch grows.
 
-    `parameters` are W_enc as [n_latents, d_model], W_dec, b_enc and b_dec; `first` and `second` Adam's moments of them.
+    `parameters` are W_enc as [n_latents, d_in], W_dec, b_enc and b_dec; `first` and `second` Adam's moments of them.
+    x - `centre` goes into the encoder, None: x - b_dec.
     """
 
     def __init__(
-        self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor], *, unit: bool = True,
-        screen: Screen = "auto",
+        self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor], *, centre: Tensor | None = None,
+        unit: bool = True, screen: Screen = "auto",
     ) -> None:  # fmt: skip
         self.parameters, self.first, self.second, self.unit = parameters, first, second, int(unit)
-        self.n_latents, self.d_model = parameters[1].shape
-        self.padded = self.d_model + self.d_model % 2
+        self.centre = parameters[3] if centre is None else centre
+        (self.n_latents, self.d_out), self.d_in = parameters[1].shape, parameters[0].shape[1]
+        self.padded = self.d_in + self.d_in % 2
         self.rounded = torch.empty(self.n_latents, self.padded, dtype=torch.bfloat16)
         self._buffers: dict[str, Tensor] = {}
-        self._none = torch.zeros(self.d_model)
+        self._none = torch.zeros(self.d_in)
         self._sources: tuple[Tensor, Tensor] | None = None  # of the pairs: errors, rounded rows
         self._dense: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._screen_from = 0 if screen == "int16" else _SCREEN_FROM if screen == "auto" and screen_pays() else None
@@ -135,7 +137,7 @@ class CpuStep:
 
     def rows(self, x: Tensor) -> Tensor:
         out = torch.empty(len(x), self.padded, dtype=torch.bfloat16)
-        self._round(x.float().contiguous(), self.parameters[3], out)
+        self._round(x.float().contiguous(), self.centre, out)
         return out
 
     def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None) -> Selected:
@@ -148,14 +150,14 @@ class CpuStep:
 
     def partial(self, selected: Selected) -> Tensor:
         values, indices = selected.values.contiguous(), selected.indices.int().contiguous()
-        out = torch.empty(len(values), self.d_model)
-        sizes = (*values.shape, self.d_model)
+        out = torch.empty(len(values), self.d_out)
+        sizes = (*values.shape, self.d_out)
         _call("sae_partial", values, indices, self.parameters[1], *sizes, out, torch.get_num_threads())
         return out
 
     def d_z(self, errors: Tensor, selected: Selected, *, scale: float) -> Tensor:
         values, indices = selected.values.contiguous(), selected.indices.int().contiguous()
-        out, sizes = torch.empty_like(values), (*values.shape, self.d_model)
+        out, sizes = torch.empty_like(values), (*values.shape, self.d_out)
         _call(
             "sae_dots", errors.contiguous(), values, indices, self.parameters[1], *sizes, float(scale), out,
             torch.get_num_threads(),
@@ -182,25 +184,25 @@ class CpuStep:
         self._pairs(described, batch, sum(term.d_z.shape[1] for term in terms))
 
     def row_gradients(self) -> RowGradients:
-        d_enc, d_dec = torch.empty(2, self.n_latents, self.d_model)
+        d_enc, d_dec = torch.empty(self.n_latents, self.d_in), torch.empty(self.n_latents, self.d_out)
         d_bias = torch.empty(self.n_latents)
         self._latents(None, d_enc, d_dec, d_bias)
-        return RowGradients(d_enc, d_dec, d_bias, self._sum_rows(self._buffers["through_b_dec"]))
+        return RowGradients(d_enc, d_dec, d_bias, self._sum_rows(self._buffers["through_centre"]))
 
     def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Tensor:
         if gradients is None:
             self._latents(_adam(hyper), None, None, None)
-            return self._sum_rows(self._buffers["through_b_dec"])
+            return self._sum_rows(self._buffers["through_centre"])
         d_enc, d_dec, d_b_enc = (g.contiguous() for g in gradients[:3])
         _call(
-            "sae_update", d_enc, d_dec, d_b_enc, self._described(), self.n_latents, self.d_model, self.padded,
-            _adam(hyper), self.unit, torch.get_num_threads(),
+            "sae_update", d_enc, d_dec, d_b_enc, self._described(), self.n_latents, self.d_in, self.d_out,
+            self.padded, _adam(hyper), self.unit, torch.get_num_threads(),
         )  # fmt: skip
-        return gradients.through_b_dec
+        return gradients.through_centre
 
     def update_b_dec_(self, gradient: Tensor, hyper: Hyper) -> None:
         _call(
-            "sae_adam", self.parameters[3], gradient.contiguous(), self.first[3], self.second[3], self.d_model,
+            "sae_adam", self.parameters[3], gradient.contiguous(), self.first[3], self.second[3], self.d_out,
             _adam(hyper),
         )  # fmt: skip
 
@@ -210,7 +212,7 @@ class CpuStep:
         few, k_dead = aux is None or len(aux.places) <= _DENSE * aux.k, min(aux.k, len(aux.places)) if aux else 0
         rows = self._rows(x)
         chosen = self._select("alive", self.rounded, self.parameters[2], rows=self._buffers["rounded_rows"], k=k)
-        errors = self._buffer("errors", (batch if few else 2 * batch, self.d_model))
+        errors = self._buffer("errors", (batch if few else 2 * batch, self.d_out))
         self._sources = (errors, self._buffers["rounded_rows"])
         squares = self._buffer("squares", (2, batch)).zero_()
         described = (_Chosen * (1 if few else 2))(
@@ -246,7 +248,7 @@ class CpuStep:
         batch, k = chosen.values.shape
         d_z = self._buffer(f"d_z.{name}", (batch, k))
         _call(
-            "sae_rows", target[:batch], b_dec, *chosen, self.parameters[1], batch, k, self.d_model, float(scale),
+            "sae_rows", target[:batch], b_dec, *chosen, self.parameters[1], batch, k, self.d_out, float(scale),
             errors[kind * batch :], squares[kind], d_z, torch.get_num_threads(),
         )  # fmt: skip
         return _Chosen(*(t.data_ptr() for t in (*chosen, d_z)), None, k, kind * batch, scale)
@@ -256,11 +258,11 @@ class CpuStep:
         batch, k = chosen.values.shape
         slots = self._buffer("slots", (self.n_latents,), torch.int32).fill_(-1)
         slots[places] = torch.arange(len(places), dtype=torch.int32)
-        dec, enc = torch.empty(2, len(places), self.d_model)
+        dec, enc = torch.empty(2, len(places), self.d_in)
         bias = torch.empty(len(places))
         inputs = (errors, self._buffers["rounded_rows"], *chosen, self.parameters[1], places)
         aux = _Aux(
-            *(t.data_ptr() for t in inputs), batch, k, len(places), self.d_model, self.padded, scale,
+            *(t.data_ptr() for t in inputs), batch, k, len(places), self.d_in, self.padded, scale,
             *(t.data_ptr() for t in (squares, dec, enc, bias)),
         )  # fmt: skip
         _call("sae_aux_dense", aux, torch.get_num_threads())
@@ -286,12 +288,12 @@ class CpuStep:
 
     def _latents(self, adam: _Adam | None, d_enc: Tensor | None, d_dec: Tensor | None, d_bias: Tensor | None) -> None:
         dense = _Dense(*(t.data_ptr() for t in self._dense)) if self._dense else None
-        through_b_dec = self._buffer("through_b_dec", (-(-self.n_latents // _CHUNK), self.d_model))
+        through_centre = self._buffer("through_centre", (-(-self.n_latents // _CHUNK), self.d_in))
         assert self._sources is not None, "no step was begun"
         _call(
             "sae_latents", self._buffers["offsets"], self._buffers["pairs"], *self._sources, dense,
-            self._described(), self.n_latents, self.d_model, self.padded, adam, self.unit, d_enc, d_dec, d_bias,
-            through_b_dec, torch.get_num_threads(),
+            self._described(), self.n_latents, self.d_in, self.d_out, self.padded, adam, self.unit, d_enc, d_dec,
+            d_bias, through_centre, torch.get_num_threads(),
         )  # fmt: skip
 
     def _through_decoder_sum(self) -> Tensor:
@@ -299,18 +301,18 @@ class CpuStep:
         return scale * self._sum_rows(errors)
 
     def _sum_rows(self, a: Tensor) -> Tensor:
-        out = torch.empty(self.d_model)
-        _call("sae_sum_rows", a, len(a), self.d_model, out, torch.get_num_threads())
+        out = torch.empty(a.shape[1])
+        _call("sae_sum_rows", a, len(a), a.shape[1], out, torch.get_num_threads())
         return out
 
     def _rows(self, x: Tensor) -> Tensor:
-        rows = self._buffer("rows", (x.shape[0], self.d_model)).copy_(x)
+        rows = self._buffer("rows", (x.shape[0], self.d_in)).copy_(x)
         rounded = self._buffer("rounded_rows", (x.shape[0], self.padded), torch.bfloat16)
-        self._round(rows, self.parameters[3], rounded)
+        self._round(rows, self.centre, rounded)
         return rows
 
     def _round(self, a: Tensor, minus: Tensor, out: Tensor) -> None:
-        _call("sae_round", a, minus, out, len(a), self.d_model, self.padded, torch.get_num_threads())
+        _call("sae_round", a, minus, out, len(a), self.d_in, self.padded, torch.get_num_threads())
 
     def _select(
         self, name: str, rounded: Tensor, b_enc: Tensor, *, rows: Tensor, k: int, sorted_: bool = False

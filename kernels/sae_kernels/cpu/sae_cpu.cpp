@@ -110,7 +110,7 @@ void sae_pairs(const Chosen* chosen, int kinds, long batch, long n_latents, long
 }
 
 struct Tensors {
-    float *enc, *dec, *bias;                         // [n_latents, d], [n_latents, d], [n_latents]
+    float *enc, *dec, *bias;                         // [n_latents, d_in], [n_latents, d_out], [n_latents]
     float *enc_first, *dec_first, *bias_first;       // Adam's moments
     float *enc_second, *dec_second, *bias_second;
     uint16_t* rounded;                               // bf16 of enc, [n_latents, padded]
@@ -122,15 +122,28 @@ struct Dense {
     const float *dec, *enc, *bias;
 };
 
-// The gradient of every latent from its pairs and, where given, from AuxK; `through_b_dec` [blocks(n_latents, 64), d]
+// Latent j learns from its gradient, of which `any` says whether it may differ from zero.
+static void update(const Tensors& p, long j, const float* g_enc, const float* g_dec, float g_bias, long d_in,
+                   long d_out, long padded, const Adam& adam, long unit, bool any) {
+    float *dec = p.dec + j * d_out, *first = p.dec_first + j * d_out, *second = p.dec_second + j * d_out;
+    if (unit)
+        decoder_row(dec, g_dec, first, second, d_out, adam, any);
+    else
+        adam.row(dec, g_dec, first, second, d_out);
+    adam.row(p.enc + j * d_in, g_enc, p.enc_first + j * d_in, p.enc_second + j * d_in, d_in);
+    adam.row(p.bias + j, &g_bias, p.bias_first + j, p.bias_second + j, 1);
+    round_row(p.enc + j * d_in, nullptr, p.rounded + j * padded, d_in, padded);
+}
+
+// The gradient of every latent from its pairs and, where given, from AuxK; `through_centre` [blocks(n_latents, 64), d_in]
 // gets rounded enc * d_bias, summed over a chunk. Then the gradient is stored (d_enc given) or the update is made, which
 // keeps decoder rows at norm 1 where they are `unit`.
 void sae_latents(const long* offsets, const Pair* pairs, const float* errors, const uint16_t* rows, const Dense* dense,
-                 const Tensors* parameters, long n_latents, long d, long padded, const Adam* adam, long unit,
-                 float* d_enc, float* d_dec, float* d_bias, float* through_b_dec, long threads) {
+                 const Tensors* parameters, long n_latents, long d_in, long d_out, long padded, const Adam* adam,
+                 long unit, float* d_enc, float* d_dec, float* d_bias, float* through_centre, long threads) {
     const Tensors& p = *parameters;
     parallel(blocks(n_latents, CHUNK), threads, [&](long chunk) {
-        std::vector<float> scratch(2 * d), biases(CHUNK);
+        std::vector<float> scratch(d_in + d_out), biases(CHUNK);
         const long first = chunk * CHUNK, last = first + CHUNK < n_latents ? first + CHUNK : n_latents;
         auto slot = [&](long j) { return dense ? dense->slots[j] : -1; };
         for (long j = first; j < last; j++) {
@@ -139,31 +152,25 @@ void sae_latents(const long* offsets, const Pair* pairs, const float* errors, co
             biases[j - first] = bias;
         }
         auto encoder_row = [&](long j) { return p.rounded + (first + j) * padded; };
-        weighted_sum(through_b_dec + chunk * d, d, last - first, encoder_row, [&](long j) { return biases[j]; });
+        weighted_sum(through_centre + chunk * d_in, d_in, last - first, encoder_row, [&](long j) { return biases[j]; });
         for (long j = first; j < last; j++) {
             const Pair* own = pairs + offsets[j];
             const long n = offsets[j + 1] - offsets[j], s = slot(j);
-            float* g_dec = d_dec ? d_dec + j * d : scratch.data();
-            float* g_enc = d_enc ? d_enc + j * d : scratch.data() + d;
-            weighted_sum(g_dec, d, n, [&](long i) { return errors + own[i].error_row * d; },
+            float* g_dec = d_dec ? d_dec + j * d_out : scratch.data();
+            float* g_enc = d_enc ? d_enc + j * d_in : scratch.data() + d_out;
+            weighted_sum(g_dec, d_out, n, [&](long i) { return errors + own[i].error_row * d_out; },
                          [&](long i) { return own[i].decoder; });
-            weighted_sum(g_enc, d, n, [&](long i) { return rows + own[i].row * padded; },
+            weighted_sum(g_enc, d_in, n, [&](long i) { return rows + own[i].row * padded; },
                          [&](long i) { return own[i].encoder; });
             if (s >= 0) {
-                add_row(g_dec, dense->dec + s * d, d);
-                add_row(g_enc, dense->enc + s * d, d);
+                add_row(g_dec, dense->dec + s * d_out, d_out);
+                add_row(g_enc, dense->enc + s * d_in, d_in);
             }
             if (d_dec) {
                 d_bias[j] = biases[j - first];
                 continue;
             }
-            if (unit)
-                decoder_row(p.dec + j * d, g_dec, p.dec_first + j * d, p.dec_second + j * d, d, *adam, n > 0 || s >= 0);
-            else
-                adam->row(p.dec + j * d, g_dec, p.dec_first + j * d, p.dec_second + j * d, d);
-            adam->row(p.enc + j * d, g_enc, p.enc_first + j * d, p.enc_second + j * d, d);
-            adam->row(p.bias + j, &biases[j - first], p.bias_first + j, p.bias_second + j, 1);
-            round_row(p.enc + j * d, nullptr, p.rounded + j * padded, d, padded);
+            update(p, j, g_enc, g_dec, biases[j - first], d_in, d_out, padded, *adam, unit, n > 0 || s >= 0);
         }
     });
 }
@@ -172,17 +179,11 @@ void sae_aux_dense(const Aux* aux, long threads) { aux_dense(*aux, threads); }
 
 // The update from a dense gradient.
 void sae_update(const float* d_enc, const float* d_dec, const float* d_bias, const Tensors* parameters,
-                long n_latents, long d, long padded, const Adam* adam, long unit, long threads) {
+                long n_latents, long d_in, long d_out, long padded, const Adam* adam, long unit, long threads) {
     const Tensors& p = *parameters;
     parallel(blocks(n_latents, CHUNK), threads, [&](long chunk) {
         for (long j = chunk * CHUNK; j < n_latents && j < (chunk + 1) * CHUNK; j++) {
-            if (unit)
-                decoder_row(p.dec + j * d, d_dec + j * d, p.dec_first + j * d, p.dec_second + j * d, d, *adam, true);
-            else
-                adam->row(p.dec + j * d, d_dec + j * d, p.dec_first + j * d, p.dec_second + j * d, d);
-            adam->row(p.enc + j * d, d_enc + j * d, p.enc_first + j * d, p.enc_second + j * d, d);
-            adam->row(p.bias + j, d_bias + j, p.bias_first + j, p.bias_second + j, 1);
-            round_row(p.enc + j * d, nullptr, p.rounded + j * padded, d, padded);
+            update(p, j, d_enc + j * d_in, d_dec + j * d_out, d_bias[j], d_in, d_out, padded, *adam, unit, true);
         }
     });
 }

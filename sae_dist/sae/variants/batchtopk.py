@@ -7,7 +7,7 @@ from pydantic import Field
 from sae_dist.config import frozen
 from sae_dist.sae.variants.interface import AUTOENCODER, TensorSpec, TopOfBatch, check_counts
 
-THRESHOLD = TensorSpec("threshold", ("n_latents",), scaled=True, role="tracked")
+THRESHOLD = TensorSpec("threshold", ("n_latents",), units="target", role="tracked")
 
 
 @frozen

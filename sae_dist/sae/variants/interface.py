@@ -12,7 +12,18 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-Dim = Literal["d_model", "n_latents"]
+from sae_dist.sae.scale import Scales
+
+Dim = Literal["d_in", "d_out", "n_latents"]
+Units = Literal["1", "x", "target", "target / x"]
+
+
+class Sizes(NamedTuple):
+    """Of a dictionary, or of a part of one: latents, the width of x and that of what is rebuilt."""
+
+    n_latents: int
+    d_in: int
+    d_out: int
 
 
 class TensorSpec(NamedTuple):
@@ -20,18 +31,19 @@ class TensorSpec(NamedTuple):
 
     name: str
     dims: tuple[Dim, ...]
-    scaled: bool = False  # in the units of x: divided by the input scale on export
+    units: Units = "1"  # of its numbers: decides how the scales of rows are folded in on export
     unit: bool = False  # its rows are kept at norm 1
     # learned: by gradients, with Adam moments. tracked: a statistic of the run, a single number while training.
-    role: Literal["learned", "tracked"] = "learned"
+    # fixed: as it is before step 0.
+    role: Literal["learned", "tracked", "fixed"] = "learned"
     lr_factor: float = 1.0  # times the learning rate, for vectors of a kind's own
     minimum: float | None = None  # lower values count as this, and are raised to it on export
 
-    def shape(self, *, n_latents: int, d_model: int) -> tuple[int, ...]:
-        return tuple({"n_latents": n_latents, "d_model": d_model}[dim] for dim in self.dims)
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(getattr(sizes, dim) for dim in self.dims)
 
-    def size(self, *, n_latents: int, d_model: int) -> int:
-        return math.prod(self.shape(n_latents=n_latents, d_model=d_model))
+    def size(self, sizes: Sizes) -> int:
+        return math.prod(self.shape(sizes))
 
     @property
     def per_latent(self) -> bool:
@@ -41,24 +53,30 @@ class TensorSpec(NamedTuple):
     @property
     def stored_transposed(self) -> bool:
         """Whether memory and checkpoints store its transpose, whose rows are latents."""
-        return self.dims == ("d_model", "n_latents")
+        return self.dims == ("d_in", "n_latents")
 
-    def folded(self, part: Tensor, scale: float) -> Tensor:
-        """Folds in the input scale: the tensor (or some rows) for x, from the one trained on x * scale.
+    def folded(self, part: Tensor, scales: Scales) -> Tensor:
+        """Folds in the scales: the tensor (or some rows) for raw rows, from the one trained on scaled rows.
 
-        z = (s x - b_dec) W_enc + b_enc, so z / s = (x - b_dec / s) W_enc + b_enc / s. Relu, top k and thresholds
-        commute with a positive factor, and x_hat = (z / s) W_dec + b_dec / s. W_dec does not change.
+        With scales s of x and t of the target, z = (s x - b_in) W_enc + b_enc and t y_hat = z W_dec + b_dec. Therefore
+        z / t = (x - b_in / s) (s / t) W_enc + b_enc / t and y_hat = (z / t) W_dec + b_dec / t. Relu, top k and
+        thresholds commute with a positive factor, and W_dec does not change. Where x itself is reconstructed, b_in is
+        b_dec and t is s, so W_enc does not change either.
         """
         part = part if self.minimum is None else part.clamp_min(self.minimum)
-        return part / scale if self.scaled else part
+        s, t = scales
+        unit = {"1": 1.0, "x": s, "target": t, "target / x": t / s}[self.units]
+        return part if unit == 1 else part / unit
 
 
 AUTOENCODER = (
-    TensorSpec("W_enc", ("d_model", "n_latents")),
-    TensorSpec("W_dec", ("n_latents", "d_model"), unit=True),
-    TensorSpec("b_enc", ("n_latents",), scaled=True),
-    TensorSpec("b_dec", ("d_model",), scaled=True),
+    TensorSpec("W_enc", ("d_in", "n_latents"), units="target / x"),
+    TensorSpec("W_dec", ("n_latents", "d_out"), unit=True),
+    TensorSpec("b_enc", ("n_latents",), units="target"),
+    TensorSpec("b_dec", ("d_out",), units="target"),
 )
+# The centre of x where other rows are reconstructed, which b_dec is the centre of. Constant: b_enc can learn the rest.
+B_IN = TensorSpec("b_in", ("d_in",), units="x", role="fixed")
 
 
 class Top(NamedTuple):
@@ -143,6 +161,11 @@ class Elementwise(Protocol):
     def penalty(self, mean: Float[Tensor, ""]) -> Penalty:
         """The penalty for a mean cost of a row; fp64."""
         ...
+
+
+def tensors(variant: Variant, *, transcodes: bool) -> tuple[TensorSpec, ...]:
+    """All tensors of a dictionary of that kind, which perhaps rebuilds something else than its input."""
+    return (*variant.tensors, B_IN) if transcodes else variant.tensors
 
 
 def own_vectors(variant: Variant) -> tuple[TensorSpec, ...]:

@@ -35,7 +35,7 @@ class JumpReLU:
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        threshold = TensorSpec("threshold", ("n_latents",), scaled=True, lr_factor=self.threshold_rate, minimum=0.0)
+        threshold = TensorSpec("threshold", ("n_latents",), units="target", lr_factor=self.threshold_rate, minimum=0.0)
         return (*AUTOENCODER, threshold)
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from sae_kernels import plain
 from sae_kernels.lines import Lines, split_into_lines
 from sae_kernels.reference import Selected
@@ -23,7 +23,7 @@ from sae_dist.train.parallel.mesh import Mesh, owned_range, owned_ranges
 class LocalTerm(NamedTuple):
     """The errors of a term of the loss and its selected pairs, for the rows that this data rank encodes."""
 
-    errors: Float[Tensor, "mine d_model"]
+    errors: Float[Tensor, "mine d_out"]
     selected: Selected  # z of every row, or of every line
     lines: Lines | None = None  # where rows have different numbers of latents
 
@@ -70,7 +70,7 @@ def gather_term(
     return GlobalTerm(loss, lines, values, dict(zip(names, of_own, strict=True)))
 
 
-def save_for_backward_(stages: Stages, rows: Float[Tensor, "batch d_model"], terms: Sequence[GlobalTerm]) -> None:
+def save_for_backward_(stages: Stages, rows: Shaped[Tensor, "batch width"], terms: Sequence[GlobalTerm]) -> None:
     """Passes the terms to the kernels. Pairs of the first term may be in lines; AuxK's never are in further lines."""
     losses, lines = [term.loss for term in terms], terms[0].lines
     if lines is not None:

@@ -1,11 +1,12 @@
 """A training step on a mesh: the latents, loss, gradients and counters that one rank alone would have.
 
-Every rank has the whole batch. A data rank encodes its share of the rows with the latents of its feature rank.
-Exchanges, and bytes that a rank receives for B rows of d dimensions on D x F ranks:
+Every rank has the whole batch, and its target: x or, for a transcoder, other rows. A data rank encodes its share of the
+rows with the latents of its feature rank. Exchanges, and bytes that a rank receives for B rows with targets of d
+dimensions on D x F ranks:
 
     candidates       8 k (F - 1) B / D            the k largest (row_select.py; two rounds: about 16 k B / D)
     reconstruction   4 d (F - 1) / F B / D        partial sums, to the rank that owns the row
-    errors           4 d (1 - 1 / (D F)) B        x - x_hat, to everybody
+    errors           4 d (1 - 1 / (D F)) B        target - x_hat, to everybody
     pairs            12 k (D - 1) / D B           pairs of a data rank's rows in this part, with d loss / dz; 4 more
                                                   for a value that is not z, and for each of the latents' own vectors
     b_dec            4 d (F - 1)                  its gradient through the encoder
@@ -89,7 +90,10 @@ class MeshStep:
         assert len(self.latents) == shard.n_latents, f"{shard.n_latents} latents, not {len(self.latents)}"
         self.micro_batch, self.clip_norm, self._two_rounds = micro_batch, clip_norm, two_rounds
         self._maths = sae if isinstance(sae, Elementwise) else None
-        self._fused = mesh.world.size == 1 and micro_batch is None and isinstance(sae.rule, Top) and not self._maths
+        self._fused = (
+            mesh.world.size == 1 and micro_batch is None and isinstance(sae.rule, Top) and not self._maths
+            and shard.b_in is None
+        )  # fmt: skip
         self._width = width or initial_width(k, mesh.feature.size)
         # Latents of the finished dictionary are active above it; a running mean, for kinds that track one.
         self.threshold = torch.zeros((), dtype=torch.float64) if tracks_threshold(sae) else None
@@ -111,24 +115,29 @@ class MeshStep:
         """Discards the last `forward`."""
         self._dead = None
 
-    def forward(self, x: Float[Tensor, "batch d_model"], *, variance: float) -> StepStatistics:
-        """The step up to `update_`. The statistics are of the whole mesh; `fired` is of this rank's latents."""
+    def forward(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None, *, variance: float
+    ) -> StepStatistics:
+        """The step up to `update_`; `target` is what is to be rebuilt, None: x.
+
+        The statistics are of the whole mesh; `fired` is of this rank's latents.
+        """
         if self._fused:
             return self.shard.forward(x, variance=variance)
-        x, stages, scale = x.float(), self.shard.stages, error_scale(len(x), variance)
-        rows = stages.rows(x)
+        stages, scale = self.shard.stages, error_scale(len(x), variance)
+        rows, target = stages.rows(x), (x if target is None else target).float()
         if isinstance(self.sae.rule, Top):
-            main = self._reconstruct(stages, rows, x, None, k=self.k)
+            main = self._reconstruct(stages, rows, target, None, k=self.k)
         else:
-            main = self._reconstruct_lines(stages, rows, x)
+            main = self._reconstruct_lines(stages, rows, target)
         term = gather_term(
             self.mesh, stages, main, batch=len(x), scale=scale, backward=self._backward(main.selected, batch=len(x))
         )
         terms = [term]
-        squared_errors = [term.loss.errors.square().sum(), x.new_zeros(())]
+        squared_errors = [term.loss.errors.square().sum(), target.new_zeros(())]
         n_dead = sum(self._dead_by_rank())
         if self.k_aux and n_dead:
-            aux = self._reconstruct(stages, rows, x, main.errors, k=min(self.k_aux, n_dead))
+            aux = self._reconstruct(stages, rows, target, main.errors, k=min(self.k_aux, n_dead))
             weight = aux_weight(self.shard.aux_coefficient, n_dead=n_dead, k_aux=self.k_aux)
             terms.append(gather_term(self.mesh, stages, aux, batch=len(x), scale=scale * weight))
             squared_errors[1] = terms[1].loss.errors.square().sum()
@@ -155,7 +164,7 @@ class MeshStep:
             d_b_dec = self._d_b_dec(stages.update_latents_(None, hyper))
         else:
             gradients = stages.row_gradients()
-            d_b_dec = self._d_b_dec(gradients.through_b_dec)
+            d_b_dec = self._d_b_dec(gradients.through_centre)
             factor = self._clip(*gradients[:3], d_b_dec, *self._d_own.values())
             stages.update_latents_(RowGradients(*(g * factor for g in gradients)), hyper)
         stages.update_b_dec_(d_b_dec * factor, hyper)
@@ -172,8 +181,8 @@ class MeshStep:
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's part of all state, as tensors that share memory with this object.
 
-        Everything is split by latents, except b_dec and its moments, the number of steps and the threshold, which are
-        equal on all ranks.
+        Everything is split by latents, except b_dec and its moments, b_in, the number of steps and the threshold, which
+        are equal on all ranks.
         """
         return self.shard.state_dict() | ({} if self.threshold is None else {"threshold": self.threshold})
 
@@ -185,16 +194,18 @@ class MeshStep:
         self.shard.load_state_dict_(rest)
         self._dead = None
 
-    def _reconstruct(self, stages: Stages, rows: Tensor, x: Tensor, residual: Tensor | None, *, k: int) -> LocalTerm:
-        """The errors of x after the k largest latents, or of the residual after k dead ones, for this rank's rows."""
-        mine, feature = owned_range(len(x), self.mesh.data), self.mesh.feature
+    def _reconstruct(
+        self, stages: Stages, rows: Tensor, target: Tensor, residual: Tensor | None, *, k: int
+    ) -> LocalTerm:
+        """The errors of the target after k latents, or of the residual after k dead ones, for this rank's rows."""
+        mine, feature = owned_range(len(target), self.mesh.data), self.mesh.feature
         latents, available = None, [len(r) for r in owned_ranges(self.n_latents, feature.size)]
         if residual is not None:
             latents, available = self.shard.dead.nonzero().squeeze(1), self._dead_by_rank()
         name = "candidates" if residual is None else "aux_candidates"
         two_rounds = self._two_rounds
         if two_rounds is None:
-            two_rounds = pays_two_rounds(k, feature.size, x.shape[1])
+            two_rounds = pays_two_rounds(k, feature.size, target.shape[1])
         errors, chosen = [], []
         for chunk in self._chunks(mine):
             own = self._best_here(stages, rows[chunk.start : chunk.stop], latents, k=min(k, available[feature.rank]))
@@ -204,7 +215,7 @@ class MeshStep:
             )  # fmt: skip
             summed = self._reduced(stages.partial(selected if residual is not None else self._decoder_values(selected)))
             if residual is None:
-                errors.append(self._residual(x[chunk.start : chunk.stop], summed + self.shard.b_dec))
+                errors.append(self._residual(target[chunk.start : chunk.stop], summed + self.shard.b_dec))
             else:
                 at = range(chunk.start - mine.start, chunk.stop - mine.start)
                 errors.append(self._residual(residual[at.start : at.stop], summed))
@@ -214,15 +225,15 @@ class MeshStep:
             torch.cat(errors), Selected(torch.cat([s.values for s in chosen]), torch.cat([s.indices for s in chosen]))
         )
 
-    def _reconstruct_lines(self, stages: Stages, rows: Tensor, x: Tensor) -> LocalTerm:
-        """The errors of reconstructing x by a batch's largest latents, or all above a level, for this rank's rows."""
-        mine, level = owned_range(len(x), self.mesh.data), None
+    def _reconstruct_lines(self, stages: Stages, rows: Tensor, target: Tensor) -> LocalTerm:
+        """The errors of the target after a batch's largest latents, or all above a level, for this rank's rows."""
+        mine, level = owned_range(len(target), self.mesh.data), None
         if isinstance(self.sae.rule, Above):
             assert self._maths is not None, f"{self.sae.kind} has a rule Above and no level"
             level = self._maths.level(self.shard.vectors)
         chosen = batch_best(
             self.mesh, lambda some, k: stages.select(some, k=k, level=level), rows[mine.start : mine.stop],
-            first_row=mine.start, batch=len(x), latents=self.latents, n_latents=self.n_latents, k=self.k,
+            first_row=mine.start, batch=len(target), latents=self.latents, n_latents=self.n_latents, k=self.k,
             counted=isinstance(self.sae.rule, TopOfBatch), width=self._width, at_once=self.micro_batch,
         )  # fmt: skip
         self._smallest, self.widened = chosen.smallest, self.widened + chosen.widened
@@ -230,7 +241,7 @@ class MeshStep:
         lines = split_into_lines(chosen.row, rows=len(mine), width=LINE_WIDTH * self.k)
         selected = Selected(lines.scatter(z), lines.scatter(chosen.latent))
         summed = self._reduced(lines.summed(stages.partial(self._decoder_values(selected))))
-        return LocalTerm(self._residual(x[mine.start : mine.stop], summed + self.shard.b_dec), selected, lines)
+        return LocalTerm(self._residual(target[mine.start : mine.stop], summed + self.shard.b_dec), selected, lines)
 
     def _own(self, indices: Tensor) -> OwnVectors:
         """The latents' own vectors at every place."""
@@ -257,14 +268,14 @@ class MeshStep:
 
         return backward
 
-    def _reduced(self, partial: Float[Tensor, "rows d_model"]) -> Float[Tensor, "share d_model"]:
+    def _reduced(self, partial: Float[Tensor, "rows d_out"]) -> Float[Tensor, "share d_out"]:
         """The sum of all parts' partial reconstructions, for this rank's share of the rows."""
         sizes = [len(r) for r in owned_ranges(len(partial), self.mesh.feature.size)]
         return sum_rows(self.mesh, self.mesh.feature, partial, sizes, name="reconstruction")
 
     def _residual(
-        self, target: Float[Tensor, "rows d_model"], rebuilt: Float[Tensor, "share d_model"]
-    ) -> Float[Tensor, "rows d_model"]:
+        self, target: Float[Tensor, "rows d_out"], rebuilt: Float[Tensor, "share d_out"]
+    ) -> Float[Tensor, "rows d_out"]:
         """target - reconstruction for all rows, gathered from the shares of the feature axis."""
         shares, feature = owned_ranges(len(target), self.mesh.feature.size), self.mesh.feature
         share = shares[feature.rank]
@@ -309,7 +320,9 @@ class MeshStep:
             self._dead = all_gather(self.mesh, self.mesh.feature, self.shard.dead.sum(), name="counts").tolist()
         return self._dead
 
-    def _d_b_dec(self, through: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+    def _d_b_dec(self, through: Float[Tensor, " d_in"]) -> Float[Tensor, " d_out"]:
+        if self.shard.b_in is not None:  # the encoder does not read b_dec
+            return self._through_decoder
         return self._through_decoder - ordered_sum(self.mesh, self.mesh.feature, through, name="b_dec")
 
     def _clip(self, enc: Tensor, dec: Tensor, b_enc: Tensor, b_dec: Tensor, *own: Tensor) -> float:

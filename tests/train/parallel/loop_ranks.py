@@ -11,6 +11,7 @@ from sae_dist import storage
 from sae_dist.config import Stopped
 from sae_dist.sae.config import SAEConfig
 from sae_dist.shards import reader
+from sae_dist.shards.hooks import Hooks
 from sae_dist.train import loop, resume
 from sae_dist.train.config import MeshConfig, TrainConfig
 from sae_dist.train.guard import GuardConfig
@@ -92,7 +93,7 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
     patch(resume, "initial_state", started)
     store = reader.open(storage.open(str(folder / "store")))
     try:
-        task = Task(store, "x", scenario.members, scenario.config, ORDER, seed=0, out=folder / scenario.name)
+        task = Task(store, Hooks(("x",)), scenario.members, scenario.config, ORDER, seed=0, out=folder / scenario.name)
         trained = loop.train(
             task, mesh, log=lambda *entry: lines.append(entry), set_phase=set_phase,
             stop=lambda: last and done >= scenario.stop_at,

@@ -5,6 +5,7 @@ interpreted.
 """
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ class Case:
 
     n_latents: int = 97  # divides over none of 2, 3, 4 ranks
     d_model: int = 16
+    d_out: int | None = None  # of a transcoder, which rebuilds something else than its input
     k: int = 4
     k_aux: int = 8
     dead_after_tokens: int = 700
@@ -42,13 +44,23 @@ class Case:
     width: int | None = None  # BatchTopK: candidates of a row and part
     product_dtype: torch.dtype = torch.float32
     backend: Backend = "auto"
+    variance: float = 3.0
 
 
 TRITON = Case(  # the interpreter is slow
     n_latents=14, d_model=8, k=2, k_aux=3, batch=4, steps=2, dead_after_tokens=4, product_dtype=torch.bfloat16,
     backend="triton",
 )  # fmt: skip
+# Whole numbers and powers of 2, of which fp32 makes no sum inexact: gradients can be held against fp64 to the last bit.
+EXACT = Case(
+    n_latents=24, k=4, steps=1, data="integers", d_out=12, k_aux=4, dead_after_tokens=1, batch=32, variance=4.0
+)  # fmt: skip
 CASES = {
+    "transcoder": EXACT,
+    "transcoder_batch": replace(EXACT, kind=BatchTopK, width=3),
+    "transcoder_jump": replace(EXACT, kind=JumpReLU),
+    "transcoder_kernels": replace(EXACT, product_dtype=torch.bfloat16),
+    "transcoder_long": Case(steps=12, d_out=11, dead_after_tokens=100, clip_norm=0.5),
     "long": Case(steps=200),
     "short": Case(steps=12, dead_after_tokens=100),
     "owned": Case(steps=12, data="owned"),
@@ -95,11 +107,31 @@ def parameters(case: Case) -> dict[str, torch.Tensor]:
     if case.data == "integers":  # every sum is exact: equal latents tie whoever computes them
         W_enc = torch.randint(-2, 3, (case.n_latents // 4, case.d_model), generator=generator).float().repeat(4, 1)
         b_enc = torch.ones(case.n_latents)
-    return {"W_enc": W_enc.t(), "W_dec": W_dec, "b_enc": b_enc, "b_dec": torch.zeros(case.d_model)}
+    given = {"W_enc": W_enc.t(), "W_dec": W_dec, "b_enc": b_enc, "b_dec": torch.zeros(case.d_model)}
+    if case.d_out is None:
+        return given
+    W_dec = unit_norm(torch.randn(case.n_latents, case.d_out, generator=generator))
+    if case.data == "integers":
+        W_enc, W_dec = (
+            torch.randint(-1, 2, (case.n_latents, d), generator=generator).float() for d in (case.d_model, case.d_out)
+        )
+        given["W_enc"] = W_enc.t()
+    return given | {"W_dec": W_dec, "b_dec": torch.ones(case.d_out), "b_in": -torch.ones(case.d_model)}
+
+
+def thresholds(case: Case) -> dict[str, torch.Tensor]:
+    """JumpReLU's."""
+    if case.kind is not JumpReLU:
+        return {}
+    if case.data == "integers":
+        return {"threshold": torch.arange(case.n_latents) % 5 / 2 + 0.25}
+    return {"threshold": torch.linspace(0.5, 1.5, case.n_latents)}
 
 
 def batch_of(case: Case, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 + step)
+    if case.data == "integers" and case.d_out is not None:
+        return torch.randint(-1, 2, (case.batch, case.d_model), generator=generator).float()
     if case.data == "integers" and case.kind is BatchTopK:
         x = torch.randint(-2, 3, (case.batch, case.d_model), generator=generator).float()
         return torch.cat([x[: case.batch // 2], x[: case.batch - case.batch // 2]])  # rows tie too, across data ranks
@@ -113,9 +145,30 @@ def batch_of(case: Case, step: int) -> torch.Tensor:
     return x
 
 
-def one_step(step: MeshStep, x: torch.Tensor, *, lr: float, variance: float) -> StepStatistics:
-    """A step on the whole batch; nothing changes at all where its figures are not sound."""
-    statistics = step.forward(x, variance=variance)
+def target_of(case: Case, step: int) -> torch.Tensor | None:
+    """What a transcoder is to rebuild of `batch_of`."""
+    if case.d_out is None:
+        return None
+    generator = torch.Generator().manual_seed(2000 + step)
+    if case.data == "integers":
+        return torch.randint(-3, 4, (case.batch, case.d_out), generator=generator).float()
+    mixed = torch.randn(case.d_model, case.d_out, generator=torch.Generator().manual_seed(8))
+    return batch_of(case, step) @ mixed - 2
+
+
+def gradients(step: MeshStep) -> dict[str, torch.Tensor]:
+    """Those of the last forward pass, of this rank's part."""
+    enc, dec, b_enc, through = step.shard.stages.row_gradients()
+    return {"W_enc": enc.t(), "W_dec": dec, "b_enc": b_enc, "b_dec": step._d_b_dec(through), **step._d_own}
+
+
+def one_step(
+    step: MeshStep, x: torch.Tensor, target: torch.Tensor | None = None, *, lr: float, variance: float,
+    seen: Callable[[MeshStep], None] = lambda _: None,
+) -> StepStatistics:  # fmt: skip
+    """A step on the whole batch; nothing changes at all where its figures are not sound. `seen` comes first."""
+    statistics = step.forward(x, target, variance=variance)
+    seen(step)
     if step.gradients_are_finite(statistics):
         step.update_(lr=lr)
         step.count_(statistics.fired, tokens=len(x))
@@ -130,11 +183,10 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
     whole = {name: tensor.to(mesh.device) for name, tensor in parameters(case).items()}
     shard = Shard(
         whole["W_enc"][:, latents.start : latents.stop], whole["W_dec"][latents.start : latents.stop],
-        b_enc=whole["b_enc"][latents.start : latents.stop], b_dec=whole["b_dec"], k=min(case.k, len(latents)),
+        b_enc=whole["b_enc"][latents.start : latents.stop], b_dec=whole["b_dec"], b_in=whole.get("b_in"),
+        k=min(case.k, len(latents)),
         k_aux=case.k_aux, aux_coefficient=1 / 32, dead_after_tokens=case.dead_after_tokens,
-        vectors={"threshold": torch.linspace(0.5, 1.5, case.n_latents)[latents.start : latents.stop]}
-        if case.kind is JumpReLU
-        else {},
+        vectors={name: vector[latents.start : latents.stop] for name, vector in thresholds(case).items()},
         product_dtype=case.product_dtype, backend=case.backend,
     )  # fmt: skip
     step = MeshStep(
@@ -145,6 +197,7 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
         shard.tokens_since_fired[::2] = 10
     chosen, figures, in_lines = [], [], []
     save_terms, save_lines = shard.stages.save_for_backward_, steps.save_for_backward_
+    found: dict[str, torch.Tensor] = {}
 
     def watch_terms(rows, terms):
         owner = torch.arange(len(rows), device=rows.device)
@@ -161,15 +214,20 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
         in_lines.append(terms[0].lines)
         save_lines(stages, rows, terms)
 
+    def keep(step):
+        if case.d_out is not None:
+            found.update(gradients(step))
+
     shard.stages.save_for_backward_ = watch_terms  # type: ignore[method-assign]
     with patch.object(steps, "save_for_backward_", watch_lines):
         for number in range(case.steps):
-            s = one_step(step, batch_of(case, number).to(mesh.device), lr=case.lr, variance=3.0)
+            x, target = batch_of(case, number).to(mesh.device), target_of(case, number)
+            s = one_step(step, x, target, lr=case.lr, variance=case.variance, seen=keep)
             figures.append([float(s.squared_error), float(s.aux_squared_error), int(s.active), step.dead_fraction()])
     state = {name: tensor.cpu().clone() for name, tensor in step.state_dict().items()}
     moved = {name: [m.calls, m.bytes, m.seconds] for name, m in mesh.traffic.items()}
     said = {"state": state, "figures": torch.tensor(figures, dtype=torch.float64), "moved": moved}
-    return said | {"chosen": torch.cat(chosen).cpu(), "widened": step.widened}
+    return said | {"chosen": torch.cat(chosen).cpu(), "widened": step.widened, "gradients": found}
 
 
 def device_of(rank: int, world: int, cases: list[str]) -> torch.device:
