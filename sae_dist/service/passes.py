@@ -23,6 +23,7 @@ from sae_dist.monitor.metrics import JsonLines, read_metrics
 from sae_dist.run_files import read_json, write_json, write_whole
 from sae_dist.sae import dictionary
 from sae_dist.service.config import RunConfig, TrainJob, config_hash, evaluation_digest
+from sae_dist.service.rank_session import chosen_hooks
 from sae_dist.service.signals import catch_signals
 from sae_dist.service.summary import read_summary, summarize
 from sae_dist.shards import reader
@@ -133,7 +134,7 @@ def _place(
     tokens = summary["tokens_trained"]
     trained = _Finished(summary["steps"], tokens, summary["order_hash"], tokens / summary["tokens_per_second"])
     own = summarize(
-        job, hook=summary["hook"], store=store, trained=trained, hashed=hashed, figures={MAIN: figures}
+        job, hooks=chosen_hooks(store, job), store=store, trained=trained, hashed=hashed, figures={MAIN: figures}
     ) | {"wall_seconds": round(share * summary["wall_seconds"], 1)}  # fmt: skip
     source, part = folder(path, name), target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
     part.mkdir(parents=True)

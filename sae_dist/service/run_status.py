@@ -62,7 +62,7 @@ class RunStatus(NamedTuple):
         """What it does, or did at last: preparing, harvesting, training, evaluating, writing pages."""
         said, _, _ = self.said.get("state", "working").partition(" ")  # `evaluate k64`: another dictionary of the pass
         if said != "running":
-            return PHASES.get(said, said)
+            return PHASES.get(str(said), str(said))
         harvest, trains = self.said.get("harvest", {}), "train" in self.said
         found = ["harvesting"] if harvest and harvest.get("units") != harvest.get("of") else []
         found += ["training"] if trains and (self.steps is None or self.step < self.steps) else []

@@ -48,14 +48,14 @@ def side(meta: StoreMeta, hooks: Sequence[str], n: int, buffer: Callable[[int, i
 
 
 class Move(NamedTuple):
-    """Rows `index` of a slice, and where they go."""
+    """Some rows of a slice, and where they go."""
 
     source: Shaped[Tensor, "slice width"]
-    index: Int[Tensor, " rows"]
+    rows: Int[Tensor, " rows"]
     out: Shaped[Tensor, "rows width"]
 
 
 def move(moves: Sequence[Move]) -> None:
     """Makes the moves, one after the other."""
-    for source, index, out in moves:
-        torch.index_select(source, 0, index, out=out)
+    for source, rows, out in moves:
+        torch.index_select(source, 0, rows, out=out)

@@ -13,26 +13,25 @@ TOKENS = torch.randint(3, 200, (6, 12), generator=torch.Generator().manual_seed(
 EVERYWHERE = torch.ones_like(TOKENS, dtype=torch.bool)
 
 
-def found(*reconstruct, positions=EVERYWHERE, mean=None):
-    """What was found of one reconstruction, or of each of several."""
+def found(*reconstruct, positions=EVERYWHERE, mean=None) -> list[LossRecovered]:
+    """What was found of each reconstruction."""
     parts = {4: positions[:4], 2: positions[4:]}  # by the size of the batch
     mean = torch.full((32,), 0.5) if mean is None else mean
-    results = loss_recovered(
+    return loss_recovered(
         MODEL, "resid_post.1", batches=[TOKENS[:4], TOKENS[4:]], positions=lambda tokens, x: parts[len(tokens)],
         reconstruct=reconstruct, mean=mean,
     )  # fmt: skip
-    return results if len(results) > 1 else results[0]
 
 
 def test_a_perfect_reconstruction_recovers_everything():
-    result = found(lambda rows: rows)
+    (result,) = found(lambda rows: rows)
     assert result.ce_spliced == result.ce_clean
     assert result.loss_recovered == result.loss_recovered_mean == 1
     assert result.tokens == 6 * 11
 
 
 def test_zeros_recover_nothing_and_the_mean_is_its_own_yardstick():
-    zeros, mean = found(torch.zeros_like), found(lambda rows: torch.full_like(rows, 0.5))
+    zeros, mean = found(torch.zeros_like, lambda rows: torch.full_like(rows, 0.5))
     assert zeros.ce_spliced == zeros.ce_zero_ablated
     assert zeros.loss_recovered == 0
     assert mean.ce_spliced == mean.ce_mean_ablated
@@ -43,16 +42,16 @@ def test_the_clean_loss_is_the_models_own():
     with torch.no_grad():
         logits = MODEL.model(TOKENS).logits.float()
     own = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
-    assert found(lambda rows: rows).ce_clean == pytest.approx(float(own), rel=1e-5)
+    assert found(lambda rows: rows)[0].ce_clean == pytest.approx(float(own), rel=1e-5)
 
 
 def test_positions_left_alone_are_left_alone():
-    result = found(torch.zeros_like, positions=torch.zeros_like(EVERYWHERE))
+    (result,) = found(torch.zeros_like, positions=torch.zeros_like(EVERYWHERE))
     assert result.ce_zero_ablated == result.ce_mean_ablated == result.ce_clean
     assert result.loss_recovered is result.loss_recovered_mean is None  # nothing to recover
     first_only = EVERYWHERE.clone()
     first_only[:, 1:] = False
-    assert found(torch.zeros_like, positions=first_only).ce_zero_ablated != result.ce_clean
+    assert found(torch.zeros_like, positions=first_only)[0].ce_zero_ablated != result.ce_clean
 
 
 def test_without_a_token_to_predict_every_figure_is_null_with_the_reason():

@@ -1,6 +1,7 @@
 """Replicas and ranks on GPUs: one each where there are enough, else shares, and never two ranks on one."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -95,15 +96,15 @@ def test_on_a_ray_that_believes_in_gpus_no_process_sees_another_ones(gpus):
     mesh = MeshConfig(feature=2)
     with ray.init(address="local", num_cpus=8, num_gpus=gpus, include_dashboard=False, configure_logging=False):
 
-        @ray.remote
         class Process:
             def gpus(self) -> list[int]:
                 return ray.get_gpu_ids()
 
         shares = share_gpus(nodes(gpus), harvest=HARVEST, mesh=mesh)
         wanted = [shares.replica, shares.rank, shares.rank]
-        actors = [Process.options(num_cpus=b.cpus, num_gpus=b.gpus).remote() for b in wanted]
-        replica, *ranks = ray.get([actor.gpus.remote() for actor in actors], timeout=120)
+        actor: Any = ray.remote(Process)
+        actors = [actor.options(num_cpus=b.cpus, num_gpus=b.gpus).remote() for b in wanted]
+        replica, *ranks = ray.get([each.gpus.remote() for each in actors], timeout=120)
     assert [len(seen) for seen in (replica, *ranks)] == [int(bundle.gpus > 0) for bundle in wanted]
     assert len({seen[0] for seen in ranks if seen}) == sum(bool(seen) for seen in ranks)
     assert bool(ranks[0]) == (gpus >= 2) and bool(replica) == (gpus >= 1)

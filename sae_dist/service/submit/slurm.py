@@ -120,8 +120,8 @@ def submit(job: Job, options: Slurm) -> int:
 def queued() -> list[Queued]:
     """The jobs of ours in the queue, the elements of arrays one by one."""
     lines = _slurm("squeue", "--me", "--noheader", "--array", "--format=%i|%j|%T|%M|%k").splitlines()
-    fields = [line.split("|", 4) for line in lines]
-    return [Queued(*rest, said.removeprefix(f"{MARK} ")) for *rest, said in fields if said.startswith(f"{MARK} ")]
+    fields = [Queued(*line.split("|", 4)) for line in lines]
+    return [job._replace(out=job.out.removeprefix(f"{MARK} ")) for job in fields if job.out.startswith(f"{MARK} ")]
 
 
 def stop(name: str) -> None:
