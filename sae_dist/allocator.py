@@ -1,4 +1,4 @@
-"""How this process keeps memory: glibc's allocator told not to give back what the next layer will ask for again."""
+"""Settings of glibc's allocator: keep freed memory in the process instead of returning it to the kernel."""
 
 import ctypes
 import sys
@@ -8,12 +8,11 @@ _GIB = 2**30
 
 
 def keep_freed_memory() -> bool:
-    """From now on freed memory stays with the process; whether the C library could be told so.
+    """Makes this process keep freed memory; returns whether the C library supports it. The process never shrinks.
 
-    A model on a CPU allocates and frees the same tensors of some MB in every layer. By default glibc gives them back
-    and the kernel zeroes their pages anew for the next: 6,000 to 20,000 page faults and some 8 % of the processor time
-    of a forward pass of 16 x 128 tokens through ten layers of SmolLM2. One arena, because those of other threads than
-    the first give their memory back whatever they are told. The process stays as large as it once was.
+    A model on a CPU allocates and frees the same tensors of some MB in every layer. By default glibc returns them and
+    the kernel zeroes their pages again: 6,000 to 20,000 page faults and about 8 % of the CPU time of a forward pass of
+    16 x 128 tokens through ten layers of SmolLM2. One arena is used, because other arenas ignore these settings.
     """
     if sys.platform != "linux":
         return False

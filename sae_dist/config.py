@@ -1,6 +1,6 @@
-"""Configuration: YAML that Hydra composed becomes frozen dataclasses that pydantic has checked.
+"""Configuration: values that Hydra composed become frozen dataclasses, checked by pydantic.
 
-Each dataclass lives beside the code that it configures; this file has only what all of them share.
+Each dataclass is in the package that it configures; this file has what all of them share.
 """
 
 import functools
@@ -22,21 +22,21 @@ CONF_DIR = next(d for d in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if d.is
 
 
 class UserError(ValueError):
-    """What a user can cause and cure: one line that names the value, the place and the cure. Exit code 2."""
+    """An error that the user can cause and fix: one line with the value, the place and the cure. Exit code 2."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C, preemption) and can go on where it stopped. Exit code 75."""
+    """The run was asked to stop (SIGTERM, Ctrl-C, preemption) and can be resumed. Exit code 75."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def frozen(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass whose fields pydantic checks and which refuses unknown keys."""
+    """Makes a frozen, keyword-only dataclass whose fields pydantic checks; unknown keys are errors."""
     return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))(cls)  # type: ignore[return-value]
 
 
 def load(cls: type[T], values: Mapping[str, Any]) -> T:
-    """`values` as a checked `cls`; raises `UserError` naming every bad key, its value and what would do."""
+    """`values` as a checked `cls`; UserError that names every bad key, its value and the cure."""
     try:
         return _adapter(cls).validate_python(values)
     except ValidationError as error:
@@ -49,7 +49,7 @@ def _adapter(cls: type[T]) -> TypeAdapter[T]:
 
 
 def shape_errors(shape: Any, values: object) -> str:
-    """What in `values` does not have this shape, as a clause; empty when all of it does. Numbers must be finite."""
+    """Which keys of `values` do not match the type `shape`, as a clause; empty if all do. Numbers must be finite."""
     try:
         TypeAdapter(shape).validate_python(values)
     except ValidationError as error:
@@ -59,7 +59,7 @@ def shape_errors(shape: Any, values: object) -> str:
 
 
 def local_folder(key: str, value: str) -> str:
-    """`value` if it is a folder on a disk; UserError for a URI, which would become a folder of that name."""
+    """`value` if it is a local path; UserError for a URI, which would otherwise become a folder of that name."""
     if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", value):
         cure = "give a local or shared folder; mirror=s3://bucket/prefix keeps a copy of a run elsewhere"
         raise UserError(
@@ -71,7 +71,7 @@ def local_folder(key: str, value: str) -> str:
 
 
 def _clauses(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
-    """A clause for every bad key; what each alternative of a key would take is one clause."""
+    """A clause for every bad key; the cures of a key's alternatives are joined."""
     found: dict[tuple[str, str], list[str]] = {}
     for each in error.errors():
         key = ".".join(_keys(each["loc"], values))
@@ -83,7 +83,7 @@ def _clauses(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
 
 
 def _describe(error: ErrorDetails, key: str) -> tuple[str, str]:
-    """What is wrong, and what would do: never pydantic's own words, which are about Python."""
+    """(what is wrong, the cure) in the user's terms; pydantic's messages are about Python."""
     match error["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
             return f"unknown key {key}={_shown(error['input'])}", "; remove it (--help lists the keys)"
@@ -101,7 +101,7 @@ def _describe(error: ErrorDetails, key: str) -> tuple[str, str]:
             return f"{key}={_shown(error['input'])}: ", words.format_map(limits)
 
 
-_CURES = {  # by how pydantic's name of the error begins; braces: what it says of the limit
+_CURES = {  # by the beginning of pydantic's error type; braces: its limits
     "int_": "give a whole number",
     "float_": "give a number",
     "finite_number": "give a finite number",
@@ -128,7 +128,7 @@ _CURES = {  # by how pydantic's name of the error begins; braces: what it says o
 
 
 def _shown(value: object) -> str:
-    """A value as YAML has it, cut where it is long."""
+    """A value as in YAML, shortened if it is long."""
     match value:
         case None | True | False:
             return {None: "null", True: "true", False: "false"}[value]
@@ -139,7 +139,7 @@ def _shown(value: object) -> str:
 
 
 def _keys(loc: tuple[int | str, ...], values: object) -> list[str]:
-    """The keys of a place in `values`, without the names by which pydantic tells alternatives of a key apart."""
+    """The keys of a location in `values`, without the tags that pydantic inserts for alternatives of a key."""
     keys = []
     for part in loc:
         if isinstance(values, Mapping) and part not in values and values.get("kind") == part:
@@ -162,6 +162,6 @@ def to_dict(config: object) -> dict[str, Any]:
 
 
 def digest(values: object) -> str:
-    """SHA-256 of the canonical JSON of `values`: equal contents collide, different ones never."""
+    """SHA-256 of the canonical JSON of `values`."""
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -21,11 +21,11 @@ ACTIONS = ("kill", "stop", "raise", "sleep")
 
 
 class InjectedFault(OSError):
-    """What the action `raise` raises: an I/O error that nobody but a test asked for."""
+    """The I/O error of the action `raise`."""
 
 
 def point(name: str, **where: object) -> None:
-    """A place where a process may die; `where` says which of the many passes through it this is."""
+    """A named point for faults; `where` tells the calls of one point apart."""
     if "SAE_DIST_FAULTS" in os.environ:
         _act(name, where, os.environ["SAE_DIST_FAULTS"])
 

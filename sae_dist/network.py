@@ -1,7 +1,7 @@
 """Which of this machine's network interfaces leads to another machine.
 
-gloo listens where this machine's own name points. That is often the loopback (Debian's /etc/hosts), where no other
-machine can come; it is told the interface instead.
+gloo listens on the address of this machine's host name, often the loopback (Debian's /etc/hosts), which other machines
+cannot reach; so it is told the interface.
 """
 
 import os
@@ -13,10 +13,7 @@ from sae_dist.config import UserError
 
 
 def interface_towards(host: str) -> str:
-    """The interface that packets to `host` leave by, e.g. eth0; the one that has the address where that is our own.
-
-    UserError where no way leads there. Nothing is sent.
-    """
+    """The interface of the route to `host`, e.g. eth0; UserError when there is no route. Nothing is sent."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -41,6 +38,6 @@ def is_ours(address: str) -> bool:
 
 
 def let_gloo_listen_towards(host: str) -> None:
-    """From now on gloo in this process uses the interface towards `host`, unless the environment names one."""
+    """Makes gloo in this process use the interface towards `host`, unless GLOO_SOCKET_IFNAME is set."""
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(host)

@@ -1,4 +1,4 @@
-"""Small files that one process leaves and another reads: written whole, read as what they should be or refused."""
+"""A run's small JSON and YAML files: written atomically, and checked when they are read."""
 
 import json
 import os
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: readers never see half of one."""
+    """Writes a file atomically: readers see the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with naming_file(path):
@@ -24,12 +24,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """`write_whole` of JSON; a figure that is not finite is a ValueError, not bad JSON."""
+    """`write_whole` of JSON; ValueError for numbers that are not finite."""
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, shape: type[T], *, cure: str) -> T:
-    """What `path` holds, of the shape of a TypedDict; UserError with the file and the cure when it is anything else."""
+    """The JSON file `path`, checked as the TypedDict `shape`; UserError with the cure when it does not match."""
     return parse_json(_text(path, cure), shape, name=str(path), cure=cure)
 
 
@@ -45,7 +45,7 @@ def parse_json(text: str | bytes, shape: type[T], *, name: str, cure: str) -> T:
 
 
 def read_yaml(path: Path, *, cure: str) -> dict[str, Any]:
-    """The keys and values that `path` holds; UserError with the file and the cure when it is anything else."""
+    """The YAML mapping in `path`; UserError with the cure when it is anything else."""
     return parse_yaml(_text(path, cure), name=str(path), cure=cure)
 
 

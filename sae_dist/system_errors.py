@@ -1,4 +1,4 @@
-"""What a machine refuses a process, in one line with the cure: a full or read-only disk, no permission, no memory."""
+"""Errors of the operating system as one line with the cure: full or read-only disk, no permission, no memory."""
 
 import errno
 import re
@@ -24,7 +24,7 @@ MEMORY_CURE = (
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """`error` as a line for the user where a disk, a permission or memory is the cause; None where it is not."""
+    """`error` as a UserError if a disk, a permission or memory is the cause; else None."""
     if isinstance(error, OSError) and error.errno in CURE_OF:
         where = f"{error.filename}: " if error.filename else ""
         return UserError(f"{where}{error.strerror}; {CURE_OF[error.errno]}")
@@ -37,7 +37,7 @@ def user_error(error: BaseException) -> UserError | None:
 
 @contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Gives an OSError without a file's name, as those of a write are, the name of the file that is written."""
+    """Adds the name of the file to an OSError that has none, as those of `write` do not."""
     try:
         yield
     except OSError as error:

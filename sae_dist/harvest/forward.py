@@ -1,4 +1,4 @@
-"""One unit of text through the model: tokens in, rows out. Who calls it and where rows go is others' business."""
+"""Runs one unit of text through the model: tokens in, rows out."""
 
 import time
 from collections import deque
@@ -26,7 +26,7 @@ class UnitStates(NamedTuple):
 
     states: dict[str, Float[Tensor, "sequences context width"]]
     forward_s: float
-    copy_s: float  # what was left of the copies when the last batch had left the model
+    copy_s: float  # seconds that copies still took after the last forward pass
 
 
 class UnitRows(NamedTuple):
@@ -42,9 +42,9 @@ class UnitRows(NamedTuple):
 
 
 def batch_sequences(engine: Engine, hooks: Sequence[str], config: HarvestConfig) -> int:
-    """Sequences a forward pass: as configured, or as many as `harvest.batch_memory_gb` holds, in equal batches.
+    """Sequences in a forward pass: as configured, or as many as fit `harvest.batch_memory_gb`, in equal batches.
 
-    Decided by arithmetic, not by trial: the same on every start, so that a harvest that was interrupted rounds alike.
+    Computed, not tried out, so that it is the same on every start and an interrupted harvest rounds alike.
     """
     if config.batch_sequences != "auto":
         return config.batch_sequences
@@ -63,9 +63,9 @@ def forward(
     batch: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> UnitStates:
-    """The activations at `hooks`, `batch` sequences at a time; `progress` hears the positions done after each.
+    """The activations at `hooks`, `batch` sequences at a time; `progress` gets the positions of each batch.
 
-    Activations leave a GPU on streams of their own, into page-locked memory, while the next batch is in the model.
+    From a GPU they are copied on separate streams into page-locked memory while the next batch runs.
     """
     began = time.monotonic()
     tokens = torch.as_tensor(sequences.tokens)
@@ -88,7 +88,7 @@ def to_rows(
     sequences: Sequences,
     config: HarvestConfig,
 ) -> UnitRows:
-    """Of all positions those that the policy keeps; raises `UserError` when the model gives too many unusable ones."""
+    """The rows of the positions that the policy keeps; UserError when too many are not finite or outliers."""
     tokens = torch.as_tensor(sequences.tokens)
     candidates = eligible(tokens, config.rows, separator(engine.tokenizer))
     kept = row_mask(states, candidates, config.rows)
@@ -127,7 +127,7 @@ def _check(kept: RowMask, candidates: int, *, engine: Engine, hooks: list[str], 
 
 
 class _HostBuffers:
-    """Where a unit's activations arrive: one tensor a hook point in host memory, filled batch by batch."""
+    """A unit's activations in host memory: one tensor for each hook point, filled batch by batch."""
 
     def __init__(self, n_sequences: int) -> None:
         self._n = n_sequences
@@ -136,7 +136,7 @@ class _HostBuffers:
         self._copies: deque[list[torch.cuda.Event]] = deque()
 
     def take(self, start: int, captured: dict[str, Float[Tensor, "batch context width"]]) -> None:
-        """Begins to copy the activations of the sequences from `start` on; on a CPU the copy is done on return."""
+        """Starts to copy the activations of the sequences from `start` on; on a CPU it copies at once."""
         events = []
         for hook, x in captured.items():
             room = self._room(hook, x)[start : start + len(x)]

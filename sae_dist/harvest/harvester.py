@@ -1,7 +1,6 @@
-"""A replica at work: while one unit is written, the next one is in the model.
+"""Harvests units in two threads: one runs the model, the other turns activations into rows and commits them.
 
-Two threads and at most two units in memory: one runs the model, unit after unit; the other turns activations into rows
-and commits them. When storage is the slower one the model waits, which is counted as `blocked_s`.
+At most two units are in memory. When storage is slower, the model waits, which is counted as `blocked_s`.
 """
 
 import logging
@@ -28,33 +27,33 @@ logger = logging.getLogger(__name__)
 
 
 class UnitReport(NamedTuple):
-    """What became of one unit, and where its time went; the parts of different units overlap."""
+    """The rows of one unit and the seconds that its parts took; parts of different units overlap."""
 
     unit: int
     positions: int  # run through the model
     rows: int
     outliers: int
     nonfinite: int
-    duplicate: bool  # somebody else had committed it
-    gather_s: float  # its tokens, out of the mapped stream
+    duplicate: bool  # another process had committed it
+    gather_s: float  # reading its tokens
     forward_s: float
-    copy_s: float  # activations to the host, as far as the forward passes did not cover it
+    copy_s: float  # copying activations to the host after the last forward pass
     write_s: float  # rows, encoding, storage, commit
     blocked_s: float  # the model waited for storage
     flop: float  # of the forward passes
 
 
 class Progress(NamedTuple):
-    """A sign of life: it grows with every batch and every commit, and stands still when the replica hangs."""
+    """Positions and units so far: a sign of life that changes with every batch and every commit."""
 
     positions: int
     units: int
 
 
 class Harvester:
-    """An engine and a store at work on the units that `harvest` is called with; close it.
+    """Harvests units from an engine into a store; close it.
 
-    In a tensor-parallel replica every process has one and is given the same units with the same turns; the one that
+    In a tensor-parallel replica every process has one and gets the same units with the same turns; the process that
     leads writes, the others only run their part of the model.
     """
 
@@ -85,10 +84,10 @@ class Harvester:
         return Progress(self._positions, self._units)
 
     def harvest(self, unit: int, turn: int | None = None, *, producer: str = "") -> UnitReport | None:
-        """Harvests one unit and commits it; waits for that, and may be called from several threads at once.
+        """Harvests one unit and commits it; blocks until then. Thread-safe.
 
-        Units go through the model in the order of their turns, 0 1 2 ..., or as they come where none is given. The
-        commit says that `producer` wrote it. None in the processes of a tensor-parallel replica that do not lead.
+        Units run in the order of their turns, 0 1 2 ..., or as they come if `turn` is None. `producer` is recorded in
+        the commit. Returns None in processes of a tensor-parallel replica that do not lead.
         """
         with self._turns:
             self._turns.wait_for(lambda: turn in (None, self._turn))
@@ -99,7 +98,7 @@ class Harvester:
         return None if outcome is None else outcome.result()
 
     def close(self) -> None:
-        """Lets what has begun come to its end."""
+        """Waits for the units that were started."""
         self._model.shutdown()
         self._writer.shutdown()
 
@@ -134,7 +133,7 @@ class Harvester:
                     self._engine, self._hooks, sequences=sequences, batch=self._batch, progress=self._advance
                 )
             except torch.cuda.OutOfMemoryError:
-                # alone only: the other processes of a replica would wait for this one in the middle of their pass
+                # not in a tensor-parallel replica: the other processes would wait for this one in the middle of a pass
                 if self._batch == 1 or self._config.tensor_parallel > 1:
                     raise
                 self._batch = -(-self._batch // 2)

@@ -1,4 +1,4 @@
-"""From the hidden states of sequences to the rows of a store: which positions stay."""
+"""Which positions of sequences become rows of a store."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class RowMask(NamedTuple):
 def eligible(
     tokens: Int[Tensor, "sequences context"], policy: RowPolicy, separator: int | None
 ) -> Bool[Tensor, "sequences context"]:
-    """Positions that the policy keeps before anything is known of their activations."""
+    """Positions that the policy keeps, judged by their tokens alone."""
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, : policy.drop_first] = False
     if policy.drop_special and separator is not None:
@@ -34,10 +34,10 @@ def row_mask(
     candidates: Bool[Tensor, "sequences context"],
     policy: RowPolicy,
 ) -> RowMask:
-    """Of the eligible positions, those that are finite and no norm outlier at every hook point.
+    """The candidates that are finite and not norm outliers at every hook point.
 
-    Hook points share their rows, so that row i of one is the same token as row i of another. The bound is a multiple of
-    the unit's own median norm: a pure function of the unit, whoever harvests it.
+    Hook points share the mask, so that row i is the same token at each. The bound is a multiple of the unit's median
+    norm, so it does not depend on who harvests the unit.
     """
     mask = candidates.clone()
     norms = {hook: _norms(x) for hook, x in states.items()}
@@ -55,7 +55,7 @@ def row_mask(
 
 
 def take_rows(x: Float[Tensor, "sequences context width"], mask: Bool[Tensor, "sequences context"]) -> Tensor:
-    """The rows [rows, width] where `mask` is true, moved as integers: indexing bfloat16 takes eight times as long."""
+    """The rows [rows, width] where `mask` is true; indexed as integers, which is eight times as fast as bfloat16."""
     flat = x.reshape(-1, x.shape[-1])
     integers = flat.view({2: torch.int16, 4: torch.int32}[x.element_size()])
     return integers.index_select(0, mask.flatten().nonzero()[:, 0]).view(x.dtype)

@@ -1,4 +1,4 @@
-"""The corpus cut into units before anything is harvested: which sequences are unit i."""
+"""Which sequences of the corpus make up each unit; fixed before the harvest starts."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import numpy as np
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.shards.permutation import key, permutation
 
-_UNITS = 0x756E697473  # "units": keeps this permutation apart from others of the same seed
+_UNITS = 0x756E697473  # "units": makes this permutation differ from others of the same seed
 
 
 class UnitSequences(NamedTuple):
@@ -25,10 +25,10 @@ def unit_counts(config: HarvestConfig) -> tuple[int, int]:
 
 
 def sequences_of(unit: int, config: HarvestConfig) -> UnitSequences:
-    """Unit `unit`: training units first, the held-out ones last.
+    """The sequences of unit `unit`; held-out units come last.
 
-    Training sequences are dealt to units by a keyed permutation, so that every unit is a random sample of the text and
-    a store can be consumed in the order in which it grows.
+    Training sequences are assigned to units by a keyed permutation: every unit is a random sample of the text, so a
+    store can be consumed in the order in which it grows.
     """
     n_train, n_heldout = unit_counts(config)
     assert 0 <= unit < n_train + n_heldout

@@ -1,6 +1,6 @@
-"""Whether a model and its tokenizer can do what a run will ask of them: known in seconds, before any text is read.
+"""Checks of a model and its tokenizer in the first seconds of a run, before any text is read.
 
-What goes wrong here would go wrong in every replica, every time, or at the end of a run that took days.
+What fails here would fail in every replica, or at the end of a run of days.
 """
 
 import logging
@@ -19,14 +19,14 @@ from sae_dist.model.logits import check_direct_path, next_token_loss
 
 logger = logging.getLogger(__name__)
 
-_POSITIONS = ("max_position_embeddings", "max_seq_len")  # how configurations call them
-_ROUNDING = 0.02  # nats; experts may take the tokens of a batch together and round otherwise when one of them changes
+_POSITIONS = ("max_position_embeddings", "max_seq_len")  # their names in configurations
+_ROUNDING = 0.02  # nats; mixtures of experts may round other tokens differently when one token changes
 
 
 def check_text(config: ModelConfig, tokenizer: Tokenizer, *, context: int, separator: int | None) -> None:
     """UserError when sequences are longer than the model's positions, or tokens lie beyond its embedding.
 
-    Special tokens that no text becomes may lie there; `separator`, which opens documents, may not.
+    Special tokens that no text is tokenised to may lie beyond it; `separator`, which opens documents, may not.
     """
     whole = architecture(config)
     if getattr(whole, "is_encoder_decoder", False):
@@ -53,13 +53,13 @@ def check_text(config: ModelConfig, tokenizer: Tokenizer, *, context: int, separ
 
 
 def check_forward(model: LanguageModel, hooks: Sequence[str], context: int) -> None:
-    """Runs one sequence of the length that a harvest runs; UserError when the model cannot."""
+    """Runs one sequence of `context` tokens; UserError when the model cannot."""
     with _forward_errors(model, context):
         model.capture(_tokens(model, context), hooks)
 
 
 def check_evaluation(model: LanguageModel, hook: str, context: int) -> None:
-    """UserError when loss recovered cannot be measured: no loss, or a model that sees the tokens it is to predict."""
+    """UserError when loss recovered cannot be measured: the model has no loss, or is not causal."""
     tokens = _tokens(model, context)
     other = tokens.clone()
     other[:, -1] = tokens[:, 0]
@@ -73,7 +73,7 @@ def check_evaluation(model: LanguageModel, hook: str, context: int) -> None:
 
 
 def check_pages(model: LanguageModel, hook: str) -> None:
-    """Says in the log when feature pages will be without logit effects."""
+    """Logs a warning when feature pages will have no logit effects."""
     try:
         check_direct_path(model.model, hook)
     except UserError as why:
@@ -87,7 +87,7 @@ def _tokens(model: LanguageModel, context: int) -> Int[Tensor, "1 context"]:
 
 @contextmanager
 def _forward_errors(model: LanguageModel, context: int) -> Iterator[None]:
-    """What a forward pass raises, as a line: whatever it is, it would come again in every replica."""
+    """Turns any error of a forward pass into a UserError: every replica would raise it too."""
     try:
         yield
     except UserError:

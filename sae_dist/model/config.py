@@ -1,4 +1,4 @@
-"""Which language model; apart from load.py, which needs seconds to import what loads one."""
+"""The configuration of the language model; apart from load.py, which takes seconds to import."""
 
 import dataclasses
 from pathlib import Path
@@ -38,9 +38,9 @@ class ModelConfig:
     trust_remote_code: Literal[False] = False
 
     def with_absolute_paths(self) -> "ModelConfig":
-        """The same with a folder's one absolute path: other processes have other working directories.
+        """The same with the absolute path of a folder, for processes with other working directories.
 
-        The store's description names the model: a way round (`../model`) must not make another store of it.
+        Links and `..` are resolved, because the store's description contains the name of the model.
         """
         folder = Path(self.name).expanduser()
         if self.name in OURS or not folder.is_dir():

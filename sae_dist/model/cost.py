@@ -1,4 +1,4 @@
-"""What a forward pass costs, from the architecture alone: operations for utilisation, memory for the batch size."""
+"""The cost of a forward pass, from the architecture alone: FLOP for utilisation, memory for the batch size."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,7 @@ from sae_dist.model.hooks import resolve
 
 
 def layers_run(model: PreTrainedModel, hooks: Sequence[str]) -> list[nn.Module]:
-    """The layers that run, wholly or in part, until the last of `hooks` has its activations.
-
-    The whole decoder where its layers are not known.
-    """
+    """The layers that run, at least in part, until the last of `hooks`; the decoder where layers are not known."""
     stack, last = layers(model), 0
     if not stack:
         return [decoder(model)]
@@ -31,10 +28,10 @@ def layers_run(model: PreTrainedModel, hooks: Sequence[str]) -> list[nn.Module]:
 
 
 def flop_per_token(model: PreTrainedModel, hooks: Sequence[str], context: int) -> float:
-    """Operations of a forward pass up to the last of `hooks`, a token: 2 for every weight of a matrix, and attention.
+    """FLOP a token of a forward pass up to the last of `hooks`: 2 for every weight of a matrix, and attention.
 
     Causal attention looks at (context + 1) / 2 positions on average, at 4 operations for each of heads x head_dim.
-    A layer that is left half-way counts whole; of a mixture, experts that are not chosen count too.
+    A layer that runs in part counts whole; all experts of a mixture count.
     """
     run = layers_run(model, hooks)
     weights = sum(_matrix_size(module) for part in run for module in part.modules())
@@ -43,10 +40,10 @@ def flop_per_token(model: PreTrainedModel, hooks: Sequence[str], context: int) -
 
 
 def bytes_per_token(model: PreTrainedModel, hooks: Sequence[str], context: int) -> int:
-    """About the most memory that a token of a batch takes: one layer's intermediate values and what was captured.
+    """Bytes that a token of a batch takes at most, approximately: one layer's intermediate values and the captures.
 
-    A layer holds at once the stream, its normalised copy (made in fp32) and the MLP's three hidden tensors, or those
-    of attention; `eager` attention also keeps heads x context scores in fp32 and in the model's dtype.
+    At once in memory: the stream, its normalised copy (in fp32) and the MLP's three hidden tensors, or attention's;
+    `eager` attention also needs heads x context scores in fp32 and in the model's dtype.
     """
     config, size = decoder(model).config, model.dtype.itemsize
     d_model = config.hidden_size
@@ -64,14 +61,14 @@ def _heads(model: PreTrainedModel) -> int:
 
 
 def _head_dim(model: PreTrainedModel) -> int:
-    """Width of a head; what the heads share of d_model where layers differ."""
+    """Width of a head; d_model / heads where layers differ."""
     config = decoder(model).config
     head_dim = config.to_dict().get("head_dim")  # as an attribute it may raise where layers differ
     return head_dim if isinstance(head_dim, int) else config.hidden_size // max(_heads(model), 1)
 
 
 def _matrix_size(module: nn.Module) -> int:
-    """Weights of the module itself that multiply activations; a quantised layer says its sizes, not its storage."""
+    """Number of the module's own weights that multiply activations; of a quantised layer by its features."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
     return sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2)

@@ -1,4 +1,4 @@
-"""The seam between a harvest and what runs the model: an engine turns tokens into activations at hook points.
+"""The interface of whatever runs the model: an engine turns tokens into activations at hook points.
 
 `sae_dist.model.load.LanguageModel` is the engine on Hugging Face transformers: any hook point; whole, tensor-parallel
 or spread over devices. `sae_dist.model.vllm` is the one on vLLM: the residual stream only, at serving speed.
@@ -19,10 +19,9 @@ from sae_dist.model.vllm import VllmEngine
 
 
 class Engine(Protocol):
-    """What a harvest needs of a language model. Calls of one engine come one at a time.
+    """What a harvest needs of a language model. Not thread-safe: make one call at a time.
 
-    In a tensor-parallel replica every process makes the same calls with the same tokens in the same order; every one of
-    them gets the whole activations.
+    In a tensor-parallel replica every process makes the same calls in the same order and gets the whole activations.
     """
 
     @property
@@ -43,7 +42,7 @@ class Engine(Protocol):
     def tokenizer(self) -> Tokenizer: ...
     @property
     def device(self) -> torch.device:
-        """Where tokens are wanted and activations appear."""
+        """The device of tokens and activations."""
         ...
 
     def width(self, hook: str) -> int:
@@ -61,12 +60,12 @@ class Engine(Protocol):
         ...
 
     def bytes_per_token(self, hooks: Sequence[str], context: int) -> int:
-        """About how much memory a token of a batch takes while it is in the model, in the process that has most."""
+        """Approximate memory that a token of a batch takes in the model, in the process that needs most."""
         ...
 
 
 class Description(NamedTuple):
-    """What a store records of the model that fills it; the same however the model is spread."""
+    """What a store records of its model; the same however the model is distributed."""
 
     model: str
     fingerprint: str
@@ -79,9 +78,9 @@ def describe(engine: Engine, hooks: Sequence[str]) -> Description:
 
 
 def open_engine(config: ModelConfig, group: ReplicaGroup = ONE_PROCESS) -> Engine:
-    """The engine that `config` asks for, with its model in memory; raises `UserError` when it cannot be had.
+    """The engine of `config` with its model loaded; UserError when it cannot be loaded.
 
-    In a `group` of several processes each calls this, and together they hold the model.
+    In a `group` of several processes, all call this and each loads its part of the model.
     """
     match config.engine:
         case "hf":
@@ -97,5 +96,5 @@ def open_engine(config: ModelConfig, group: ReplicaGroup = ONE_PROCESS) -> Engin
 
 
 def whole_model(engine: Engine, config: ModelConfig) -> LanguageModel:
-    """The model as modules, which evaluation and feature pages rewrite and read: the engine's, or one loaded now."""
+    """The model as torch modules, which evaluation and feature pages need: the engine's, or one loaded now."""
     return engine if isinstance(engine, LanguageModel) else load(config)

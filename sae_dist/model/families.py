@@ -1,4 +1,4 @@
-"""Where each architecture keeps what the hook points name: the one table that knows about families.
+"""Which modules of each architecture the hook points name: the only table of model families.
 
 With `x` the residual stream entering layer L and `x'` the one leaving it:
 
@@ -34,7 +34,7 @@ _POST_NORM = LayerPaths(
     attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm", mlp_act="mlp.down_proj"
 )
 
-FAMILIES: Mapping[str, LayerPaths] = {  # by `model_type`; each is held against the identity above by a test
+FAMILIES: Mapping[str, LayerPaths] = {  # by `model_type`; a test checks the identity above for each
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -57,27 +57,27 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the residual stream; empty for a family in which they cannot be told from other modules.
+    """The layers of the residual stream; empty for a family in which they cannot be identified.
 
-    They are the decoder's one list of `num_hidden_layers` modules that is in no other list, whatever its name.
+    They are the decoder's only list of `num_hidden_layers` modules that is not inside another list.
     """
     stack = _stack(model)
     return [] if stack is None else list(stack[1])
 
 
 def around_layers(model: PreTrainedModel) -> nn.Module:
-    """The module that has the layers as its own, and the norm after them; the decoder where they are not known."""
+    """The module that contains the layers and the final norm; the decoder where the layers are not known."""
     stack = _stack(model)
     return decoder(model) if stack is None else stack[0]
 
 
 def layer_paths(model: PreTrainedModel) -> LayerPaths | None:
-    """The inside of the model's layers; None for a family whose inside was never checked."""
+    """The paths inside the model's layers; None for a family that is not in the table."""
     return FAMILIES.get(decoder(model).config.model_type)
 
 
 def _stack(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | None:
-    """The list of layers and the module that it belongs to."""
+    """The list of layers and the module that contains it."""
     body = decoder(model)
     n_layers = getattr(body.config, "num_hidden_layers", None)
     found = [(parent, own) for parent, own in _outer_lists(body) if len(own) == n_layers]

@@ -1,4 +1,4 @@
-"""Hook points by name: read them in one forward pass (`capture`) or rewrite them (`replace`).
+"""Hook points by name: read activations in a forward pass (`capture`) or replace them (`replace`).
 
 The names are defined in `sae_dist.model.families`; the path of any module of the model works as well and means
 that module's output.
@@ -25,7 +25,7 @@ _NAME = re.compile(r"(resid_pre|attn_out|mlp_act|mlp_out|resid_post)\.(\d+)")
 
 
 class HookPoint(NamedTuple):
-    """A place in the forward pass: what enters a module, or what leaves it."""
+    """A place in the forward pass: the input or the output of a module."""
 
     name: str
     module: nn.Module
@@ -38,7 +38,7 @@ def available(model: PreTrainedModel) -> list[str]:
 
 
 def resolve(model: PreTrainedModel, hook: str) -> HookPoint:
-    """The place that `hook` names in this model; raises `UserError` saying what exists."""
+    """The hook point `hook` of this model; UserError that lists the existing ones if there is none."""
     named = _NAME.fullmatch(hook)
     if named is None:
         modules = dict(model.named_modules())
@@ -71,9 +71,8 @@ def capture(
 ) -> dict[str, Activations]:
     """The activations at `hooks`, from one forward pass that ends as soon as it has the last of them.
 
-    Later layers, the final norm and the unembedding never run. Sequences are full: there is no padding to mask.
-    A module that runs several times in a pass is read at its first run. In a `group` every process runs the same pass
-    and gets whole activations, those that the model keeps in slices too.
+    Later layers, the final norm and the unembedding do not run. Sequences have no padding. A module that runs several
+    times in a pass is read at its first run. In a `group` every process runs the same pass and gets whole activations.
     """
     points = [resolve(model, hook) for hook in dict.fromkeys(hooks)]
     captured: dict[str, Tensor] = {}
@@ -101,10 +100,10 @@ def capture(
 
 @contextmanager
 def replace(model: PreTrainedModel, rewrites: Mapping[str, Rewrite]) -> Iterator[None]:
-    """Inside the context every forward pass goes on with `fn(x)` in place of `x` at each hook point.
+    """Replaces `x` by `fn(x)` at each hook point in every forward pass, for as long as the context lasts.
 
-    `fn` maps [batch, context, width] to the same shape; its dtype is brought back to the model's. While the model
-    generates with a cache, the context of each call is the one new token.
+    `fn` maps [batch, context, width] to the same shape; its result is cast to the model's dtype. While the model
+    generates with a cache, `context` is the one new token.
     """
     shape: list[int] = []  # of the tokens in the current pass: OPT's MLP flattens batch and context into one dim
 
@@ -121,12 +120,12 @@ def replace(model: PreTrainedModel, rewrites: Mapping[str, Rewrite]) -> Iterator
 
 
 class _Complete(Exception):
-    """Leaves a forward pass that has given everything that was asked of it."""
+    """Ends a forward pass that has reached its last hook point."""
 
 
 @contextmanager
 def _watch(point: HookPoint, keep: Callable[[HookPoint, object], None]) -> Iterator[None]:
-    """Hand what passes the hook point to `keep`, for as long as the context is open."""
+    """Passes the activations at the hook point to `keep`, for as long as the context lasts."""
     if point.side == "input":
         handle = point.module.register_forward_pre_hook(
             lambda _, args, kwargs: keep(point, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
@@ -141,7 +140,7 @@ def _watch(point: HookPoint, keep: Callable[[HookPoint, object], None]) -> Itera
 
 @contextmanager
 def _rewrite(point: HookPoint, fn: Rewrite, shape: Sequence[int]) -> Iterator[None]:
-    """Put `fn(x)` in the place of `x` at the hook point, for as long as the context is open."""
+    """Replaces `x` by `fn(x)` at the hook point, for as long as the context lasts."""
 
     def rewritten(value: object) -> Tensor:
         x = _tensor(point, value)
@@ -172,7 +171,7 @@ def _rewrite(point: HookPoint, fn: Rewrite, shape: Sequence[int]) -> Iterator[No
 
 
 def _tensor(point: HookPoint, value: object) -> Tensor:
-    """The activations in what a module takes or gives: attention also returns its weights, some layers a cache."""
+    """The activations in a module's input or output, which may be a tuple: attention also returns its weights."""
     x = value[0] if isinstance(value, tuple | list) and value else value
     if not isinstance(x, Tensor):
         raise UserError(_unfit(point, f"a {type(x).__name__}"))
@@ -182,7 +181,7 @@ def _tensor(point: HookPoint, value: object) -> Tensor:
 
 
 def _whole_width(model: PreTrainedModel, point: HookPoint, x: Activations) -> int:
-    """The width of the hook point in a whole model, of which `x` may be a slice."""
+    """The width of the hook point in the whole model; `x` may be one process's slice of it."""
     stated = getattr(point.module, "in_features" if point.side == "input" else "out_features", None)
     hidden = decoder(model).config.hidden_size
     if stated is None and x.shape[-1] != hidden:
@@ -198,7 +197,7 @@ def _unflatten(x: Tensor, shape: Sequence[int]) -> Activations:
 
 
 def _kinds(model: PreTrainedModel) -> list[str]:
-    if layer_paths(model) is None:  # what enters and leaves a layer is certain in any family; its inside is not
+    if layer_paths(model) is None:  # inputs and outputs of layers are the same in all families; what is inside is not
         return ["resid_pre", "resid_post"]
     return ["resid_pre", "attn_out", "mlp_act", "mlp_out", "resid_post"]
 

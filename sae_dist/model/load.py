@@ -42,7 +42,7 @@ _SAMPLE = 4096  # weights of each tensor that the fingerprint reads
 
 
 class Tokenizer(Protocol):
-    """What the house uses of a tokenizer; transformers' own type says too little to be checked."""
+    """The methods of a tokenizer that are used here; transformers' own type is too loose for type checks."""
 
     @property
     def bos_token_id(self) -> int | None: ...
@@ -57,13 +57,13 @@ class Tokenizer(Protocol):
 
 
 class LanguageModel(NamedTuple):
-    """A model in evaluation mode, without gradients, and what a store must record about it.
+    """A model in evaluation mode, without gradients, and what a store records about it.
 
-    revision: the commit that was loaded, where the model has one
-    dtype: `float32` or `bfloat16`, after `auto` was decided
-    fingerprint: changes when architecture, dtype or weights do (up to 4,096 of each tensor are read); however many
-        processes or devices hold the model, it is the same
-    group: the processes that hold the model together, as this one sees them
+    revision: the commit that was loaded, if the model has one
+    dtype: `float32` or `bfloat16`, after `auto` was resolved
+    fingerprint: changes when architecture, dtype or weights do (up to 4,096 of each tensor are read); it does not
+        depend on how the model is distributed
+    group: the processes that hold the model together
     """
 
     model: PreTrainedModel
@@ -96,9 +96,9 @@ class LanguageModel(NamedTuple):
 
 
 def load(config: ModelConfig, group: ReplicaGroup = ONE_PROCESS) -> LanguageModel:
-    """The language model that `config` names, ready for forward passes; raises `UserError` when it cannot be had.
+    """Loads the language model of `config`; UserError when it cannot be loaded.
 
-    In a `group` of several processes each calls this, and each reads and holds its slices only.
+    In a `group` of several processes, all call this and each reads only its slices.
     """
     began = time.monotonic()
     device = chosen_device(config.device)
@@ -121,19 +121,19 @@ def load(config: ModelConfig, group: ReplicaGroup = ONE_PROCESS) -> LanguageMode
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
-    """The tokenizer of the model that `config` names, without the model; raises `UserError` when it cannot be had."""
+    """Loads the tokenizer of the model of `config`, without the model; UserError when it cannot be loaded."""
     with _load_errors(config):
         return cast(Tokenizer, _tokenizer(config))
 
 
 def architecture(config: ModelConfig) -> PreTrainedConfig:
-    """The configuration of the model that `config` names, without its weights; raises `UserError` as `load` does."""
+    """The configuration of the model of `config`, without its weights; UserError as in `load`."""
     with _load_errors(config):
         return AutoConfig.from_pretrained(source(config), revision=config.revision, trust_remote_code=False)
 
 
 def source(config: ModelConfig) -> str:
-    """What transformers calls it: a folder, or a name on the hub; UserError for a folder that is not there."""
+    """The model's name for transformers: a folder or a name on the hub; UserError for a missing folder."""
     if config.name == "smollm2":
         return str(smollm2.model_folder())
     if config.name in tiny.TINY:
@@ -146,7 +146,7 @@ def source(config: ModelConfig) -> str:
 
 
 def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
-    """bfloat16 if the device multiplies it in hardware: elsewhere it is slower than float32, not faster."""
+    """bfloat16 if the device multiplies it in hardware, else float32, which is faster there."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     capabilities = torch.cpu.get_capabilities()
@@ -154,7 +154,7 @@ def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 of the architecture and of evenly spaced weights of every tensor; where it was loaded from is no part."""
+    """SHA-256 of the architecture and of evenly spaced weights of every tensor, wherever it was loaded from."""
     settings = {
         key: value
         for key, value in model.config.to_diff_dict().items()
@@ -179,9 +179,9 @@ def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _load_errors(config: ModelConfig) -> Iterator[None]:
-    """What transformers raises for names, files and architectures that it cannot use, as a line with the cure.
+    """Turns transformers' errors about names, files and architectures into a UserError with the cure.
 
-    A RuntimeError passes: it may be of the process group that a replica's processes load in.
+    A RuntimeError is not caught: it may come from the process group of a replica.
     """
     revision = "" if config.revision is None else f" model.revision={config.revision}"
     try:
@@ -202,7 +202,7 @@ def _load_errors(config: ModelConfig) -> Iterator[None]:
 
 
 def _from_pretrained(config: ModelConfig, dtype: torch.dtype, group: ReplicaGroup) -> PreTrainedModel:
-    """The model out of its files: whole, in this process's slices, spread over this machine's devices, or quantised."""
+    """Loads the model: whole, this process's slices, spread over this machine's devices, or quantised."""
     options: dict[str, Any] = {}
     if group.size > 1:
         if config.device_map != "none" or config.quantization != "none":
@@ -233,7 +233,7 @@ def _from_pretrained(config: ModelConfig, dtype: torch.dtype, group: ReplicaGrou
 
 
 def _refuse_random_weights(config: ModelConfig, kind: str, found: Mapping[str, Any]) -> None:
-    """UserError when transformers made up weights; those that are tied to others count as there."""
+    """UserError when weights are missing from the files, which transformers would initialise at random."""
     missing = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -263,7 +263,7 @@ def chosen_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says first; its kind too where the words alone say nothing (KeyError: 'weight_map')."""
+    """The first line of an error, with its type where the message alone says nothing (KeyError: 'weight_map')."""
     said = str(error).strip().split("\n")
     first = " ".join(line.strip() for line in said[: 2 if said[0].endswith(":") else 1]).rstrip(".")
     return first if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {first}"
@@ -271,7 +271,7 @@ def _one_line(error: Exception) -> str:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Replicas on many machines would each draw a bar into the log; what takes long is logged in lines."""
+    """Turns off transformers' progress bars, which every replica would draw into the log."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

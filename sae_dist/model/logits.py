@@ -21,9 +21,9 @@ def unembedding(model: PreTrainedModel) -> Float[Tensor, "d_model vocab"]:
     """W_U in fp32 with the final norm folded in: `direction @ W_U` is the direction's effect on the logits.
 
     The norm is `gain * (x - mean(x)) / scale(x) + bias` (without the mean for RMSNorm). Its gain multiplies the rows of
-    the unembedding; its centring, where it has one, takes the mean over d_model off every column, so that a direction
-    along (1, ..., 1), which LayerNorm removes, has no effect. Left out: the scale, which depends on the token, and
-    what does not depend on the direction (biases).
+    the unembedding; its centring, if any, subtracts the mean over d_model from every column, so that a direction along
+    (1, ..., 1), which LayerNorm removes, has no effect. Left out: the scale, which depends on the token, and biases,
+    which do not depend on the direction.
     """
     head = _head(model)
     W_U = head.weight.float().T
@@ -34,15 +34,15 @@ def unembedding(model: PreTrainedModel) -> Float[Tensor, "d_model vocab"]:
     if norm is None:
         return W_U.clone()
 
-    # Families write their gain differently (Gemma's is 1 + weight, OLMo has none): ask the norm instead of its
-    # weights. `signs` has mean 0 and rms 1, so it comes back as gain * signs + bias, whatever the kind of norm.
+    # Families store their gain differently (Gemma's is 1 + weight, OLMo has none), so it is read off the norm's output:
+    # `signs` has mean 0 and rms 1, so any norm returns gain * signs + bias.
     ones = torch.ones(W_U.shape[0], device=W_U.device, dtype=head.weight.dtype)
     if ones.numel() % 2:
         raise UserError(f"the gain of the final norm cannot be read at an odd d_model={ones.numel()}")
     signs = ones.clone()
     signs[1::2] = -1
     gain = (norm(signs) - norm(-signs)).float() / 2 * signs
-    constant = (norm(ones) - norm(-ones)).float() / 2  # zero when the norm takes the mean off
+    constant = (norm(ones) - norm(-ones)).float() / 2  # zero when the norm subtracts the mean
     folded = gain[:, None] * W_U
     return folded - folded.mean(0) if bool((constant == 0).all()) else folded
 
@@ -53,15 +53,15 @@ def next_token_loss(
 ) -> Float[Tensor, "batch next_position"]:
     """Cross-entropy in nats of each token given those before it, in fp32; `next_position` is context - 1.
 
-    Logits are made for a few positions at a time: [batch, context, vocab] never exists in fp32.
+    Logits are computed for a few positions at a time: [batch, context, vocab] never exists in fp32.
     """
-    if layer_paths(model) is None:  # nobody checked how this family makes logits from states: it makes them all, itself
+    if layer_paths(model) is None:  # an unknown family may transform its logits: take all of them from the model
         states, unembed, cap = model(input_ids=tokens, use_cache=False).logits, nn.Identity(), None
     else:
         states, unembed = decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state, _head(model)
         cap = getattr(decoder(model).config, "final_logit_softcapping", None)
     targets = tokens[:, 1:].flatten()
-    rows = states[:, :-1].flatten(0, 1)  # a matrix: given a slice of three dims torch copies W_U for every sequence
+    rows = states[:, :-1].flatten(0, 1)  # a matrix: for three dims torch would copy W_U for every sequence
     losses = []
     for part, target in zip(rows.split(_CHUNK_ROWS), targets.split(_CHUNK_ROWS), strict=True):
         logits = unembed(part)

@@ -1,4 +1,4 @@
-"""What this process reaches on a plain matrix product: the measure that utilisation is a share of."""
+"""The speed of this process on a plain matrix product; utilisation is a share of it."""
 
 import time
 
@@ -9,10 +9,7 @@ _PRODUCTS = 5
 
 
 def matmul_flop_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of some square products in `dtype`, with the threads that this process may use.
-
-    A measure, not a data sheet: it holds for a share of a processor too. Takes some 0.1 s.
-    """
+    """FLOP/s of the fastest of some square products in `dtype`, with this process's threads. Takes about 0.1 s."""
     n = _SIZES.get(device.type, 1024)
     a = torch.ones(n, n, device=device, dtype=dtype)
     fastest = float("inf")

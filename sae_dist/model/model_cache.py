@@ -1,4 +1,4 @@
-"""Checkpoints that are made on this machine once and then kept in the user's cache folder."""
+"""Model folders that are made on this machine once and then kept in the cache folder."""
 
 import logging
 import shutil
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder models/`name` of the cache, filled by `make` on first use; UserError where it cannot be written.
+    """The folder models/`name` of the cache, filled by `make` on first use; UserError when it cannot be written.
 
-    Many processes may ask at once: one makes it, the others wait for it. A folder is complete or absent.
+    If several processes call this at once, one makes the folder and the others wait. It is complete or absent.
     """
     folder = cache_folder() / "models" / name
     if folder.is_dir():
@@ -27,7 +27,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
             if folder.is_dir():  # another process made it while this one waited
                 return folder
             partial = folder.with_name(f".{name}.partial")
-            if partial.is_dir():  # left by a process that was killed: a living one would have the lock
+            if partial.is_dir():  # left by a killed process: a living one would hold the lock
                 shutil.rmtree(partial)
             partial.mkdir()
             make(partial)

@@ -1,4 +1,4 @@
-"""A language model's shape without its weights: what planning needs to know of it, in seconds and without memory."""
+"""The size of a language model, without loading its weights: for planning."""
 
 from typing import NamedTuple
 
@@ -12,17 +12,16 @@ from sae_dist.model.load import architecture
 
 
 class ModelSize(NamedTuple):
-    """What one hook point of a model comes to."""
+    """The size of a model up to one hook point."""
 
     width: int
-    parameters: int  # of the layers that a token passes up to the hook point; the embedding is a look-up
+    parameters: int  # of the layers up to the hook point, without the embedding, which is a look-up
 
 
 def model_size(config: ModelConfig, hook: str) -> ModelSize:
-    """Width and parameters, read off a model of fake tensors, which have shapes and no numbers.
+    """Width and parameters, from a forward pass with fake tensors, which have shapes and no values.
 
-    UserError when the model's configuration cannot be had, for a hook point that is not there, and for a model whose
-    forward pass looks at numbers.
+    UserError when the configuration cannot be loaded, the hook point does not exist, or the forward pass needs values.
     """
     settings = architecture(config)
     with FakeTensorMode():

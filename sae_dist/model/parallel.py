@@ -1,8 +1,8 @@
-"""A model that several processes hold together: how they meet, and what each of them loads.
+"""Tensor-parallel models: how the processes of a replica meet, and what each of them loads.
 
-The processes of a replica form a torch.distributed world of their own (NCCL between GPUs, gloo on CPUs) and
-transformers shards the model over it by its own plan for the architecture: every matrix of attention and MLP is split,
-each process reads only its slices of the safetensors files, and two sums a layer put the stream together again.
+They form a torch.distributed world of their own (NCCL between GPUs, gloo on CPUs). transformers shards the model over
+it by its plan for the architecture: every matrix of attention and MLP is split, each process reads only its slices of
+the safetensors files, and two all-reduces a layer restore the stream.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class ReplicaGroup(NamedTuple):
 
     @property
     def leads(self) -> bool:
-        """Whether this process keeps the activations: all of them have them, one is enough."""
+        """Whether this process writes the activations, which all of them have."""
         return self.rank == 0
 
 
@@ -70,7 +70,7 @@ def sharding(config: PreTrainedConfig, size: int) -> DistributedConfig:
     """The plan by which `size` processes hold a model of `config`; raises `UserError` for a family without one.
 
     Attention is split by heads. Where the heads do not divide (SmolLM2 has 9, and 3 of keys and values), every process
-    keeps attention whole and only the MLP is split: no other state is right, and the MLP has most of the weights.
+    has attention whole and only the MLP, which has most of the weights, is split.
     """
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
@@ -108,12 +108,12 @@ def _heads(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """The weight as one tensor, in all processes alike; every one of them must ask for the same weight."""
+    """The weight as one tensor in every process; a collective call: all must ask for the same weight."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def gather_last_dim(x: Tensor, width: int) -> Tensor:
-    """[..., width] out of every process's slice of the last dim; `x` itself where it is whole already."""
+    """Gathers every process's slice of the last dim into [..., width]; returns `x` itself if it is whole."""
     if x.shape[-1] == width:
         return x
     size = dist.get_world_size()

@@ -51,7 +51,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     logger.info("smollm2: dequantised after %.0f s; writing bf16", time.monotonic() - began)
-    # What came out of GGUF refuses to be saved, though its weights are plain by now: a clean model takes them over.
+    # transformers refuses to save a model loaded from GGUF, so the weights are copied into a plain one.
     settings = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "dtype")}
     clean = LlamaForCausalLM(LlamaConfig(**settings))
     clean.load_state_dict(quantised.state_dict())

@@ -1,6 +1,6 @@
-"""Random models of a few thousand weights, with a byte tokenizer: whole runs in seconds, with nothing to download.
+"""Random models of a few thousand weights, with a byte tokenizer: whole runs in seconds, without a download.
 
-They are written as ordinary checkpoints, and from there on are models like any other.
+They are written as ordinary model folders and loaded like any other model.
 """
 
 from collections.abc import Callable, Mapping

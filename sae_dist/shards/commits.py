@@ -1,4 +1,4 @@
-"""commit/<unit>.json: the only thing that makes a unit exist, read with every field held against its store."""
+"""commit/<unit>.json: a unit exists once it has this record. Every field is checked against the store."""
 
 from typing import Annotated, Any, NamedTuple
 
@@ -15,7 +15,7 @@ SLICE_OVERHEAD = 1 << 16  # bytes of a slice besides its rows: Arrow's metadata 
 
 
 class SliceRef(NamedTuple):
-    """One record batch of a shard: where its bytes lie and what they hash to."""
+    """One record batch of a shard: the place and the hash of its bytes."""
 
     offset: Count
     bytes: Count
@@ -36,7 +36,7 @@ class ShardFile(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """commit/<unit>.json without the statistics; there is exactly one for a unit."""
+    """commit/<unit>.json without the statistics; a unit has exactly one."""
 
     unit: Count
     attempt: str
@@ -61,12 +61,12 @@ def to_bytes(commit: Commit, statistics: dict[str, dict[str, Any]]) -> bytes:
 
 
 def read_record(storage: Storage, unit: int) -> dict[str, Any]:
-    """The commit of `unit` as it lies there, its digest verified and nothing else."""
+    """The commit record of `unit`; only its digest is verified."""
     return records.read(storage, format.commit_key(unit), f"commit of unit {unit}", most=COMMIT_BYTES)
 
 
 def read(storage: Storage, unit: int, meta: StoreMeta) -> Commit:
-    """The commit of `unit` of that store; anything else in its place is refused, and so is what makes no sense."""
+    """The commit of `unit`; CorruptData when it belongs to another unit or store, or makes no sense."""
     record, what = read_record(storage, unit), f"commit of unit {unit}"
     fields = {name: value for name, value in record.items() if name not in ("format_version", "statistics")}
     commit = records.checked(Commit, fields, what)
@@ -78,17 +78,17 @@ def read(storage: Storage, unit: int, meta: StoreMeta) -> Commit:
 
 
 def withdrawn_key(unit: int, data: Bytes) -> str:
-    """Where a commit that is taken back is kept."""
+    """The key under which a withdrawn commit is kept."""
     return f"withdrawn/{unit:08d}-{format.xxh3_128(data)}.json"
 
 
 def withdrawn_as(storage: Storage, commit: Commit, digest: str) -> bool:
-    """Whether a commit of that digest was withdrawn from the unit and held the very rows that `commit` holds."""
+    """Whether the unit had a withdrawn commit of that digest with the same rows as `commit`."""
     for entry in storage.list(f"withdrawn/{commit.unit:08d}-"):
         try:
             record = records.read(storage, entry.key, entry.key, most=COMMIT_BYTES)
         except CorruptData:
-            continue  # damage is why commits are withdrawn
+            continue  # a commit may have been withdrawn because it was damaged
         if record["digest"] == digest and _contents(record["shards"]) == _contents(commit._asdict()["shards"]):
             return True
     return False
@@ -100,7 +100,7 @@ def _contents(shards: Any) -> dict[str, str]:
 
 
 def _problem(commit: Commit, meta: StoreMeta) -> str:
-    """What in a commit cannot be, given its store; '' when nothing is."""
+    """What in a commit contradicts its store, as a clause; '' when nothing does."""
     if commit.rows > meta.unit_rows:
         return f"rows={commit.rows} of unit_rows={meta.unit_rows}"
     if commit.shards.keys() != meta.hooks.keys():

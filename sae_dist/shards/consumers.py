@@ -1,8 +1,8 @@
-"""Producers and consumers of a growing store keep in step: nobody runs ahead without bound, nothing is deleted early.
+"""The positions of a store's consumers, and flow control of its producers.
 
-A consumer tells in consumers/<name>.json how many units it is through with (its credits) and how many it had finished
-when it last saved a checkpoint. Producers are held while the store is too far ahead. Retention deletes data only past
-what every consumer has saved.
+A consumer writes to consumers/<name>.json how many units it has consumed, and how many at its last checkpoint.
+Producers pause while the store is too far ahead of the slowest consumer. Retention deletes only what every consumer
+had consumed at its last checkpoint.
 """
 
 import math
@@ -18,9 +18,9 @@ from sae_dist.storage import Storage
 
 
 class ConsumerPosition(NamedTuple):
-    """Units of the first pass that a consumer is through with (`Batch.units_done`), now and at its last checkpoint.
+    """Units of the first pass that a consumer has consumed (`Batch.units_done`): now, and at its last checkpoint.
 
-    starved_s: seconds that it has waited for rows since it was started
+    starved_s: seconds that it has waited for rows since its start
     """
 
     consumer: str
@@ -30,14 +30,14 @@ class ConsumerPosition(NamedTuple):
 
 
 def report(storage: Storage, position: ConsumerPosition) -> None:
-    """Registers the consumer, or moves it forward."""
+    """Registers the consumer or updates its position."""
     if not 0 <= position.saved <= position.taken:
         raise UserError(f"consumer={position.consumer}: saved={position.saved} is beyond taken={position.taken}")
     storage.write(_key(position.consumer), records.seal(position._asdict()))
 
 
 def sign_off(storage: Storage, consumer: str) -> None:
-    """The consumer is done; nothing is kept for it any more and nobody waits for it."""
+    """Removes a consumer that is done: nothing is kept for it and nobody waits for it."""
     storage.delete(_key(consumer))
 
 
@@ -58,21 +58,21 @@ def positions(storage: Storage) -> list[ConsumerPosition]:
 
 
 class FlowControl(NamedTuple):
-    """How many units may still be given out to producers, as the readers' positions were last seen.
+    """How many more units may be assigned to producers, given the consumers' positions. Pure.
 
-    `ahead` units may wait to be read (0: no bound). When they do, nothing is given out until half of them have been
-    read. Pure: what is known of the readers is given.
+    At most `ahead` units may be waiting for a reader (0: no bound). When so many are, no unit is assigned until half of
+    them have been read.
     """
 
     ahead: int
     room: float = 0  # units; inf: as many as there are
-    blocked_by: str = ""  # the slowest reader, while nothing is given out for its sake
-    met: bool = False  # somebody has registered
+    blocked_by: str = ""  # the slowest reader, while producers wait for it
+    met: bool = False  # a reader has registered
 
     def look(self, readers: Sequence[ConsumerPosition], given_out: int) -> "FlowControl":
-        """The flow after a look at the readers; `given_out`: units of the first pass that are leased or over.
+        """The state after reading the positions; `given_out`: units of the first pass that are leased or done.
 
-        Before anybody has registered nothing is read. When all who had have signed off, nobody waits for anything.
+        Before a reader has registered, nothing counts as read. When all have signed off, there is no bound.
         """
         met = self.met or bool(readers)
         if not self.ahead or (met and not readers):
@@ -89,7 +89,7 @@ class FlowControl(NamedTuple):
 def starved_share(
     before: Sequence[ConsumerPosition], after: Sequence[ConsumerPosition], seconds: float
 ) -> float | None:
-    """The share of `seconds` that the hungriest reader waited for rows; None while none has said anything new."""
+    """The share of `seconds` that the hungriest reader waited for rows; None if none has updated its position."""
     known = {reader.consumer: reader for reader in before}
     told = [
         reader.starved_s - known[reader.consumer].starved_s

@@ -1,4 +1,4 @@
-"""Moves a store from one storage to another, unit by unit: verified on the way, resumed by running it again."""
+"""Copies a store from one storage to another, unit by unit and verified; run it again to resume."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Copied(NamedTuple):
-    """What one call did; `skipped` units were there already, `retired` ones have no data any more."""
+    """What one call did; `skipped` units were there before, `retired` units have no data."""
 
     units: int
     bytes: int
@@ -25,7 +25,7 @@ class Copied(NamedTuple):
 
 
 def copy(source: Store, target: Storage, *, threads: int = 4) -> Copied:
-    """Every committed unit of `source` at `target`, with the same keys and commits, so that manifests stay valid."""
+    """Copies every committed unit of `source` to `target`, with equal keys and commits: manifests stay valid."""
     there = writer.create(target, source.meta)
     commits, done = source.committed(), there.committed()
     for unit, commit in commits.items():
@@ -44,7 +44,7 @@ def copy(source: Store, target: Storage, *, threads: int = 4) -> Copied:
 
 
 def _copy_unit(source: Store, target: Storage, commit: Commit) -> int:
-    """Shards first, each read back from the target, then the commit: what the target shows, it has."""
+    """Copies the shards, reads each back from the target, then copies the commit."""
     for shard in commit.shards.values():
         target.write(shard.key, _verified(source.storage, commit.unit, shard))
         _verified(target, commit.unit, shard)
@@ -60,7 +60,7 @@ def _record(storage: Storage, key: str, most: int) -> bytes:
 
 
 def _verified(storage: Storage, unit: int, shard: ShardFile) -> Bytes:
-    """The whole shard; read again if it is wrong, for bits also flip on the way."""
+    """The whole shard, verified; read again if it is wrong, as bits may flip in transfer."""
     for _ in range(records.READ_TRIES):
         try:
             data = storage.read(shard.key)

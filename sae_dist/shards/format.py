@@ -42,7 +42,7 @@ _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]|\.(?!\.)){0,199}")
 
 
 def checked_name(name: str, what: str) -> str:
-    """`name` if it may become part of a key: letters, digits, `_`, `-` and single dots; names come from data."""
+    """`name` if it may be part of a key: letters, digits, `_`, `-` and single dots; else UserError."""
     if not _NAME.fullmatch(name):
         raise UserError(f"{what}={name!r} cannot be part of a key; use letters, digits, '_', '-' and single dots")
     return name
@@ -119,17 +119,17 @@ def shard_key(hook: str, unit: int, attempt: str) -> str:
 
 
 def retired_key(unit: int) -> str:
-    """A marker that the data of a committed unit was deleted by the store's retention."""
+    """The key of the marker that retention deleted the data of a committed unit."""
     return f"retired/{unit:08d}.json"
 
 
 def manifest_bytes(meta: StoreMeta) -> int:
-    """More than any manifest of that store."""
+    """An upper bound on the size of a manifest of that store."""
     return records.SMALL_BYTES + 128 * meta.n_units
 
 
 def unit_of_commit_key(key: str) -> int | None:
-    """7 for commit/00000007.json, None for anything else that lies there."""
+    """7 for commit/00000007.json, None for any other key."""
     match = re.fullmatch(r"commit/([0-9]{8,})\.json", key)
     return int(match[1]) if match else None
 

@@ -1,6 +1,6 @@
-"""Finds what no reader can ever see: data without a commit, uploads and files that killed writers left.
+"""Garbage collection: deletes data without a commit, and uploads and files that killed writers left.
 
-Nothing else is ever deleted, and nothing younger than `age_s`: a producer may be about to commit it.
+Nothing else is deleted, and nothing younger than `age_s`, which a producer may be about to commit.
 """
 
 import re
@@ -19,7 +19,7 @@ OWN_KEYS = re.compile(r"data/[A-Za-z0-9._-]+/\d{8,}/[A-Za-z0-9_-]+\.arrow|probe/
 
 
 class Garbage(NamedTuple):
-    """What nobody refers to, what of it is too young to judge, and whether it has been deleted."""
+    """Objects without a commit, the number of such that are too young to delete, and whether they were deleted."""
 
     orphans: list[Entry]
     young: int
@@ -36,7 +36,7 @@ def collect(store: Store, *, age_s: float = 2 * DAY_S, delete: bool = False, now
         raise UserError(f"age_s={age_s}; give the age in seconds beyond which no producer is still at work")
     storage = store.storage
     now = objects.clock(storage) if now is None else now
-    # First the data, then the commits: data that was listed and is committed by then is never taken for an orphan.
+    # Data is listed before commits, so that data committed in between is not taken for an orphan.
     candidates = [
         entry for prefix in ("data/", "probe/") for entry in storage.list(prefix) if OWN_KEYS.fullmatch(entry.key)
     ]
@@ -63,7 +63,7 @@ def collect(store: Store, *, age_s: float = 2 * DAY_S, delete: bool = False, now
 
 
 def _committed_since(store: Store, key: str, before: dict[int, Commit]) -> bool:
-    """Whether a producer that was slower than `age_s` has committed the data of its unit after all."""
+    """Whether a producer slower than `age_s` has committed this data since `before` was read."""
     found = re.match(r"data/[^/]+/(\d+)/", key)
     commit = store.commit(int(found[1])) if found and int(found[1]) not in before else None
     return commit is not None and any(shard.key == key for shard in commit.shards.values())

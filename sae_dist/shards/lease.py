@@ -1,10 +1,10 @@
-"""One process at a time works in a place, on however many machines it was started: a lease lies in the place itself.
+"""A lease in a storage: one process at a time works there, across machines.
 
 <folder>/<token>.json is created once and names the holder; the highest token counts (a fencing token: it only grows).
-The holder writes <folder>/<token>.beat again and again. A newcomer takes the next token when the last holder said that
-it is done, when its process is seen to be dead, or when the beat did not change for `TTL_S` seconds of the newcomer's
-own clock; clocks of two machines are never compared. A holder that slept through that finds the higher token and stops.
-The safety of a store does not rest on this: units are committed once whoever writes them. It saves doing them twice.
+The holder rewrites <folder>/<token>.beat regularly. Another process takes the next token when the holder has released
+its lease, when its process is dead, or when the beat did not change for `TTL_S` seconds of the other's own clock;
+clocks of two machines are never compared. A holder that was suspended meanwhile finds the higher token and stops.
+A store stays correct without this, because units are committed once; the lease saves duplicate work.
 """
 
 import logging
@@ -29,34 +29,34 @@ from sae_dist.storage import Storage
 logger = logging.getLogger(__name__)
 
 TTL_S = 30.0
-BEATS = 6  # in TTL_S: one that comes late does not end a lease
+BEATS = 6  # in TTL_S, so that a late one does not end the lease
 T = TypeVar("T")
 
 
 class LeaseHolder(NamedTuple):
     """<token>.json: the process that took the place."""
 
-    name: Hash  # drawn at random
+    name: Hash  # random
     out: str  # the folder of its run
     host: str
     pid: Annotated[int, Field(ge=1)]
     born: str | None = None  # ticks since boot; None where it cannot be told (no /proc)
-    machine: str | None = None  # boot and process namespace; None likewise
+    machine: str | None = None  # boot id and process namespace; None without /proc
 
 
 class Heartbeat(NamedTuple):
     """<token>.beat: the last sign of life of the holder."""
 
-    beat: Count  # how many there were
-    released: bool  # the holder is done
+    beat: Count  # a counter
+    released: bool  # the holder has released the lease
 
 
 class LeasedPlace(NamedTuple):
-    """What is leased."""
+    """A storage, and the folder in it with the lease's files."""
 
     storage: Storage
-    key: str  # of the configuration, that a message names it by
-    folder: str  # of the lease's own files, within the storage
+    key: str  # the configuration key that names the storage, for messages
+    folder: str  # the folder of the lease's files
 
     @property
     def name(self) -> str:
@@ -74,17 +74,14 @@ class LeasedPlace(NamedTuple):
         self.storage.create(f"{self.folder}/{token:06d}.json", records.seal(holder._asdict()))
 
     def holder(self, token: int) -> LeaseHolder | None:
-        """Who holds or held it; None, with a warning, when the file is damaged: it names nobody, and its beat decides.
-
-        So a damaged file keeps nobody out for longer than `TTL_S`.
-        """
+        """The holder of that token; None, with a warning, when the file is damaged: then its beat alone decides."""
         return self._read(LeaseHolder, f"{self.folder}/{token:06d}.json")
 
     def beat(self, token: int, beat: Heartbeat) -> None:
         self.storage.write(f"{self.folder}/{token:06d}.beat", records.seal(beat._asdict()))
 
     def last_beat(self, token: int) -> Heartbeat | None:
-        """None, with a warning, when it is damaged: then it counts as one that does not change."""
+        """The last sign of life; None, with a warning, when the file is damaged, which counts as no change."""
         return self._read(Heartbeat, f"{self.folder}/{token:06d}.beat")
 
     def _read(self, kind: type[T], key: str) -> T | None:
@@ -95,12 +92,12 @@ class LeasedPlace(NamedTuple):
         except FileNotFoundError:
             return None
         except records.CorruptData as damage:
-            logger.warning("%s; whether %s is in use is told by signs of life alone", damage, self.name)
+            logger.warning("%s; only signs of life tell whether %s is in use", damage, self.name)
             return None
 
 
 class Lease:
-    """The right to work in a place; `check` says when somebody else has taken it."""
+    """A lease that is held and renewed by a thread; `check` raises once it was lost."""
 
     def __init__(self, place: LeasedPlace, token: int, ttl_s: float) -> None:
         self.token, self._place, self._ttl_s = token, place, ttl_s
@@ -111,26 +108,26 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """UserError once another process holds the place."""
+        """UserError once another process has taken the lease."""
         if self._lost_to is not None:
             raise UserError(
                 f"{self._place.name} was taken over by {self._lost_to} while this process gave no sign of life for "
-                f"{self._ttl_s:.0f} s; nothing is lost, that one goes on"
+                f"{self._ttl_s:.0f} s; nothing is lost, that process continues"
             )
 
     def producer(self, attempt: int) -> str:
-        """How the names of the data begin that are written in try `attempt` of whoever holds this."""
+        """The prefix of the names of data that the holder writes in its attempt number `attempt`."""
         return f"{self.token:06d}-{attempt}-"
 
     def release(self) -> None:
-        """Another process may begin at once."""
+        """Releases the lease, so that another process can take it at once."""
         self._end.set()
         self._thread.join()
         if self._lost_to is None:
             try:
                 self._beat(released=True)
             except (UserError, OSError) as error:
-                logger.warning("%s: the lease could not be ended (%s); it ends by itself", self._place.name, error)
+                logger.warning("%s: the lease could not be released (%s); it expires", self._place.name, error)
 
     def _beat(self, *, released: bool = False) -> None:
         self._beats += 1
@@ -150,10 +147,9 @@ class Lease:
 
 @contextmanager
 def lease(storage: Storage, out: str, *, key: str, folder: str, ttl_s: float = TTL_S) -> Iterator[Lease]:
-    """Holds the place for as long as the context lasts; UserError while another process does.
+    """Holds the lease for as long as the context lasts; UserError while another process has it.
 
-    `out` is what the holder is known by, `key` the key of the configuration that names the place, and `folder` where
-    the lease's own files lie in it.
+    out: names the holder in messages; key: the configuration key that names the storage; folder: of the lease's files
     """
     place = LeasedPlace(storage, key, folder)
     held = Lease(place, _acquire(place, out, ttl_s), ttl_s)
@@ -178,7 +174,7 @@ def _acquire(place: LeasedPlace, out: str, ttl_s: float) -> int:
 
 
 def _is_over(place: LeasedPlace, token: int, holder: LeaseHolder | None, ttl_s: float) -> bool:
-    """Whether the holder of `token` is done or dead; takes up to `ttl_s` to say so of one on another machine."""
+    """Whether the holder of `token` is done or dead; waits up to `ttl_s` when it is on another machine."""
     if (known := is_over(place, token, holder)) is not None:
         return known
     before = place.last_beat(token)
@@ -198,12 +194,12 @@ def is_over(place: LeasedPlace, token: int, holder: LeaseHolder | None) -> bool 
     if last is not None and last.released:
         return True
     if holder is not None and here is not None and holder.machine == here:
-        return holder != holder._replace(**_identity(holder.pid))  # gone, or another process by that number
+        return holder != holder._replace(**_identity(holder.pid))  # dead, or another process with the same number
     return None
 
 
 def _identity(pid: int) -> dict[str, Any]:
-    """Who a process is, beyond its number: the fields of a holder that say so."""
+    """The fields of a LeaseHolder that identify a process."""
     found: dict[str, Any] = {"host": socket.gethostname(), "pid": pid, "born": None, "machine": None}
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,4 +1,4 @@
-"""Immutable snapshots of the commits: a run pins one and is told when the store no longer is what it saw."""
+"""Immutable snapshots of the commits. A run pins one, and is refused when the store no longer matches it."""
 
 import re
 from typing import NamedTuple
@@ -38,7 +38,7 @@ def latest(storage: Storage) -> int:
 
 
 def read(storage: Storage, meta: StoreMeta, version: int) -> Manifest:
-    """Manifest `version` of that store; anything else in its place is refused."""
+    """Manifest `version` of that store; CorruptData when it is another one."""
     place = f"{storage.uri}/{manifest_key(version)}"
     try:
         record = records.read(storage, manifest_key(version), place, most=format.manifest_bytes(meta))
@@ -58,7 +58,7 @@ def write(storage: Storage, meta: StoreMeta, commits: dict[int, Commit]) -> Mani
         newest = read(storage, meta, version)
         if newest.commits == entries:
             return newest
-    while True:  # another process may take the same version: the next one is as good
+    while True:  # another process may take the same version; then the next one is tried
         version += 1
         named = {str(unit): list(entry) for unit, entry in entries.items()}
         data = records.seal({"store": meta.digest, "version": version, "commits": named})
@@ -67,7 +67,7 @@ def write(storage: Storage, meta: StoreMeta, commits: dict[int, Commit]) -> Mani
 
 
 def check(pinned: Manifest, commits: dict[int, Commit], changed: list[int], *, place: str) -> None:
-    """Refuses a store that lacks units of `pinned`, or of which `changed` ones hold other rows."""
+    """UserError when units of `pinned` are missing from `commits`, or when there are `changed` units."""
     missing = [unit for unit in pinned.commits if unit not in commits]
     if missing or changed:
         raise UserError(

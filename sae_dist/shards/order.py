@@ -74,7 +74,7 @@ def n_rounds(config: OrderConfig, n_units: int) -> int:
 
 
 def round_units(config: OrderConfig, seed: int, n_units: int, epoch: int, number: int) -> Int64[np.ndarray, " units"]:
-    """The units of a round. The first pass of a store in rounds goes by unit number: it may still be growing."""
+    """The units of a round. In the first pass of a store with rounds they go by number: the store may be growing."""
     growing = epoch == 0 and config.round_units > 0
     units = np.arange(n_units) if growing else permutation(n_units, key(seed, UNITS, epoch))
     size = config.round_units or n_units
@@ -169,7 +169,7 @@ class RowPosition(NamedTuple):
 
 
 def locate(row: int, config: OrderConfig, seed: int, n_units: int, row_counts: RowCounts) -> RowPosition:
-    """Where row number `row` of all epochs end to end lies; asks for the counts of no round beyond its own."""
+    """The position of row number `row` of all epochs end to end; asks for row counts up to its own round only."""
     rounds = n_rounds(config, n_units)
     epoch = 0
     while True:

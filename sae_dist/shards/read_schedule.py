@@ -1,4 +1,4 @@
-"""Which rows of which windows make up each step, and the reads that are to be under way meanwhile."""
+"""Which rows of which windows make up each step, and which windows are read ahead."""
 
 import math
 import time
@@ -17,7 +17,7 @@ POLL_S = 0.05
 
 
 class WindowPart(NamedTuple):
-    """What one lane gives to a batch out of one window."""
+    """The rows of a batch that one lane takes from one window."""
 
     window: Window
     rows: Int64[np.ndarray, " rows"]  # of the window, ascending
@@ -25,7 +25,7 @@ class WindowPart(NamedTuple):
 
 
 class StepRows(NamedTuple):
-    """What the lanes of one reader give to one global batch."""
+    """The rows of one global batch that the lanes of one reader serve."""
 
     number: int
     epoch: int  # of the first row of the global batch
@@ -104,7 +104,7 @@ class ReadSchedule:
         return (round.epoch + 1, 0) if last else (round.epoch, round.number + 1)
 
     def _enter(self, epoch: int, number: int, offset: int) -> Round:
-        """The dealt round, and the reads of all lanes under way at once rather than one lane after the other."""
+        """Deals the round and starts the reads of all its lanes at once."""
         round = self._round(epoch, number)
         given = order.apportion(offset, [lane.rows for lane in round.lanes])
         for lane in self.lanes:
@@ -113,7 +113,7 @@ class ReadSchedule:
         return round
 
     def _round(self, epoch: int, number: int) -> Round:
-        """The dealt round; waits for its units in live mode."""
+        """The dealt round; in live mode waits until its units are committed."""
         if (epoch, number) not in self._rounds:
             units = order.round_units(self.order, self.seed, self.n_units, epoch, number)
             self._rounds[epoch, number] = order.deal(
@@ -171,7 +171,7 @@ class ReadSchedule:
         return parts
 
     def _read_ahead(self, round: Round, lane: int, window: int) -> None:
-        """One window ahead in every lane: memory is at most 2 x lanes x window slices."""
+        """Reads one window ahead in every lane: at most 2 x lanes x window slices are in memory."""
         if (window + 1) * self.order.window < len(round.lanes[lane].unit):
             start, _ = order.window_rows(self.order, round.lanes[lane], window + 1)
             if self._last is None or start < self._last[lane]:

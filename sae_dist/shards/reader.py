@@ -1,4 +1,4 @@
-"""An open store: its commits and its slices, each verified against its checksum before anybody sees a row."""
+"""An open store: its commits and slices, each verified against its checksum before rows are returned."""
 
 import logging
 import threading
@@ -31,7 +31,7 @@ PARALLEL_COMMITS = 16  # small objects, so latency counts
 
 
 class StoredRows(NamedTuple):
-    """Consecutive rows of one unit, as `heldout` hands them out."""
+    """Consecutive rows of one unit."""
 
     x: Shaped[Tensor, "rows width"]
     doc: UInt64[np.ndarray, " rows"]
@@ -53,14 +53,14 @@ class Store:
         self._scratch = threading.local()
 
     def scratch(self, size: int) -> UInt8[np.ndarray, " size"]:
-        """Room for a shard, this thread's own and the same each time: fresh pages cost more than filling them."""
+        """A buffer of this thread, reused: allocating fresh pages costs more than filling them."""
         room = getattr(self._scratch, "room", None)
         if room is None or len(room) < size:
             room = self._scratch.room = np.empty(size, np.uint8)
         return room[:size]
 
     def commit(self, unit: int) -> Commit | None:
-        """The commit of `unit`, None while there is none; commits never change, so each is fetched once."""
+        """The commit of `unit`, None while there is none. Commits never change and are cached."""
         known = self._commits.get(unit)
         if known is not None:
             return known
@@ -72,7 +72,7 @@ class Store:
             return self._commits.setdefault(unit, commit)
 
     def committed(self) -> dict[int, Commit]:
-        """Every commit that is there now, by unit."""
+        """All commits of now, by unit."""
         listed = (format.unit_of_commit_key(entry.key) for entry in self.storage.list("commit/"))
         units = sorted(unit for unit in listed if unit is not None and unit < self.meta.n_units)
         with ThreadPoolExecutor(PARALLEL_COMMITS) as pool:
@@ -80,9 +80,9 @@ class Store:
         return {unit: commit for unit, commit in zip(units, commits, strict=True) if commit is not None}
 
     def snapshot(self, otherwise: Storage | None = None) -> Manifest:
-        """The commits of now as an immutable manifest; the newest one again if it says the same.
+        """Writes the current commits as an immutable manifest; returns the newest one if it is the same.
 
-        A store that may only be read leaves it at `otherwise`: a place of the one who pins it.
+        For a read-only store the manifest is written to `otherwise`.
         """
         commits = self.committed()
         try:
@@ -102,9 +102,9 @@ class Store:
         return pinned
 
     def check(self, pinned: Manifest) -> None:
-        """Refuses a store that does not hold the very rows that `pinned` names; units that came later are welcome.
+        """UserError unless the store has the same rows as `pinned`; further units are allowed.
 
-        A unit that was withdrawn and made again may take the place of the old one if its rows are the same.
+        A unit that was withdrawn and harvested again counts as the same if its rows are.
         """
         commits = self.committed()
         changed = [u for u, e in pinned.commits.items() if u in commits and commits[u].digest != e.digest]
@@ -115,7 +115,7 @@ class Store:
         manifest.check(pinned, commits, other, place=self.storage.uri)
 
     def read_slice(self, hook: str, unit: int, index: int) -> Slice:
-        """Slice `index` of `unit`, its bytes verified; `CorruptData` if they are wrong however often they are read."""
+        """Slice `index` of `unit`, its bytes verified; `CorruptData` if they are wrong in every try."""
         commit = self.commit(unit)
         if commit is None:
             raise UserError(f"unit={unit} of {self.storage.uri} is not committed; harvest it first")
@@ -156,7 +156,7 @@ class Store:
         return found
 
     def _bytes(self, key: str, ref: SliceRef) -> UInt8[np.ndarray, " bytes"] | None:
-        """The verified bytes of a slice, None if wrong each time."""
+        """The verified bytes of a slice; None if they are wrong in every try."""
 
         def fetch() -> UInt8[np.ndarray, " bytes"]:
             return slices.fetch(self.storage, key, ref)

@@ -1,6 +1,6 @@
-"""The small JSON objects of a store: sealed with the hash of their content, limited in size, checked field by field.
+"""The small JSON objects of a store: with a hash of their content, limited in size, checked field by field.
 
-A hash proves that nothing was changed by accident; what a record says may still be senseless, and is not trusted.
+The hash detects accidental changes. It does not make the content valid, so every field is checked as well.
 """
 
 import json
@@ -15,16 +15,16 @@ from sae_dist.storage import Bytes, Storage
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-READ_TRIES = 3  # of bytes that do not match their checksum, before it is the store that is said to be wrong
+READ_TRIES = 3  # reads of bytes that do not match their checksum, before the store is reported as damaged
 SMALL_BYTES = 1 << 20  # more than any record whose size does not grow with the store
 
 
 class CorruptData(UserError):
-    """Stored bytes that are not what their commit says; the message names the unit to harvest again."""
+    """Stored bytes that do not match their commit; the message names the unit to harvest again."""
 
 
 def seal(record: dict[str, Any]) -> bytes:
-    """`record` as JSON that carries the hash of its own content."""
+    """`record` as JSON with the hash of its content under `digest`."""
     return json.dumps({**record, "digest": config.digest(record)}, separators=(",", ":")).encode()
 
 
@@ -43,7 +43,7 @@ def unseal(data: Bytes, what: str) -> dict[str, Any]:
 def read(storage: Storage, key: str, what: str, *, most: int = SMALL_BYTES) -> dict[str, Any]:
     """The record at `key`, of at most `most` bytes; one that does not match its digest is read again.
 
-    Bits also flip on the way. Its fields are not checked: `checked` does that.
+    Fields are not checked; `checked` does that.
     """
     for _ in range(READ_TRIES - 1):
         try:

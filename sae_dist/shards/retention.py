@@ -1,4 +1,4 @@
-"""How long a store keeps the data of units that every consumer is through with: keep | ring | until_consumed."""
+"""How long a store keeps the data of units that every consumer has consumed: keep | ring | until_consumed."""
 
 import re
 from typing import Literal
@@ -14,14 +14,14 @@ from sae_dist.shards.reader import Store
 
 @frozen
 class Keep:
-    """Everything stays."""
+    """Deletes nothing."""
 
     kind: Literal["keep"] = "keep"
 
 
 @frozen
 class Ring:
-    """At most so many bytes stay, as far as consumers allow."""
+    """Deletes consumed units while the store has more than `bytes`."""
 
     kind: Literal["ring"] = "ring"
     bytes: int = Field(default=1 << 40, ge=0)
@@ -29,23 +29,23 @@ class Ring:
 
 @frozen
 class UntilConsumed:
-    """What every consumer has finished before its last checkpoint goes, but for a margin."""
+    """Deletes what every consumer had consumed at its last checkpoint, except the last `margin_units`."""
 
     kind: Literal["until_consumed"] = "until_consumed"
     margin_units: int = Field(default=0, ge=0)
 
 
 def retired(store: Store) -> set[int]:
-    """Units whose data is gone, or going."""
+    """Units whose data was deleted or is being deleted."""
     found = (re.fullmatch(r"retired/(\d+)\.json", entry.key) for entry in store.storage.list("retired/"))
     return {int(match[1]) for match in found if match}
 
 
 def retire(store: Store, policy: Keep | Ring | UntilConsumed) -> list[int]:
-    """Deletes the data of units that may go, oldest first, and returns them; commits and statistics stay.
+    """Deletes the data of units as the policy says, oldest first, and returns them; commits and statistics stay.
 
-    Held-out units never go, nor anything before a consumer is registered, nor a unit that some consumer would need
-    after going back to its checkpoint.
+    Never deleted: held-out units, anything before a consumer is registered, and units that a consumer would need to
+    resume from its checkpoint.
     """
     consumers = positions(store.storage)
     saved = min((p.saved for p in consumers), default=0)

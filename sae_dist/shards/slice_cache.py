@@ -1,8 +1,7 @@
-"""Slices of a remote store on a local disk: each is fetched once per machine, whoever reads it, however often.
+"""A local cache for slices of a remote store: each is fetched once per machine, however often it is read.
 
 Files are named by the hash of their content, so jobs on one machine may share the folder. The reader verifies every
-slice it gets, from here as from the storage. A file that is evicted while somebody has it mapped stays theirs until
-they let go of it: that is what unlink means.
+slice, cached or not. A file that is evicted while it is mapped stays readable until it is unmapped.
 """
 
 import errno
@@ -28,13 +27,13 @@ from sae_dist.shards.memory_map import map_bytes
 logger = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOCKS = 64
-ABANDONED_S = 3600.0  # a file that was begun so long ago was begun by a process that is dead
+ABANDONED_S = 3600.0  # the age at which a temporary file was surely left by a dead process
 SLICE_NAME, TEMPORARY_NAME = re.compile(r"[0-9a-f]{32}\.slice"), re.compile(r"\.[0-9a-f]{32}")
-RESCAN = 32  # writes between two looks at what other jobs have put there
+RESCAN = 32  # writes between two scans for files of other jobs
 
 
 class SliceCache:
-    """A folder of verified slices that takes at most `limit_bytes`, least recently used out first."""
+    """A folder of slices of at most `limit_bytes`; the least recently used are evicted first."""
 
     def __init__(self, folder: Path, *, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
@@ -44,7 +43,7 @@ class SliceCache:
         self._lock = threading.Lock()
 
     def get(self, ref: SliceRef, fetch: Callable[[], UInt8[np.ndarray, " bytes"]]) -> UInt8[np.ndarray, " bytes"]:
-        """The bytes of a slice; of all who miss it at once, on this machine, one fetches it."""
+        """The bytes of a slice; when several readers on this machine miss it at once, one of them fetches it."""
         path = self._path(ref)
         found = self._look(path, ref)
         if found is not None:
@@ -58,10 +57,10 @@ class SliceCache:
             if not self._keep(path, data):
                 return data
         kept = self._look(path, ref, count=False)
-        return data if kept is None else kept  # mapped: memory that the kernel may take back
+        return data if kept is None else kept  # mapped memory, which the kernel can reclaim
 
     def drop(self, ref: SliceRef) -> None:
-        """Forgets a slice whose bytes turned out wrong."""
+        """Removes a slice whose bytes are wrong."""
         self._path(ref).unlink(missing_ok=True)
         self._count("dropped")
 
@@ -79,7 +78,7 @@ class SliceCache:
         return data
 
     def _keep(self, path: Path, data: UInt8[np.ndarray, " bytes"]) -> bool:
-        """Puts the bytes on disk if there is room; a full disk costs speed, never the run."""
+        """Writes the bytes to the cache if there is room; a full disk makes runs slower but does not end them."""
         if len(data) > self.limit_bytes:
             return False
         problem = ""
@@ -116,7 +115,7 @@ class SliceCache:
                 self._used = self._measure()
             if not everything and self._used + needed <= self.limit_bytes:
                 return
-            target = 0 if everything else 0.9 * self.limit_bytes - needed  # some slack, so as not to scan each time
+            target = 0 if everything else 0.9 * self.limit_bytes - needed  # some slack, so that few writes scan
             entries = sorted(self._files(), key=lambda entry: entry[1].st_mtime)
             self._used = sum(status.st_size for _, status in entries)
             for path, status in entries:

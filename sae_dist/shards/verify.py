@@ -18,7 +18,7 @@ CHUNK_BYTES = 32 << 20
 
 
 class BadObject(NamedTuple):
-    """One thing that is not what its commit says."""
+    """An object that does not match its commit."""
 
     unit: int
     key: str
@@ -26,7 +26,7 @@ class BadObject(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What `verify` found. `missing` units were never committed, which is no fault; `retired` ones were let go."""
+    """The result of `verify`. `missing` units were never committed, which is no error; `retired` ones have no data."""
 
     units: int
     bytes: int
@@ -40,7 +40,7 @@ class Verification(NamedTuple):
 
 
 def verify(store: Store, *, threads: int = 4) -> Verification:
-    """Every shard of every unit, whole: size, hash and with it every slice."""
+    """Reads every shard of every unit and compares its size and hash."""
     commits: dict[int, Commit] = {}
     bad: list[BadObject] = []
     listed = {format.unit_of_commit_key(entry.key) for entry in store.storage.list("commit/")}
@@ -69,9 +69,9 @@ def verify(store: Store, *, threads: int = 4) -> Verification:
 
 
 def withdraw(store: Store, units: Iterable[int]) -> None:
-    """Takes back the commits of `units`, so that they can be harvested again; each is kept under withdrawn/.
+    """Deletes the commits of `units`, so that they can be harvested again; copies are kept under withdrawn/.
 
-    Runs that pinned the old commits take new ones of the same rows, and refuse those of other rows.
+    Runs that pinned the old commits accept new ones with the same rows and refuse others.
     """
     for unit in units:
         try:
@@ -85,7 +85,7 @@ def withdraw(store: Store, units: Iterable[int]) -> None:
 
 
 def _problem(store: Store, shard: ShardFile) -> str:
-    """Why the shard is not what was committed, '' if it is."""
+    """How the shard differs from its commit; '' if it does not."""
     try:
         size = store.storage.size(shard.key)
         if size != shard.bytes:

@@ -1,4 +1,4 @@
-"""The slices that lanes have open: fetched ahead by a few threads, held as views, let go of when they are served."""
+"""The windows of slices that lanes serve from: read ahead by a few threads, dropped when they are served."""
 
 import threading
 import time
@@ -60,7 +60,7 @@ class WindowPool:
         return (round.epoch, round.number, lane, window) in self._open
 
     def get(self, round: Round, lane: int, window: int) -> Window:
-        """The window, when all its slices are there."""
+        """The window; waits for its slices."""
         name = (round.epoch, round.number, lane, window)
         if name not in self._open:
             self.submit(round, lane, window)
@@ -68,7 +68,7 @@ class WindowPool:
         return self._open[name]
 
     def drop(self, round: Round, lane: int, window: int) -> None:
-        """Lets go of a window; its memory is free once no batch in the making refers to it."""
+        """Drops a window; its memory is freed once no unfinished batch refers to it."""
         del self._open[round.epoch, round.number, lane, window]
 
     def close(self) -> None:

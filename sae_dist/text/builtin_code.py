@@ -18,7 +18,7 @@ ROWS = 60  # digests in a document
 
 
 def code(distributions: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[tuple[str, str, int]]:
-    """A tenth of each file's pieces and at least one, anywhere in it: beginnings are licences and imports."""
+    """A tenth of each file's pieces, at least one, from anywhere in it: files begin with licences and imports."""
     for file in installed.files(distributions, suffixes):
         text = file.text()
         parts, whole = list(pieces([text], PIECE_CHARS)), split_key(text)
@@ -27,7 +27,7 @@ def code(distributions: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[tu
 
 
 def javascript() -> Iterator[tuple[str, str]]:
-    """Sources as they were written, out of the source maps of bundled scripts."""
+    """Original sources from the source maps of bundled scripts."""
     for file in installed.files(["ray", "pyright"], (".js.map",)):
         sources = json.loads(file.text())
         named = zip(sources["sources"], sources.get("sourcesContent") or [], strict=False)

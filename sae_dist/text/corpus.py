@@ -1,4 +1,4 @@
-"""Text by configuration: which sources there are, their documents, and a fingerprint of what they say."""
+"""The documents of the configured text source, and a fingerprint of them."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ TextConfig = Annotated[BuiltinText | FilesText | JsonlText | ParquetText | Huggi
 
 
 def documents(config: TextConfig, *, seed: int | None = None, counts: Counter[str] | None = None) -> Iterator[Document]:
-    """Every document that is not empty, streamed, in the source's own order, the same each time.
+    """Yields every document that is not empty, in the source's order, the same each time.
 
-    One outcome for bad text each, and a count of it in `counts`: an `empty` document is left out, a huge one is `cut`
-    into pieces, and of an `undecodable` one the bytes that are no UTF-8 become U+FFFD.
+    `counts` counts documents that are changed: `empty` ones are left out, very long ones are `cut` into pieces, and in
+    `undecodable` ones bytes that are not UTF-8 become U+FFFD.
 
-    With a `seed` the parts of a source (files, row groups, blocks of rows) come in an order that is a function of it,
-    so that a beginning of a sorted corpus is a sample of it.
+    With a `seed`, the parts of a source (files, row groups, blocks of rows) are shuffled by it, so that the beginning
+    of a sorted corpus is a sample of it.
     """
     counts = Counter() if counts is None else counts
     match config:
@@ -46,7 +46,7 @@ def documents(config: TextConfig, *, seed: int | None = None, counts: Counter[st
 
 
 def fingerprint(config: TextConfig) -> str:
-    """Changes when the text, its order, its origins or its labels would; not when a folder is moved."""
+    """Changes with the text, its order, its sources and its labels, but not when a folder is moved."""
     match config:
         case BuiltinText():
             known = builtin.fingerprint(config)

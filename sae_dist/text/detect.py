@@ -1,4 +1,4 @@
-"""Which kind of text lies at a path: by names, and by first bytes where names do not say."""
+"""Detects the kind of text at a path, by file names and first bytes."""
 
 import os
 from collections import Counter
@@ -17,20 +17,20 @@ _KINDS = {
     ".parquet": "parquet",
 }
 _TABLES_AND_MARKUP = (".csv", ".tsv", ".html", ".htm", ".xml")
-_LOOKED_INTO = 8  # files of a folder of plain text, which may be JSON lines after all
+_LOOKED_INTO = 8  # files of a plain-text folder that are checked for JSON lines
 
 
 class DetectedText(NamedTuple):
-    """The configuration of `text` that reads a path: the kind, and `text.suffixes` where its own do not fit."""
+    """The configuration that reads a path: the kind, and `text.suffixes` where the defaults do not fit."""
 
     kind: str
     suffixes: tuple[str, ...] = ()
 
 
 def detect(path: str) -> DetectedText:
-    """How to read what is at `path`; raises `UserError` where it is no text, or text of several kinds.
+    """How to read the text at `path`; UserError when it is not text, or text of several kinds.
 
-    Where nothing is, `owner/name` is a Hugging Face dataset, and anything else is judged by its name.
+    If nothing exists there, `owner/name` is a Hugging Face dataset; anything else is judged by its name.
     """
     place = Path(path).expanduser()
     suffix = local_files.plain_name(place).suffix
@@ -70,7 +70,7 @@ def _folder(folder: Path, path: str) -> DetectedText:
             f"text={path} holds files of several kinds ({held}); say which of them are the text: "
             + " or ".join(f"text={kind} text.path={path}" for kind in kinds)
         )
-    if kinds in ([], ["files"]):  # .json is text only where there is no other: most of it is settings
+    if kinds in ([], ["files"]):  # .json files count only where there is no other text: most of them are settings
         candidates = [file for file in files if local_files.suffix_of(file, tuple(_KINDS) if kinds else (".json",))]
         looked_into = candidates[:_LOOKED_INTO]
         if looked_into and all(map(_holds_json_lines, looked_into)):

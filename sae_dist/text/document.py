@@ -1,4 +1,4 @@
-"""A document: the unit of text that has an origin, a category, and a place on one side of the held-out split."""
+"""A document: the unit of text with a source and a category; it is either trained on or held out."""
 
 import itertools
 import logging
@@ -14,8 +14,8 @@ import xxhash
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_CHARS = 1_000_000  # a tokenizer needs some 50 bytes a character, so one document must not be a whole library
-SIDE_CHARS = 100_000  # of a document's beginning decide its side: what streams past cannot be hashed to its end first
+MAX_CHARS = 1_000_000  # longer documents are cut: a tokenizer needs some 50 bytes a character
+SIDE_CHARS = 100_000  # characters of a document's beginning that decide its side of the split: documents are streamed
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -27,13 +27,13 @@ class Document(NamedTuple):
 
 
 def normal(text: str) -> str:
-    """What two copies of a text have in common: white space is one space, letters have one case and one form."""
+    """The text with single spaces, without case, in one Unicode form: equal for copies that differ only in these."""
     folded = text if text.isascii() else unicodedata.normalize("NFKC", text.replace("\ufeff", ""))
     return " ".join(folded.casefold().split())
 
 
 def doc_id(text: str) -> int:
-    """A document's name: equal for copies that differ in white space, letter case or Unicode form only."""
+    """A document's id, the hash of its `normal` form."""
     return xxhash.xxh3_64_intdigest(normal(text).encode())
 
 
@@ -43,7 +43,7 @@ def split_key(text: str) -> int:
 
 
 def shuffled_parts(parts: Iterable[T], seed: int | None) -> list[T]:
-    """`parts` in an order that is a function of `seed`; in their own where there is none."""
+    """`parts` shuffled by `seed`; in their own order if it is None."""
     ordered = list(parts)
     if seed is not None:
         random.Random(seed).shuffle(ordered)
@@ -51,10 +51,10 @@ def shuffled_parts(parts: Iterable[T], seed: int | None) -> list[T]:
 
 
 def pieces(chunks: Iterable[str], limit: int) -> Iterator[str]:
-    """The text that `chunks` spell, cut into pieces of at most `limit` characters; joined, they are the text.
+    """Cuts the text of `chunks` into pieces of at most `limit` characters; joined, they are the text.
 
-    A cut falls after the last empty line, line break or space of the second half of a piece, in that order of
-    preference. At most `limit` characters and one chunk are held.
+    A cut comes after the last empty line, line break or space in the second half of a piece, in this order of
+    preference. At most `limit` characters and one chunk are in memory.
     """
     held = ""
     for chunk in chunks:
@@ -70,9 +70,9 @@ def pieces(chunks: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def separated(chunks: Iterable[str], separator: str) -> Iterator[tuple[int, Iterator[str]]]:
-    """(number from 0, chunks) of each document in the text that `chunks` spell, wherever chunks end.
+    """Splits the text of `chunks` at `separator` into (number from 0, chunks) of each document.
 
-    As with `itertools.groupby`, a document's chunks are gone once the next document is asked for.
+    As with `itertools.groupby`, a document's chunks must be read before the next document is requested.
     """
     for number, parts in itertools.groupby(_numbered(chunks, separator), key=lambda part: part[0]):
         yield number, (text for _, text in parts)
@@ -86,7 +86,7 @@ def _numbered(chunks: Iterable[str], separator: str) -> Iterator[tuple[int, str]
         for text in ended:
             yield number, text
             number += 1
-        whole = max(0, len(held) - max(0, len(separator) - 1))  # the rest may be the beginning of a separator
+        whole = max(0, len(held) - max(0, len(separator) - 1))  # the rest may be the start of a separator
         yield number, held[:whole]
         held = held[whole:]
     yield number, held
@@ -121,9 +121,9 @@ def _end(text: str, start: int, end: int) -> int:
 
 
 def clean(document: Document, counts: Counter[str]) -> Iterator[Document]:
-    """`document` as valid Unicode, in pieces of at most `MAX_CHARS`; nothing where it is empty.
+    """Yields `document` as valid Unicode, in pieces of at most `MAX_CHARS`; nothing if it is empty.
 
-    `counts` hears of each document that was not taken as it is: `undecodable`, `empty` or `cut`.
+    `counts` counts documents that were changed: `undecodable`, `empty` or `cut`.
     """
     text, broken = _SURROGATES.subn("\ufffd", document.text)
     if broken:

@@ -57,7 +57,7 @@ def _separator(config: FilesText) -> str:
 
 
 def _plain_text(config: FilesText, name: str, path: Path, counts: Counter[str]) -> Iterator[str]:
-    """The file's text; JSON lines are refused, unless `suffixes` says that such files are plain text."""
+    """The file's text; UserError for JSON lines, unless `suffixes` names such files."""
     chunks = reading.read_chunks(path, name, counts)
     first = next(chunks, "")
     if reading.holds_json_lines(first[: reading.HEAD_BYTES]):

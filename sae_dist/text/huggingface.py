@@ -36,7 +36,7 @@ class HuggingfaceText:
 
 def documents(config: HuggingfaceText, seed: int | None) -> Iterator[Document]:
     rows = _load(config)
-    columns = rows.column_names  # a stream need not know them before its first row
+    columns = rows.column_names  # None for a stream that does not know them before its first row
     for wanted in filter(None, (config.field, config.category)):
         if columns is not None and wanted not in columns:
             raise UserError(f"{config.path} has no column {wanted!r}; it has {', '.join(columns)}; set text.field=")
@@ -52,7 +52,7 @@ def documents(config: HuggingfaceText, seed: int | None) -> Iterator[Document]:
 def _readable(
     config: HuggingfaceText, rows: Iterator[tuple[int, dict[str, Any]]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """`rows`; a damaged file among them is said."""
+    """`rows`; UserError for a damaged file."""
     with _dataset_errors(config):
         yield from rows
 
@@ -60,7 +60,7 @@ def _readable(
 def _numbered(
     rows: "datasets.Dataset | datasets.IterableDataset", seed: int | None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number, row): a stream as it comes, anything else in shuffled blocks."""
+    """(row number, row): a stream in its order, anything else in shuffled blocks."""
     import datasets
 
     if isinstance(rows, datasets.IterableDataset):
@@ -72,7 +72,7 @@ def _numbered(
 
 
 def fingerprint(config: HuggingfaceText) -> str:
-    """Digest of what `datasets` itself knows the data by: the commit of a name, the files of a folder."""
+    """Digest of the identity that `datasets` gives the data: the commit of a name, the files of a folder."""
     import datasets
 
     rows = _saved(config)
@@ -101,7 +101,7 @@ def _load(config: HuggingfaceText) -> "datasets.Dataset | datasets.IterableDatas
 
 
 def _saved(config: HuggingfaceText) -> "datasets.Dataset | None":
-    """The split that `save_to_disk` wrote at `path`; None where nothing of the kind is there."""
+    """The split that `save_to_disk` wrote at `path`; None if there is none."""
     import datasets
 
     if not config.path:
@@ -119,7 +119,7 @@ def _saved(config: HuggingfaceText) -> "datasets.Dataset | None":
 
 @contextlib.contextmanager
 def _dataset_errors(config: HuggingfaceText) -> Iterator[None]:
-    """What `datasets` says of a wrong name, configuration, split or revision, as one line."""
+    """Turns errors of `datasets` about a name, configuration, split or revision into a UserError."""
     from datasets.exceptions import DatasetsError
 
     try:

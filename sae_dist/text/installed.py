@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import xxhash
 
-PYTHON = "python"  # names Python's own library where a distribution is expected
+PYTHON = "python"  # stands for Python's own library where a distribution is expected
 
 
 class Installed(NamedTuple):
-    name: str  # relative to where it is installed, so that it is the same on every machine
+    name: str  # relative to the installation, so that it is the same on every machine
     path: Path
 
     def text(self) -> str:
@@ -22,7 +22,7 @@ class Installed(NamedTuple):
 
 
 def hash_ordered(items: Iterable[Installed]) -> list[Installed]:
-    """By hash of the name: a beginning of it is a fair sample of the whole."""
+    """Sorted by the hash of the name, so that any beginning is a fair sample."""
     return sorted(items, key=lambda item: (xxhash.xxh3_64_intdigest(item.name.encode()), item.name))
 
 
@@ -69,7 +69,7 @@ def _distribution(name: str) -> importlib.metadata.Distribution | None:
 def _python_files(suffixes: tuple[str, ...]) -> Iterator[Installed]:
     for root in {Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("include"))}:
         for folder, below, names in os.walk(root):
-            # tests are missing from many distributions of Python; the rest is none of its own text
+            # tests are missing from many distributions of Python; the other folders are not part of it
             below[:] = [
                 name
                 for name in below

@@ -1,4 +1,4 @@
-"""Text on a local disk: which files there are, and a fingerprint of what they hold."""
+"""Text files on a local disk: finding them, and a fingerprint of their content."""
 
 import os
 from collections import Counter
@@ -12,16 +12,16 @@ from sae_dist.config import UserError, digest
 from sae_dist.text.reading import read_errors
 
 COMPRESSION = (".gz", ".bz2", ".xz", ".zst")
-HASHED_BYTES = 4 << 30  # a corpus beyond this is known by sizes and times: hashing it would take longer than using it
-# files of a run and of a store (its log, its records) are no part of the text that they lie beside
+HASHED_BYTES = 4 << 30  # a larger corpus is identified by sizes and times: hashing it would take too long
+# folders of runs and stores beside the text, with their logs and records, are not text
 _OWN_FOLDERS = ({"config.yaml", "status.json"}, {"store.json"})
 
 
 def find(path: str, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
-    """(name, file) of every file at `path`, by name; a folder is searched below for `suffixes`.
+    """(name, file) of every file at `path`, by name; a folder is searched recursively for `suffixes`.
 
-    Hidden files and the folders of runs and stores are left aside. Names start at the folder's own name, so that a
-    corpus that was moved keeps its origins and its order.
+    Hidden files and the folders of runs and stores are skipped. Names start at the folder's own name, so that they do
+    not change when the corpus is moved.
     """
     root = located(path)
     if not root.is_dir():
@@ -41,7 +41,7 @@ def find(path: str, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
 
 
 def located(path: str) -> Path:
-    """`path`, which must be a file or a folder that is there."""
+    """`path` as a Path; UserError unless it is an existing file or folder."""
     if "://" in path:
         raise UserError(f"text.path={path!r} is an address; text is read from local files: fetch it first")
     root = Path(path).expanduser()
@@ -53,7 +53,7 @@ def located(path: str) -> Path:
 
 
 def walk(base: Path) -> Iterator[Path]:
-    """The files below `base` that may be text, links to folders not followed."""
+    """The files below `base` that may be text; links to folders are not followed."""
     for folder, below, names in os.walk(base, onerror=_unreadable_folder):
         if Path(folder) != base and any(own <= set(names) for own in _OWN_FOLDERS):
             below.clear()
@@ -70,19 +70,19 @@ def _unreadable_folder(error: OSError) -> NoReturn:
 
 
 def plain_name(file: Path) -> Path:
-    """The file's name in small letters, without the suffix of a compression."""
+    """The file's name in lower case, without the suffix of a compression."""
     name = Path(file.name.lower())
     return name.with_suffix("") if name.suffix in COMPRESSION else name
 
 
 def suffix_of(file: Path, suffixes: Sequence[str]) -> str:
-    """Which of `suffixes` the name ends in, compressed or not; empty: none."""
+    """The one of `suffixes` that the name ends in, compressed or not; empty if none."""
     ends = (file.name.lower(), plain_name(file).name)
     return next((suffix for suffix in suffixes if any(end.endswith(suffix) for end in ends)), "")
 
 
 def fingerprint(files: Sequence[tuple[str, Path]]) -> str:
-    """Digest of names and contents; of names, sizes and modification times where there are more than 4 GiB."""
+    """Digest of names and contents; beyond 4 GiB, of names, sizes and modification times."""
     stats = [file.stat() for _, file in files]
     if sum(stat.st_size for stat in stats) > HASHED_BYTES:
         return digest([(name, stat.st_size, stat.st_mtime_ns) for (name, _), stat in zip(files, stats, strict=True)])

@@ -1,4 +1,4 @@
-"""Parquet: one column is the text; a row group at a time is in memory."""
+"""Parquet files: one column is the text; one row group at a time is in memory."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is in a text file: decompressed by its first bytes, refused where it is no text, decoded."""
+"""Reads text files: decompresses them by their first bytes, refuses what is not text, decodes."""
 
 import bz2
 import contextlib
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_CHARS = 1 << 20
 HEAD_BYTES = 1 << 16
-NOT_TEXT = 0.4  # share of bytes that are no characters; random bytes have 0.58, text in Latin-1 some 0.05
+NOT_TEXT = 0.4  # share of invalid bytes from which a file is not text; random bytes have 0.58, Latin-1 text some 0.05
 _UNDECODABLE = re.compile("[\udc80-\udcff]")
 _NO_CHARACTER = re.compile("[\x00-\x08\x0e-\x1f\x7f\udc80-\udcff]")
 
@@ -31,7 +31,7 @@ def _open_zstd(path: Path) -> Any:
     return pa.input_stream(str(path), compression="zstd")
 
 
-# by the first bytes, not by the name: a browser may have unpacked what is still called .gz
+# by the first bytes, not by the name: a browser may have unpacked a file that is still named .gz
 _OPENERS: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -42,7 +42,7 @@ _OPENERS: dict[bytes, Callable[[Path], Any]] = {
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """`path` opened for reading, decompressed where it is compressed."""
+    """Opens `path` for reading and decompresses it if it is compressed."""
     with path.open("rb") as file:
         begins = file.read(8)
     opener = next((opener for magic, opener in _OPENERS.items() if begins.startswith(magic)), None)
@@ -62,7 +62,7 @@ _CONTAINERS = {
 
 
 def check_text(head: bytes, name: str) -> None:
-    """Raises `UserError` for a file that begins with `head` and is no UTF-8 text."""
+    """UserError if a file that begins with `head` is not UTF-8 text."""
     found = next((what for magic, what in _CONTAINERS.items() if head.startswith(magic)), None)
     if found is None and head[257:262] == b"ustar":
         found = "a tar archive; unpack it"
@@ -73,7 +73,7 @@ def check_text(head: bytes, name: str) -> None:
 
 
 def holds_json_lines(head: str) -> bool:
-    """Whether a file that begins with `head` has an object with text in it on each line."""
+    """Whether a file that begins with `head` has a JSON object with a string on each line."""
     lines = [line for line in head.split("\n") if line and not line.isspace()][:2]
     if len(head) >= HEAD_BYTES // 4 and len(lines) == 1:  # the first line goes on
         return bool(re.match(r'\s*\{\s*"', lines[0]))
@@ -85,15 +85,15 @@ def holds_json_lines(head: str) -> bool:
 
 
 def first_bytes(path: Path, name: str) -> bytes:
-    """The first bytes of what is in `path`, decompressed; at most `HEAD_BYTES`."""
+    """The first `HEAD_BYTES` of the content of `path`, decompressed."""
     with _opened(path, name) as binary:
         return binary.peek(HEAD_BYTES)[:HEAD_BYTES]
 
 
 def read_chunks(path: Path, name: str, counts: Counter[str]) -> Iterator[str]:
-    """The UTF-8 text of `path`, in chunks; bytes that are none become U+FFFD and are counted in one warning.
+    """Yields the UTF-8 text of `path` in chunks; invalid bytes become U+FFFD, with one warning that counts them.
 
-    A file with such bytes is one more `undecodable` document in `counts`.
+    A file with such bytes counts as one `undecodable` document in `counts`.
     """
     broken = 0
     with _opened(path, name) as binary:
@@ -124,7 +124,7 @@ def _opened(path: Path, name: str) -> Iterator[io.BufferedReader]:
 
 @contextlib.contextmanager
 def read_errors(name: str) -> Iterator[None]:
-    """What can go wrong while a file is read (a truncated archive, a missing permission) is said by name."""
+    """Turns errors while a file is read (a truncated archive, a missing permission) into a UserError."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

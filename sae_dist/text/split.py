@@ -1,7 +1,7 @@
-"""Which documents are held out, and what to do when too few of them are.
+"""The split into training and held-out documents, and the error when one side has too little text.
 
-A side is a function of what a document says, so neither the order of a corpus nor a copy of a document, nor another
-piece of it, can carry text from one side to the other.
+The side is a function of the document's text, so copies and pieces of a document are all on the same side, in any
+order of the corpus.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ HELDOUT_SALT = 0x5AE0  # not the run's seed: what one run holds out, no other ru
 
 
 class SplitDocument(NamedTuple):
-    """A document with its id and the stream that it is for."""
+    """A document with its id and the stream that it belongs to."""
 
     document: Document
     doc: int
@@ -26,7 +26,7 @@ class SplitDocument(NamedTuple):
 
 @dataclasses.dataclass
 class TextTally:
-    """What was read so far, and how much of it was tokenised."""
+    """Counts of the text that was read and tokenised so far."""
 
     docs: set[int] = dataclasses.field(default_factory=set)
     cut: set[int] = dataclasses.field(default_factory=set)  # the wholes of pieces
@@ -42,14 +42,14 @@ class TextTally:
 
 
 def is_heldout(whole: int, heldout_fraction: float) -> bool:
-    """The side of the document with that `split_key`; a larger share holds out what a smaller one does, and more."""
+    """Whether the document with that `split_key` is held out; a larger fraction holds out a superset."""
     return xxhash.xxh3_64_intdigest(whole.to_bytes(8, "little"), HELDOUT_SALT) < heldout_fraction * 2**64
 
 
 def split_documents(
     found: Iterable[Document], tally: TextTally, *, train: StreamWriter, heldout: StreamWriter, heldout_fraction: float
 ) -> Iterator[SplitDocument]:
-    """Each new document, as long as its side has room."""
+    """Yields every new document whose side still needs tokens."""
     for document in found:
         if train.full and heldout.full:
             return
@@ -70,11 +70,11 @@ def split_documents(
 
 
 def shortage(train: StreamWriter, heldout: StreamWriter, *, tally: TextTally, heldout_fraction: float) -> str:
-    """Why a side is not full when all is read, and the cure: too little text, or documents too long to be dealt out."""
+    """The message when the text ends before both sides are full: too little text, or too few documents."""
     all_tokens = tally.tokens * tally.n_chars / max(tally.tokenised_chars, 1)
     if all_tokens >= train.wanted + heldout.wanted:
         return _too_few_documents(train, heldout, tally=tally)
-    # a side that is full says nothing of how much there is; the training side, being larger, says it more exactly
+    # a side that is full does not tell how much text there is; of two, the larger training side tells it better
     there = heldout.done / heldout_fraction if train.full else train.done / (1 - heldout_fraction)
     enough = int(0.9 * there) - heldout.wanted  # 0.9: shares are by documents, which are not equally long
     cure = f"ask for fewer (try harvest.tokens={enough}) or give more text" if enough > 0 else "give more text"

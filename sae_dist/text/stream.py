@@ -1,4 +1,4 @@
-"""A token stream: a corpus's documents end to end, memory-mapped, cut into sequences of one context each.
+"""A token stream: the documents of a corpus end to end, memory-mapped, cut into sequences of one context each.
 
 A folder holds `tokens.npy` int32 [n_tokens], `starts.npy` int64 [n_documents + 1] and `documents.arrow`, a table of
 (doc uint64, source, category). n_tokens is a multiple of the context: sequence s is the tokens from s * context on.
@@ -28,7 +28,7 @@ class TokenWindow(NamedTuple):
 
 
 class TokenStream:
-    """A handle on a folder that `tokenize` wrote; cheap to pickle, its arrays are mapped where they are used."""
+    """The folder of one stream that `tokenize` wrote. Pickled by its path; arrays are memory-mapped."""
 
     tokens: Int32[np.ndarray, " n_tokens"]
     starts: Int64[np.ndarray, " n_documents_1"]
@@ -64,7 +64,7 @@ class TokenStream:
         return len(self.tokens) // self.context
 
     def sequences(self, ids: Int[np.ndarray, " m"]) -> Sequences:
-        """The sequences `ids`, each token with the document that it is from and its position there."""
+        """The sequences `ids`, each token with its document and its position in it."""
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= self.n_sequences):
             raise IndexError(f"sequence ids {ids.min()}..{ids.max()}, but there are {self.n_sequences}")
@@ -84,7 +84,7 @@ class TokenStream:
         return divmod(start + int(pos), self.context)
 
     def window(self, doc: int, pos: int, before: int, after: int) -> TokenWindow:
-        """Token `pos` of document `doc` and up to `before` and `after` tokens around it, none of another document."""
+        """Token `pos` of document `doc` with up to `before` and `after` tokens around it, all of that document."""
         sequence, offset = self.locate(doc, pos)
         at = sequence * self.context + offset
         start, end = self._span(doc)

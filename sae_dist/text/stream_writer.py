@@ -1,4 +1,4 @@
-"""Writes one token stream's folder, a document at a time; `stream` says what is in it."""
+"""Writes the folder of a token stream, one document at a time; stream.py describes its files."""
 
 import array
 import json
@@ -14,7 +14,7 @@ SCHEMA = pa.schema([("doc", pa.uint64()), ("source", pa.string()), ("category", 
 
 
 class StreamWriter:
-    """A folder that is being written; tokens past its last sequence are cut off."""
+    """A stream that is being written; tokens after its last sequence are dropped."""
 
     def __init__(self, folder: Path, *, n_sequences: int, context: int):
         folder.mkdir(parents=True)

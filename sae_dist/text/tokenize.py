@@ -1,4 +1,4 @@
-"""Text to two token streams, one to train on and one held out: streaming, built once, complete or absent, checked."""
+"""Tokenises text into two streams, training and held-out: built once, complete or absent, with checksums."""
 
 import json
 import logging
@@ -22,15 +22,15 @@ from sae_dist.text.stream_writer import StreamWriter
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # 1: sides were told by the exact text, and files had no checksums
-SHUFFLE_CHARS = 64 << 20  # a corpus of at most so many characters is permuted as a whole
+FORMAT = 2  # format 1 split by the exact text and had no checksums
+SHUFFLE_CHARS = 64 << 20  # a corpus of at most this many characters is permuted as a whole
 BATCH_CHARS = 1 << 20
-# what a vocabulary does not show: merges, normalisation, whitespace, digits, unknown characters
+# texts that show what a vocabulary does not: merges, normalisation, whitespace, digits, unknown characters
 PROBES = ["The quick brown fox, isn't it?", " 12345 67\n\n\tdef f(x):", "naïve Ωmega 東京 \U0001f600", "AGTC4f/+=="]
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer; Hugging Face's fast ones have it."""
+    """The methods of a tokenizer that are used here, as in Hugging Face's fast tokenizers."""
 
     @property
     def bos_token_id(self) -> int | None: ...
@@ -48,27 +48,27 @@ class TokenSplit(NamedTuple):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many documents were not taken as they are: the outcomes of `corpus.documents`, and `repeated`."""
+        """How many documents were changed or left out: the counts of `corpus.documents`, and `repeated`."""
         return json.loads((self.train.folder.parent / "counts.json").read_text())
 
     @property
     def digest(self) -> str:
-        """Names the tokens of both streams and where documents begin."""
+        """The hash of the tokens of both streams and of where documents begin."""
         return checksums.combined(self.train.folder.parent, ".npy")
 
 
 def separator(tokenizer: Tokenizer) -> int | None:
-    """The token that opens every document: BOS, else EOS, where the tokenizer has one."""
+    """The token before every document: BOS, else EOS, else None."""
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Digest of the vocabulary, the separators, and what becomes of a few probes; a tokenizer's name says nothing."""
+    """Digest of the vocabulary, the separators and the tokens of a few probe texts."""
     return digest([tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id, _encode(tokenizer, PROBES)])
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of the plain text: a document that spells "<|endoftext|>" must not become that control token."""
+    """The tokens of plain texts: "<|endoftext|>" in a document must not become that special token."""
     return [list(ids) for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
 
 
@@ -83,11 +83,11 @@ def tokenize(
     folder: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenSplit:
-    """`n_tokens` tokens of the text in whole sequences, a share of them held out; reused where `folder` has them.
+    """Tokenises `n_tokens` of the text into whole sequences, a share of them held out, or reuses those in `folder`.
 
-    Every document is opened by the separator (BOS, else EOS) where the tokenizer has one. `progress` is told
-    (tokens done, tokens wanted). Several processes may call this at once: one builds, the others wait for it.
-    Tokens that are there are read once to compare checksums, and made again where they are not what was written.
+    Every document starts with the separator (BOS, else EOS) if the tokenizer has one. `progress` gets (tokens done,
+    tokens wanted). If several processes call this at once, one builds and the others wait. Existing tokens are
+    compared with their checksums, and made again when they are damaged.
     """
     sizes = _sizes(context=context, n_tokens=n_tokens, heldout_fraction=heldout_fraction)
     recipe = {
@@ -107,7 +107,7 @@ def tokenize(
             logger.warning("tokens in %s are damaged (%s); they are made again", final, damage)
             shutil.rmtree(final)
         if not final.is_dir():
-            for stale in folder.glob(f".{final.name}.*.part"):  # of a build that was killed: we hold its lock
+            for stale in folder.glob(f".{final.name}.*.part"):  # of a killed process: a living one would hold the lock
                 shutil.rmtree(stale)
             part = folder / f".{final.name}.{uuid.uuid4().hex[:8]}.part"
             try:
@@ -155,7 +155,7 @@ def _build(
     heldout_fraction: float,
     progress: Callable[[int, int], None] | None,
 ) -> int:
-    """Writes both streams; how many documents were there before."""
+    """Writes both streams; returns how many documents were left out as repeated."""
     opened_by = separator(tokenizer)
     opening = [] if opened_by is None else [opened_by]
     wanted = (sizes.train + sizes.heldout) * sizes.context
@@ -185,9 +185,9 @@ def _build(
 
 
 def _shuffled(found: Iterable[Document], seed: int) -> Iterator[Document]:
-    """`found` in an order that is a function of `seed`: a permutation of a corpus that fits, else a streaming shuffle.
+    """`found` shuffled by `seed`: a permutation of a corpus that fits into the buffer, else a streaming shuffle.
 
-    With the buffer full, each new document drives out one chosen at random.
+    When the buffer is full, each new document replaces a random one, which is yielded.
     """
     generator = random.Random(seed)
     held: list[Document] = []

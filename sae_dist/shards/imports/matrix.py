@@ -12,7 +12,7 @@ from sae_dist.config import UserError
 
 
 class Matrix(NamedTuple):
-    """Rows of one width; `read(start, stop)` gives rows without holding the others, cheapest when it goes forward."""
+    """Rows of one width; `read(start, stop)` reads only those rows, fastest in ascending order."""
 
     name: str  # of the tensor or column that was chosen; "" where the file has no names
     rows: int

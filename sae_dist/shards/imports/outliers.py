@@ -1,7 +1,7 @@
-"""Rows far longer than the others, as language models have at the first positions of a sequence: left out of a store.
+"""Leaves out rows with a very large norm, as language models have at the first positions of a sequence.
 
-A few of them rule every mean and every squared error. The bound is a multiple of the median norm of a sample over the
-whole source: a unit of a sorted file may hold nothing else.
+A few of them would dominate every mean and squared error. The bound is a multiple of the median norm of a sample over
+the whole source, because a unit of a sorted file may consist of nothing else.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ SAMPLE_ROWS = 4096
 
 
 class NormBound(NamedTuple):
-    """The largest norm of a row that is kept; infinite where all are."""
+    """The largest norm of a row that is kept; infinite if all are."""
 
     norm: float = float("inf")
 
@@ -35,7 +35,7 @@ def norm_bound(source: Source, settings: ImportConfig) -> NormBound:
         return NormBound()
     found = sample(source.rows, min(source.rows, SAMPLE_ROWS), settings.seed)
     norms = _norms(source.read(found.cut(0, 1)))
-    known = norms[norms.isfinite() & (norms > 0)]  # rows of zeros are padding, and would make everything else long
+    known = norms[norms.isfinite() & (norms > 0)]  # rows of zeros are padding and would lower the median
     if not len(known):
         return NormBound()
     median = float(known.median())

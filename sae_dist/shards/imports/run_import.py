@@ -1,4 +1,4 @@
-"""The import itself: a store is made for the source, and every unit that is not there yet is written."""
+"""Imports activations: creates the store of a source and writes every unit that is missing."""
 
 import logging
 
@@ -20,7 +20,10 @@ STORED: dict[torch.dtype, DType] = {torch.bfloat16: "bfloat16", torch.float16: "
 
 
 def import_store(storage: Storage, settings: ImportConfig) -> Store:
-    """A store of the rows at `settings.path`; run it again to resume. UserError for a source that was changed."""
+    """Imports the rows at `settings.path` and returns their store; run it again to resume.
+
+    UserError when the source was changed meanwhile.
+    """
     source = Source(settings.path, settings.key)
     plan = ImportPlan(
         source.rows, unit_rows=settings.unit_rows, heldout_fraction=settings.heldout_fraction, seed=settings.seed
@@ -44,7 +47,7 @@ def import_store(storage: Storage, settings: ImportConfig) -> Store:
 def _write_unit(
     store: Store, unit: int, source: Source, ranges: list[tuple[int, int]], kept: NormBound, settings: ImportConfig
 ) -> int:
-    """Commits the unit; returns how many of its rows are too long."""
+    """Writes and commits the unit; returns how many of its rows were left out as too long."""
     x, doc = source.read(ranges), row_numbers(ranges)
     keeps = kept.keeps(x)
     too_long = int((~keeps).sum())

@@ -1,4 +1,4 @@
-"""The files of an import as one matrix, end to end: found, opened by their format, hashed, and watched for changes."""
+"""The files of an import as one matrix, end to end: opened by format, hashed, and checked for changes."""
 
 import logging
 import pickle
@@ -26,7 +26,7 @@ SUFFIXES = (".npy", ".parquet", ".pt", ".pth", ".safetensors")
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile)
 UNREADABLE += (pa.ArrowException, safetensors.SafetensorError)
 CHUNK_BYTES = 8 << 20
-LOG_FROM_BYTES = 1 << 30  # hashing more than this is worth a word
+LOG_FROM_BYTES = 1 << 30  # hashing more than this is logged
 
 
 class Source:
@@ -69,7 +69,7 @@ class Source:
             start, stop = start - matrix.rows, stop - matrix.rows
 
     def check_unchanged(self) -> None:
-        """Refuses to go on once a file is not the one that was hashed."""
+        """UserError once a file has changed since it was hashed."""
         for file, stamp in zip(self.files, self._stamps, strict=True):
             if _stamp(file) != stamp:
                 raise UserError(
@@ -90,7 +90,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    """Size, time and place of a file: another one after every write."""
+    """Size, modification time and inode of a file: they change with every write."""
     with _read_errors(path):
         found = path.stat()
         return found.st_size, found.st_mtime_ns, found.st_ino
@@ -106,7 +106,7 @@ def _hash(path: Path) -> str:
 
 @contextmanager
 def _read_errors(path: Path) -> Iterator[None]:
-    """Whatever a library finds wrong with a file becomes one line."""
+    """Turns errors of the file system and of libraries that read the file into a UserError."""
     try:
         yield
     except UserError:
