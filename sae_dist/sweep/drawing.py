@@ -18,7 +18,7 @@ ACCENT = ("#1f5f91", "#84bdea")
 SERIES = (  # from the smallest value to the largest, mixed between
     ("#d49a00", "#f4d58a"), ("#1c8a76", "#5cc2ae"), ("#2a6db0", "#84b4ea"), ("#7a2c91", "#d3a4ee"),
 )  # fmt: skip
-MOST_LABELS = 5  # at the values of an axis themselves
+MOST_LABELS = 6  # of an axis
 NUMBER = (  # an expression that writes the number at a tick
     "abs(datum.value) >= 1e7 ? format(datum.value, '.2~e') : abs(datum.value) >= 1000 ? format(datum.value, ',.0f') : "
     "format(datum.value, '.3~g')"
@@ -36,6 +36,7 @@ CONFIG = {
     "legend": {
         "orient": "top", "labelColor": INK[0], "titleColor": QUIET[0], "titleFontWeight": 400, "labelFontSize": 11,
         "titleFontSize": 11, "titleOrient": "left", "columns": 4, "labelLimit": 300, "symbolSize": 60,
+        "symbolOpacity": 1,
     },
     "point": {"color": ACCENT[0], "filled": True},
     "line": {"color": ACCENT[0]},
@@ -96,12 +97,11 @@ def axis(
 
 
 def ticks(low: float, high: float, *, log: bool) -> list[float]:
-    """Round values from `low` to `high`: powers of ten over three of them, 1, 2, 5 over one, else in equal steps."""
-    if log and high >= 1000 * low:
-        return [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    """A few round values from `low` to `high`: 1, 2, 5 of every power of ten or powers alone, else in equal steps."""
     if log and high >= 10 * low:
         powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
-        return [m * 10.0**power for power in powers for m in (1, 2, 5) if low <= m * 10.0**power <= high]
+        each = [m * 10.0**power for power in powers for m in (1, 2, 5) if low <= m * 10.0**power <= high]
+        return each if len(each) <= MOST_LABELS else [value for value in each if math.log10(value).is_integer()]
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * max(m for m in (1, 2, 5) if m * power <= rough)
