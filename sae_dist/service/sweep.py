@@ -47,10 +47,15 @@ def sweep(
     try:
         done = _drive(command, points, folder, job)
     except Stopped:
-        write_report(read_points(folder.path), folder.report, title=folder.path.name)
+        _report(folder, job)
         raise
-    write_report(read_points(folder.path), folder.report, title=folder.path.name)
+    _report(folder, job)
     return done
+
+
+def _report(folder: SweepFolder, job: SweepJob) -> None:
+    goal = job.sweep.extrapolate_to
+    write_report(read_points(folder.path), folder.report, title=folder.path.name, extrapolate_to=goal)
 
 
 def _drive(command: str, points: Sequence[Planned], folder: SweepFolder, job: SweepJob) -> list[Point]:

@@ -24,6 +24,8 @@ class SweepConfig:
     halving: HalvingConfig = HalvingConfig()
     search: SearchConfig = SearchConfig()
     target_fvu: Annotated[float, Field(gt=0)] | None = None  # no pass is begun any more once a point has come so low
+    # latents that the report continues the scaling laws to; null: four times the largest size of the sweep
+    extrapolate_to: Annotated[int, Field(ge=1)] | None = None
     price_hour: Annotated[float, Field(ge=0)] | None = None  # of an hour of a pass, for what a point costs
 
 

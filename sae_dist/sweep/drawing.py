@@ -120,9 +120,9 @@ def colour(values: Iterable[float | None], title: str) -> Any:
 
 
 def shape(groups: Iterable[str]) -> dict[str, Any]:
-    """A shape for each group of points, where there are several."""
+    """A shape for each group of points, where there are several and not too many."""
     found = list(dict.fromkeys(groups))
-    if len(found) < 2:
+    if not 1 < len(found) <= len(SHAPES):
         return {}
     legend = alt.Legend(orient="bottom", direction="vertical", columns=1, symbolLimit=12)
     return {"shape": alt.Shape("group:N", title=None, sort=found, scale=alt.Scale(range=list(SHAPES)), legend=legend)}

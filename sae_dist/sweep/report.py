@@ -25,8 +25,19 @@ if TYPE_CHECKING:
 STATIC = Path(__file__).parent / "static"
 
 
-def write_report(points: Sequence[Point], folder: str | Path, *, title: str, extrapolate_to: int | None = None) -> str:
-    """Writes `<folder>/index.html` with all that it shows; returns its place. `folder` may be on S3.
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was written, for a tracker too."""
+
+    place: str  # of index.html
+    tables: dict[str, Table]
+    images: dict[str, bytes]  # PNG by name
+
+
+def write_report(
+    points: Sequence[Point], folder: str | Path, *, title: str, extrapolate_to: int | None = None
+) -> Report:
+    """Writes `<folder>/index.html` with all that it shows. `folder` may be on S3.
 
     `extrapolate_to` is a number of latents that the laws are continued to; None is a few times the largest one.
     The same points give the same files. Each is written whole, so a reader of an earlier report is not disturbed.
@@ -42,15 +53,16 @@ def write_report(points: Sequence[Point], folder: str | Path, *, title: str, ext
         "points.csv": as_csv(found["points"]).encode(),
         "points.json": as_json(points, found).encode(),
     }
-    for plot in pictures:
-        files |= {f"plots/{plot.name}.svg": svg(plot).encode(), f"plots/{plot.name}.png": png(plot)}
+    images = {plot.name: png(plot) for plot in pictures}
+    files |= {f"plots/{plot.name}.svg": svg(plot).encode() for plot in pictures}
+    files |= {f"plots/{name}.png": image for name, image in images.items()}
     place = storage.open(folder)
     for name in sorted(files, key=lambda name: name == "index.html"):  # last, so that what it shows is there
         place.write(name, files[name])
     for old in list(place.list("plots/")):
         if old.key not in files:
             place.delete(old.key)
-    return f"{place.uri}/index.html"
+    return Report(f"{place.uri}/index.html", found, images)
 
 
 def page(analysis: Analysis, found: dict[str, Table], pictures: Sequence["Plot"], title: str) -> str:

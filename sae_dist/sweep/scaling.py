@@ -11,6 +11,7 @@ from sae_dist.sweep import law
 from sae_dist.sweep.law import Fit, Interval, Refusal
 from sae_dist.sweep.rows import LENGTHS, Row, label, other_keys
 
+LEAST = 3  # points of one value of all other keys, or no law is tried
 SAME = 1.01  # tokens of two points that differ less were trained equally long
 BEYOND = 4  # times the largest size: where laws are continued to unless a size is stated
 
@@ -51,7 +52,15 @@ def laws(rows: Sequence[Row]) -> list[Law]:
     groups: dict[str, list[Row]] = {}
     for row in usable:
         groups.setdefault(label(row, keys), []).append(row)
-    return [one for each in groups.items() for one in (*_by_size(*each), _by_compute(*each))]
+    small = [group for group, members in groups.items() if group and len(members) < LEAST]
+    found = [
+        one
+        for group, members in groups.items()
+        if group not in small
+        for one in (*_by_size(group, members), _by_compute(group, members))
+    ]
+    few = f"of {len(small)} values of {', '.join(keys)} there are fewer than {LEAST} points each"
+    return [*found, Law("L(n, k)", "", (), Refusal("points", few))] if small else found
 
 
 def predictions(fitted: Law, n_latents: int) -> list[Prediction]:

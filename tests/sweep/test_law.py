@@ -115,6 +115,11 @@ def test_points_of_other_keys_have_laws_of_their_own():
     ]
 
 
+def test_a_search_has_one_refusal_not_one_for_each_of_its_values():
+    found = laws(rows([planted.point(at, {"sae.k": 8, "train.lr": 0.001 * at}, 0.3) for at in range(1, 30)]))
+    assert [why(each.found) for each in found] == ["points"]
+
+
 def test_points_that_stopped_early_are_left_out_of_the_law_of_size():
     points = planted.points(SMALL, FEW)
     early = [

@@ -140,8 +140,11 @@ def test_flops_are_one_dense_product_and_four_sparse_ones():
     ids=["none", "failed", "pending", "one", "nulls", "no-number"],
 )
 def test_a_sweep_without_figures_has_a_report_too(points, tmp_path):
-    write_report(points, tmp_path / "r", title="small")
+    report = write_report(points, tmp_path / "r", title="small")
     found = page(tmp_path / "r")
+    assert report.place == str(tmp_path / "r/index.html") and report.tables == report_tables(points)
+    for name, image in report.images.items():
+        assert (tmp_path / f"r/plots/{name}.png").read_bytes() == image
     assert "small" in found.text and "What to run next" in found.text
     assert "NaN" not in (tmp_path / "r/points.json").read_text()
 
