@@ -37,7 +37,7 @@ def run_view(
     """All of one run, wrapped to the console where it is a terminal."""
     width = console.width if console.is_terminal else None
     head = Text.assemble((_name(run), "bold"), ": ", (run.state, style_of(run.state)))
-    bar = console.width // 6 if console.is_terminal else 16
+    bar = console.width // 10 if console.is_terminal else 16
     lines = [*_about(run), *_progress(run, min(bar, 32)), *_details(run), *_results(run)]
     if checkpoint is not None:
         lines.append(Line("checkpoint", f"step {checkpoint.step:,}, {duration(run.now - checkpoint.time)} ago"))
