@@ -1,4 +1,4 @@
-"""Training as a job: the loop with its logs and its folder, in this process or in an actor; one of them a rank."""
+"""The training of one rank, with its logs and its folder, in this process or in a Ray actor."""
 
 import logging
 import os
@@ -116,7 +116,7 @@ def run_rank(
 
 @contextmanager
 def _logs(job: TrainJob, out: Path, first: bool, watch: Log | None) -> Iterator[Log]:
-    """Where the first rank's figures go; other ranks have nothing to say."""
+    """The Log of rank 0: metrics.jsonl, W&B and `watch`; other ranks log nothing."""
     if not first:
         yield tee()
         return
@@ -173,7 +173,7 @@ def usable_cores() -> int:
 
 
 class RankActor:
-    """A rank's actor class, with what `bundle` reserves; needs max_concurrency=2, so that `stop` is heard meanwhile."""
+    """The Ray actor of a rank, which reserves `bundle`; needs max_concurrency=2, so that `stop` runs beside `train`."""
 
     def __init__(
         self,

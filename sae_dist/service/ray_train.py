@@ -1,9 +1,8 @@
-"""Ray Train (v2) as the one that starts a mesh and mends it: its failure policy, its elastic number of workers.
+"""Training under Ray Train (v2): it starts the workers, restarts them after failures and adapts their number.
 
-Its checkpoints and its process group are not used: the ranks meet at a store that the driver serves, as actors do, and
-go on from our own checkpoints, on a mesh of as many data ranks as there are workers for (mesh.least_data and more); a
-worker too many is idle. Through the same store the driver asks them to stop, hears what came of it, and shows where
-they are.
+Its checkpoints and process group are not used. The ranks meet at a key-value store that the driver serves, and resume
+from our own checkpoints with as many data ranks as there are workers for (at least mesh.least_data); spare workers are
+idle. Through the same store the driver asks the ranks to stop, and reads their outcome and their state.
 """
 
 import json
@@ -100,7 +99,7 @@ def train_with_ray_train(
     fitted, monitor = _begin(trainer), _WorkerMonitor(job, run, served)
     asked: tuple[Stopped, float] | None = None
     while True:
-        ended, _ = ray.wait([fitted], timeout=0)  # first: a worker says what came of it before it returns
+        ended, _ = ray.wait([fitted], timeout=0)  # before the outcome is read, which workers write before they return
         if (outcome := monitor.outcome()) is not None:
             break
         if ended:
@@ -122,7 +121,7 @@ def train_with_ray_train(
             raise UserError(outcome.told)
         case "stopped":
             raise Stopped(outcome.told)
-    ray.wait([fitted], timeout=GRACE_S)  # the workers return; what else they may say does not matter any more
+    ray.wait([fitted], timeout=GRACE_S)  # the outcome is known; let the workers return
     return Trained(*outcome.told)
 
 

@@ -1,7 +1,7 @@
-"""What a worker of Ray Train does: a rank's training as under torchrun, on the mesh that so many workers make.
+"""A worker of Ray Train: trains as one rank, as under torchrun, on a mesh of as many workers as there are.
 
-UserError and Stopped end a worker like success, told through the store where the ranks meet: Ray Train would start it
-again after an exception.
+UserError and Stopped are reported through the key-value store and end the worker normally: Ray Train would restart it
+after an exception.
 """
 
 import dataclasses

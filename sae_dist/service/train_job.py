@@ -1,4 +1,4 @@
-"""The train command: a store to a dictionary and its figures, in this process or in those of a mesh."""
+"""The train command: trains on a store in this process or on a mesh, evaluates, and writes the summary."""
 
 import dataclasses
 import logging
@@ -43,7 +43,7 @@ class Work(Protocol):
 
 
 def train_and_evaluate(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
-    """Trains, judges the dictionaries on the store's held-out units, and returns the summary (summary.json).
+    """Trains, evaluates on the store's held-out units, and returns the summary (summary.json).
 
     Of processes that torchrun started, the first one does; the others train and return None.
     """
@@ -61,7 +61,7 @@ def train_and_evaluate(job: TrainJob, *, stop: Stop) -> dict[str, Any] | None:
 
 
 def launcher(job: TrainJob) -> Launcher:
-    """What train.launcher=auto comes to; UserError where what was asked for cannot be."""
+    """The launcher to use, with `auto` resolved; UserError when the one asked for is impossible."""
     asked, world, started = job.train.launcher, job.mesh.data * job.mesh.feature, "TORCHELASTIC_RUN_ID" in os.environ
     if job.mesh.least_data is not None and asked != "ray_train":
         raise UserError(
@@ -84,7 +84,7 @@ def launcher(job: TrainJob) -> Launcher:
 
 
 def in_process(job: TrainJob, rank: MeshSession, stop: Stop) -> Work:
-    """Training as one rank of a mesh that is there."""
+    """Training as one rank of an existing mesh."""
 
     def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
         return run_rank(job, rank, provenance=provenance, stop=stop, watch=lambda *_: show({}))
@@ -115,7 +115,7 @@ def in_actors(job: TrainJob, stop: Stop) -> Work:
 
 
 def in_ray_train(job: TrainJob, stop: Stop) -> Work:
-    """Training in the workers of Ray Train, which starts them again when some fail."""
+    """Training in the workers of Ray Train, which restarts them when some fail."""
 
     def work(*, provenance: Mapping[str, Any], show: Show) -> Trained:
         from sae_dist.service.cluster import check_capacity, cluster, nodes
@@ -164,7 +164,7 @@ def _of_torchrun(job: TrainJob, stop: Stop) -> dict[str, Any] | None:
 def _run_once(
     job: TrainJob, work: Work, stop: Stop, *, begin: Callable[[bool], object] = lambda _: None
 ) -> dict[str, Any]:
-    """What is done once: the folder, the summary. `begin` hears in any case whether there is something to train."""
+    """Does once, in rank 0: folder, evaluation, summary. Always calls `begin` with whether there is training to do."""
     begun, out = False, Path(job.out)
     try:
         store = reader.open(storage.open(job.store))
