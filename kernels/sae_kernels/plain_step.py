@@ -124,8 +124,7 @@ class PlainStep:
         self.save_for_backward_(rows, terms)
         self._through_decoder = scale * errors.sum(0)
         active = selected.values > 0
-        fired = torch.zeros(len(self.b_enc), dtype=torch.bool, device=x.device)
-        fired[selected.indices[active]] = True
+        fired = torch.bincount(selected.indices[active], minlength=len(self.b_enc))
         return StepStatistics(errors.square().sum(), aux_squared_error, active.sum(), fired)
 
     def gradients(self) -> Gradients:

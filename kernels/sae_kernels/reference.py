@@ -48,7 +48,7 @@ class StepStatistics(NamedTuple):
     squared_error: Float[Tensor, ""]  # sum ||x - x_hat||^2
     aux_squared_error: Float[Tensor, ""]  # sum ||e - e_hat||^2 over the batch; 0 when nothing is dead
     active: Float[Tensor, ""]  # number of non-zero values
-    fired: Bool[Tensor, " n_latents"]  # latents with a non-zero value on some row
+    fired: Int[Tensor, " n_latents"]  # rows on which each latent has a non-zero value
 
 
 def pre_activations(
@@ -258,8 +258,7 @@ def topk_loss(
     aux = aux_k(residual, z, W_dec, dead, k_aux=k_aux)
     weight = aux_weight(aux_coefficient, n_dead=int(dead.sum()), k_aux=k_aux)
     loss = (squared_error + weight * aux) / (x.shape[0] * variance)
-    fired = torch.zeros(W_dec.shape[0], dtype=torch.bool, device=x.device)
-    fired[indices[values > 0]] = True
+    fired = torch.bincount(indices[values > 0], minlength=W_dec.shape[0])
     return loss, StepStatistics(squared_error.detach(), aux.detach(), (values > 0).sum(), fired)
 
 

@@ -218,12 +218,12 @@ class Shard:
         self.steps += 1
         return Hyper(self.steps, lr, self.betas, self.eps)
 
-    def count_(self, fired: Bool[Tensor, " n_latents"], *, tokens: int) -> None:
-        """Adds `tokens` of silence to every latent that did not fire, and resets those that did.
+    def count_(self, fired: Int[Tensor, " n_latents"], *, tokens: int) -> None:
+        """Adds `tokens` of silence to every latent that fired on no row, and resets those that did.
 
-        Data ranks pass the latents that fired on any of them, and the tokens of all.
+        Data ranks pass the rows of all of them on which each latent fired, and the tokens of all.
         """
-        self.tokens_since_fired.add_(tokens).masked_fill_(fired, 0)
+        self.tokens_since_fired.add_(tokens).masked_fill_(fired > 0, 0)
 
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Selected:
         """`reference.topk_encode` at the present parameters."""

@@ -72,7 +72,7 @@ class TritonStep:
         self._through_decoder, self._aux = main.through_decoder, None
         self._through_encoder = main.through_encoder
         statistics = StepStatistics(
-            main.squared_error.clone(), x.new_zeros(()), main.active.clone(), by_latent.offsets.diff() > 0
+            main.squared_error.clone(), x.new_zeros(()), main.active.clone(), by_latent.offsets.diff().long()
         )
         errors, weights, d_z, indices = error, main.weights, main.d_z, main.selected.indices
         if aux is not None:

@@ -1,4 +1,7 @@
-"""metrics.jsonl: one object a line, appended; the truth that everything else is made of."""
+"""metrics.jsonl: one object a line, appended; the truth that everything else is made of.
+
+Lines of the training have a `step`, all others a `phase`: start (of an attempt), harvest, evaluate, alert, artifact.
+"""
 
 import errno
 import json
@@ -7,12 +10,14 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sae_dist.config import UserError
 from sae_dist.system_errors import naming_file
 
 Log = Callable[[int, Mapping[str, Any]], None]  # (step, figures)
+Phase = Literal["train", "start", "harvest", "evaluate", "alert", "artifact"]
+AT_ONCE = 1 << 24  # bytes of the file that a follower has in memory
 
 
 class JsonLines:
@@ -21,7 +26,7 @@ class JsonLines:
     Several processes may append to one file. Lines of a `phase` other than training's have no step, only the phase.
     """
 
-    def __init__(self, path: Path, *, phase: str = "train") -> None:
+    def __init__(self, path: Path, *, phase: Phase = "train") -> None:
         self._phase = phase
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,12 +58,38 @@ def _ends_a_line(path: Path) -> bool:
         return file.read() == b"\n"
 
 
+class Follower:
+    """Reads metrics.jsonl as it grows, a part at a time; the file may not be there yet.
+
+    From its beginning, or, with `from_end`, only what is said from now on.
+    """
+
+    def __init__(self, path: Path, *, from_end: bool = False) -> None:
+        self._path, self._at = path, path.stat().st_size if from_end and path.is_file() else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The whole lines since the last call, in their order, AT_ONCE bytes at most; empty when there are none."""
+        if not self._path.is_file():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._at)
+            part, newline, _ = file.read(AT_ONCE).rpartition(b"\n")
+        self._at += len(part) + len(newline)
+        return [entry for line in part.split(b"\n") if (entry := entry_of(self._path, line)) is not None]
+
+
+def by_step(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The training lines among `entries` by step; a step that was done again counts as done last."""
+    steps = {entry["step"]: entry for entry in entries if "phase" not in entry}
+    return [steps[step] for step in sorted(steps)]
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The training lines of metrics.jsonl by step; a step that was done again counts as done last."""
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    entries = [entry for line in lines if (entry := _training_line(path, line)) is not None]
-    by_step = {entry["step"]: entry for entry in entries}
-    return [by_step[step] for step in sorted(by_step)]
+    """The training lines of metrics.jsonl by step."""
+    follower, entries = Follower(path), list[dict[str, Any]]()
+    while part := follower.read():
+        entries += part
+    return by_step(entries)
 
 
 def newest_metrics(path: Path) -> dict[str, Any]:
@@ -68,7 +99,8 @@ def newest_metrics(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - 262_144, 0))  # other phases write there too
         lines = file.read().split(b"\n")
-    return next((entry for line in reversed(lines) if (entry := _training_line(path, line)) is not None), {})
+    found = (entry_of(path, line) for line in reversed(lines))
+    return next((entry for entry in found if entry is not None and "phase" not in entry), {})
 
 
 def metrics_lines(data: bytes, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -76,25 +108,13 @@ def metrics_lines(data: bytes, name: str) -> tuple[list[dict[str, Any]], list[di
 
     UserError for what is no line of a run.
     """
-    training, harvest = [], []
-    for line in data.split(b"\n"):
-        if (entry := _training_line(name, line)) is not None:
-            training.append(entry)
-        elif (entry := _harvest_line(line)) is not None:
-            harvest.append(entry)
-    return training, harvest
+    entries = [entry for line in data.split(b"\n") if (entry := entry_of(name, line)) is not None]
+    training = [entry for entry in entries if "phase" not in entry]
+    return training, [entry for entry in entries if entry.get("phase") == "harvest"]
 
 
-def _harvest_line(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return entry if isinstance(entry, dict) and entry.get("phase") == "harvest" else None
-
-
-def _training_line(path: Path | str, line: bytes) -> dict[str, Any] | None:
-    """A line as an object with a step; None for a phase without steps, and for what a kill cut short or is in writing.
+def entry_of(path: Path | str, line: bytes) -> dict[str, Any] | None:
+    """A line as an object with a step or a phase; None for what a kill cut short or is in writing.
 
     No beginning of an object is JSON, so JSON that is no line of a run is damage: UserError.
     """
@@ -102,10 +122,9 @@ def _training_line(path: Path | str, line: bytes) -> dict[str, Any] | None:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if isinstance(entry, dict) and "phase" in entry:
-        return None
-    figures = entry.values() if isinstance(entry, dict) and type(entry.get("step")) is int else [[]]
-    if not all(_is_figure(value) for value in figures):
+    if isinstance(entry, dict) and isinstance(entry.get("phase"), str):
+        return entry
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int or not all(map(_is_figure, entry.values())):
         shown = line[:60].decode(errors="replace")
         raise UserError(f"{path} is damaged: {shown} is no line of a run; remove that line and repeat the command")
     return entry
@@ -117,6 +136,8 @@ def _is_figure(value: object) -> bool:
             return abs(value) < 2**63
         case float():
             return math.isfinite(value)
+        case list():  # the counts of a histogram
+            return len(value) > 1 and all(type(each) is int and 0 <= each < 2**63 for each in value)
         case _:
             return value is None or isinstance(value, str)
 

@@ -2,11 +2,12 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_dist.config import UserError
 from sae_dist.sae.config import check_width
+from sae_dist.train import norms
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.guard import Decision, Guard, judge
 from sae_dist.train.members import MAIN, Member
@@ -30,6 +31,8 @@ class StepOutcome(NamedTuple):
     alert: str | None
     squared_error: float
     active: float
+    fired: Int[Tensor, " here"]  # rows of the batch on which each latent of this rank was active
+    gradient_norm: float | None  # if it was asked for, and the step was taken
 
     def cure(self, step: int) -> str:
         """The message when the guard stops this dictionary."""
@@ -51,10 +54,13 @@ def check_member(member: Member, d_out: int, mesh: Mesh) -> None:
 
 def train_step(
     learner: Learner, config: TrainConfig, x: Float[Tensor, "batch d_in"], *,
-    target: Float[Tensor, "batch d_out"], lr: float, variance: float,
+    target: Float[Tensor, "batch d_out"], lr: float, variance: float, measure: bool = False,
 ) -> StepOutcome:  # fmt: skip
-    """One step, unless the learner's guard skips it; all ranks call this together."""
-    sae = learner.sae
+    """One step, unless the learner's guard skips it; all ranks call this together.
+
+    With `measure`, the norm of the gradient is found too.
+    """
+    sae, norm = learner.sae, None
     said = sae.forward(x, target, variance=variance)
     squared_error = float(said.squared_error)
     unit = len(x) * variance
@@ -63,10 +69,14 @@ def train_step(
         finite=sae.gradients_are_finite(said),
     )  # fmt: skip
     if verdict.decision == "step":
+        before = norms.moments(sae) if measure else None
         sae.update_(lr=lr)
+        if before is not None:
+            norm = norms.gradient_norm(sae, before)
         sae.count_(said.fired, tokens=len(x))
     else:
         sae.skip_()
     return StepOutcome(
-        learner._replace(guard=verdict.guard), verdict.decision, verdict.alert, squared_error, float(said.active)
-    )
+        learner._replace(guard=verdict.guard), verdict.decision, verdict.alert, squared_error, float(said.active),
+        said.fired, norm,
+    )  # fmt: skip

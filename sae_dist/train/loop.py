@@ -114,11 +114,14 @@ def _take_steps(
         while (batch := feed.next(stop=stopping)) is not None:
             factor, x = lr_factor(state.step, config), batch.x.float() * state.scales.x
             target = x if batch.target is batch.x else batch.target.float() * state.scales.target
-            outcomes = [
-                train_step(one, config, x, target=target, lr=one.member.peak_lr * factor, variance=state.variance)
-                for one in state.learners
-            ]
             step, last = state.step + 1, state.step + 1 == config.n_steps
+            outcomes = [
+                train_step(
+                    one, config, x, target=target, lr=one.member.peak_lr * factor, variance=state.variance,
+                    measure=report.is_due(step),
+                )
+                for one in state.learners
+            ]  # fmt: skip
             if _is_due(step, config):
                 outcomes = judge_states(outcomes, config.guard, mesh, last=last)
             state = state._replace(

@@ -52,8 +52,7 @@ class Member(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """Prefix of the names of its metrics and tensors: 'k64/fvu'; empty for the main one."""
-        return "" if self.name == MAIN else f"{self.name}/"
+        return prefix_of(self.name)
 
     @property
     def peak_lr(self) -> float:
@@ -100,6 +99,11 @@ def _shared(main: SAEConfig, kind: object) -> dict[str, Any]:
 def folder(out: Path, name: str) -> Path:
     """The folder of a member's finished dictionary: `out`/dictionary, or `out`/dictionaries/<name>."""
     return out / "dictionary" if name == MAIN else out / "dictionaries" / name
+
+
+def prefix_of(name: str) -> str:
+    """Prefix of the names of a member's metrics and tensors: 'k64/fvu'; empty for the main one."""
+    return "" if name == MAIN else f"{name}/"
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 from sae_dist.monitor.metrics import Log
 from sae_dist.shards import shuffle
 from sae_dist.train.learner import StepOutcome
-from sae_dist.train.log_metrics import IntervalSums, dictionary_metrics, run_metrics
+from sae_dist.train.log_metrics import IntervalSums, dictionary_metrics, machine, run_metrics
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.mesh_loader import GlobalBatch, MeshLoader
 from sae_dist.train.state import TrainState
@@ -24,6 +24,10 @@ class Report:
         self._task, self._mesh, self._start, self._log = task, mesh, start, log
         self._sums = [IntervalSums() for _ in task.members]
 
+    def is_due(self, step: int) -> bool:
+        """Whether a line of this step is written in any case."""
+        return step % self._task.config.log_every == 0 or step == self._task.config.n_steps
+
     def add(
         self, state: TrainState, outcomes: Sequence[StepOutcome], batch: GlobalBatch, loader: MeshLoader, *,
         lr_factor: float, more: Callable[[], dict[str, Any]],
@@ -32,16 +36,20 @@ class Report:
         task = self._task
         self._sums = [w.add(one, task.config.batch) for w, one in zip(self._sums, outcomes, strict=True)]
         alerts = {one.learner.member: f"step {state.step}: {one.alert}" for one in outcomes if one.alert}
-        if alerts or state.step % task.config.log_every == 0 or state.step == task.config.n_steps:
+        if alerts or self.is_due(state.step):
             starved_s = loader.starved_s()
             line = {"epoch": batch.epoch} | run_metrics(state, self._start, task.config.batch, starved_s, self._mesh)
             for sums, own in zip(self._sums, state.learners, strict=True):
                 line |= dictionary_metrics(sums, own, state, lr=own.member.peak_lr * lr_factor, tokens=line["tokens"])
             line |= {f"{member.prefix}alert": alert for member, alert in alerts.items()}
             line |= {"shuffle_inflation": shuffle.inflation(batch.docs().numpy())}  # at best 1 + batch m / rows
+            line |= {"x_norm": float(batch.x.float().norm(dim=1).mean())}  # in the units of the store
+            line |= machine(self._mesh.device)
             self._sums = [IntervalSums() for _ in task.members]
             if self._mesh.is_rank_0:
-                self._log(state.step, line | more())
+                seconds, saving = max(state.seconds - self._start.seconds, 1e-9), more()
+                blocked = saving["checkpoint_wait_seconds"] / seconds  # the share of its time that it waited for saves
+                self._log(state.step, line | saving | {"blocked_fraction": blocked})
         if self._mesh.is_rank_0:
             for member, alert in alerts.items():
                 logger.error("ALERT: %s%s", task.named(member), alert)

@@ -101,10 +101,10 @@ def test_a_step_is_gradient_projection_adam_and_unit_norm(backend):
 def test_silent_latents_are_counted_and_die(backend):
     sae, x = state(64, 8, 1, backend=backend), batch_of(30, 8)
     fired = sae.step(x, lr=0.0, variance=1.0).fired
-    assert torch.equal(sae.tokens_since_fired, torch.where(fired, 0, 30))
+    assert torch.equal(sae.tokens_since_fired, torch.where(fired > 0, 0, 30))
     for _ in range(3):
         sae.step(x, lr=0.0, variance=1.0)
-    assert torch.equal(sae.dead, ~fired)
+    assert torch.equal(sae.dead, fired == 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -77,8 +77,8 @@ def test_a_point_is_the_run_that_training_it_alone_leaves(swept):
 
     def figures(folder: Path) -> list[dict]:
         return [
-            {k: v for k, v in line.items() if k not in ("time", "tokens_per_second", "starved_fraction")
-             and not k.startswith("checkpoint")}
+            {k: v for k, v in line.items() if k not in ("time", "tokens_per_second", "seconds")
+             and not k.startswith(("checkpoint", "starved", "blocked"))}
             for line in read_metrics(folder / "metrics.jsonl")
         ]  # fmt: skip
 

@@ -228,7 +228,7 @@ class CpuStep:
                 dead_chosen.indices.copy_(aux.places[dead_chosen.indices])
                 described[1] = self._reconstruct("dead", errors, None, dead_chosen, aux.scale, errors, squares, 1)
         self._pairs(described, batch, k if few else k + k_dead)
-        fired = torch.empty(self.n_latents, dtype=torch.bool)
+        fired = torch.empty(self.n_latents, dtype=torch.int64)
         active = _call("sae_fired", *chosen, batch * k, fired, self.n_latents)
         sums = squares.double().sum(1).float()
         self._through_decoder = (scale, errors[:batch])

@@ -96,12 +96,12 @@ void sae_dots(const float* error, const float* values, const int* indices, const
     });
 }
 
-// fired [n_latents] = whether a latent is among the positive values; returns how many values are positive.
-long sae_fired(const float* values, const int* indices, long n, uint8_t* fired, long n_latents) {
+// fired [n_latents] = how often a latent is among the positive values; returns how many values are positive.
+long sae_fired(const float* values, const int* indices, long n, long* fired, long n_latents) {
     long active = 0;
-    memset(fired, 0, n_latents);
+    memset(fired, 0, n_latents * sizeof *fired);
     for (long i = 0; i < n; i++)
-        if (values[i] > 0) active++, fired[indices[i]] = 1;
+        if (values[i] > 0) active++, fired[indices[i]]++;
     return active;
 }
 

@@ -30,7 +30,7 @@ twenty-five times for the cut of a batch. The update runs while the next batch i
 from collections.abc import Iterator, Mapping
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from sae_kernels.lines import split_into_lines
 from sae_kernels.reference import Gradients, Selected, StepStatistics, aux_weight, error_scale
 from sae_kernels.shard import Shard, is_finite
@@ -106,6 +106,7 @@ class MeshStep:
         self._dead: list[int] | None = None  # dead latents of each feature rank; None: not counted yet
         self._flaws = 0  # ranks where d loss / dz is not finite
         self._through_decoder = torch.empty(0)
+        self.gradient_norm: float | None = None  # of the whole mesh before clipping; known if it is clipped
 
     def gradients_are_finite(self, statistics: StepStatistics) -> bool:
         """Whether the loss and all gradients of the last `forward` are finite on all ranks; equal on every rank."""
@@ -170,8 +171,8 @@ class MeshStep:
         stages.update_b_dec_(d_b_dec * factor, hyper)
         self.shard.update_vectors_({name: d * factor for name, d in self._d_own.items()}, hyper, rates=self._rates)
 
-    def count_(self, fired: Bool[Tensor, " n_latents"], *, tokens: int) -> None:
-        """Adds the batch's tokens to the silence of every latent of this rank that did not fire."""
+    def count_(self, fired: Int[Tensor, " n_latents"], *, tokens: int) -> None:
+        """Adds the batch's tokens to the silence of every latent of this rank that fired on no row."""
         self.shard.count_(fired, tokens=tokens)
 
     def dead_fraction(self) -> float:
@@ -298,9 +299,10 @@ class MeshStep:
         """
         values, indices = terms[0].values, terms[0].loss.selected.indices
         n_here, silence = len(self.latents), self.shard.tokens_since_fired
-        fired = torch.zeros(n_here + 1, dtype=torch.bool, device=values.device)
-        fired = fired.index_fill_(0, torch.where(values > 0, indices, n_here).flatten(), True)[:-1]
-        dead = (~fired & (silence + tokens >= self.shard.dead_after_tokens)).sum()
+        places = torch.where(values > 0, indices, n_here).flatten()
+        fired = torch.zeros(n_here + 1, dtype=torch.int64, device=values.device)
+        fired = fired.scatter_add_(0, places, torch.ones_like(places))[:-1]
+        dead = ((fired == 0) & (silence + tokens >= self.shard.dead_after_tokens)).sum()
         gradients = [term.loss.d_z for term in terms] + list(self._d_own.values())
         flaw = torch.stack([~torch.isfinite(gradient).all() for gradient in gradients]).any()
         counted = torch.stack([(values > 0).sum(), dead, flaw.long()])
@@ -330,7 +332,8 @@ class MeshStep:
         assert self.clip_norm is not None
         here = torch.stack([g.double().square().sum() for g in (enc, dec, b_enc, *own)]).sum()
         square = ordered_sum(self.mesh, self.mesh.feature, here, name="norm") + b_dec.double().square().sum()
-        return min(self.clip_norm / max(float(square) ** 0.5, 1e-30), 1.0)
+        self.gradient_norm = float(square) ** 0.5
+        return min(self.clip_norm / max(self.gradient_norm, 1e-30), 1.0)
 
     def _chunks(self, rows: range) -> Iterator[range]:
         """The rows `micro_batch` at a time: every rank of a feature axis makes the same chunks."""
