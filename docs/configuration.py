@@ -16,7 +16,7 @@ from sae_dist.config import CONF_DIR
 
 PAGE = Path(__file__).with_suffix(".md")
 REQUIRED = {
-    "harvest": ["store"], "train": ["store"], "evaluate": ["out"], "pages": ["out"],
+    "harvest": ["store"], "train": ["store"], "evaluate": ["out"], "pages": ["out"], "sync": ["out"],
     "store": ["action", "store"], "submit": ["command", "scheduler.address"],
 }  # fmt: skip
 KINDS = {  # groups that hold keys, by the command that has them

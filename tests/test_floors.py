@@ -23,6 +23,8 @@ ONLY_IN = {  # a heavy dependency has one home
     "torch.distributed": "parallel",  # parallel.py, or a package parallel/
     "ray": "sae_dist/service/",
     "wandb": "sae_dist/monitor/",
+    "tensorboardX": "sae_dist/monitor/",
+    "prometheus_client": "sae_dist/monitor/",
     "hydra": "sae_dist/cli/",
     "altair": "sae_dist/sweep/",
     "scipy": "sae_dist/sweep/",

@@ -27,6 +27,7 @@ COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "pages": "feature pages: a static site that opens from disk",
     "sweep": "many configurations of a command, each trained once, in shared passes; resumes, adds points",
     "status": "what a run is doing, from its files alone",
+    "sync": "a run's W&B history rebuilt from metrics.jsonl",
     "plan": "memory, traffic, tokens/s, storage and price of a run before it is started",
     "submit": "a command as a job on a Ray cluster, Slurm, Kubernetes, SkyPilot or torchrun",
     "jobs": "the jobs that were submitted: list, follow, stop",

@@ -1,1 +1,1 @@
-"""What a run says while it works: metrics.jsonl is the truth, trackers are mirrors that cannot hurt."""
+"""What a run says while it works: metrics.jsonl is the truth, trackers follow it and cannot hurt."""

@@ -11,7 +11,7 @@ from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.interpret.collect import PagesConfig
 from sae_dist.model.config import ModelConfig
-from sae_dist.monitor.config import WandbConfig
+from sae_dist.monitor.config import AlertsConfig, PrometheusConfig, WandbConfig
 from sae_dist.sae.config import SAEConfig
 from sae_dist.shards.order import OrderConfig
 from sae_dist.text.corpus import TextConfig
@@ -43,6 +43,9 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     evaluate: EvaluateConfig
     wandb: WandbConfig
+    tensorboard: bool | str = False  # event files for TensorBoard: true for <out>/tensorboard, or a folder for them
+    prometheus: PrometheusConfig = PrometheusConfig()
+    alerts: AlertsConfig = AlertsConfig()
     pages: PagesConfig | None = None  # pages=null: no feature pages
 
     def __post_init__(self) -> None:
@@ -102,7 +105,8 @@ class RunConfig:
         return TrainJob(
             out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae,
             more_dictionaries=self.more_dictionaries, order=self.order, train=self.train, mesh=self.mesh,
-            wandb=self.wandb, cluster=self.cluster, live=True,
+            wandb=self.wandb, tensorboard=self.tensorboard, prometheus=self.prometheus, alerts=self.alerts,
+            cluster=self.cluster, live=True,
         ).with_absolute_paths()  # fmt: skip
 
 
@@ -119,6 +123,9 @@ class HarvestJob:
     store: str  # folder or URI of the activation store
     harvest: HarvestConfig
     wandb: WandbConfig = WandbConfig()
+    tensorboard: bool | str = False  # event files for TensorBoard: true for <out>/tensorboard, or a folder for them
+    prometheus: PrometheusConfig = PrometheusConfig()
+    alerts: AlertsConfig = AlertsConfig()
 
     def __post_init__(self) -> None:
         local_folder("out", self.out)
@@ -155,6 +162,9 @@ class TrainJob:
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
     wandb: WandbConfig
+    tensorboard: bool | str = False  # event files for TensorBoard: true for <out>/tensorboard, or a folder for them
+    prometheus: PrometheusConfig = PrometheusConfig()
+    alerts: AlertsConfig = AlertsConfig()
     cluster: str = "local"  # of the actors of a mesh. local: Ray for this job here; else the address of a Ray cluster
 
     def __post_init__(self) -> None:
@@ -201,11 +211,11 @@ def _check_cache(train: TrainConfig, store_uri: str) -> None:
 # (Another thread count, batch size or sharding may round a model's products otherwise, as another machine may.) A store
 # counts by content.
 KEYS_FREE_TO_CHANGE = (
-    "out", "mirror", "store", "live", "cluster", "wandb", "evaluate", "pages", "mesh", "harvest.replicas",
-    "harvest.threads", "harvest.gpus", "harvest.lease_s", "harvest.start_timeout_s", "harvest.ahead_units",
-    "harvest.retention", "harvest.ring_gb", "harvest.batch_sequences", "harvest.batch_memory_gb",
-    "harvest.tensor_parallel", "model.device_map", "train.log_every", "train.cache", "train.cache_gb",
-    "train.checkpoints", "train.keep_checkpoints", "train.keep_every", "train.checkpoint_every",
+    "out", "mirror", "store", "live", "cluster", "wandb", "tensorboard", "prometheus", "alerts", "evaluate", "pages",
+    "mesh", "harvest.replicas", "harvest.threads", "harvest.gpus", "harvest.lease_s", "harvest.start_timeout_s",
+    "harvest.ahead_units", "harvest.retention", "harvest.ring_gb", "harvest.batch_sequences",
+    "harvest.batch_memory_gb", "harvest.tensor_parallel", "model.device_map", "train.log_every", "train.cache",
+    "train.cache_gb", "train.checkpoints", "train.keep_checkpoints", "train.keep_every", "train.checkpoint_every",
     "train.micro_batch", "train.launcher", "train.max_restarts", "train.device",
 )  # fmt: skip
 

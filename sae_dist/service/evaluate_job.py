@@ -29,6 +29,7 @@ from sae_dist.run_files import write_json
 from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.service.config import RunConfig, TrainJob
 from sae_dist.service.mirror import Mirror
+from sae_dist.service.monitoring import tell_judged
 from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.run_folder import claim, read_config
 from sae_dist.service.summary import alert_entry, read_summary
@@ -136,7 +137,9 @@ def evaluate_run(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
             found = evaluate(config, model, store=store, stream=stream, names=list(judged))
             for name, own in judged.items():
                 own["eval"] = found[name]
-        summary |= alert_entry({name: own["eval"] for name, own in judged.items()})
+        figures = {name: own["eval"] for name, own in judged.items()}
+        tell_judged(out, figures, tokens=summary["tokens_trained"])
+        summary |= alert_entry(figures)
         write_json(out / "summary.json", summary)
         return summary
 

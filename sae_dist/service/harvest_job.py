@@ -1,21 +1,20 @@
 """The harvest command: model replicas fill a store."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from sae_dist import storage
-from sae_dist.config import to_dict
-from sae_dist.monitor.config import WandbConfig
-from sae_dist.monitor.metrics import JsonLines, Log
-from sae_dist.monitor.mirror import WandbMirror
+from sae_dist.config import digest, to_dict
+from sae_dist.monitor.metrics import JsonLines
 from sae_dist.service.cluster import check_address, cluster, nodes
-from sae_dist.service.config import HarvestJob
+from sae_dist.service.config import HarvestJob, identity
 from sae_dist.service.describe_model import describe_on_cluster
 from sae_dist.service.display import Display
 from sae_dist.service.gpu_shares import describe_shares, share_gpus
+from sae_dist.service.monitoring import monitored
 from sae_dist.service.prepare import prepare
 from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.replica_pool import ReplicaPool, check_harvest_capacity
@@ -50,7 +49,8 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
             replica = ReplicaConfig(values["model"], values["harvest"], job.hooks, job.store, prepared.split)
             with (
                 cluster(job.cluster, cpus=job.harvest.most_processes) as request,
-                harvest_log(folder.path, job.wandb, values) as log,
+                monitored(job, config_hash=digest(identity(values))),
+                closing(JsonLines(folder.path / "metrics.jsonl", phase="harvest")) as log,
             ):
                 shares = share_gpus(nodes(), harvest=job.harvest)
                 check_harvest_capacity(job.harvest, shares.replica)
@@ -68,23 +68,3 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
         facts = {"units": len(commits), "rows": sum(commit.rows for commit in commits.values())}
         folder.status("done", text=prepared.facts, harvest=facts)
         return facts
-
-
-@contextmanager
-def harvest_log(out: Path, wandb: WandbConfig, run_config: Mapping[str, Any]) -> Iterator[Log]:
-    """A Log of the harvest: metrics.jsonl in the run's folder, and a W&B run of its own."""
-    lines = JsonLines(out / "metrics.jsonl", phase="harvest")
-    with ExitStack() as mirrors:
-        mirror: WandbMirror | None = None
-
-        def log(step: int, figures: Mapping[str, Any]) -> None:
-            nonlocal mirror
-            lines(step, figures)
-            if mirror is None and wandb.mode != "disabled":  # only now: a harvest that is complete has nothing to show
-                mirror = WandbMirror(wandb, out=out, name=f"{out.name}-harvest", run_config=run_config)
-                mirrors.callback(mirror.close)
-            if mirror is not None:
-                mirror(step, figures)
-
-        mirrors.callback(lines.close)
-        yield log

@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,13 @@ from typing_extensions import TypedDict
 
 from sae_dist import storage
 from sae_dist.config import UserError, load, to_dict
+from sae_dist.monitor.config import public
 from sae_dist.monitor.metrics import JsonLines, read_metrics
+from sae_dist.monitor.panels import of_dictionary
 from sae_dist.run_files import read_json, write_json, write_whole
 from sae_dist.sae import dictionary
 from sae_dist.service.config import RunConfig, TrainJob, config_hash, evaluation_digest
+from sae_dist.service.monitoring import last_start
 from sae_dist.service.rank_session import chosen_hooks
 from sae_dist.service.signals import catch_signals
 from sae_dist.service.summary import read_summary, summarize
@@ -42,7 +46,7 @@ class PassRecord(TypedDict):
 
 
 def write_record(path: Path, command: str, points: Mapping[str, Mapping[str, Any]]) -> None:
-    write_json(path / RECORD, {"command": command, "points": points})
+    write_json(path / RECORD, {"command": command, "points": {name: public(one) for name, one in points.items()}})
 
 
 def read_record(path: Path) -> PassRecord:
@@ -141,6 +145,8 @@ def _place(
     dictionary.link(source, part / "dictionary", config_hash=hashed)
     prefixes = ["", *(f"{one['name']}/" for one in summary.get("also", []))]
     prefix = "" if name == MAIN else f"{name}/"
+    with closing(JsonLines(part / "metrics.jsonl", phase="start")) as lines:
+        lines(0, {**last_start(path), "member": name})  # trackers know it as a dictionary of the pass
     lines = JsonLines(part / "metrics.jsonl")
     for line in read_metrics(path / "metrics.jsonl"):
         lines(line["step"], of_dictionary(line, prefix, [other for other in prefixes if other != prefix]))
@@ -150,7 +156,7 @@ def _place(
         os.link((path if name == MAIN else source) / "evaluate.json", part / "evaluate.json")
         shutil.copytree(path / TEXT, part / TEXT, copy_function=os.link)
     write_json(part / "summary.json", own)
-    write_whole(part / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_whole(part / "config.yaml", yaml.safe_dump(public(to_dict(config)), sort_keys=False))
     write_json(part / "status.json", _status(own))
     _rename(part, target)
 
@@ -164,7 +170,7 @@ def adopt(rung: TrainJob | RunConfig, target: Path) -> None:
     shutil.copytree(source, part, copy_function=os.link)
     moved = {"name": target.name, "dictionary": str(target / "dictionary")}
     write_json(part / "summary.json", read_summary(source) | moved)
-    values = to_dict(rung) | {"out": str(target)}
+    values = public(to_dict(rung)) | {"out": str(target)}
     write_whole(part / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     _rename(part, target)
 
@@ -186,23 +192,6 @@ def _status(summary: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: summary[key] for key in ("wall_seconds", "alerts") if key in summary}
     ended = {"state": "done", "time": round(time.time(), 1), "pid": os.getpid()}
     return ended | {"step": summary["steps"], "tokens": summary["tokens_trained"]} | found
-
-
-OWN = frozenset({
-    "lr", "fvu", "l0", "dead_fraction", "skipped_steps", "loss_spikes", "roll_backs", "threshold", "penalty",
-    "widened_rows", "alert",
-})  # fmt: skip
-
-
-def of_dictionary(figures: Mapping[str, Any], prefix: str, others: Any) -> dict[str, Any]:
-    foreign = tuple(other for other in others if other)
-    shared = {
-        name: value
-        for name, value in figures.items()
-        if name not in OWN and not name.startswith(foreign) and not (prefix and name.startswith(prefix))
-    }
-    own = {name.removeprefix(prefix): value for name, value in figures.items() if name.startswith(prefix)}
-    return shared | {name: value for name, value in own.items() if name in OWN}
 
 
 def clear(path: Path) -> None:

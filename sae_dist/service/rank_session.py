@@ -5,18 +5,17 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sae_dist import storage
-from sae_dist.config import Stopped, UserError, to_dict
+from sae_dist.config import Stopped, UserError
 from sae_dist.config import load as load_config
 from sae_dist.locks import file_lock
 from sae_dist.monitor.metrics import JsonLines, Log, tee
-from sae_dist.monitor.mirror import WandbMirror
 from sae_dist.service.config import TrainJob
 from sae_dist.service.devices import device_of_actor
 from sae_dist.service.parent_watch import exit_with_parent
@@ -94,7 +93,7 @@ def run_rank(
 ) -> Trained:
     """Trains to the end, or to the first step after `stop`; all ranks of the mesh call this.
 
-    The first one's figures go to metrics.jsonl, W&B and `watch`.
+    The first one's figures go to metrics.jsonl and `watch`.
     """
     torch.set_num_threads(job.train.threads or max(usable_cores() // ranks_on_this_machine(rank.mesh), 1))
     cache = None if job.train.cache is None else SliceCache(Path(job.train.cache), limit_bytes=job.train.cache_bytes)
@@ -120,17 +119,9 @@ def _logs(job: TrainJob, out: Path, first: bool, watch: Log | None) -> Iterator[
     if not first:
         yield tee()
         return
-    lines = JsonLines(out / "metrics.jsonl")
-    mirror = None
     log_default_rate(job)
-    if job.wandb.mode != "disabled":
-        mirror = WandbMirror(job.wandb, out=out, name=out.name, run_config=to_dict(job))
-    try:
-        yield alerting(tee(*(log for log in (lines, watch, mirror) if log is not None)), job)
-    finally:
-        lines.close()
-        if mirror is not None:
-            mirror.close()
+    with closing(JsonLines(out / "metrics.jsonl")) as lines:
+        yield alerting(lines if watch is None else tee(lines, watch), job)
 
 
 def log_default_rate(job: TrainJob) -> None:

@@ -145,6 +145,7 @@ class ReplicaPool:
         """The same facts as flat figures, for metrics.jsonl and W&B."""
         figures: dict[str, Any] = self._counts()
         figures["tokens"] = sum(each.positions for each in self._throughput.values())
+        figures["blocked_fraction"] = self._storage_wait()
         figures["eta_s"] = remaining_s(self._working(), units_left=self._leases.left)
         for number, handle in self._handles.items():
             figures |= {f"replica{number}/{name}": value for name, value in self._replica_facts(handle).items()}
@@ -317,6 +318,11 @@ class ReplicaPool:
             "nonfinite": sum(each.nonfinite for each in every),
             "held_s": round(self._blocked_s, 1),
         }
+
+    def _storage_wait(self) -> float | None:
+        """The mean share of their time that replicas at work have waited for storage."""
+        shares = [each.facts()["blocked"] for each in self._working()]
+        return sum(shares) / len(shares) if shares else None
 
     def _replica_facts(self, handle: ReplicaHandle) -> dict[str, Any]:
         known = self._throughput.get(handle.number)

@@ -16,13 +16,14 @@ from ray.exceptions import RayActorError
 
 from sae_dist import checksums, storage
 from sae_dist.config import UserError, digest, to_dict
+from sae_dist.monitor.metrics import JsonLines
 from sae_dist.run_files import write_json
 from sae_dist.service.cluster import check_address, cluster, death_reason, nodes, result_of
 from sae_dist.service.config import RunConfig, config_hash, evaluation_digest
 from sae_dist.service.describe_model import describe_on_cluster
 from sae_dist.service.display import Display, progress
 from sae_dist.service.gpu_shares import GpuShares, describe_shares, share_gpus
-from sae_dist.service.harvest_job import harvest_log
+from sae_dist.service.monitoring import monitored, tell_result
 from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.rank_actors import RankActors
 from sae_dist.service.replica import ReplicaConfig
@@ -129,7 +130,8 @@ class _Run:
     def execute(self) -> dict[str, Any]:
         """Harvests what is missing while training on it, then evaluates; returns the summary."""
         with (
-            harvest_log(self._out, self._config.wandb, self._values) as log,
+            monitored(self._config, config_hash=self._hashed),
+            closing(JsonLines(self._out / "metrics.jsonl", phase="harvest")) as log,
             closing(
                 ReplicaPool(
                     self._replica_config,
@@ -146,6 +148,7 @@ class _Run:
     def _phases(self, pool: ReplicaPool) -> dict[str, Any]:
         report = self._stream(pool)
         figures = self._figures(pool)
+        tell_result(self._config, figures, store=self._store, tokens=report.tokens)
         summary = summarize(
             self._config.train_job(), hooks=Hooks((self._config.hook,)), store=self._store, trained=report,
             hashed=self._hashed, figures=figures,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from sae_dist import storage
 from sae_dist.config import UserError, digest
+from sae_dist.monitor.config import keep_secrets
 from sae_dist.service.display import progress
 from sae_dist.service.passes import clear, hand_out, is_finished, read_record, write_record
 from sae_dist.service.run_folder import is_claimed, read_status
@@ -202,6 +203,7 @@ class Driver:
         path = self._folder.pass_(digest(members)[:12])
         path.mkdir(parents=True, exist_ok=True)
         self._wait_for_orphan(path)
+        keep_secrets(self._planned[members[0]].config.alerts)
         write_record(path, self._command, {point: self._planned[point].values for point in members})
         if is_finished(path):  # by a driver that died before it could hand out
             if filling is not None:

@@ -20,6 +20,7 @@ from sae_dist.service.config import TrainJob, config_hash
 from sae_dist.service.devices import device_of_local_rank, device_of_process, usable_gpus
 from sae_dist.service.display import Display, progress
 from sae_dist.service.gpu_shares import share_gpus
+from sae_dist.service.monitoring import monitored, tell_result
 from sae_dist.service.rank_session import check_heldout, chosen_hooks, run_rank, wait_for_heldout
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.summary import read_finished, summarize
@@ -180,7 +181,7 @@ def _run_once(
                 check_heldout(store)
             elif job.order.round_units == 0:
                 logger.warning("order.round_units=0: training begins when the whole store is there; 16 begins sooner")
-            with Display(str(out)) as display:
+            with Display(str(out)) as display, monitored(job, config_hash=hashed):
 
                 def show(more: Mapping[str, Any], *, now: bool = False) -> None:
                     facts = progress(out, job.train)
@@ -193,11 +194,12 @@ def _run_once(
                 trained = work(provenance={"config_hash": hashed}, show=show)
                 show({}, now=True)
                 wait_for_heldout(store, stop)
-            folder.status("evaluate")
-            dictionaries = [dictionary.load(member.folder(out)) for member in job.members]
-            found = evaluate_reconstruction(dictionaries, store, hooks, EvaluateConfig())
-            figures = {member.name: merged(UNMEASURED, own) for member, own in zip(job.members, found, strict=True)}
-            summary = summarize(job, hooks=hooks, store=store, trained=trained, hashed=hashed, figures=figures)
+                folder.status("evaluate")
+                dictionaries = [dictionary.load(member.folder(out)) for member in job.members]
+                found = evaluate_reconstruction(dictionaries, store, hooks, EvaluateConfig())
+                figures = {member.name: merged(UNMEASURED, own) for member, own in zip(job.members, found, strict=True)}
+                tell_result(job, figures, store=store, tokens=trained.tokens)
+                summary = summarize(job, hooks=hooks, store=store, trained=trained, hashed=hashed, figures=figures)
             summary["wall_seconds"] = folder.wall_seconds
             write_json(out / "summary.json", summary)
             folder.done(summary)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sae_dist.config import UserError, digest
+from sae_dist.monitor.config import public
 from sae_dist.service.run_folder import read_config, read_status
 
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|WEBHOOK", re.IGNORECASE)
 CREDENTIALS = re.compile(r"://[^/\s]*@")
 ATTEMPTS = "sae_dist.service.submit.attempts"  # what runs the command there
 
@@ -52,7 +53,7 @@ class Job:
         with contextlib.suppress(UserError):
             status = read_status(Path(self.out))
             if status is not None and status["state"] == "done":
-                return read_config(Path(self.out)) | {"cluster": None} == dict(self.values) | {"cluster": None}
+                return read_config(Path(self.out)) | {"cluster": None} == public(self.values) | {"cluster": None}
         return False
 
     def line(self, cluster: str | None = None) -> list[str]:
