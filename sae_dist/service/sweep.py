@@ -44,18 +44,21 @@ def sweep(
     folder.check(command)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.open(command, keys, line)
+    before = read_points(folder.path)
     try:
         done = _drive(command, points, folder, job)
     except Stopped:
-        _report(folder, job)
+        _report(folder, job, before)
         raise
-    _report(folder, job)
+    _report(folder, job, before)
     return done
 
 
-def _report(folder: SweepFolder, job: SweepJob) -> None:
-    goal = job.sweep.extrapolate_to
-    write_report(read_points(folder.path), folder.report, title=folder.path.name, extrapolate_to=goal)
+def _report(folder: SweepFolder, job: SweepJob, before: Sequence[Point]) -> None:
+    """Writes the report, unless there is one of the same points and no other size is asked for."""
+    points, goal = read_points(folder.path), job.sweep.extrapolate_to
+    if points != before or goal is not None or not (folder.report / "index.html").exists():
+        write_report(points, folder.report, title=folder.path.name, extrapolate_to=goal)
 
 
 def _drive(command: str, points: Sequence[Planned], folder: SweepFolder, job: SweepJob) -> list[Point]:

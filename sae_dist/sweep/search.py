@@ -60,13 +60,14 @@ def ask(space: Space, tried: Sequence[Tried], config: SearchConfig) -> list[dict
                 params=dict(each.values), distributions=distributions, value=each.fvu if over else None, state=state
             )
         )
-    wanted, found = min(config.at_once, config.trials - len(tried)), list[dict[str, Any]]()
+    wanted, found = max(min(config.at_once, config.trials - len(tried)), 0), list[dict[str, Any]]()
     known = [dict(each.values) for each in tried]
-    for _ in range(ASKED * max(wanted, 0)):
+    for _ in range(ASKED * wanted):
+        if len(found) == wanted:
+            break
         params = dict(study.ask(distributions).params)
-        if params not in known and len(found) < wanted:
+        if params not in [*known, *found]:
             found.append(params)
-            known.append(params)
     return found
 
 

@@ -122,7 +122,7 @@ def test_two_drivers_share_a_sweep(store, tmp_path):
 
 def test_a_driver_that_is_asked_to_stop_saves_and_the_command_goes_on_with_more_points(store, tmp_path):
     out = tmp_path / "sweep"
-    arguments = ["train", f"store={store}", *KEYS, "sae.n_latents=48", "train.steps=3000"]
+    arguments = ["train", f"store={store}", *KEYS, "sae.n_latents=48", "train.steps=800"]
     driver = start(out, *arguments, "sae.k=2,4")
     wait_until(lambda: any(out.glob("passes/*/checkpoints/step_*/checkpoint.json")), driver)
     driver.send_signal(signal.SIGTERM)
