@@ -36,7 +36,7 @@ CONFIG = {
     "legend": {
         "orient": "top", "labelColor": INK[0], "titleColor": QUIET[0], "titleFontWeight": 400, "labelFontSize": 11,
         "titleFontSize": 11, "titleOrient": "left", "columns": 4, "labelLimit": 300, "symbolSize": 60,
-        "symbolOpacity": 1,
+        "symbolOpacity": 1, "titlePadding": 8,
     },
     "point": {"color": ACCENT[0], "filled": True},
     "line": {"color": ACCENT[0]},

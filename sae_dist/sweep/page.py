@@ -139,6 +139,8 @@ def _fitted(each: Law, found: Fit, analysis: Analysis) -> str:
     form = FORMS[found.values_of_k].format(x=x)
     spread = seed_spread(each.rows)
     chance = "" if spread is None else f" Seeds alone scatter by {spread:.2%}."
+    if spread is not None and found.scatter > 2 * spread:
+        chance += " So the form misses more than chance; the intervals take it for chance."
     scatter = f'<p class="note">{len(each.rows)} points scatter by {found.scatter:.2%} about the law.{chance}</p>'
     return f"<pre>{escape(form)}</pre>{_table(head, lines)}{scatter}{_predictions(each, analysis)}"
 
@@ -191,7 +193,7 @@ def _failures(failed: Table) -> str:
 
 
 def _interval(found: Interval) -> tuple[str, str]:
-    return f"{found.value:.3g}", f"{found.low:.3g} to {found.high:.3g}"
+    return f"{found.value:.3g}", f"{found.low:.3g}&nbsp;to&nbsp;{found.high:.3g}"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

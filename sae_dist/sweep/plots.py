@@ -98,7 +98,9 @@ def _lines(marks: list[dict[str, Any]], along: str, figure: str) -> Chart:
     log = figure in LOG or (figure == "l0" and _wide(values))
     y, low = (axis(alt.Y, field, TITLES[figure], values, log=log) for field in ("y", "low"))
     tint = colour([mark["size"] for mark in marks], marks[0]["by"])
-    layers = [base.mark_line(strokeWidth=1.5, opacity=0.6).encode(x=x, y=y, color=tint, detail="line:N")]
+    layers = []
+    if along != "seconds":  # which do not grow with anything when machines are shared
+        layers.append(base.mark_line(strokeWidth=1.5, opacity=0.6).encode(x=x, y=y, color=tint, detail="line:N"))
     if any(mark["seeds"] > 1 for mark in marks):
         layers.append(base.mark_rule(strokeWidth=1.5).encode(x=x, y=low, y2="high:Q", color=tint))
     layers.append(base.mark_point(size=55, opacity=1).encode(x=x, y=y, color=tint, **shape(m["group"] for m in marks)))

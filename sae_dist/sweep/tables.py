@@ -9,7 +9,7 @@ import numpy as np
 from sae_dist.sweep.law import OPENAI, Fit, Refusal
 from sae_dist.sweep.next_point import NextPoint, next_point
 from sae_dist.sweep.point import Point
-from sae_dist.sweep.rows import FIGURES, Row, frontier, label, row, varying
+from sae_dist.sweep.rows import FIGURES, Row, frontier, label, row, shown, varying
 from sae_dist.sweep.scaling import Law, Prediction, laws, predictions, target
 
 Table = list[dict[str, Any]]
@@ -35,16 +35,24 @@ class Analysis:
 
 
 def analyse(points: Sequence[Point], extrapolate_to: int | None = None) -> Analysis:
-    """Fits the laws and chooses the next point."""
-    rows = tuple(row(point) for point in points)
+    """Fits the laws and chooses the next point. Rows are in the order of the values that vary, numbers by size."""
+    keys = varying(points)
+    rows = tuple(
+        row(point) for point in sorted(points, key=lambda point: [_rank(point.overrides.get(k)) for k in keys])
+    )
     found = tuple(laws(rows))
     return Analysis(
         rows=rows,
-        keys=tuple(varying(points)),
+        keys=tuple(keys),
         laws=found,
         n_latents=target(rows, extrapolate_to),
         next=next_point(rows, found, n_latents=extrapolate_to),
     )
+
+
+def _rank(value: object) -> tuple[bool, float, str]:
+    number = isinstance(value, int | float)
+    return not number, value if number else 0, shown(value)
 
 
 def report_tables(points: Sequence[Point], extrapolate_to: int | None = None) -> dict[str, Table]:

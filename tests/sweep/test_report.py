@@ -67,7 +67,7 @@ def folder(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sweep") / "report"
     (out / "plots").mkdir(parents=True)
     (out / "plots/of_an_earlier_report.svg").write_text("<svg/>")
-    write_report([*GRID, FAILED], out, title=HOSTILE, extrapolate_to=1_048_576)
+    write_report([FAILED, *reversed(GRID)], out, title=HOSTILE, extrapolate_to=1_048_576)
     return out
 
 
@@ -117,7 +117,7 @@ def test_the_same_points_are_there_as_csv_and_json(folder):
     assert float(lines[3]["fvu"]) == GRID[3].summary["eval"]["fvu"]
     assert lines[-1]["failure"] == f"'{FAILED.failure}"  # or a spreadsheet would compute it
     content = json.loads((folder / "points.json").read_text(encoding="utf-8"))
-    assert content["points"][-1] == dataclasses.asdict(FAILED)
+    assert content["points"][0] == dataclasses.asdict(FAILED)
     assert content["tables"] == json.loads(json.dumps(report_tables([*GRID, FAILED], 1_048_576)))
     assert {line["refused"] for line in content["tables"]["laws"]} == {None}
 
