@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import wandb
 from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
+from wandb.sdk.lib.paths import LogicalPath
 
 from sae_dist.monitor.config import Mode
 from sae_dist.monitor.panels import EDGES, HISTOGRAM
@@ -22,7 +23,8 @@ class WandbTracker:
     """A Tracker. Runs are begun when there is something to say of them, and online go on where they were."""
 
     def __init__(self, *, folder: str, mode: Mode, project: str, entity: str | None) -> None:
-        self._folder, self._mode, self._project, self._entity = folder, mode, project, entity
+        self._folder, self._project, self._entity = folder, project, entity
+        self._mode: Mode = mode
         self._runs: dict[str, wandb.Run] = {}
         self._known: dict[str, int] = {}  # the first step that the server does not have
 
@@ -46,7 +48,8 @@ class WandbTracker:
         """By address and digest. `add_reference` would read the file to hash it, or need a client for its storage."""
         made = wandb.Artifact(f"{run.id}-{artifact.kind}", artifact.kind, metadata={"digest": artifact.digest})
         name = artifact.uri.rpartition("/")[2]
-        made.manifest.add_entry(ArtifactManifestEntry(path=name, ref=artifact.uri, digest=artifact.digest))
+        entry = ArtifactManifestEntry(path=LogicalPath(name), ref=artifact.uri, digest=artifact.digest)
+        made.manifest.add_entry(entry)
         self._begun(run).log_artifact(made)
 
     def flush(self) -> None:

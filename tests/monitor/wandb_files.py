@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 HEADER, BLOCK = struct.pack("<4sHB", b":W&B", 0xBEE1, 0), 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4

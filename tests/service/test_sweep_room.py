@@ -51,7 +51,7 @@ def test_passes_get_cores_of_their_own(machine, budget, changes, expected):
 )  # fmt: skip
 def test_passes_get_gpus_of_their_own(machine, monkeypatch, budget, mesh, expected):
     monkeypatch.setattr(sweep_room, "usable_gpus", lambda: 4)
-    assert [",".join(slot.gpus) for slot in slots(SweepConfig(**budget), job(mesh=mesh))] == expected
+    assert [",".join(slot.gpus or ()) for slot in slots(SweepConfig(**budget), job(mesh=mesh))] == expected
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert slots(SweepConfig(gpus=1), job())[0].gpus == ("4",)
 

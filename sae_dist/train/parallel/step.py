@@ -332,8 +332,8 @@ class MeshStep:
         assert self.clip_norm is not None
         here = torch.stack([g.double().square().sum() for g in (enc, dec, b_enc, *own)]).sum()
         square = ordered_sum(self.mesh, self.mesh.feature, here, name="norm") + b_dec.double().square().sum()
-        self.gradient_norm = float(square) ** 0.5
-        return min(self.clip_norm / max(self.gradient_norm, 1e-30), 1.0)
+        self.gradient_norm = norm = float(square) ** 0.5
+        return min(self.clip_norm / max(norm, 1e-30), 1.0)
 
     def _chunks(self, rows: range) -> Iterator[range]:
         """The rows `micro_batch` at a time: every rank of a feature axis makes the same chunks."""
