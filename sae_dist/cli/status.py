@@ -1,10 +1,12 @@
 """What a run is doing, or what came of it, from its files alone: no process is asked, so it works for dead runs too.
 
-Of a folder of runs it is a list. A run's mirror= can be looked at from anywhere. watch=true goes on until the run ends.
+Of a folder of runs it is a list, of a sweep a row a point. A run's mirror= can be looked at from anywhere. watch=true
+goes on until the run ends.
 Examples: sae-dist status runs/quickstart
           sae-dist status s3://bucket/runs/mine watch=true
 """
 
+import dataclasses
 import json
 import shutil
 import time
@@ -18,12 +20,15 @@ from rich.live import Live
 
 from sae_dist import storage
 from sae_dist.cli.status_view import clock, one_line, run_view, runs_table
+from sae_dist.cli.sweep_view import sweep_line, sweep_view
 from sae_dist.config import UserError, frozen, load
 from sae_dist.service.findings import Checkpoint, Disk, findings
 from sae_dist.service.run_list import read_runs
 from sae_dist.service.run_progress import figures, progress
 from sae_dist.service.run_status import RunStatus, read_run
+from sae_dist.service.sweep_status import SweepStatus, read_sweep, sweep_findings
 from sae_dist.storage import StorageError
+from sae_dist.sweep.folder import SWEEP
 from sae_dist.train.checkpoint_folders import MANIFEST, folders, step_of
 
 POSITIONAL = ("out",)
@@ -34,7 +39,7 @@ RETRY_S = 15.0  # a storage that fails for longer does not answer
 class StatusConfig:
     """What to look at, and how."""
 
-    out: str = "runs"  # a run's folder, a folder of runs, or where a run's mirror= is: s3://bucket/prefix
+    out: str = "runs"  # the folder of a run, of runs or of a sweep; or where a run's mirror= is: s3://bucket/prefix
     watch: bool = False  # look again and again, until the run ends or Ctrl-C
     every: Annotated[float, Field(gt=0)] = 2.0  # seconds between two looks
     json: bool = False  # one JSON object, for scripts
@@ -94,6 +99,9 @@ def _look(where: str, console: Console) -> View:
     place = storage.open(where, retry_s=RETRY_S)
     if (run := read_run(place)) is not None:
         return _run(run, console)
+    about = place.local_path(SWEEP)
+    if about is not None and (sweep := read_sweep(about.parent, retry_s=RETRY_S)) is not None:
+        return _sweep(sweep, console)
     if runs := read_runs(place, retry_s=RETRY_S):
         states = [run.state for run in runs]
         line = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
@@ -116,6 +124,16 @@ def _run(run: RunStatus, console: Console) -> View:
         "findings": [finding._asdict() for finding in found],
     }
     return View(run_view(run, found, checkpoint, console), one_line(run), {"kind": "run"} | values, not run.works)
+
+
+def _sweep(sweep: SweepStatus, console: Console) -> View:
+    found = sweep_findings(sweep)
+    values = {
+        "kind": "sweep", "place": sweep.place, "counts": sweep.counts, "seconds": sweep.seconds, "cost": sweep.cost,
+        "eta_s": sweep.eta_s, "points": [dataclasses.asdict(point) for point in sweep.points],
+        "passes": [values_of(run) for run in sweep.passes], "findings": [finding._asdict() for finding in found],
+    }  # fmt: skip
+    return View(sweep_view(sweep, found, console), sweep_line(sweep), values, sweep.over)
 
 
 def newest_checkpoint(run: RunStatus) -> Checkpoint | None:

@@ -14,13 +14,12 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from sae_dist.cli import grid
 from sae_dist.cli.compose import compose, options
+from sae_dist.cli.sweep_view import points_table
 from sae_dist.config import UserError, load
 from sae_dist.service.config import RunConfig, TrainJob
-from sae_dist.service.display import duration, quantity
 from sae_dist.service.passes import CONFIGS, run_pass
 from sae_dist.service.sweep import folder_of, sweep
 from sae_dist.sweep.config import SweepJob
@@ -32,7 +31,6 @@ CONFIG = SweepJob
 OWN = ("out", "retry", "only", "search", "sweep")  # keys of a sweep; all others are the command's
 PASS = "pass"  # `sae-dist sweep pass FOLDER` is the process of a pass, which a driver starts
 SOME_FAILED = 1
-COLUMNS = {"fvu": "FVU", "l0": "L0", "dead_fraction": "dead", "loss_recovered": "loss recovered"}
 
 
 def of_command(arguments: Sequence[str], *, show: bool) -> int:
@@ -146,20 +144,9 @@ def _listed(override: str) -> str:
 
 def _print(points: Sequence[Point], folder: SweepFolder) -> None:
     """A row a point with what was measured, and why points failed."""
-    keys = list(dict.fromkeys(key for point in points for key in point.overrides))
-    rows = {point.id: (point.summary or {}).get("eval", {}) for point in points}
-    measured = [name for name in COLUMNS if any(own.get(name) is not None for own in rows.values())]
-    table = Table(title=f"sweep {folder.path.name}", title_justify="left")
-    table.add_column("point", no_wrap=True)
-    for heading in (*keys, "state", *(COLUMNS[name] for name in measured), "time"):
-        table.add_column(heading, justify="right")
-    for point in points:
-        swept = (quantity(point.overrides.get(key)) for key in keys)
-        figures = (quantity(rows[point.id].get(name)) for name in measured)
-        took = "-" if point.seconds is None else duration(point.seconds)
-        table.add_row(point.id, *swept, point.state, *figures, took)
     console = Console()
-    console.print(table)
+    console.print(f"sweep {folder.path.name}", highlight=False, markup=False)
+    console.print(points_table(points))
     for point in points:
         if point.state == "failed":
             console.print(f"{point.id} failed: {point.failure}", soft_wrap=True, highlight=False, markup=False)

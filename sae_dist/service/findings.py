@@ -3,7 +3,7 @@
 Pure: all that is known is given.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sae_dist.service.display import duration
@@ -42,7 +42,7 @@ class Finding(NamedTuple):
 
 def findings(run: RunStatus, *, checkpoint: Checkpoint | None = None, disk: Disk | None = None) -> list[Finding]:
     """All that is worth a word, the gravest first: how it ended or what it hangs on, damage, then what slows it."""
-    found = [*_ended(run, checkpoint), *(Finding(what, cure) for what, cure in map(_split, run.damage))]
+    found = [*_ended(run, checkpoint), *damaged(run.damage)]
     found += [Finding(f"ALERT: {alert}") for alert in _alerts(run)]
     if run.works:
         found += [*_stuck(run), *_slow(run), *_replicas(run)]
@@ -84,9 +84,10 @@ def _again(run: RunStatus, checkpoint: Checkpoint | None) -> str:
     return f"the same command {'trains anew, for there is no checkpoint' if anew else 'resumes'}"
 
 
-def _split(damage: str) -> tuple[str, str]:
-    what, _, cure = damage.rpartition("; ")
-    return (what, cure) if what else (cure, "")
+def damaged(lines: Iterable[str]) -> list[Finding]:
+    """Of lines that name a file and, after the last semicolon, the cure."""
+    parts = [line.rpartition("; ") for line in lines]
+    return [Finding(what, cure) if what else Finding(cure) for what, _, cure in parts]
 
 
 def _alerts(run: RunStatus) -> list[str]:

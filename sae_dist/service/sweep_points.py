@@ -77,6 +77,8 @@ def _point(
         raise UserError(
             "more_dictionaries= is what a sweep makes of its points; leave it out, and give keys several values"
         )
+    if config.mirror is not None:
+        raise UserError(f"mirror={config.mirror} is the copy of one run; leave it out, or copy the sweep's folder")
     store_digest, own_store = None, None
     if isinstance(config, TrainJob):
         place = config.with_absolute_paths().store

@@ -82,14 +82,24 @@ class SweepFolder(NamedTuple):
             write_json(self.path / SWEEP, now)
 
 
-def read_points(out: Path) -> list[Point]:
-    """Every point of the sweep in `out`, by its overrides; UserError where there is no sweep."""
-    folder = SweepFolder(out)
+def read_points(out: Path, *, damage: list[str] | None = None) -> list[Point]:
+    """Every point of the sweep in `out`, by its overrides; UserError where there is no sweep.
+
+    A summary that is damaged is a UserError, too, or else a line in `damage`.
+    """
+    folder, points = SweepFolder(out), []
     if folder.about() is None:
         raise UserError(f"out={out} holds no sweep (no {SWEEP})")
     ledger = Ledger(storage.open(out))
     ledger.refresh()
-    points = [of_ledger(ledger, folder, point) for point in ledger.points]
+    for point, described in ledger.points.items():
+        try:
+            points.append(of_ledger(ledger, folder, point))
+        except UserError as error:
+            if damage is None:
+                raise
+            damage.append(str(error))
+            points.append(Point(point, described.overrides, "done", ledger.tries(point)))
     return sorted(points, key=lambda point: [_order(value) for value in point.overrides.values()])
 
 

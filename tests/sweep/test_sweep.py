@@ -1,15 +1,18 @@
 """A sweep as a command: four points in one pass over rows that lie on S3, and what each of them leaves."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
 
+from sae_dist import storage
 from sae_dist.cli.main import main
 from sae_dist.monitor.metrics import read_metrics
 from sae_dist.sweep.folder import read_points
+from sae_dist.sweep.ledger import driving
 from tests.shards import seaweedfs
 from tests.shards.s3_double import S3Double
 from tests.train.test_loop import full_store
@@ -98,6 +101,37 @@ def test_commands_about_runs_work_on_a_point(swept, capsys):
     assert (own / "summary.json").read_bytes() == before
 
 
+def test_the_status_of_a_sweep_has_a_row_a_point(swept, tmp_path, capsys):
+    assert main(["status", str(swept.out)]) == 0
+    head, bar, columns, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("sweep: 4 done, 0:0") and "cost 0.0" in head and "100%" in bar
+    assert columns.split() == ["sae", "sae.k", "state", "FVU", "L0", "dead", "time", "point"]
+    assert [row.split()[:3] for row in rows] == [[kind, k, "done"] for kind in ("batchtopk", "topk") for k in "24"]
+
+
+def test_the_status_of_a_sweep_names_what_keeps_it_from_its_end(swept, tmp_path, capsys):
+    copy = shutil.copytree(swept.out, tmp_path / "sweep")
+    broken, gone, *_ = read_points(copy)
+    (copy / "points" / broken.id / "summary.json").write_text("{")
+    shutil.rmtree(copy / "points" / gone.id)
+    with driving(storage.open(copy)) as ledger:
+        ledger.refresh()
+        for point, outcome in (("a" * 12, "failed"), ("b" * 12, None)):
+            ledger.add(point, {"sae": "topk", "sae.k": 64})
+            taken = ledger.take(point, together=1)
+            assert taken is not None and (outcome is None or ledger.end(taken, outcome, failure="RuntimeError: no"))
+        assert main(["status", str(copy), "json=true"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["counts"] == {"done": 3, "pending": 1, "failed": 1, "leased": 1}
+    assert main(["status", str(copy), "watch=true"]) == 0  # over: no driver is there any more
+    said = capsys.readouterr().out
+    assert "3 done, 2 pending, 1 failed" in said
+    assert f"! {copy}/points/{broken.id}/summary.json is damaged: it is not whole JSON" in said
+    assert "! nobody works on 2 pending points\n    -> the same command goes on\n       sae-dist sweep train " in said
+    assert "! aaaaaaaaaaaa failed (sae=topk sae.k=64): RuntimeError: no" in said
+    assert "retry=failed" in said
+
+
 def test_repeating_the_command_does_nothing_and_fewer_values_leave_the_other_points(swept, capsys):
     ledger = sorted(path for path in (swept.out / "ledger").glob("*-*/*") if path.suffix == ".json")
     assert main(["sweep", "train", *KEYS, "sae=topk", "sae.k=2,4", f"out={swept.out}"]) == 0
@@ -114,6 +148,7 @@ def test_repeating_the_command_does_nothing_and_fewer_values_leave_the_other_poi
         (["sae.k=2,30"], "sae.k=30: sae.k=30 exceeds d_model=24"),
         (["sae.k=2,4", "only=zz"], "only=zz is none of the points that the keys make"),
         (["sae.k=4", "train.log_every=1,2"], "come to the same dictionary: this key only says where or how fast"),
+        (["sae.k=2,4", "mirror=s3://bucket/mine"], "mirror=s3://bucket/mine is the copy of one run; leave it out"),
         (["sae.k=4", "more_dictionaries=[{k: 8}]"], "more_dictionaries= is what a sweep makes of its points"),
     ],
 )
