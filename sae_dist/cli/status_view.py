@@ -21,7 +21,7 @@ LABEL = 11  # characters of the first column, at least
 STYLES = {"done": "green", "stopped": "yellow", "silent": "yellow", "unknown": "yellow", "dead": "red", "failed": "red"}
 STYLES |= {"refused": "red"}  # all others are at work: cyan
 SHOWN = 8  # dictionaries, replicas or ranks; more are counted
-JUDGED = ("tokens", "fvu", "l0", "dead_fraction", "loss_recovered")
+JUDGED = {"tokens": "tokens", "fvu": "FVU", "l0": "L0", "dead_fraction": "dead", "loss_recovered": "loss recovered"}
 
 
 class Line(NamedTuple):
@@ -148,11 +148,12 @@ def _results(run: RunStatus) -> Iterator[Line]:
     yield Line("trained", f"{counted}, {summary['tokens_per_second']:,.0f} tokens/s")
     judged = [("held out", summary["eval"]), *((one["name"], one["eval"]) for one in summary.get("also", []))]
     for name, own in judged:
-        known = [f"{FIGURES.get(key, key)} {quantity(own[key])}" for key in JUDGED if own.get(key) is not None]
+        known = [f"{label} {quantity(own[key])}" for key, label in JUDGED.items() if own.get(key) is not None]
         yield Line(name, "  ".join(known))
     for each in result_paths(summary):
         label, _, where = each.partition(": ")
-        yield Line(label, where)
+        own = run.config.get("out")
+        yield Line(label, where.replace(own, run.place, 1) if own and where.startswith(own) else where)
 
 
 def _eta(parts: Sequence[Progress]) -> list[str]:

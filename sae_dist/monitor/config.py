@@ -1,7 +1,7 @@
 """How a run is tracked and watched; none of it changes what comes out."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
@@ -11,7 +11,6 @@ from sae_dist.config import frozen
 
 OF_ENVIRONMENT: Any = Field(default=None, validate_default=True)
 OLD_NAMES = {"dryrun": "offline", "run": "online"}  # that WANDB_MODE may still have
-SECRET_KEY = "alerts.webhook"  # whose value is written nowhere
 WEBHOOK = "SAE_DIST_WEBHOOK"  # of the environment
 Mode = Literal["offline", "online", "disabled"]
 
@@ -105,6 +104,11 @@ def public(values: Mapping[str, Any]) -> dict[str, Any]:
     Loaded again they take it from the environment, where `keep_secrets` leaves it for processes that this one starts.
     """
     return {**values, "alerts": {**values["alerts"], "webhook": None}} if "alerts" in values else dict(values)
+
+
+def public_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command line without those that name the webhook, however they do."""
+    return [each for each in arguments if "webhook" not in each]
 
 
 def keep_secrets(alerts: AlertsConfig) -> None:

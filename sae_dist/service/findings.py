@@ -6,6 +6,9 @@ Pure: all that is known is given.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from sae_dist.config import UserError, load
+from sae_dist.monitor.alerts import decide
+from sae_dist.monitor.config import AlertsConfig
 from sae_dist.service.display import duration
 from sae_dist.service.run_status import RunStatus, rate
 from sae_dist.service.summary import SUMMARY_CURE
@@ -45,7 +48,7 @@ def findings(run: RunStatus, *, checkpoint: Checkpoint | None = None, disk: Disk
     found = [*_ended(run, checkpoint), *damaged(run.damage)]
     found += [Finding(f"ALERT: {alert}") for alert in _alerts(run)]
     if run.works:
-        found += [*_stuck(run), *_slow(run), *_replicas(run)]
+        found += [*_stuck(run), *_slow(run), *_replicas(run), *_alarms(run)]
         if disk is not None and disk.free < max(FULL * disk.total, FULL_BYTES):
             what = f"the disk is nearly full: {disk.free / 1e9:.1f} GB of {disk.total / 1e9:.0f} GB are free"
             found.append(Finding(what, "free space, or keep less: train.keep_checkpoints, harvest.retention"))
@@ -162,6 +165,20 @@ def _replicas(run: RunStatus) -> Iterator[Finding]:
         )
 
 
+def _alarms(run: RunStatus) -> Iterator[Finding]:
+    """What the run's own alerts watch for beyond that: units that do not come, and what it has cost."""
+    training = [line for line in run.training[-1:] if _has(line, "time", "seconds")]
+    harvest = [line for line in run.harvest if _has(line, "time", "units", "of", "held_s")]
+    try:
+        config = load(AlertsConfig, run.config.get("alerts") or {})
+    except UserError:  # of another version
+        return
+    for alert in decide([*harvest, *training], config, now=run.now, disk_free=None):
+        if alert.name in ("no_commit", "cost"):
+            what, _, do = alert.text.partition("; ")
+            yield Finding(what, do)
+
+
 def _learning(run: RunStatus) -> Iterator[Finding]:
     """What is amiss with the dictionaries: latents that died, steps that were dropped."""
     newest = run.training[-1] if run.training else {}
@@ -175,6 +192,10 @@ def _learning(run: RunStatus) -> Iterator[Finding]:
         elif figure in ("skipped_steps", "roll_backs") and _number(newest, key) > 0:
             what = "bad steps were dropped" if figure == "skipped_steps" else "times it rolled back to a checkpoint"
             yield Finding(f"{of}{value} {what}", "metrics.jsonl says which; see `sae-dist store stats`, lower train.lr")
+
+
+def _has(line: Mapping[str, Any], *keys: str) -> bool:
+    return all(isinstance(line.get(key), int | float) for key in keys)
 
 
 def _number(facts: Mapping[str, Any], key: str) -> float:

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from sae_dist.config import Stopped, UserError, to_dict
-from sae_dist.monitor.config import SECRET_KEY, public
+from sae_dist.monitor.config import public, public_arguments
 from sae_dist.run_files import read_json, read_yaml, write_json, write_whole
 from sae_dist.service.config import identity
 from sae_dist.service.mirror import Mirror
@@ -179,8 +179,8 @@ def _command() -> dict[str, str]:
     ours = program.name == "sae-dist" or program.parts[-2:] == ("sae_dist", "__main__.py")
     if not ours or "TORCHELASTIC_RUN_ID" in os.environ:
         return {}
-    shown = [argument for argument in sys.argv[1:] if not argument.startswith(f"{SECRET_KEY}=")]
-    return {"command": shlex.join(["sae-dist", *shown]), "directory": os.getcwd()}
+    command = shlex.join(["sae-dist", *public_arguments(sys.argv[1:])])
+    return {"command": command, "directory": os.getcwd()}
 
 
 def _seconds_before(path: Path) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sae_dist import storage
 from sae_dist.config import Stopped, UserError
+from sae_dist.monitor.config import public_arguments
 from sae_dist.service.config import RunConfig, TrainJob
 from sae_dist.service.display import Display
 from sae_dist.service.signals import catch_signals
@@ -43,7 +44,7 @@ def sweep(
     slots(job.sweep, points[0].config)  # a budget that holds no pass is refused before anything is written
     folder.check(command)
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.open(command, keys, line)
+    folder.open(command, keys, public_arguments(line))
     before = read_points(folder.path)
     try:
         done = _drive(command, points, folder, job)

@@ -103,7 +103,7 @@ def test_the_status_of_a_finished_run_has_its_figures_and_its_places(finished, c
     assert main(["status", str(copy)]) == 0
     said = capsys.readouterr().out
     assert "10 of 10 steps" in said and "FVU " in said and "L0 4.000" in said
-    assert f"dictionary  {finished[0]}/dictionary" in said
+    assert f"dictionary  {copy}/dictionary" in said
 
 
 def test_a_run_that_diverges_says_so_everywhere(finished, tmp_path, capsys, caplog):

@@ -55,10 +55,10 @@ def unfinished(run: Path, state: str = "running", **changes: Any) -> None:
     say(run, state=state, train={"step": 10, "of": 10}, **changes)
 
 
-def test_a_finished_run_has_its_figures_and_its_places(finished, copy, capsys):
+def test_a_finished_run_has_its_figures_and_its_places(copy, capsys):
     said = status(capsys, copy)
     assert said.startswith("copy: done\n")
-    for part in ("10 of 10 steps", "100%", "FVU ", "L0 4.000", f"dictionary  {finished[0]}/dictionary", "step 10, "):
+    for part in ("10 of 10 steps", "100%", "FVU ", "L0 4.000", f"dictionary  {copy}/dictionary", "step 10, "):
         assert part in said
     assert "!" not in said
 

@@ -43,8 +43,10 @@ def harvest(**facts: Any) -> RunStatus:
 
 
 STARVED = lines(starved_seconds=lambda s: 0.6 * s)
-HELD = [{"time": NOW - 10, "held_s": 0.0}, {"time": NOW, "held_s": 9.0}]
+HELD = [{"phase": "harvest", "time": NOW - at, "held_s": 9.0 - 0.9 * at} for at in (10, 0)]
 LATE = [line | {"time": line["time"] - 300} for line in lines()]
+COSTLY = {"alerts": {"cost": 5.0, "price_per_hour": 2.0}}
+NO_UNIT = [{"phase": "harvest", "time": NOW - at, "units": 3, "of": 10, "held_s": 0.0} for at in (4000, 5)]
 CASES = {  # what is so: a run, what is said of it, and what to do
     "starved": (run(training=STARVED), "waits for rows 60% of its time", "harvest.replicas"),
     "starved by the store": (alone(training=STARVED), "reading the store", "train.cache"),
@@ -54,6 +56,8 @@ CASES = {  # what is so: a run, what is said of it, and what to do
     "replicas are silent": (harvest(expired=2), "2 gave no sign of life", "log"),
     "an alert": (harvest(alert="replica 1 is slow"), "ALERT: replica 1 is slow", ""),
     "an alert of the training": (run(training=lines(alert="step 7: a spike")), "ALERT: step 7: a spike", ""),
+    "no unit": (run(harvest=NO_UNIT), "no unit has been committed for 4000 s", "whether the replicas live"),
+    "cost": (run(config=CONFIG | COSTLY, training=lines(seconds=36_000.0)), "training has cost 20.00", ""),
     "dead latents": (run(training=lines(dead_fraction=0.5)), "50% of the latents are dead", "sae.dead_after_tokens"),
     "of another": (run(training=lines(**{"k64/dead_fraction": 0.5})), "k64: 50% of the latents", "sae.n_latents"),
     "bad steps": (run(training=lines(skipped_steps=4)), "4 bad steps were dropped", "lower train.lr"),

@@ -21,6 +21,7 @@ KEYS = [
     "store=s3://bucket/store", "sae.n_latents=48", "train.steps=40", "train.batch=64", "train.init_rows=256",
     "train.checkpoint_every=20", "train.log_every=10", "wandb.mode=disabled",
 ]  # fmt: skip
+SECRET = "alerts.webhook=http://127.0.0.1:9/secret"
 
 
 class Swept(NamedTuple):
@@ -40,7 +41,7 @@ def swept(tmp_path_factory):
         full_store("s3://bucket/store")
         reads = {}
         commands = {
-            "sweep": ["sweep", "train", *KEYS, "sae=topk,batchtopk", "sae.k=2,4", "sweep.price_hour=36"],
+            "sweep": ["sweep", "train", *KEYS, "sae=topk,batchtopk", "sae.k=2,4", "sweep.price_hour=36", SECRET],
             "alone": ["train", *KEYS, "sae=batchtopk", "sae.k=4"],
         }
         for name, command in commands.items():
@@ -99,6 +100,10 @@ def test_commands_about_runs_work_on_a_point(swept, capsys):
     assert main(["evaluate", str(own)]) == 0
     assert main(["train", *KEYS, *overrides, f"out={own}"]) == 0  # finished: nothing is trained
     assert (own / "summary.json").read_bytes() == before
+
+
+def test_the_webhooks_address_is_in_no_file_of_a_sweep(swept):
+    assert [path for path in swept.out.rglob("*") if path.is_file() and b"9/secret" in path.read_bytes()] == []
 
 
 def test_the_status_of_a_sweep_has_a_row_a_point(swept, tmp_path, capsys):
