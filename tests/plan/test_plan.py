@@ -227,12 +227,12 @@ def test_dictionaries_of_one_pass_add_up_but_are_read_for_once():
 
 def test_members_are_planned_and_those_that_fit_nowhere_refused(capsys):
     keys = ["plan", "d_model=768", "sae.n_latents=16384", "store=null"]
-    assert main([*keys, "others=[{n_latents: 65536}, {k: 64}]", "json=true"]) == 0
+    assert main([*keys, "more_dictionaries=[{n_latents: 65536}, {k: 64}]", "json=true"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [own["sae"]["n_latents"] for own in found["work"]["others"]] == [65_536, 16_384]
-    assert main([*keys, "others=[{n_latents: 65536}]"]) == 0
+    assert main([*keys, "more_dictionaries=[{n_latents: 65536}]"]) == 0
     assert "65,536 latents x 768, k 32" in capsys.readouterr().out
-    assert main([*keys, "others=[{n_latents: 10, k: 4}]", "machine.memory=1e9"]) == 2
+    assert main([*keys, "more_dictionaries=[{n_latents: 10, k: 4}]", "machine.memory=1e9"]) == 2
     assert "and the 1 of more_dictionaries" in capsys.readouterr().err
 
 
