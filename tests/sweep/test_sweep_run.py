@@ -1,5 +1,6 @@
 """Sweeps that are killed, shared by drivers, and hit by points that cannot be trained; each a real command."""
 
+import contextlib
 import json
 import os
 import signal
@@ -42,6 +43,15 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     return said
 
 
+def kill(driver: subprocess.Popen[str], *others: psutil.Process) -> None:
+    """kill -9 of a driver, and of others with it."""
+    driver.kill()
+    for process in others:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    driver.communicate()
+
+
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not true():
@@ -73,14 +83,10 @@ def test_nine_points_from_text_killed_twice_are_each_trained_once_on_one_harvest
     arguments = ["run", *SMOLLM2, "sae.n_latents=256,512,1024", "sae.k=4,8,16"]
     driver = start(out, *arguments)
     wait_until(lambda: len(list(out.glob("stores/*/commit/*.json"))) >= 3, driver)
-    driver.kill()  # of the driver alone: its pass saves and ends
-    driver.wait()
+    kill(driver)  # alone: its pass saves and ends
     driver = start(out, *arguments)
     wait_until(lambda: any(out.glob("passes/*/checkpoints/step_*/checkpoint.json")), driver)
-    for process in [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]:
-        if process.is_running():
-            process.kill()
-    driver.wait()
+    kill(driver, *psutil.Process(driver.pid).children(recursive=True))
     said = finish(start(out, *arguments))
     assert said.count("done") >= 9
     tries = outcomes(out)
@@ -170,8 +176,7 @@ def test_halving_trains_the_best_to_the_end_and_says_why_others_stopped(store, t
                  "train.steps=100", "sweep.halving.rungs=[0.2,0.5]", "sweep.halving.keep=0.5"]  # fmt: skip
     driver = start(out, *arguments)
     wait_until(lambda: any(out.glob("rungs/*/summary.json")), driver)
-    driver.kill()
-    driver.wait()
+    kill(driver)
     finish(start(out, *arguments))
     points = {point.overrides["sae.k"]: point for point in read_points(out)}
     assert {k: (point.state, point.stopped_at, point.summary["steps"]) for k, point in points.items()} == {
