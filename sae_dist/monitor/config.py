@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field
@@ -83,19 +83,6 @@ class AlertsConfig:
     def __post_init__(self) -> None:
         if (self.cost is None) != (self.price_per_hour is None):
             raise ValueError("alerts.cost and alerts.price_per_hour go together; set both or none")
-
-
-class Monitored(Protocol):
-    """What every job that can be tracked says of it."""
-
-    @property
-    def wandb(self) -> WandbConfig: ...
-    @property
-    def tensorboard(self) -> bool | str: ...
-    @property
-    def prometheus(self) -> PrometheusConfig: ...
-    @property
-    def alerts(self) -> AlertsConfig: ...
 
 
 def public(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class TrackerProcess:
         """Waits until it has everything, `timeout_s` at most, and ends it; why it has not, empty where it has."""
         deadline, self._ending = time.monotonic() + timeout_s, True
         self._teller.join(timeout_s)
+        if self._teller.is_alive():  # it does not even listen, and closing what is being written to would wait as well
+            self._process.kill()
         assert self._process.stdin is not None
         with suppress(OSError):  # it is dead, or was not told everything
             self._process.stdin.close()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def monitored(job: Job, *, config_hash: str) -> Iterator[None]:
     """Everything that the job's keys ask for, as long as the context lasts. `job` is located."""
     assert job.out is not None, "the job is not located"
     out, runs = Path(job.out), tracked_runs(job, out=job.out, config_hash=config_hash)
+    if job.tensorboard and find_spec("tensorboardX") is None:
+        raise UserError("tensorboard= needs tensorboardX; install sae-dist[tensorboard], or leave tensorboard out")
     metrics, steps = out / "metrics.jsonl", None if isinstance(job, HarvestJob) else job.train.n_steps
     with ExitStack() as held:
         held.enter_context(endpoint(job.prometheus, out))

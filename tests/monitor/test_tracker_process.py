@@ -75,6 +75,14 @@ def test_without_a_key_it_is_said_while_the_run_works(tmp_path, monkeypatch, cap
     assert len(caplog.records) == 1
 
 
+def test_a_tracker_that_does_not_even_listen_holds_nobody_up(tmp_path):
+    """What it is told does not fit into the pipe."""
+    runs = [RUN._replace(config={"long": "x" * 1_000_000})]
+    process = TrackerProcess("wandb", {}, metrics=tmp_path / "metrics.jsonl", runs=runs)
+    process._process.send_signal(signal.SIGSTOP)
+    assert process.finish(0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["sae_dist.monitor.tracker_process", "wandb-core"])
 def test_a_killed_tracker_costs_one_line_and_sync_makes_up_for_it(store, tmp_path, caplog, capsys, victim):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +136,9 @@ def test_sync_says_what_it_needs(tracked, tmp_path, capsys):
     assert "config.yaml is missing" in capsys.readouterr().err
     assert main(["sync", str(tracked), "wandb.mode=disabled"]) == 2
     assert "wandb.mode=disabled sends nothing" in capsys.readouterr().err
+
+
+def test_tensorboard_without_its_package_is_refused(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as where the extra is not installed
+    assert main(command(store, tmp_path / "run", "wandb.mode=disabled", "tensorboard=true")) == 2
+    assert "error: tensorboard= needs tensorboardX; install sae-dist[tensorboard]" in capsys.readouterr().err
