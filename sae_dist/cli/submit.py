@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from sae_dist.cli import keys
+from sae_dist.cli import keys, sweep
 from sae_dist.cli.compose import compose, options, spelled_out
 from sae_dist.config import UserError, frozen, load, to_dict
 from sae_dist.service.config import absolute_uri
@@ -31,7 +31,7 @@ PLACES = ("out", "store", "text.path", "train.checkpoints", "train.cache")  # fo
 class Submit:
     """Which command, and where to."""
 
-    command: Literal["run", "harvest", "train", "evaluate", "pages"]  # the first word
+    command: Literal["run", "harvest", "train", "evaluate", "pages", "sweep"]  # the first word
     arguments: tuple[str, ...] = ()  # its key=value
     scheduler: Scheduler
     dry_run: bool = False  # print what would be sent, and send nothing
@@ -68,22 +68,46 @@ def of_command(arguments: Sequence[str], *, show: bool) -> int:
 
 def job_of(command: str, words: Sequence[str]) -> Job:
     """The command line with absolute places, checked by what checks it when it runs here."""
+    if any(_key(word) == "cluster" for word in words):
+        raise UserError("cluster= is set by the scheduler; leave it out")
+    if command == "sweep":
+        return _job_of_sweep(words)
     module = importlib.import_module(f"sae_dist.cli.{command}")
     given = [_absolute(word, module.CONFIG) for word in spelled_out(command, words)]
-    if any(_key(word) == "cluster" for word in given):
-        raise UserError("cluster= is set by the scheduler; leave it out")
     config = load(module.CONFIG, compose(command, given))
-    values = to_dict(config.with_absolute_paths())
-    places = {key: absolute_uri(place) for key in PLACES if (place := _leaf(values, key))}
-    if _leaf(values, "text.kind") == "huggingface":
-        del places["text.path"]
-    if _leaf(values, "model.name") != _leaf(to_dict(config), "model.name"):  # a folder
-        places["model.name"] = values["model"]["name"]
+    values, places = to_dict(config.with_absolute_paths()), _places(config)
     for key, place in places.items():
         *sections, last = key.split(".")
         functools.reduce(dict.__getitem__, sections, values)[last] = place
-    rest = [word for word in given if _key(word) not in places]
-    return Job(command, (*rest, *(f"{key}={place}" for key, place in places.items())), values)
+    return Job(command, _with_places(given, places), values)
+
+
+def _job_of_sweep(words: Sequence[str]) -> Job:
+    """As `job_of`, of a sweep: all its points are checked, and its folder is the job's."""
+    line = sweep.read(words)
+    given = [_absolute(word, sweep.CONFIGS[line.command]) for word in words]
+    (_, config), *_ = list(line.configured())
+    places = _places(config) | {"out": str(sweep.folder_of(line.command, line.job).path)}
+    for key in places.keys() & {axis.key for axis in line.swept.axes}:
+        raise UserError(f"{key}= takes several values here; submit a sweep of each")
+    arguments = _with_places(given, places)
+    values = {"arguments": sorted(arguments), "out": places["out"], "cluster": config.cluster}
+    return Job("sweep", arguments, values)
+
+
+def _places(config: Any) -> dict[str, str]:
+    """The folders, files and URIs that a configuration names, as every machine finds them."""
+    values = to_dict(config.with_absolute_paths())
+    places = {key: absolute_uri(place) for key in PLACES if (place := _leaf(values, key))}
+    if _leaf(values, "text.kind") == "huggingface":
+        places.pop("text.path", None)
+    if _leaf(values, "model.name") != _leaf(to_dict(config), "model.name"):  # a folder
+        places["model.name"] = values["model"]["name"]
+    return places
+
+
+def _with_places(words: Sequence[str], places: Mapping[str, str]) -> tuple[str, ...]:
+    return (*(word for word in words if _key(word) not in places), *(f"{key}={at}" for key, at in places.items()))
 
 
 def _told_apart(words: Sequence[str]) -> tuple[str, list[str], list[str]]:

@@ -10,7 +10,7 @@ Example: sae-dist sweep train store=stores/mine sae.n_latents=4096,16384 sae.k=1
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from rich.console import Console
@@ -33,29 +33,46 @@ PASS = "pass"  # `sae-dist sweep pass FOLDER` is the process of a pass, which a 
 SOME_FAILED = 1
 
 
-def of_command(arguments: Sequence[str], *, show: bool) -> int:
-    """`arguments`: the command that is swept, and keys of both; `show`: says what they make, and does nothing."""
+class Line(NamedTuple):
+    """A command line that was read: how to sweep, and what."""
+
+    command: str  # that is swept
+    values: dict[str, Any]  # the keys of the sweep itself
+    job: SweepJob
+    swept: grid.Grid
+
+    def configured(self) -> Iterator[tuple[dict[str, Any], TrainJob | RunConfig]]:
+        """Every point's values of the swept keys, and its configuration; UserError for one that cannot be."""
+        return _configured(self.command, self.swept, self.swept.points())
+
+
+def read(arguments: Sequence[str]) -> Line:
+    """The command that is swept, and keys of both."""
     command, *overrides = arguments or ("",)
-    if command == PASS:
-        run_pass(Path(overrides[0]))
-        return 0
     if command not in CONFIGS:
         raise UserError(
             f"{command or 'nothing'} cannot be swept; write `sae-dist sweep COMMAND key=value ...` with one of "
             f"{', '.join(CONFIGS)}"
         )
-    own = [_listed(each) for each in overrides if _section(each) in OWN]
-    values = compose("sweep", own)
+    values = compose("sweep", [_listed(each) for each in overrides if _section(each) in OWN])
     job = load(SweepJob, values)
     of_points = [each for each in overrides if _section(each) not in OWN]
-    swept = grid.read(of_points, CONFIGS[command], searched=job.search is not None)
+    return Line(command, values, job, grid.read(of_points, CONFIGS[command], searched=job.search is not None))
+
+
+def of_command(arguments: Sequence[str], *, show: bool) -> int:
+    """`arguments`: the command that is swept, and keys of both; `show`: says what they make, and does nothing."""
+    if arguments[:1] == [PASS]:
+        run_pass(Path(arguments[1]))
+        return 0
+    command, values, job, swept = line = read(arguments)
     if show:
         shown = "".join(f"# {' '.join(point) or 'one point'}\n" for point in swept.points())
-        count = len(list(_configured(command, swept, swept.points())))
+        count = len(list(line.configured()))
         print(yaml.safe_dump(values, sort_keys=False) + f"# {count} of `sae-dist {command}`:\n{shown}", end="")
         return 0
-    line = [command, *overrides]
-    points = _search(command, swept, job, line) if job.search else _sweep(command, swept, swept.points(), job, line)
+    given = list(arguments)
+    points = _search(command, swept, job, given) if job.search else _sweep(command, swept, swept.points(), job, given)
     _print(points, folder_of(command, job))
     return SOME_FAILED if any(point.state == "failed" for point in points) else 0
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,7 +114,8 @@ class Network:
             until = time.monotonic() + FREE_S
             while (alive := self.processes(machine)) and time.monotonic() < until:
                 for process in alive:
-                    process.send_signal(signal.SIGKILL)
+                    with suppress(psutil.NoSuchProcess):  # another one's end was its own
+                        process.send_signal(signal.SIGKILL)
                 psutil.wait_procs(alive, timeout=1)
             _ip("netns", "del", machine.name)
         for process in self._started:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +32,19 @@ def refused(capsys: Any, *words: str) -> str:
     return lines[0]
 
 
+def said(capsys: Any, command: str, *words: str, code: int = 0) -> str:
+    """What `sae-dist submit` or `jobs` says."""
+    ended = main([command, *words])
+    found = capsys.readouterr()
+    assert ended == code, found
+    return found.out + found.err
+
+
 def stand_in(folder: Path, name: str, body: str) -> None:
     """A command of somebody else's that this machine has not."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/bin/bash\n{body}\n")
     (folder / name).chmod(0o755)
-
-
-def submit(*words: str, env: dict[str, str] | None = None, command: str = "submit") -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "sae_dist", command, *words], env=env or dict(os.environ), capture_output=True, text=True
-    )
 
 
 def run_script(script: str, bin: Path, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:

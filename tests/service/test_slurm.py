@@ -7,13 +7,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.service import namespaces, slurm_cluster
 from tests.service.main_job import files, units
 from tests.service.slurm_cluster import SlurmCluster
-from tests.service.submissions import submit
+from tests.service.submissions import said
 
 pytestmark = pytest.mark.slow
 WAIT_S = 1200.0  # for one thing to happen
@@ -28,7 +29,9 @@ def slurm() -> Iterator[SlurmCluster]:
         pytest.skip(why_not)
     folder = Path(tempfile.mkdtemp(prefix="sd-slurm"))  # short: the path of a Unix socket has 107 characters at most
     cluster = SlurmCluster(folder, nodes=NODES, cpus=2)
-    yield cluster
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+        yield cluster
     cluster.close()
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -36,16 +39,14 @@ def slurm() -> Iterator[SlurmCluster]:
 class Job:
     """A run that was submitted to Slurm."""
 
-    def __init__(self, slurm: SlurmCluster, out: Path, *words: str) -> None:
-        self.slurm, self.out = slurm, out
+    def __init__(self, slurm: SlurmCluster, capsys: Any, out: Path, *words: str) -> None:
+        self.slurm, self.out, self._capsys = slurm, out, capsys
         run = ("run", "preset=tiny", f"out={out}", "wandb.mode=disabled")
         self._words = (*run, "scheduler=slurm", f"nodes={NODES}", "cpus=2", *words)
         (self.number,) = re.findall(r"as job (\d+);", self.submit())
 
     def submit(self) -> str:
-        done = submit(*self._words, env=self.slurm.env)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return said(self._capsys, "submit", *self._words)
 
     @property
     def log(self) -> str:
@@ -69,11 +70,13 @@ class Job:
         self.wait_until(lambda: self.state() == "COMPLETED", "it does not end")
 
 
-def test_a_run_over_two_nodes_comes_back_after_signals_and_a_killed_batch_script(slurm, uninterrupted, tmp_path):
-    job = Job(slurm, tmp_path / "run", "time_limit=120")
+def test_a_run_over_two_nodes_comes_back_after_signals_and_a_killed_batch_script(
+    slurm, uninterrupted, tmp_path, capsys
+):
+    job = Job(slurm, capsys, tmp_path / "run", "time_limit=120")
     assert f"is there already: job {job.number}" in job.submit()
-    listed = submit(command="jobs", env=slurm.env).stdout
-    assert job.number in listed and "running" in listed
+    listed = said(capsys, "jobs")
+    assert re.search(rf"^ {job.number} run-run.*(pending|running)", listed, re.MULTILINE), listed
     job.wait_until(lambda: units(job.out) >= 2, "nothing was harvested")
     assert all(slurm.network.processes(machine, "raylet") for machine in slurm.machines)
 
@@ -92,24 +95,23 @@ def test_a_run_over_two_nodes_comes_back_after_signals_and_a_killed_batch_script
     assert "is done already" in job.submit()
 
 
-def test_a_time_limit_that_is_too_short_is_only_a_pause(slurm, uninterrupted, tmp_path, monkeypatch):
+def test_a_time_limit_that_is_too_short_is_only_a_pause(slurm, uninterrupted, tmp_path, capsys, monkeypatch):
     """Slurm counts in minutes: the harvest is made to take longer than three, of which half of one is left to save."""
     slow = {"point": "harvester.before_forward", "action": "sleep", "seconds": 240 / UNITS, "nth": 0}
-    monkeypatch.setitem(slurm.env, "SAE_DIST_FAULTS", json.dumps([slow]))
-    job = Job(slurm, tmp_path / "run", "time_limit=3", "save_s=30", "tries=50")
+    monkeypatch.setenv("SAE_DIST_FAULTS", json.dumps([slow]))
+    job = Job(slurm, capsys, tmp_path / "run", "time_limit=3", "save_s=30", "tries=50")
     job.finish()
     assert job.restarts() >= 1
     assert files(job.out / "dictionary") == files(uninterrupted / "dictionary")
 
 
-def test_a_job_that_is_stopped_or_cancelled_stays_out_of_the_queue_and_goes_on_when_submitted(slurm, tmp_path):
-    job = Job(slurm, tmp_path / "run", "time_limit=120")
+def test_a_job_that_is_stopped_or_cancelled_stays_out_of_the_queue_and_goes_on_when_submitted(slurm, tmp_path, capsys):
+    job = Job(slurm, capsys, tmp_path / "run", "time_limit=120")
     job.wait_until(lambda: units(job.out) >= 1, "nothing was harvested")
-    stopped = submit(f"stop={job.number}", command="jobs", env=slurm.env)
-    assert stopped.returncode == 0, stopped.stderr
+    assert "was asked to stop; it saves first" in said(capsys, "jobs", f"stop={job.number}")
     facts = slurm.facts(job.number)
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "0"), job.log[-3000:]
-    again = Job(slurm, tmp_path / "run", "time_limit=120")
+    again = Job(slurm, capsys, tmp_path / "run", "time_limit=120")
     again.wait_until(lambda: "try 1 of" in again.log, "it does not go on")
     slurm.say("scancel", again.number)
     until = time.monotonic() + WAIT_S

@@ -201,6 +201,15 @@ def test_a_slurm_script_is_valid_shell_with_what_was_asked_for(here, capsys):
     assert "\nmodule load cuda\n" in script and "@" not in re.sub(r"TERM@120|\[@\]", "", script)
 
 
+def test_a_sweep_is_an_array_of_jobs_that_share_its_points(here, capsys):
+    words = ("sweep", "train", "store=mine", "out=sweeps/mine", "sae.k=4,8", "sae.n_latents=64", "scheduler=slurm")
+    script = shown(capsys, *words, "array=3")
+    assert "\n#SBATCH --array=1-3\n" in script and f"{here}/sweeps/mine/slurm-%A_%a.log" in script
+    assert f" sweep train sae.k=4,8 sae.n_latents=64 out={here}/sweeps/mine store={here}/mine)" in script
+    assert "sae.k=-1: give 1 or more" in refused(capsys, *words, "sae.k=4,-1")
+    assert "store= takes several values here" in refused(capsys, *words, "store=a,b")
+
+
 def test_torchrun_has_a_line_for_every_node(capsys):
     alone = shown(capsys, *TRAIN, "mesh.feature=2", "scheduler=torchrun")
     assert "--standalone --nproc-per-node=2 -m sae_dist train " in alone and "cluster=" not in alone
