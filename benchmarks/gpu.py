@@ -161,15 +161,15 @@ def gathers(run: Run, case: tuple[int, int, int, int]) -> None:
         run.measure("gather_dot by einsum", lambda: torch.einsum("bd,bkd->bk", x, W[indices]), case, moved=read)
     half = W.bfloat16()
     run.measure("decode bf16", lambda: decode(values, indices, half, None), case, moved=read / 2)
-    by_latent = segments(values, indices, n_latents=n_latents)
+    by_latent = segments(indices, n_latents=n_latents)
     written = 4.0 * n_latents * d_model
-    run.measure("segments", lambda: segments(values, indices, n_latents=n_latents), case)
+    run.measure("segments", lambda: segments(indices, n_latents=n_latents), case)
     run.measure(
         "row_gradient", lambda: row_gradient(x, values, by_latent, n_latents=n_latents), case, moved=read + written
     )
     out = torch.zeros(n_latents, d_model, device=run.device)
     moments = ParameterState(W, torch.zeros_like(W), torch.zeros_like(W))
-    pairs = WeightedPairs(x, values, by_latent, split=k, shift=0)
+    pairs = WeightedPairs(x, values, by_latent)
     schedule = torch.tensor([schedule_row(step=1, lr=1e-4, betas=(0.9, 0.999))], device=run.device)
     norms = torch.empty(n_latents, device=run.device)
     options = {"schedule": schedule, "step": 0, "betas": (0.9, 0.999), "eps": 1e-8, "norms": norms, "unit": True}

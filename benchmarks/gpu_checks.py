@@ -88,7 +88,7 @@ def _gradients(device: torch.device, batch: int, n_latents: int, d_model: int, k
     gradient = torch.zeros(n_latents, d_model, dtype=torch.float64, device=device)
     for weight, column in zip(values.double().unbind(1), indices.unbind(1), strict=True):
         gradient.index_add_(0, column, weight[:, None] * x.double())
-    by_latent = segments(values, indices, n_latents=n_latents)
+    by_latent = segments(indices, n_latents=n_latents)
     ours, _ = row_gradient(x, values, by_latent, n_latents=n_latents)
     torch.testing.assert_close(ours.double(), gradient, rtol=1e-4, atol=1e-4)
     assert torch.equal(ours, row_gradient(x, values, by_latent, n_latents=n_latents)[0]), "two runs differ"

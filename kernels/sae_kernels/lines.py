@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sae_kernels import plain
+from sae_kernels.reference import EMPTY, Selected
 
 
 class Lines(NamedTuple):
@@ -25,18 +26,22 @@ class Lines(NamedTuple):
     line: Int[Tensor, " pairs"]
     place: Int[Tensor, " pairs"]
 
-    def scatter(self, pairs: Shaped[Tensor, " pairs"]) -> Shaped[Tensor, "lines width"]:
-        """Puts one number per pair at its place; empty places are 0."""
-        out = pairs.new_zeros(self.rows + len(self.further), self.width)
+    def scatter(self, pairs: Shaped[Tensor, " pairs"], *, empty: int = 0) -> Shaped[Tensor, "lines width"]:
+        """Puts one number per pair at its place; other places are `empty`."""
+        out = pairs.new_full((self.rows + len(self.further), self.width), empty)
         return out.index_put_((self.line, self.place), pairs)
+
+    def selected(self, values: Float[Tensor, " pairs"], indices: Int[Tensor, " pairs"]) -> Selected:
+        """Pairs at their places."""
+        return Selected(self.scatter(values), self.scatter(indices, empty=EMPTY))
 
     def extended(self, of_rows: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "lines ..."]:
         """For every line its row's entry of `of_rows`."""
         return torch.cat([of_rows, of_rows[self.further]]) if len(self.further) else of_rows
 
-    def padded(self, of_rows: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "lines ..."]:
-        """`of_rows` for the first lines, 0 for the further ones."""
-        further = of_rows.new_zeros(len(self.further), *of_rows.shape[1:])
+    def padded(self, of_rows: Shaped[Tensor, "rows ..."], *, empty: int = 0) -> Shaped[Tensor, "lines ..."]:
+        """`of_rows` for the first lines, `empty` for the further ones."""
+        further = of_rows.new_full((len(self.further), *of_rows.shape[1:]), empty)
         return torch.cat([of_rows, further]) if len(further) else of_rows
 
     def summed(self, of_lines: Float[Tensor, "lines d_model"]) -> Float[Tensor, "rows d_model"]:

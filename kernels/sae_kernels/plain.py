@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_kernels.reference import Active, Selected
+from sae_kernels.reference import EMPTY, Active, Selected
 
 TILE = 4096  # latents per product: 64 MiB of pre-activations at a batch of 4,096
 ELEMENTS = 1 << 22  # of gathered rows at once: 16 MiB
@@ -78,8 +78,8 @@ def keys(z: Float[Tensor, "batch some"], indices: Tensor) -> Int[Tensor, "batch 
 
 
 def unpacked(keys: Int[Tensor, "batch some"]) -> Selected:
-    """The inverse of `keys`: values and indices."""
-    return Selected((keys >> 32).int().view(torch.float32), _LAST - (keys & _LAST))
+    """The inverse of `keys`; what is not positive is an empty place."""
+    return Selected((keys >> 32).int().view(torch.float32), torch.where(keys > _LAST, _LAST - (keys & _LAST), EMPTY))
 
 
 def rounded(a: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -98,7 +98,8 @@ def weighted_rows(selected: Selected, W_dec: Float[Tensor, "n_latents d_model"])
     """sum_j values_j W_dec[indices_j], in fp32 whatever W_dec is stored in."""
     values, indices = selected
     if W_dec.dtype == torch.float32:
-        return torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
+        rows = indices.clamp_min(0)  # of an empty place any: its value is 0
+        return torch.nn.functional.embedding_bag(rows, W_dec, per_sample_weights=values, mode="sum")
     step = max(ELEMENTS // (W_dec.shape[1] * values.shape[1]), 1)
     pieces = zip(values.split(step), indices.split(step), strict=True)
     return torch.cat([torch.einsum("bk,bkd->bd", v, W_dec[i].float()) for v, i in pieces])
@@ -119,12 +120,17 @@ def bag_sums(
 
 
 def gather_dot(
-    e: Float[Tensor, "batch d_model"], W_dec: Float[Tensor, "n_latents d_model"], selected: Selected
-) -> Float[Tensor, "batch k"]:
-    """e . W_dec[j] at the selected latents, 0 at empty places: `reference.gather_dot` for those that count."""
+    e: Float[Tensor, "errors d_model"], W_dec: Float[Tensor, "n_latents d_model"], selected: Selected,
+    source: Int[Tensor, "batch k"] | None = None,
+) -> Float[Tensor, "batch k"]:  # fmt: skip
+    """e . W_dec[j] at the selected latents, 0 at empty places: `reference.gather_dot` for those that count.
+
+    `source` says which row of e each place takes, None: its own.
+    """
     out = torch.zeros_like(selected.values)
-    places, rows = (selected.values > 0).t().nonzero(as_tuple=True)
+    places, rows = selected.there.t().nonzero(as_tuple=True)
     step = max(ELEMENTS // W_dec.shape[1], 1)
     for place, row in zip(places.split(step), rows.split(step), strict=True):
-        out[row, place] = torch.einsum("pd,pd->p", e[row], W_dec[selected.indices[row, place]].float())
+        of = row if source is None else source[row, place]
+        out[row, place] = torch.einsum("pd,pd->p", e[of], W_dec[selected.indices[row, place]].float())
     return out

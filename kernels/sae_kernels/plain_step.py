@@ -15,9 +15,10 @@ from sae_kernels.stages import AuxK, LossTerm, RowGradients
 class _SortedPairs(NamedTuple):
     """A term's pairs, sorted by latent, then place, then row; those of latent j begin at offsets[j]."""
 
-    errors: Tensor  # [batch, d_out]
+    errors: Tensor  # [errors, d_out]
     row: Tensor  # [pairs]
-    decoder: Tensor  # weight of errors[row] in dW_dec[latent]
+    error: Tensor  # [pairs]
+    decoder: Tensor  # weight of errors[error] in dW_dec[latent]
     encoder: Tensor  # weight of rows[row] in dW_enc[:, latent]
     offsets: Tensor  # [n_latents + 1]
 
@@ -65,25 +66,27 @@ class PlainStep:
         if latents is None:
             return plain.select(rows, W_enc.t(), b_enc, k=k, product_dtype=self.product_dtype)
         chosen = plain.select(rows, W_enc[latents].t(), b_enc[latents], k=k, product_dtype=self.product_dtype)
-        return Selected(chosen.values, latents[chosen.indices])
+        return chosen.among(latents)
 
     def partial(self, selected: Selected) -> Tensor:
         return plain.weighted_rows(selected, self.dec.value)
 
-    def d_z(self, errors: Tensor, selected: Selected, *, scale: float) -> Tensor:
-        return scale * plain.gather_dot(errors, self.dec.value, selected)
+    def d_z(self, errors: Tensor, selected: Selected, *, scale: float, source: Tensor | None = None) -> Tensor:
+        return scale * plain.gather_dot(errors, self.dec.value, selected, source)
 
     def save_for_backward_(self, rows: Tensor, terms: Sequence[LossTerm]) -> None:
         self._rows, self._pairs = rows, []
         bounds = torch.arange(len(self.b_enc) + 1, device=rows.device)
         for term in terms:
             values, indices = term.selected
-            places, row = (values > 0).t().nonzero(as_tuple=True)
+            places, row = term.selected.there.t().nonzero(as_tuple=True)
             latent, order = indices[row, places].sort(stable=True)
             row, places = row[order], places[order]
             weights = term.scale * values if term.weights is None else term.weights
             decoder, encoder = weights[row, places], term.d_z[row, places]
-            self._pairs.append(_SortedPairs(term.errors, row, decoder, encoder, torch.searchsorted(latent, bounds)))
+            error = row if term.source is None else term.source[row, places]
+            offsets = torch.searchsorted(latent, bounds)
+            self._pairs.append(_SortedPairs(term.errors, row, error, decoder, encoder, offsets))
 
     def row_gradients(self) -> RowGradients:
         every = slice(0, len(self.b_enc))
@@ -123,7 +126,7 @@ class PlainStep:
             aux_squared_error = remaining.square().sum()
         self.save_for_backward_(rows, terms)
         self._through_decoder = scale * errors.sum(0)
-        active = selected.values > 0
+        active = selected.there
         fired = torch.bincount(selected.indices[active], minlength=len(self.b_enc))
         return StepStatistics(errors.square().sum(), aux_squared_error, active.sum(), fired)
 
@@ -146,16 +149,13 @@ class PlainStep:
 
     def _d_enc(self, latents: slice) -> Tensor:
         """The gradient of some rows of W_enc^T: of every pair, d_z (x - b_dec)."""
-        return _sum(
-            plain.bag_sums(self._rows, h.row, h.encoder, h.offsets[latents.start : latents.stop + 1])
-            for h in self._pairs
-        )
+        some = slice(latents.start, latents.stop + 1)
+        return _sum(plain.bag_sums(self._rows, h.row, h.encoder, h.offsets[some]) for h in self._pairs)
 
     def _d_dec(self, latents: slice) -> Tensor:
         """The gradient of some rows of W_dec: of every pair, scale * value * error."""
-        return _sum(
-            plain.bag_sums(h.errors, h.row, h.decoder, h.offsets[latents.start : latents.stop + 1]) for h in self._pairs
-        )
+        some = slice(latents.start, latents.stop + 1)
+        return _sum(plain.bag_sums(h.errors, h.error, h.decoder, h.offsets[some]) for h in self._pairs)
 
     def _d_bias(self) -> Tensor:
         ones = self._rows.new_ones(len(self._rows), 1)

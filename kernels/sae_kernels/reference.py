@@ -11,12 +11,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+EMPTY = -1  # the index of a place without a latent
+
 
 class Selected(NamedTuple):
-    """The active latents of every row; a value of zero is an empty place, whatever its index."""
+    """The chosen latents of every row, with values of any sign; an empty place has the index -1 and the value 0."""
 
     values: Float[Tensor, "batch k"]
     indices: Int[Tensor, "batch k"]
+
+    @property
+    def there(self) -> Bool[Tensor, "batch k"]:
+        """Where places are not empty."""
+        return self.indices >= 0
+
+    def among(self, latents: Int[Tensor, " some"]) -> "Selected":
+        """The same, whose indices count within `latents`, by their numbers."""
+        return Selected(self.values, torch.where(self.there, latents[self.indices], EMPTY))
 
 
 class Active(NamedTuple):
@@ -95,8 +106,8 @@ def _rounded(a: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def topk(z: Float[Tensor, "batch n_latents"], k: int) -> Selected:
     """The k largest of relu(z) per row, descending, ties by the lower index (TopK; Gao et al. 2024, sec. 2.3)."""
-    values, indices = torch.sort(_relu(z), dim=-1, descending=True, stable=True)
-    return Selected(values[:, :k].contiguous(), indices[:, :k].contiguous())
+    values, indices = (a[:, :k].contiguous() for a in torch.sort(_relu(z), dim=-1, descending=True, stable=True))
+    return Selected(values, torch.where(values > 0, indices, EMPTY))
 
 
 def batch_topk(z: Float[Tensor, "batch n_latents"], k: int) -> Active:
@@ -143,7 +154,7 @@ def _active(z: Float[Tensor, "batch n_latents"], chosen: Bool[Tensor, "batch n_l
 
 def packed(selected: Selected) -> Active:
     """The same latents without empty places."""
-    inside = selected.values > 0
+    inside = selected.there
     offsets = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0))
     return Active(selected.values[inside], selected.indices[inside], offsets)
 
@@ -154,7 +165,7 @@ def padded(active: Active) -> Selected:
     most = max(1, int(counts.max())) if len(counts) else 1
     inside = torch.arange(most, device=counts.device) < counts[:, None]
     values = active.values.new_zeros(inside.shape).masked_scatter(inside, active.values)
-    return Selected(values, active.indices.new_zeros(inside.shape).masked_scatter(inside, active.indices))
+    return Selected(values, active.indices.new_full(inside.shape, EMPTY).masked_scatter(inside, active.indices))
 
 
 def topk_encode(
@@ -258,8 +269,8 @@ def topk_loss(
     aux = aux_k(residual, z, W_dec, dead, k_aux=k_aux)
     weight = aux_weight(aux_coefficient, n_dead=int(dead.sum()), k_aux=k_aux)
     loss = (squared_error + weight * aux) / (x.shape[0] * variance)
-    fired = torch.bincount(indices[values > 0], minlength=W_dec.shape[0])
-    return loss, StepStatistics(squared_error.detach(), aux.detach(), (values > 0).sum(), fired)
+    fired = torch.bincount(indices[indices >= 0], minlength=W_dec.shape[0])
+    return loss, StepStatistics(squared_error.detach(), aux.detach(), (indices >= 0).sum(), fired)
 
 
 def topk_gradients(

@@ -19,13 +19,16 @@ from sae_kernels.row_state import Hyper
 class LossTerm(NamedTuple):
     """One term of the loss (the reconstruction, AuxK), whose gradients are sums over its (row, latent) pairs."""
 
-    errors: Float[Tensor, "batch d_out"]  # target less reconstruction
-    selected: Selected  # indices within this shard; empty places have the value 0 and any valid index
+    errors: Float[Tensor, "errors d_out"]  # target less reconstruction: a row for each row of the batch, or more
+    selected: Selected  # the pairs; indices within this shard
     d_z: Float[Tensor, "batch k"]  # d loss / d z, 0 at empty places
     scale: float  # d loss / d x_hat = scale * errors
-    # d loss / d W_dec[j] is the sum of weights * errors; None: weights = scale * values. With weights, values only mark
-    # the places that are pairs: a pair may have a gradient in z without a part in x_hat, and the reverse.
+    # d loss / d W_dec[j] is the sum of weights * errors; None: weights = scale * values. A pair may have a gradient in
+    # z without a part in x_hat, and the reverse.
     weights: Float[Tensor, "batch k"] | None = None
+    # The row of errors that each pair multiplies; None: that of its own row. With nested reconstructions a latent needs
+    # one row, the sum of the errors of all those that it is part of, however many there are.
+    source: Int[Tensor, "batch k"] | None = None
 
 
 class AuxK(NamedTuple):
@@ -67,9 +70,10 @@ class Stages(Protocol):
         ...
 
     def d_z(
-        self, errors: Float[Tensor, "batch d_out"], selected: Selected, *, scale: float
-    ) -> Float[Tensor, "batch k"]:
-        """scale * errors . W_dec[j] at every selected place, 0 where the selected value is 0."""
+        self, errors: Float[Tensor, "errors d_out"], selected: Selected, *, scale: float,
+        source: Int[Tensor, "batch k"] | None = None,
+    ) -> Float[Tensor, "batch k"]:  # fmt: skip
+        """scale * errors . W_dec[j] at every selected place, 0 at empty ones; `source` as in LossTerm."""
         ...
 
     def save_for_backward_(self, rows: Shaped[Tensor, "batch width"], terms: Sequence[LossTerm]) -> None:

@@ -37,7 +37,8 @@ def active_decode(
     """`reference.active_decode`, by lines of twice the mean row's latents (lines.py)."""
     rows = len(active.offsets) - 1
     lines = split_into_lines(active.rows, rows=rows, width=max(1, 2 * len(active.indices) // max(1, rows)))
-    parts = sparse_decode(lines.scatter(active.values), lines.scatter(active.indices), W_dec, torch.zeros_like(b_dec))
+    laid = lines.selected(active.values, active.indices)
+    parts = sparse_decode(*laid, W_dec, torch.zeros_like(b_dec))
     return lines.summed(parts) + b_dec
 
 

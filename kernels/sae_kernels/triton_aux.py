@@ -44,7 +44,7 @@ def dense_aux(
     for first in range(0, len(rows), block):
         part = slice(first, first + block)
         A = torch.zeros(len(rows[part]), width, dtype=torch.bfloat16, device=rows.device)
-        A.scatter_add_(1, selected.indices[part], selected.values[part].bfloat16())  # empty places add 0
+        A.scatter_add_(1, selected.indices[part].clamp_min(0), selected.values[part].bfloat16())  # empty places add 0
         remaining = error[part] - (A @ W).float()
         squared_error += remaining.square().sum()
         g = (scale * remaining).bfloat16()

@@ -127,19 +127,21 @@ def _gathers(depth: int) -> Iterator[Configuration]:
             "d_model:!i32 W_stride:!i32 minus_stride:!i32",
             warps=4, PLACES=places, DEPTH=depth, HAS_BIAS=bias, RESIDUAL=residual,
         )  # fmt: skip
-    for where, dtype in ((True, "fp32"), (False, "fp32"), (False, "bf16")):
+    for source, dtype in ((False, "fp32"), (False, "bf16"), (True, "fp32")):
         yield _configuration(
-            _name(f"gather-dot-{depth}", bf16=dtype == "bf16", all=not where), triton_sparse_decode._gather_dot_kernel,
-            f"e_ptr:*fp32 W_ptr:*{dtype} indices_ptr:*i64 where_ptr:*fp32 out_ptr:*fp32 scale:fp32 k:!i32 d_model:!i32 "
-            "e_stride:!i32 W_stride:!i32",
-            warps=4, PLACES=places, DEPTH=depth, WHERE=where,
+            _name(f"gather-dot-{depth}", bf16=dtype == "bf16", source=source), triton_sparse_decode._gather_dot_kernel,
+            f"e_ptr:*fp32 W_ptr:*{dtype} indices_ptr:*i64 source_ptr:*{'i32' if source else 'i64'} out_ptr:*fp32 "
+            "scale:fp32 k:!i32 d_model:!i32 e_stride:!i32 W_stride:!i32",
+            warps=4, PLACES=places, DEPTH=depth, SOURCE=source,
         )  # fmt: skip
-    for sums, dtype in ((True, "bf16"), (True, "fp32"), (False, "fp32")):
+    for sums, dtype, source in ((True, "bf16", False), (True, "fp32", False), (False, "fp32", False),
+                                (False, "fp32", True)):  # fmt: skip
         yield _configuration(
-            _name(f"gradient-{depth}", fp32=dtype == "fp32", rows=not sums), triton_sparse_gradient._gradient_kernel,
-            f"rows_ptr:*{dtype} weights_ptr:*fp32 pairs_ptr:*i32 offsets_ptr:*i32 out_ptr:*fp32 sum_ptr:*fp32 k:!i32 "
-            "split:!i32 shift:!i32 d_model:!i32 stride:!i32",
-            warps=4, PAIRS=pairs, DEPTH=depth, HAS_SUM=sums,
+            _name(f"gradient-{depth}", fp32=dtype == "fp32", rows=not sums, source=source),
+            triton_sparse_gradient._gradient_kernel,
+            f"rows_ptr:*{dtype} weights_ptr:*fp32 pairs_ptr:*i32 offsets_ptr:*i32 source_ptr:*i32 out_ptr:*fp32 "
+            "sum_ptr:*fp32 k:!i32 d_model:!i32 stride:!i32",
+            warps=4, SOURCE=source, PAIRS=pairs, DEPTH=depth, HAS_SUM=sums,
         )  # fmt: skip
 
 
@@ -150,18 +152,18 @@ def _updates(d_model: int) -> Iterator[Configuration]:
         "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 rounded_ptr:*bf16 gradient_ptr:*fp32 norm_ptr:*fp32 bias_ptr:*fp32 "
         "bias_m_ptr:*fp32 bias_v_ptr:*fp32 bias_gradient_ptr:*fp32 slots_ptr:*i32 extra_ptr:*fp32 "
         "extra_bias_ptr:*fp32 rows_ptr:*{} weights_ptr:*fp32 pairs_ptr:*i32 "
-        "offsets_ptr:*i32 schedule_ptr:*fp32 step:i32 beta2:fp32 eps:fp32 k:i32 split:i32 "
-        f"shift:!i32 d_model:{aligned}i32 row_stride:{aligned}i32"
+        "offsets_ptr:*i32 source_ptr:*i32 schedule_ptr:*fp32 step:i32 beta2:fp32 eps:fp32 k:i32 "
+        f"d_model:{aligned}i32 row_stride:{aligned}i32"
     )
     for parameter, source in (
         ("encoder", ""), ("encoder", "extra"), ("encoder", "dense"),
-        ("decoder", ""), ("decoder", "extra"), ("decoder", "dense"), ("b_dec", "dense"),
+        ("decoder", ""), ("decoder", "extra"), ("decoder", "source"), ("decoder", "dense"), ("b_dec", "dense"),
     ):  # fmt: skip
         encoder, dense = parameter == "encoder", source == "dense"
         yield _configuration(
             _name(f"update-{parameter}-{d_model}", **({source: True} if source else {})),
             triton_latents._update_kernel, types.format("bf16" if encoder and not dense else "fp32"), warps=warps,
-            DENSE=dense, UNIT=parameter == "decoder", ROUND=encoder, BIAS=encoder,
+            SOURCE=source == "source", DENSE=dense, UNIT=parameter == "decoder", ROUND=encoder, BIAS=encoder,
             EXTRA=source == "extra", PAIRS=triton_latents.PAIRS, DEPTH=d_model,
         )  # fmt: skip
 

@@ -29,11 +29,10 @@ class ParameterState(NamedTuple):
 class WeightedPairs(NamedTuple):
     """The pairs that gradient rows are sums of: weights [batch, k] by (token, place), and the rows they multiply."""
 
-    rows: Tensor  # [batch or 2 batch, d_model]
+    rows: Tensor  # [batch or more, d_model]
     weights: Tensor  # fp32 [batch, k]
     by_latent: Segments
-    split: int  # places from here on multiply the second `batch` rows
-    shift: int  # 0, or batch where there are second rows
+    source: Tensor | None = None  # int32 [batch, k]: the row that a weight multiplies; None: that of its token
 
 
 @triton.jit
@@ -55,10 +54,10 @@ def _unit(p):
 @triton.jit
 def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bias_ptr, bias_m_ptr, bias_v_ptr,
                    bias_gradient_ptr, slots_ptr, extra_ptr, extra_bias_ptr, rows_ptr, weights_ptr, pairs_ptr,
-                   offsets_ptr, schedule_ptr,
-                   step, beta2, eps, k, split, shift, d_model, row_stride,
-                   DENSE: tl.constexpr, UNIT: tl.constexpr, ROUND: tl.constexpr, BIAS: tl.constexpr,
-                   EXTRA: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+                   offsets_ptr, source_ptr, schedule_ptr,
+                   step, beta2, eps, k, d_model, row_stride,
+                   SOURCE: tl.constexpr, DENSE: tl.constexpr, UNIT: tl.constexpr, ROUND: tl.constexpr,
+                   BIAS: tl.constexpr, EXTRA: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     """One latent: its gradient from its pairs (or DENSE, from memory), then Adam; UNIT projects and normalises."""
     latent = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, DEPTH)
@@ -69,8 +68,8 @@ def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bia
     if DENSE:
         g = tl.load(gradient_ptr + latent * d_model + dim, mask=inside, other=0.0)
     else:
-        g = segment_sum(rows_ptr, weights_ptr, pairs_ptr, begin, end, k, split, shift, row_stride, dim, d_model,
-                        PAIRS, DEPTH)  # fmt: skip
+        g = segment_sum(rows_ptr, weights_ptr, pairs_ptr, source_ptr, begin, end, k, row_stride, dim, d_model,
+                        SOURCE, PAIRS, DEPTH)  # fmt: skip
     slot = 0
     if EXTRA:
         slot = tl.load(slots_ptr + latent)
@@ -133,16 +132,15 @@ def update_latents_(
     n_latents, d_model = parameter.value.shape
     dense = source if isinstance(source, Tensor) else None
     pairs = None if isinstance(source, Tensor) else source
-    none = norms
+    none, rows_of = norms, None if pairs is None else pairs.source
     _update_kernel[(n_latents,)](
         *parameter, none if rounded is None else rounded, none if dense is None else dense, norms,
         *(bias or (none, none, none)), none if bias_gradient is None else bias_gradient,
         *(extra or (none, none, none)),
         *((none, none, none, none) if pairs is None else (pairs.rows, pairs.weights, *pairs.by_latent)),
-        schedule, step, betas[1], eps,
-        1 if pairs is None else pairs.weights.shape[1], 0 if pairs is None else pairs.split,
-        0 if pairs is None else pairs.shift, d_model, 0 if pairs is None else pairs.rows.stride(0),
-        DENSE=dense is not None, UNIT=unit, ROUND=rounded is not None, BIAS=bias is not None,
-        EXTRA=extra is not None,
+        none if rows_of is None else rows_of, schedule, step, betas[1], eps,
+        1 if pairs is None else pairs.weights.shape[1], d_model, 0 if pairs is None else pairs.rows.stride(0),
+        SOURCE=rows_of is not None, DENSE=dense is not None, UNIT=unit, ROUND=rounded is not None,
+        BIAS=bias is not None, EXTRA=extra is not None,
         PAIRS=PAIRS, DEPTH=power_of_two(d_model), num_warps=warps_for(d_model),
     )  # fmt: skip

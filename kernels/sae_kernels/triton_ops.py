@@ -56,7 +56,7 @@ def _(e: Tensor, W_dec: Tensor, indices: Tensor):
 
 @torch.library.custom_op("sae_kernels::row_gradient", mutates_args=())
 def _row_gradient(rows: Tensor, weights: Tensor, indices: Tensor, n_latents: int) -> tuple[Tensor, Tensor]:
-    by_latent = segments(weights, indices, n_latents=n_latents)
+    by_latent = segments(indices, n_latents=n_latents)
     out, sums = row_gradient(rows.contiguous(), weights.contiguous(), by_latent, n_latents=n_latents, with_sum=True)
     assert sums is not None
     return out, sums
@@ -107,7 +107,7 @@ def topk_encode(
     product_dtype: torch.dtype | None = None,
     theta: Float[Tensor, " n_latents"] | None = None,
 ) -> Selected:
-    """`reference.topk_encode`, or of the values above theta only; an empty place has index 0.
+    """`reference.topk_encode`, or of the values above theta only.
 
     The product's operands are bf16 (`product_dtype`, or W_enc's own dtype) or fp32; W_enc that is already bf16 and the
     transpose of a contiguous tensor is read as it is.
@@ -122,7 +122,7 @@ def sparse_decode(
     W_dec: Float[Tensor, "n_latents d_model"],
     b_dec: Float[Tensor, " d_model"],
 ) -> Float[Tensor, "batch d_model"]:
-    """`reference.sparse_decode`; a place of value 0 is not read."""
+    """`reference.sparse_decode`; an empty place is not read."""
     return _decode(values, indices, W_dec, b_dec)
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae_kernels.reference import EMPTY
 from sae_kernels.triton_tiles import power_of_two
 
 COUNT_STRIDE = tl.constexpr(8)  # 32 bytes a counter: side by side, the compiler would give the atomics another layout
@@ -71,7 +72,7 @@ def _rank_kernel(keys_ptr, count_ptr, values_ptr, indices_ptr, k, CAPACITY: tl.c
     rank = tl.sum((key[None, :] > key[:, None]).to(tl.int32), 1)
     rank = tl.where(place < count, rank, place)
     value = (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    latent = tl.where(place < count, 0x7FFFFFFF - key.to(tl.int32), 0)
+    latent = tl.where(place < count, 0x7FFFFFFF - key.to(tl.int32), -1)
     tl.store(values_ptr + row * k + rank, value, mask=place < k)
     tl.store(indices_ptr + row * k + rank, latent.to(tl.int64), mask=place < k)
 
@@ -120,4 +121,4 @@ def ordered(keys: Tensor, count: Tensor, values: Tensor, indices: Tensor) -> Non
     kept = torch.arange(k, device=keys.device) < count[:, :1]
     key = torch.where(kept, keys[:, :k], 0).sort(dim=1, descending=True).values
     values.copy_((key >> 32).to(torch.int32).view(torch.float32))
-    indices.copy_(torch.where(key > 0, 0x7FFFFFFF - (key & 0xFFFFFFFF), 0))
+    indices.copy_(torch.where(key > 0, 0x7FFFFFFF - (key & 0xFFFFFFFF), EMPTY))

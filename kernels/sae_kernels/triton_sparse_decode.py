@@ -23,9 +23,9 @@ def _decode_kernel(values_ptr, indices_ptr, W_ptr, b_ptr, minus_ptr, out_ptr, k,
     for first in range(0, k, PLACES):
         place = first + tl.arange(0, PLACES)
         value = tl.load(values_ptr + row * k + place, mask=place < k, other=0.0).to(tl.float32)
-        index = tl.load(indices_ptr + row * k + place, mask=place < k, other=0)
+        index = tl.load(indices_ptr + row * k + place, mask=place < k, other=-1)
         address = W_ptr + index.to(tl.int64)[:, None] * W_stride + dim[None, :]
-        W = tl.load(address, mask=(value != 0.0)[:, None] & (dim < d_model)[None, :], other=0.0)
+        W = tl.load(address, mask=(index >= 0)[:, None] & (dim < d_model)[None, :], other=0.0)
         total += value[:, None] * W.to(tl.float32)
     x_hat = tl.sum(total, 0)
     if HAS_BIAS:
@@ -37,22 +37,24 @@ def _decode_kernel(values_ptr, indices_ptr, W_ptr, b_ptr, minus_ptr, out_ptr, k,
 
 
 @triton.jit
-def _gather_dot_kernel(e_ptr, W_ptr, indices_ptr, where_ptr, out_ptr, scale, k, d_model, e_stride, W_stride,
-                       PLACES: tl.constexpr, DEPTH: tl.constexpr, WHERE: tl.constexpr):  # fmt: skip
-    """PLACES of one row's scale * e . W[indices]; with WHERE, 0 at places whose value is not positive."""
+def _gather_dot_kernel(e_ptr, W_ptr, indices_ptr, source_ptr, out_ptr, scale, k, d_model, e_stride, W_stride,
+                       PLACES: tl.constexpr, DEPTH: tl.constexpr, SOURCE: tl.constexpr):  # fmt: skip
+    """PLACES of one row's scale * e . W[indices], 0 at empty ones; with SOURCE, each place says which row of e."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
-    index = tl.load(indices_ptr + row * k + place, mask=place < k, other=0).to(tl.int64)
-    read = place < k
-    if WHERE:
-        read = read & (tl.load(where_ptr + row * k + place, mask=read, other=0.0) > 0)
+    index = tl.load(indices_ptr + row * k + place, mask=place < k, other=-1).to(tl.int64)
+    read = index >= 0
     total = tl.zeros((PLACES, DEPTH), dtype=tl.float32)
     for first in range(0, d_model, DEPTH):
         dim = first + tl.arange(0, DEPTH)
-        e = tl.load(e_ptr + row * e_stride + dim, mask=dim < d_model, other=0.0).to(tl.float32)
         mask = read[:, None] & (dim < d_model)[None, :]
         W = tl.load(W_ptr + index[:, None] * W_stride + dim[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += W * e[None, :]
+        if SOURCE:
+            source = tl.load(source_ptr + row * k + place, mask=read, other=0).to(tl.int64)
+            total += W * tl.load(e_ptr + source[:, None] * e_stride + dim[None, :], mask=mask, other=0.0).to(tl.float32)
+        else:
+            e = tl.load(e_ptr + row * e_stride + dim, mask=dim < d_model, other=0.0).to(tl.float32)
+            total += W * e[None, :]
     tl.store(out_ptr + row * k + place, scale * tl.sum(total, 1), mask=place < k)
 
 
@@ -67,7 +69,7 @@ def decode(
 ) -> Tensor:
     """x_hat = sum_j values_j W[indices_j] (+ bias), or residual_of - x_hat; [batch, d_model] fp32.
 
-    Rows of W [n_latents, d_model] and of residual_of [batch, d_model] are contiguous. Places of value 0 are not read.
+    Rows of W [n_latents, d_model] and of residual_of [batch, d_model] are contiguous. Empty places are not read.
     """
     (batch, k), d_model = values.shape, W.shape[1]
     places, depth = blocks_for(d_model)
@@ -81,18 +83,17 @@ def decode(
     return out
 
 
-def gather_dot(
-    e: Tensor, W: Tensor, indices: Tensor, *, scale: float = 1.0, where_positive: Tensor | None = None
-) -> Tensor:
-    """scale * e . W[indices] [batch, k] in fp32; e [batch, d_model] and W [n_latents, d_model] with contiguous rows.
+def gather_dot(e: Tensor, W: Tensor, indices: Tensor, *, scale: float = 1.0, source: Tensor | None = None) -> Tensor:
+    """scale * e . W[indices] [batch, k] in fp32; e [rows, d_model] and W [n_latents, d_model] with contiguous rows.
 
-    Where `where_positive` [batch, k] is given and not positive the result is 0 and nothing is read.
+    At empty places the result is 0 and nothing is read. `source` [batch, k] says which row of e a place takes, None:
+    that of its own number.
     """
     (batch, k), d_model = indices.shape, W.shape[1]
     places, depth = blocks_for(d_model)
     out = torch.empty(batch, k, dtype=torch.float32, device=W.device)
     _gather_dot_kernel[(batch, triton.cdiv(k, places))](
-        e, W, indices.contiguous(), out if where_positive is None else where_positive.contiguous(), out, scale, k,
-        d_model, e.stride(0), W.stride(0), PLACES=places, DEPTH=depth, WHERE=where_positive is not None, num_warps=4,
+        e, W, indices.contiguous(), indices if source is None else source.int().contiguous(), out, scale, k, d_model,
+        e.stride(0), W.stride(0), PLACES=places, DEPTH=depth, SOURCE=source is not None, num_warps=4,
     )  # fmt: skip
     return out

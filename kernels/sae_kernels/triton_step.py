@@ -74,7 +74,6 @@ class TritonStep:
         statistics = StepStatistics(
             main.squared_error.clone(), x.new_zeros(()), main.active.clone(), by_latent.offsets.diff().long()
         )
-        errors, weights, d_z, indices = error, main.weights, main.d_z, main.selected.indices
         if aux is not None:
             places, chosen = aux.places, self._select_dead(rows, aux.places, k=min(aux.k, len(aux.places)))
             if len(places) <= DENSE * aux.k:
@@ -82,20 +81,17 @@ class TritonStep:
                 self._through_encoder = main.through_encoder + self._through_dead(self._aux, places)
                 statistics = statistics._replace(aux_squared_error=self._aux.squared_error)
             else:
-                chosen = Selected(chosen.values, places[chosen.indices])
+                chosen = chosen.among(places)
                 aux_error = decode(*chosen, self.W_dec.value, None, residual_of=error)
-                aux_d_z = gather_dot(
-                    aux_error, self.W_dec.value, chosen.indices, scale=aux.scale, where_positive=chosen.values
-                )
+                aux_d_z = gather_dot(aux_error, self.W_dec.value, chosen.indices, scale=aux.scale)
                 statistics = statistics._replace(aux_squared_error=aux_error.square().sum())
-                errors = torch.cat([error, aux_error])
-                indices = torch.cat([indices, chosen.indices], 1)
-                values = torch.cat([main.selected.values, chosen.values], 1)
-                weights, d_z = torch.cat([weights, aux.scale * chosen.values], 1), torch.cat([d_z, aux_d_z], 1)
-                by_latent = segments(values, indices, n_latents=len(self.rounded))
-                self._through_encoder = self._through_centre(d_z, indices)
-        self._encoder = WeightedPairs(rows, d_z, by_latent, split=k, shift=0)
-        self._decoder = WeightedPairs(errors, weights, by_latent, split=k, shift=len(rows))
+                self._save(rows, [
+                    LossTerm(error, main.selected, main.d_z, scale, main.weights),
+                    LossTerm(aux_error, chosen, aux_d_z, aux.scale),
+                ])  # fmt: skip
+                return statistics
+        self._encoder = WeightedPairs(rows, main.d_z, by_latent)
+        self._decoder = WeightedPairs(error, main.weights, by_latent)
         return statistics
 
     def _reconstruction(self, x: Tensor, *, k: int, scale: float) -> "_Reconstruction":
@@ -103,10 +99,10 @@ class TritonStep:
         rows = self._rows(x)
         values, indices, _ = encode_select(rows, self.rounded, self.b_enc.value, k=k)
         errors = decode(values, indices, self.W_dec.value, self.b_dec.value, residual_of=x)
-        d_z = gather_dot(errors, self.W_dec.value, indices, scale=scale, where_positive=values)
+        d_z = gather_dot(errors, self.W_dec.value, indices, scale=scale)
         return _Reconstruction(
             rows, errors, Selected(values, indices), d_z, weights=scale * values,
-            by_latent=segments(values, indices, n_latents=len(self.rounded)), squared_error=errors.square().sum(),
+            by_latent=segments(indices, n_latents=len(self.rounded)), squared_error=errors.square().sum(),
             active=values.count_nonzero(), through_decoder=scale * errors.sum(0),
             through_encoder=self._through_centre(d_z, indices),
         )  # fmt: skip
@@ -134,7 +130,7 @@ class TritonStep:
     def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None) -> Selected:
         if latents is not None:
             chosen = self._select_dead(rows, latents, k=k)
-            return Selected(chosen.values, latents[chosen.indices])
+            return chosen.among(latents)
         b_enc = self.b_enc.value if level is None else self.b_enc.value - level
         values, indices, _ = encode_select(rows, self.rounded, b_enc, k=k)
         return Selected(values, indices)
@@ -142,22 +138,30 @@ class TritonStep:
     def partial(self, selected: Selected) -> Tensor:
         return decode(*selected, self.W_dec.value, None)
 
-    def d_z(self, errors: Tensor, selected: Selected, *, scale: float) -> Tensor:
-        return gather_dot(errors, self.W_dec.value, selected.indices, scale=scale, where_positive=selected.values)
+    def d_z(self, errors: Tensor, selected: Selected, *, scale: float, source: Tensor | None = None) -> Tensor:
+        return gather_dot(errors, self.W_dec.value, selected.indices, scale=scale, source=source)
 
     def save_for_backward_(self, rows: Tensor, terms: Sequence[LossTerm]) -> None:
+        self._aux = None
+        self._save(rows, terms)
+
+    def _save(self, rows: Tensor, terms: Sequence[LossTerm]) -> None:
         def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
             return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
-        self._aux = None
-        errors = joined([term.errors for term in terms], 0)
-        values = joined([term.selected.values for term in terms], 1)
         indices = joined([term.selected.indices for term in terms], 1)
         weights = joined([t.scale * t.selected.values if t.weights is None else t.weights for t in terms], 1)
-        d_z, split = joined([term.d_z for term in terms], 1), terms[0].d_z.shape[1]
-        by_latent = segments(values, indices, n_latents=len(self.rounded))
-        self._encoder = WeightedPairs(rows, d_z, by_latent, split=split, shift=0)
-        self._decoder = WeightedPairs(errors, weights, by_latent, split=split, shift=len(rows))
+        d_z, source = joined([term.d_z for term in terms], 1), None
+        if len(terms) > 1 or terms[0].source is not None:
+            sources, first, own = list[Tensor](), 0, torch.arange(len(rows), device=rows.device)[:, None]
+            for term in terms:
+                of_term = own.expand(term.d_z.shape) if term.source is None else term.source
+                sources.append((of_term + first).int())
+                first += len(term.errors)
+            source = joined(sources, 1).contiguous()
+        by_latent = segments(indices, n_latents=len(self.rounded))
+        self._encoder = WeightedPairs(rows, d_z, by_latent)
+        self._decoder = WeightedPairs(joined([term.errors for term in terms], 0), weights, by_latent, source)
         self._through_encoder = self._through_centre(d_z, indices)
 
     def row_gradients(self) -> RowGradients:
@@ -167,9 +171,8 @@ class TritonStep:
             encoder.rows, encoder.weights, encoder.by_latent, n_latents=n_latents, with_sum=True
         )
         d_dec, _ = row_gradient(
-            decoder.rows, decoder.weights, decoder.by_latent, n_latents=n_latents, split=decoder.split,
-            shift=decoder.shift,
-        )  # fmt: skip
+            decoder.rows, decoder.weights, decoder.by_latent, n_latents=n_latents, source=decoder.source
+        )
         assert d_b_enc is not None
         if self._aux:
             dead = self._aux.slots.ge(0).nonzero().squeeze(1)

@@ -13,11 +13,19 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from sae_kernels.reference import Selected
 from torch import Tensor
 
 from sae_dist.sae.variants.interface import Elementwise
 
 OwnVectors = Mapping[str, Float[Tensor, "..."]]  # the latents' own vectors, at each pair's latent
+
+
+class PairValues(NamedTuple):
+    """What the decoder multiplies, and what activity costs."""
+
+    values: Float[Tensor, "lines places"]  # 0 at empty places
+    cost: Float[Tensor, ""]  # the sum of all costs, fp64
 
 
 class PairGradients(NamedTuple):
@@ -28,28 +36,26 @@ class PairGradients(NamedTuple):
     d_own: dict[str, Float[Tensor, "lines places"]]
 
 
-def pair_values(
-    maths: Elementwise, z: Float[Tensor, "lines places"], own: OwnVectors
-) -> tuple[Float[Tensor, "lines places"], Float[Tensor, ""]]:
-    """The value at every place, 0 at empty ones, and the sum of all costs in fp64."""
+def pair_values(maths: Elementwise, z: Selected, own: OwnVectors) -> PairValues:
+    """The value at every place, and the sum of all costs, in one call of the kind's mathematics."""
     with torch.no_grad():
-        values, cost = maths.activate(z, own)
-    chosen = z > 0
-    total = z.new_zeros((), dtype=torch.float64) if cost is None else torch.where(chosen, cost, 0.0).double().sum()
-    return torch.where(chosen, values, 0.0), total
+        values, cost = maths.activate(z.values, own)
+    total = values.new_zeros((), dtype=torch.float64)
+    if cost is not None:
+        total = torch.where(z.there, cost, 0.0).double().sum()
+    return PairValues(torch.where(z.there, values, 0.0), total)
 
 
 def pair_gradients(
-    maths: Elementwise, z: Float[Tensor, "lines places"], own: OwnVectors, d_values: Float[Tensor, "lines places"],
-    *, price: float | Tensor,
-) -> PairGradients:  # fmt: skip
+    maths: Elementwise, z: Selected, own: OwnVectors, d_values: Float[Tensor, "lines places"], *, price: float | Tensor
+) -> PairGradients:
     """d loss / d z and d loss / d own, from d loss / d value and `price` = d loss / d cost of a pair.
 
-    A place is empty where z is 0; all results are 0 there.
+    All results are 0 at empty places.
     """
-    chosen = z > 0
+    chosen = z.there
     with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
+        leaf = z.values.detach().requires_grad_()
         of_own = {name: vector.detach().requires_grad_() for name, vector in own.items()}
         values, cost = maths.activate(leaf, of_own)
         loss = (torch.where(chosen, values, 0.0) * d_values).sum()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sae_kernels import Active, Selected, packed
+from sae_kernels.reference import EMPTY
 
 from sae_dist.interpret.collect import UNLABELLED, Collected, PagesConfig, collect, paged_latents
 from sae_dist.interpret.contexts import TOP, choose, shade
@@ -39,7 +40,7 @@ def corpus() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def encode(x: torch.Tensor) -> Active:
-    return packed(Selected(x[:, :K], x[:, K:].long()))
+    return packed(Selected(x[:, :K], torch.where(x[:, :K] > 0, x[:, K:].long(), EMPTY)))
 
 
 def batches(corpus, size: int):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sae_kernels import Active, Selected, packed
+from sae_kernels.reference import EMPTY
 
 from sae_dist import checksums
 from sae_dist.interpret.collect import PagesConfig
@@ -45,7 +46,8 @@ def write(out: Path, decode=PIECES.__getitem__, n_latents: int = N_LATENTS, no_o
     at = torch.arange(DOCS * CONTEXT)
 
     def encode(x: torch.Tensor) -> Active:
-        return packed(Selected(*(x @ W_dec.T).topk(K)))
+        values, indices = (x @ W_dec.T).topk(K)
+        return packed(Selected(values, torch.where(values > 0, indices, EMPTY)))
 
     return feature_pages(
         out,

@@ -166,12 +166,14 @@ def test_partial_decodes_and_gradients_of_values_are_the_reference(d_model):
     g = torch.Generator().manual_seed(d_model)
     sae = sae_of(torch.randn(d_model, 50, generator=g), torch.zeros(50), torch.ones(d_model), 6)
     W_dec, error = sae.W_dec, torch.randn(21, d_model, generator=g)
-    selected = reference.Selected(torch.randn(21, 6, generator=g).relu(), torch.randint(50, (21, 6), generator=g))
+    there = torch.rand(21, 6, generator=g) < 0.7  # empty places anywhere; values of any sign
+    indices = torch.where(there, torch.randint(50, (21, 6), generator=g), reference.EMPTY)
+    selected = reference.Selected(torch.where(there, torch.randn(21, 6, generator=g), 0.0), indices)
     expected = reference.sparse_decode(
         selected.values.double(), selected.indices, W_dec.double(), torch.zeros(d_model).double()
     )
     torch.testing.assert_close(sae.stages.partial(selected), expected.float())
-    expected = 0.5 * reference.gather_dot(error.double(), W_dec.double(), selected.indices) * (selected.values > 0)
+    expected = 0.5 * reference.gather_dot(error.double(), W_dec.double(), selected.indices) * there
     torch.testing.assert_close(sae.stages.d_z(error, selected, scale=0.5), expected.float())
 
 

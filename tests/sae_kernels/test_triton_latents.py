@@ -24,7 +24,7 @@ def pairs_of(step, n_latents, d_model, device):
     indices = torch.rand(2, n_latents, generator=generator).argsort(1)[:, :2].to(device)
     weights = torch.randn(2, 2, generator=generator).to(device)
     rows = torch.randn(2, d_model, generator=generator).to(device)
-    return WeightedPairs(rows, weights, segments(weights, indices, n_latents=n_latents), split=2, shift=0)
+    return WeightedPairs(rows, weights, segments(indices, n_latents=n_latents))
 
 
 @pytest.mark.parametrize("unit", [False, True])

@@ -88,7 +88,7 @@ inline void aux_dense(const Aux& a, long threads) {
             for (long j = 0; j < a.n_dead; j++) memset(transposed + j * BLOCK + panel * PANEL, 0, PANEL * 2);
             for (long r = 0; r < count; r++)
                 for (long i = (first + r) * a.k; i < (first + r + 1) * a.k; i++)
-                    if (a.values[i] > 0) {
+                    if (a.indices[i] >= 0) {
                         const uint16_t value = to_bf16(a.values[i]);
                         ((uint16_t*)(own + r * dead_pairs))[a.indices[i]] = value;
                         transposed[a.indices[i] * BLOCK + panel * PANEL + r] = value;

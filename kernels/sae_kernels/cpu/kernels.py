@@ -51,7 +51,7 @@ class _Aux(ctypes.Structure):
 class _Chosen(ctypes.Structure):
     _fields_ = [
         ("values", ctypes.c_void_p), ("indices", ctypes.c_void_p), ("d_z", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p), ("source", ctypes.c_void_p),
         ("k", ctypes.c_long), ("first_error", ctypes.c_long), ("scale", ctypes.c_float),
     ]  # fmt: skip
 
@@ -145,8 +145,8 @@ class CpuStep:
         if latents is not None:
             rounded, b_enc = rounded[latents], b_enc[latents]
         values, indices = self._select("stage", rounded, b_enc, rows=rows, k=k, sorted_=True)
-        indices = torch.where(values > 0, indices, 0).long()
-        return Selected(values.clone(), indices if latents is None else latents[indices])
+        chosen = Selected(values.clone(), indices.long())
+        return chosen if latents is None else chosen.among(latents)
 
     def partial(self, selected: Selected) -> Tensor:
         values, indices = selected.values.contiguous(), selected.indices.int().contiguous()
@@ -155,12 +155,12 @@ class CpuStep:
         _call("sae_partial", values, indices, self.parameters[1], *sizes, out, torch.get_num_threads())
         return out
 
-    def d_z(self, errors: Tensor, selected: Selected, *, scale: float) -> Tensor:
-        values, indices = selected.values.contiguous(), selected.indices.int().contiguous()
-        out, sizes = torch.empty_like(values), (*values.shape, self.d_out)
+    def d_z(self, errors: Tensor, selected: Selected, *, scale: float, source: Tensor | None = None) -> Tensor:
+        indices = selected.indices.int().contiguous()
+        out, sizes = torch.empty(indices.shape), (*indices.shape, self.d_out)
         _call(
-            "sae_dots", errors.contiguous(), values, indices, self.parameters[1], *sizes, float(scale), out,
-            torch.get_num_threads(),
+            "sae_dots", errors.contiguous(), None if source is None else source.int().contiguous(), indices,
+            self.parameters[1], *sizes, float(scale), out, torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -168,19 +168,16 @@ class CpuStep:
         batch, self._dense = len(rows), None
         errors = torch.cat([term.errors for term in terms]) if len(terms) > 1 else terms[0].errors.contiguous()
         self._sources = (errors, rows.contiguous())
-        kept = [
-            (
-                term.selected.values.contiguous(), term.selected.indices.int().contiguous(), term.d_z.contiguous(),
-                None if term.weights is None else term.weights.contiguous(),
+        kept, described, first = [], (_Chosen * len(terms))(), 0
+        for number, term in enumerate(terms):
+            source = None if term.source is None else term.source.int().contiguous()
+            own = (term.selected.values.contiguous(), term.selected.indices.int().contiguous(), term.d_z.contiguous(),
+                   None if term.weights is None else term.weights.contiguous(), source)  # fmt: skip
+            kept.append(own)  # in memory until the pairs are sorted
+            described[number] = _Chosen(
+                *(t if t is None else t.data_ptr() for t in own), term.d_z.shape[1], first, term.scale
             )
-            for term in terms
-        ]  # fmt: skip
-        described = (_Chosen * len(terms))(
-            *(
-                _Chosen(*(t if t is None else t.data_ptr() for t in own), own[2].shape[1], kind * batch, term.scale)
-                for kind, (own, term) in enumerate(zip(kept, terms, strict=True))
-            )
-        )
+            first += len(term.errors)
         self._pairs(described, batch, sum(term.d_z.shape[1] for term in terms))
 
     def row_gradients(self) -> RowGradients:
@@ -225,11 +222,11 @@ class CpuStep:
             if few:
                 self._aux(aux.places, dead_chosen, aux.scale, errors, squares[1])
             else:
-                dead_chosen.indices.copy_(aux.places[dead_chosen.indices])
+                dead_chosen.indices.copy_(dead_chosen.among(aux.places).indices)
                 described[1] = self._reconstruct("dead", errors, None, dead_chosen, aux.scale, errors, squares, 1)
         self._pairs(described, batch, k if few else k + k_dead)
         fired = torch.empty(self.n_latents, dtype=torch.int64)
-        active = _call("sae_fired", *chosen, batch * k, fired, self.n_latents)
+        active = _call("sae_fired", chosen.indices, batch * k, fired, self.n_latents)
         sums = squares.double().sum(1).float()
         self._through_decoder = (scale, errors[:batch])
         return StepStatistics(sums[0], sums[1], torch.tensor(active), fired)
@@ -251,7 +248,7 @@ class CpuStep:
             "sae_rows", target[:batch], b_dec, *chosen, self.parameters[1], batch, k, self.d_out, float(scale),
             errors[kind * batch :], squares[kind], d_z, torch.get_num_threads(),
         )  # fmt: skip
-        return _Chosen(*(t.data_ptr() for t in (*chosen, d_z)), None, k, kind * batch, scale)
+        return _Chosen(*(t.data_ptr() for t in (*chosen, d_z)), None, None, k, kind * batch, scale)
 
     def _aux(self, places: Tensor, chosen: Selected, scale: float, errors: Tensor, squares: Tensor) -> None:
         """AuxK's gradients of the dead latents, kept until `sae_latents` adds them."""

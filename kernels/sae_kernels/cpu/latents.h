@@ -18,14 +18,15 @@ struct Pair {
     float decoder, encoder;
 };
 
-// (values, indices) [batch, k] of the batch, or of AuxK: weights of the errors from first_error on. Where `weights` are
-// given, values only say which places are pairs.
+// (values, indices) [batch, k] of the batch, or of AuxK: weights of the errors from first_error on, of a row's own or
+// of those that `source` says. An empty place has the index -1. `weights` take the place of scale * values.
 struct Chosen {
-    const float* values; const int* indices; const float* d_z; const float* weights;
+    const float* values; const int* indices; const float* d_z; const float* weights; const int* source;
     long k, first_error;
     float scale;  // d loss / d x_hat = scale * error
 
     float weight(long i) const { return weights ? weights[i] : scale * values[i]; }
+    int error(long i) const { return (int)(first_error + (source ? source[i] : i / k)); }
 };
 
 // Sorts the pairs by latent, keeping the order of rows: offsets [n_latents + 1], pairs [offsets[n_latents]].
@@ -38,7 +39,7 @@ inline void pairs_by_latent(const Chosen* chosen, int kinds, long batch, long n_
         for (int kind = 0; kind < kinds; kind++)
             for (long i = 0; i < batch * chosen[kind].k; i++) {
                 const long j = chosen[kind].indices[i];
-                if (j >= low && j < high && chosen[kind].values[i] > 0) use(chosen[kind], i, j);
+                if (j >= low && j < high) use(chosen[kind], i, j);
             }
     };
     parallel(parts, threads, [&](long part) {
@@ -56,8 +57,7 @@ inline void pairs_by_latent(const Chosen* chosen, int kinds, long batch, long n_
             offsets[j + 1] = at;
         }
         each(part, [&](const Chosen& c, long i, long j) {
-            const long row = i / c.k;
-            pairs[next[j - part * size]++] = {(int)(c.first_error + row), (int)row, c.weight(i), c.d_z[i]};
+            pairs[next[j - part * size]++] = {c.error(i), (int)(i / c.k), c.weight(i), c.d_z[i]};
         });
     });
 }

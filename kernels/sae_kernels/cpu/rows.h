@@ -16,10 +16,11 @@ inline void round_row(const float* a, const float* minus, uint16_t* out, long d,
     }
 }
 
-// out = sum_i values_i W_dec[indices_i]; empty places at the end are not read.
+// out = sum_i values_i W_dec[indices_i]; an empty place has the index -1 and the value 0.
 inline void row_partial(const float* values, const int* indices, long k, const float* W_dec, float* out, long d) {
-    while (k && values[k - 1] == 0) k--;
-    weighted_sum(out, d, k, [&](long i) { return W_dec + indices[i] * d; }, [&](long i) { return values[i]; });
+    while (k && indices[k - 1] < 0) k--;
+    auto row = [&](long i) { return W_dec + (indices[i] < 0 ? 0 : indices[i]) * d; };
+    weighted_sum(out, d, k, row, [&](long i) { return values[i]; });
 }
 
 // error = target - sum_i values_i W_dec[indices_i] (- b_dec, when given); returns ||error||^2.
@@ -37,10 +38,14 @@ inline float row_error(const float* target, const float* b_dec, const float* val
     return sum(squares);
 }
 
-// d_z_i = scale * error . W_dec[indices_i], 0 where the value is: the rows of W_dec are in L2 from `row_error`.
-inline void row_d_z(const float* error, const float* values, const int* indices, long k, const float* W_dec,
-                    float scale, float* d_z, long d) {
-    for (long i = 0; i < k; i++) d_z[i] = values[i] > 0 ? scale * dot(error, W_dec + indices[i] * d, d) : 0;
+// d_z_i = scale * error . W_dec[indices_i], 0 at empty places: the rows of W_dec are in L2 from `row_error`. With
+// `source`, a place takes that row of the errors instead.
+inline void row_d_z(const float* error, const float* errors, const int* source, const int* indices, long k,
+                    const float* W_dec, float scale, float* d_z, long d) {
+    for (long i = 0; i < k; i++) {
+        const float* e = source ? errors + source[i] * d : error;
+        d_z[i] = indices[i] < 0 ? 0 : scale * dot(e, W_dec + indices[i] * d, d);
+    }
 }
 
 }  // namespace sae

@@ -73,7 +73,7 @@ void sae_rows(const float* target, const float* b_dec, const float* values, cons
         for (long r = task * 16; r < batch && r < (task + 1) * 16; r++) {
             float* e = error + r * d;
             squares[r] = row_error(target + r * d, b_dec, values + r * k, indices + r * k, k, W_dec, e, d);
-            row_d_z(e, values + r * k, indices + r * k, k, W_dec, scale, d_z + r * k, d);
+            row_d_z(e, nullptr, nullptr, indices + r * k, k, W_dec, scale, d_z + r * k, d);
         }
     });
 }
@@ -87,21 +87,22 @@ void sae_partial(const float* values, const int* indices, const float* W_dec, lo
     });
 }
 
-// d_z [batch, k] = scale error . W_dec[indices], 0 where the value is.
-void sae_dots(const float* error, const float* values, const int* indices, const float* W_dec, long batch, long k,
+// d_z [batch, k] = scale error . W_dec[indices], 0 at empty places; with the errors that `source` says, or a row's own.
+void sae_dots(const float* errors, const int* source, const int* indices, const float* W_dec, long batch, long k,
               long d, float scale, float* d_z, long threads) {
     parallel(blocks(batch, 16), threads, [&](long task) {
         for (long r = task * 16; r < batch && r < (task + 1) * 16; r++)
-            row_d_z(error + r * d, values + r * k, indices + r * k, k, W_dec, scale, d_z + r * k, d);
+            row_d_z(errors + r * d, errors, source ? source + r * k : nullptr, indices + r * k, k, W_dec, scale,
+                    d_z + r * k, d);
     });
 }
 
-// fired [n_latents] = how often a latent is among the positive values; returns how many values are positive.
-long sae_fired(const float* values, const int* indices, long n, long* fired, long n_latents) {
+// fired [n_latents] = how often a latent is among the chosen; returns how many places are not empty.
+long sae_fired(const int* indices, long n, long* fired, long n_latents) {
     long active = 0;
     memset(fired, 0, n_latents * sizeof *fired);
     for (long i = 0; i < n; i++)
-        if (values[i] > 0) active++, fired[indices[i]]++;
+        if (indices[i] >= 0) active++, fired[indices[i]]++;
     return active;
 }
 

@@ -210,13 +210,13 @@ inline void select_panels(Product& z_of, long n_latents, long group, long first,
     }
 }
 
-// The final k of one row, empty places as (0, 0); sorted: descending, ties by the lower index.
+// The final k of one row, empty places as (0, -1); sorted: descending, ties by the lower index.
 inline void finish(const Best& best, long row, bool sorted, float* values, int* indices) {
     best.cut(row, best.k);
     const long n = best.count[row];
     const float* v = best.values + row * best.capacity;
     const int* ix = best.indices + row * best.capacity;
-    for (long i = 0; i < best.k; i++) values[i] = 0, indices[i] = 0;
+    for (long i = 0; i < best.k; i++) values[i] = 0, indices[i] = -1;
     for (long i = 0; i < n; i++) {
         long place = i;
         if (sorted) {

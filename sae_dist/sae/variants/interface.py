@@ -151,11 +151,11 @@ class Elementwise(Protocol):
         ...
 
     def level(self, own: Mapping[str, Float[Tensor, " n_latents"]]) -> Float[Tensor, " n_latents"]:
-        """For the rule `Above`: the z above which pairs have values or gradients; 0 or more."""
+        """For the rule `Above`: the z above which pairs have values or gradients; of any sign."""
         ...
 
     def activate(self, z: Float[Tensor, "..."], own: Mapping[str, Float[Tensor, "..."]]) -> Activated:
-        """Values and costs of pairs with these pre-activations, which are positive."""
+        """Values and costs of pairs with these pre-activations."""
         ...
 
     def penalty(self, mean: Float[Tensor, ""]) -> Penalty:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Shaped
 from sae_kernels import plain
 from sae_kernels.lines import Lines, split_into_lines
-from sae_kernels.reference import Selected
+from sae_kernels.reference import EMPTY, Selected
 from sae_kernels.stages import LossTerm, Stages
 from torch import Tensor
 
@@ -26,6 +26,7 @@ class LocalTerm(NamedTuple):
     errors: Float[Tensor, "mine d_out"]
     selected: Selected  # z of every row, or of every line
     lines: Lines | None = None  # where rows have different numbers of latents
+    cost: Float[Tensor, ""] | None = None  # of these pairs, for kinds whose pairs are worth something else than z
 
 
 class GlobalTerm(NamedTuple):
@@ -76,8 +77,8 @@ def save_for_backward_(stages: Stages, rows: Shaped[Tensor, "batch width"], term
     if lines is not None:
         main, *others = losses
         losses = [main._replace(errors=lines.extended(main.errors))]
-        for errors, (values, indices), d_z, scale, _ in others:
-            selected = Selected(lines.padded(values), lines.padded(indices))
+        for errors, (values, indices), d_z, scale, *_ in others:
+            selected = Selected(lines.padded(values), lines.padded(indices, empty=EMPTY))
             losses.append(LossTerm(lines.padded(errors), selected, lines.padded(d_z), scale))
         rows = lines.extended(rows)
     stages.save_for_backward_(rows, losses)
@@ -87,7 +88,7 @@ def own_vector_gradients(term: GlobalTerm, *, n_latents: int) -> dict[str, Float
     """The gradients of the latents' own vectors: for each latent a sum over its pairs in the order of rows."""
     if not term.d_own:
         return {}
-    line, place = (term.loss.selected.values > 0).nonzero(as_tuple=True)
+    line, place = term.loss.selected.there.nonzero(as_tuple=True)
     if term.lines is not None:  # a row's further lines come after all rows
         owner = term.lines.extended(torch.arange(term.lines.rows, device=line.device))[line]
         order = owner.argsort(stable=True)
@@ -111,5 +112,5 @@ def _gather_lines(mesh: Mesh, lines: Lines, of_lines: Sequence[Tensor], *, batch
         gather_rows(mesh, data, pairs, counts, name="pairs")
         for pairs in (row, *(tensor[lines.line, lines.place] for tensor in of_lines))
     )
-    lines = split_into_lines(row.long(), rows=batch, width=lines.width)
-    return [lines.scatter(pairs) for pairs in others], lines
+    lines, (values, indices, *rest) = split_into_lines(row.long(), rows=batch, width=lines.width), others
+    return [*lines.selected(values, indices), *(lines.scatter(pairs) for pairs in rest)], lines

@@ -9,7 +9,7 @@ the bound, little more than k a row in all.
 import torch
 from jaxtyping import Int
 from sae_kernels import plain
-from sae_kernels.reference import Selected
+from sae_kernels.reference import EMPTY, Selected
 from torch import Tensor
 
 from sae_dist.train.parallel.collectives import all_gather
@@ -24,21 +24,21 @@ def pays_two_rounds(k: int, parts: int, d_model: int) -> bool:
 def row_best(
     mesh: Mesh, candidates: Selected, *, latents: range, k: int, width: int, two_rounds: bool, name: str
 ) -> Selected:
-    """The k largest of all parts' candidates in every row; places of other parts' latents have the value 0.
+    """The k largest of all parts' candidates in every row; the places of other parts' latents are empty.
 
     `candidates` are the k largest of this part, or all that it has; `width` is the largest number of candidates of any
     part. Indices, in and out, count within the part, which is `latents` of the whole. Places agree on all ranks.
     """
     if mesh.feature.group is None:
         return candidates
-    keys = plain.keys(candidates.values, candidates.indices + latents.start)
+    keys = plain.keys(candidates.values, candidates.indices.clamp_min(0) + latents.start)
     keys = torch.nn.functional.pad(keys, (0, width - keys.shape[1]))
     everybody = _two_rounds(mesh, keys, k=k, name=name) if two_rounds else _one_round(mesh, keys, name=name)
     places = min(k, mesh.feature.size * width)  # the same for all rows, however few keys reached the bound
     everybody = torch.nn.functional.pad(everybody, (0, max(places - everybody.shape[1], 0)))
     chosen = plain.unpacked(everybody.topk(places).values)
-    own = (chosen.values > 0) & (chosen.indices >= latents.start) & (chosen.indices < latents.stop)
-    return Selected(torch.where(own, chosen.values, 0.0), torch.where(own, chosen.indices - latents.start, 0))
+    own = (chosen.indices >= latents.start) & (chosen.indices < latents.stop)
+    return Selected(torch.where(own, chosen.values, 0.0), torch.where(own, chosen.indices - latents.start, EMPTY))
 
 
 def _one_round(mesh: Mesh, keys: Int[Tensor, "rows width"], *, name: str) -> Int[Tensor, "rows all"]:

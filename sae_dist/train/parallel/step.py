@@ -132,7 +132,7 @@ class MeshStep:
         else:
             main = self._reconstruct_lines(stages, rows, target)
         term = gather_term(
-            self.mesh, stages, main, batch=len(x), scale=scale, backward=self._backward(main.selected, batch=len(x))
+            self.mesh, stages, main, batch=len(x), scale=scale, backward=self._backward(main.cost, batch=len(x))
         )
         terms = [term]
         squared_errors = [term.loss.errors.square().sum(), target.new_zeros(())]
@@ -207,14 +207,15 @@ class MeshStep:
         two_rounds = self._two_rounds
         if two_rounds is None:
             two_rounds = pays_two_rounds(k, feature.size, target.shape[1])
-        errors, chosen = [], []
+        errors, chosen, costs = [], [], []
         for chunk in self._chunks(mine):
             own = self._best_here(stages, rows[chunk.start : chunk.stop], latents, k=min(k, available[feature.rank]))
             selected = row_best(
                 self.mesh, own, latents=self.latents, k=k, width=min(k, max(available)), two_rounds=two_rounds,
                 name=name,
             )  # fmt: skip
-            summed = self._reduced(stages.partial(selected if residual is not None else self._decoder_values(selected)))
+            decoded, cost = (selected, None) if residual is not None else self._decoder_values(selected)
+            summed = self._reduced(stages.partial(decoded))
             if residual is None:
                 errors.append(self._residual(target[chunk.start : chunk.stop], summed + self.shard.b_dec))
             else:
@@ -222,9 +223,9 @@ class MeshStep:
                 errors.append(self._residual(residual[at.start : at.stop], summed))
             del summed  # freed before the next chunk's candidates
             chosen.append(selected)
-        return LocalTerm(
-            torch.cat(errors), Selected(torch.cat([s.values for s in chosen]), torch.cat([s.indices for s in chosen]))
-        )
+            costs += [] if cost is None else [cost]
+        selected = Selected(torch.cat([s.values for s in chosen]), torch.cat([s.indices for s in chosen]))
+        return LocalTerm(torch.cat(errors), selected, cost=torch.stack(costs).sum() if costs else None)
 
     def _reconstruct_lines(self, stages: Stages, rows: Tensor, target: Tensor) -> LocalTerm:
         """The errors of the target after a batch's largest latents, or all above a level, for this rank's rows."""
@@ -240,32 +241,35 @@ class MeshStep:
         self._smallest, self.widened = chosen.smallest, self.widened + chosen.widened
         z = chosen.values if level is None else chosen.values + level[chosen.latent]
         lines = split_into_lines(chosen.row, rows=len(mine), width=LINE_WIDTH * self.k)
-        selected = Selected(lines.scatter(z), lines.scatter(chosen.latent))
-        summed = self._reduced(lines.summed(stages.partial(self._decoder_values(selected))))
-        return LocalTerm(self._residual(target[mine.start : mine.stop], summed + self.shard.b_dec), selected, lines)
+        selected = lines.selected(z, chosen.latent)
+        decoded, cost = self._decoder_values(selected)
+        summed = self._reduced(lines.summed(stages.partial(decoded)))
+        return LocalTerm(
+            self._residual(target[mine.start : mine.stop], summed + self.shard.b_dec), selected, lines, cost
+        )
 
-    def _own(self, indices: Tensor) -> OwnVectors:
+    def _own(self, z: Selected) -> OwnVectors:
         """The latents' own vectors at every place."""
-        return {name: vector[indices] for name, vector in self.shard.vectors.items()}
+        return {name: vector[z.indices] for name, vector in self.shard.vectors.items()}
 
-    def _decoder_values(self, z: Selected) -> Selected:
-        """The values of the chosen pairs, which the decoder multiplies."""
+    def _decoder_values(self, z: Selected) -> tuple[Selected, Tensor | None]:
+        """The values of the chosen pairs, which the decoder multiplies, and the sum of their costs, if any."""
         if self._maths is None:
-            return z
-        return Selected(pair_values(self._maths, z.values, self._own(z.indices))[0], z.indices)
+            return z, None
+        values, cost = pair_values(self._maths, z, self._own(z))
+        return Selected(values, z.indices), cost
 
-    def _backward(self, z: Selected, *, batch: int) -> Backward | None:
+    def _backward(self, cost: Tensor | None, *, batch: int) -> Backward | None:
         """The map from gradients of values to those of z and the latents' own vectors; all ranks call this together."""
-        if self._maths is None:
+        if self._maths is None or cost is None:
             return None
-        _, here = pair_values(self._maths, z.values, self._own(z.indices))
-        mean = ordered_sum(self.mesh, self.mesh.world, here, name="cost") / batch
+        mean = ordered_sum(self.mesh, self.mesh.world, cost, name="cost") / batch
         self.penalty = self._maths.penalty(mean)
         price = self.penalty.slope / batch
 
         def backward(z: Selected, d_values: Tensor) -> PairGradients:
             assert self._maths is not None
-            return pair_gradients(self._maths, z.values, self._own(z.indices), d_values, price=price)
+            return pair_gradients(self._maths, z, self._own(z), d_values, price=price)
 
         return backward
 
@@ -299,13 +303,13 @@ class MeshStep:
         """
         values, indices = terms[0].values, terms[0].loss.selected.indices
         n_here, silence = len(self.latents), self.shard.tokens_since_fired
-        places = torch.where(values > 0, indices, n_here).flatten()
+        places = torch.where(values != 0, indices, n_here).flatten()  # a pair may be silent
         fired = torch.zeros(n_here + 1, dtype=torch.int64, device=values.device)
         fired = fired.scatter_add_(0, places, torch.ones_like(places))[:-1]
         dead = ((fired == 0) & (silence + tokens >= self.shard.dead_after_tokens)).sum()
         gradients = [term.loss.d_z for term in terms] + list(self._d_own.values())
         flaw = torch.stack([~torch.isfinite(gradient).all() for gradient in gradients]).any()
-        counted = torch.stack([(values > 0).sum(), dead, flaw.long()])
+        counted = torch.stack([values.count_nonzero(), dead, flaw.long()])
         mine = torch.cat([counted, squared_errors.double().view(torch.int64)])
         everybody = all_gather(self.mesh, self.mesh.world, mine, name="counts").cpu()  # all at once: see above
         settle_timings(self.mesh)

@@ -67,7 +67,7 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
 
         def watched_terms(rows: torch.Tensor, terms: Any) -> None:
             for number, term in enumerate(terms):
-                row, place = (term.selected.values > 0).nonzero(as_tuple=True)
+                row, place = term.selected.there.nonzero(as_tuple=True)
                 latent = term.selected.indices[row, place] + first
                 chosen.append(torch.stack([torch.full_like(row, n) for n in (done, number)] + [row, latent], 1))
             save(shard.stages, rows, terms)

@@ -204,7 +204,7 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
         if in_lines and in_lines[-1] is not None:
             owner = in_lines[-1].extended(torch.arange(in_lines[-1].rows, device=rows.device))
         for number, term in enumerate(terms):
-            line, place = (term.selected.values > 0).nonzero(as_tuple=True)
+            line, place = term.selected.there.nonzero(as_tuple=True)
             of_step, of_term = torch.full_like(line, len(figures)), torch.full_like(line, number)
             latent = term.selected.indices[line, place] + latents.start
             chosen.append(torch.stack([of_step, of_term, owner[line], latent], 1))

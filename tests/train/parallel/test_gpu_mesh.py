@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sae_kernels.reference import Selected
+from sae_kernels.reference import EMPTY, Selected
 from sae_kernels.shard import Shard
 from sae_kernels.stages import LossTerm
 
@@ -84,19 +84,18 @@ def results(step: Shard, case: Case, x: torch.Tensor) -> list[torch.Tensor]:
     rows = stages.rows(x)
     main, aux = stages.select(rows, k=case.k), stages.select(rows, k=case.k_aux, latents=some)
     here = main.indices < case.n_latents // 2  # the others are another part's
-    main = Selected(torch.where(here, main.values, 0.0), torch.where(here, main.indices, 0))
+    main = Selected(torch.where(here, main.values, 0.0), torch.where(here, main.indices, EMPTY))
     uses = []
     for selected, scale in ((main, -0.1), (aux, -0.02)):
         errors = x - stages.partial(selected)
         uses.append(LossTerm(errors, selected, stages.d_z(errors, selected, scale=scale), scale))
-    weights = 0.3 * main.values.square() - 0.05 * (main.values > 0)  # of a value that is not z: here also below 0
+    weights = 0.3 * main.values.square() - 0.05 * main.there  # of a value that is not z: here also below 0
     uses[0] = uses[0]._replace(weights=weights)
     stages.save_for_backward_(rows, uses)
     level = torch.linspace(0, 0.5, case.n_latents, device=x.device)
     above = stages.select(rows, k=case.k, level=level)
-    said = [above.values, torch.where(above.values > 0, above.indices, 0)]
+    said = [*above]
     said += [*stages.row_gradients(), stages.update_latents_(None, step.begin_update_(1e-3))]
     for errors, selected, d_z, *_ in uses:
-        indices = torch.where(selected.values > 0, selected.indices, 0)  # of an empty place it may be any
-        said += [errors, selected.values, indices, d_z]
+        said += [errors, *selected, d_z]
     return said + [tensor for _, tensor in sorted(step.state_dict().items())]
