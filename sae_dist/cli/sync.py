@@ -1,7 +1,7 @@
 """Send a run's history to Weights & Biases, made anew from metrics.jsonl, for whatever W&B has missed or lost.
 
 Every dictionary, the harvest and the evaluations keep their identities. wandb.mode=offline leaves folders for
-`wandb sync`; online, what the server has already stays as it is.
+`wandb sync`; online, what the server has already stays as it is. Of a sweep the report is sent, with tables and plots.
 Example: sae-dist sync runs/quickstart wandb.mode=online
 """
 

@@ -16,12 +16,13 @@ def sync(out: Path, wandb: WandbConfig, runs: Sequence[TrackedRun]) -> list[Path
 
     UserError when it did not take everything.
     """
-    before = set(_offline(out))
+    before = set(offline_folders(out))
     process = TrackerProcess("wandb", wandb_options(wandb, out), metrics=out / "metrics.jsonl", runs=runs)
     if reason := process.finish(TIMEOUT_S):
         raise UserError(f"W&B did not take the history of {out} ({reason}); {out / 'wandb.log'} has more")
-    return sorted(set(_offline(out)) - before)
+    return sorted(set(offline_folders(out)) - before)
 
 
-def _offline(out: Path) -> list[Path]:
+def offline_folders(out: Path) -> list[Path]:
+    """What W&B has left in a run's folder for `wandb sync`."""
     return list((out / "wandb").glob("offline-run-*"))

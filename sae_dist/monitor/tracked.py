@@ -4,7 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 from sae_dist.config import digest
 
-JobType = Literal["harvest", "train", "evaluate"]
+JobType = Literal["harvest", "train", "evaluate", "sweep"]
 
 
 class TrackedRun(NamedTuple):

@@ -52,6 +52,10 @@ class WandbTracker:
         made.manifest.add_entry(entry)
         self._begun(run).log_artifact(made)
 
+    def show(self, run: TrackedRun, media: Mapping[str, Any]) -> None:
+        """Tables and plots, in place of those that it showed before."""
+        self._begun(run).log(dict(media))
+
     def flush(self) -> None:
         """Sees whether there is room: wandb-core says nothing of what it could not write."""
         if self._runs:
@@ -73,6 +77,7 @@ class WandbTracker:
                     x_disable_stats=bool(self._runs),  # the machine's are the same for all
                 ),
             )  # fmt: skip
-            begun.define_metric("*", step_metric="tokens_trained" if run.job_type == "evaluate" else "tokens")
+            if run.job_type != "sweep":
+                begun.define_metric("*", step_metric="tokens_trained" if run.job_type == "evaluate" else "tokens")
             self._runs[run.id], self._known[run.id] = begun, begun.step
         return self._runs[run.id]

@@ -14,12 +14,12 @@ from sae_dist.service.display import Display
 from sae_dist.service.signals import catch_signals
 from sae_dist.service.sweep_driver import EVERY_S, Driver
 from sae_dist.service.sweep_points import Planned, planned
+from sae_dist.service.sweep_report import report
 from sae_dist.service.sweep_room import measured, slots
 from sae_dist.sweep.config import SweepJob
 from sae_dist.sweep.folder import SweepFolder, read_points
 from sae_dist.sweep.ledger import driving
 from sae_dist.sweep.point import Point
-from sae_dist.sweep.report import write_report
 
 
 def folder_of(command: str, job: SweepJob) -> SweepFolder:
@@ -49,17 +49,10 @@ def sweep(
     try:
         done = _drive(command, points, folder, job)
     except Stopped:
-        _report(folder, job, before)
+        report(folder, job, before, points[0].config.wandb)
         raise
-    _report(folder, job, before)
+    report(folder, job, before, points[0].config.wandb)
     return done
-
-
-def _report(folder: SweepFolder, job: SweepJob, before: Sequence[Point]) -> None:
-    """Writes the report, unless there is one of the same points and no other size is asked for."""
-    points, goal = read_points(folder.path), job.sweep.extrapolate_to
-    if points != before or goal is not None or not (folder.report / "index.html").exists():
-        write_report(points, folder.report, title=folder.path.name, extrapolate_to=goal)
 
 
 def _drive(command: str, points: Sequence[Planned], folder: SweepFolder, job: SweepJob) -> list[Point]:

@@ -13,6 +13,7 @@ from sae_dist.cli.main import main
 from sae_dist.monitor.metrics import read_metrics
 from sae_dist.sweep.folder import read_points
 from sae_dist.sweep.ledger import driving
+from tests.monitor.tracking import runs
 from tests.shards import seaweedfs
 from tests.shards.s3_double import S3Double
 from tests.train.test_loop import full_store
@@ -135,6 +136,25 @@ def test_the_status_of_a_sweep_names_what_keeps_it_from_its_end(swept, tmp_path,
     assert "! nobody works on 2 pending points\n    -> the same command goes on\n       sae-dist sweep train " in said
     assert "! aaaaaaaaaaaa failed (sae=topk sae.k=64): RuntimeError: no" in said
     assert "retry=failed" in said
+
+
+def test_wandb_has_the_tables_and_plots_of_the_report(swept, tmp_path, capsys):
+    out = shutil.copytree(swept.out, tmp_path / "sweep")
+    again = [each for each in KEYS if not each.startswith("wandb.")] + ["sae=topk,batchtopk", "sae.k=2,4"]
+    assert main(["sweep", "train", *again, "wandb.mode=offline", "sweep.extrapolate_to=96", f"out={out}"]) == 0
+    (sent,) = runs(out).values()
+    assert (sent.name, sent.group, sent.job_type) == ("sweep-sweep", "sweep", "sweep")
+    plots = {name.split("/")[1] for name in sent.summary if name.startswith("plots/")}
+    assert plots == {path.stem for path in (out / "report/plots").glob("*.svg")} >= {"fvu_by_k"}
+    files = next((out / "wandb").glob("offline-run-*/files"))
+    assert "<svg" in (files / sent.summary["plots/fvu_by_k/path"]).read_text()
+    table = json.loads((files / sent.summary["tables/points/path"]).read_text())
+    assert sorted(row[0] for row in table["data"]) == sorted(point.id for point in read_points(out))
+    assert main(["sync", str(out), "wandb.mode=offline"]) == 0
+    assert f"sweep     {sent.id}  sweep-sweep\nto upload: wandb sync {out}/wandb/offline-" in capsys.readouterr().out
+    shutil.rmtree(out / "report")
+    assert main(["sync", str(out), "wandb.mode=offline"]) == 2
+    assert "has no report yet; repeat the sweep's command" in capsys.readouterr().err
 
 
 def test_repeating_the_command_does_nothing_and_fewer_values_leave_the_other_points(swept, capsys):
