@@ -5,6 +5,7 @@ goes when the switch does. The addresses are of TEST-NET-2 (RFC 5737), which nob
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,6 +56,7 @@ class Network:
         self._switch, self.machines = f"{self._tag}sw", list[Machine]()
         self._started: list[subprocess.Popen[str]] = []
         Path("/tmp/ray").mkdir(exist_ok=True)
+        _clear_dead()
         _ip("netns", "add", self._switch)
         _ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
         _ip("-n", self._switch, "link", "set", "br0", "up")
@@ -99,29 +101,46 @@ class Network:
 
     def processes(self, machine: Machine, named: str = "") -> list[psutil.Process]:
         """What runs on the machine, of those whose name has `named` in it."""
-        found = []
-        for pid in _ip("netns", "pids", machine.name).split():
-            try:
-                process = psutil.Process(int(pid))
-                if named in process.name():
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+        return _processes(machine.name, named)
 
     def close(self) -> None:
         for machine in self.machines:
-            until = time.monotonic() + FREE_S
-            while (alive := self.processes(machine)) and time.monotonic() < until:
-                for process in alive:
-                    with suppress(psutil.NoSuchProcess):  # another one's end was its own
-                        process.send_signal(signal.SIGKILL)
-                psutil.wait_procs(alive, timeout=1)
-            _ip("netns", "del", machine.name)
+            _end(machine.name)
         for process in self._started:
             process.wait()
         _ip("link", "del", self._tag)
         _ip("netns", "del", self._switch)
+
+
+def _processes(namespace: str, named: str = "") -> list[psutil.Process]:
+    found = []
+    for pid in _ip("netns", "pids", namespace).split():
+        try:
+            process = psutil.Process(int(pid))
+            if named in process.name():
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def _end(namespace: str) -> None:
+    """Ends what runs in a namespace, and removes it."""
+    until = time.monotonic() + FREE_S
+    while (alive := _processes(namespace)) and time.monotonic() < until:
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):  # another one's end was its own
+                process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(alive, timeout=1)
+    _ip("netns", "del", namespace)
+
+
+def _clear_dead() -> None:
+    """Removes what a test run that was killed has left: a second switch with our address would get our packets."""
+    for line in _ip("netns", "list").splitlines():
+        name, *_ = line.split()
+        if (made := re.fullmatch(r"sd(\d+)(?:sw|m\d+)", name)) and not psutil.pid_exists(int(made[1])):
+            _end(name)
 
 
 def _ip(*arguments: str) -> str:

@@ -2,10 +2,10 @@
 
 import json
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,12 @@ def slurm() -> Iterator[SlurmCluster]:
     why_not = namespaces.why_not() or slurm_cluster.why_not()
     if why_not is not None:
         pytest.skip(why_not)
-    folder = Path(tempfile.mkdtemp(prefix="sd-slurm"))  # short: the path of a Unix socket has 107 characters at most
-    cluster = SlurmCluster(folder, nodes=NODES, cpus=2)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
-        yield cluster
-    cluster.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    # short: the path of a Unix socket has 107 characters at most
+    with tempfile.TemporaryDirectory(prefix="sd-slurm", ignore_cleanup_errors=True) as folder:
+        cluster = SlurmCluster(Path(folder), nodes=NODES, cpus=2)
+        with closing(cluster), pytest.MonkeyPatch.context() as environment:
+            environment.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+            yield cluster
 
 
 class Job:
