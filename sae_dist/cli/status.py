@@ -1,7 +1,7 @@
 """What a run is doing, or what came of it, from its files alone: no process is asked, so it works for dead runs too.
 
-Of a folder of runs it is a list, of a sweep a row a point. A run's mirror= can be looked at from anywhere. watch=true
-goes on until the run ends.
+Of a folder of runs and sweeps it is a list, of a sweep a row a point. A run's mirror= can be looked at from anywhere,
+and so can a copy of a sweep's folder. watch=true goes on until the run ends.
 Examples: sae-dist status runs/quickstart
           sae-dist status s3://bucket/runs/mine watch=true
 """
@@ -10,23 +10,24 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.text import Text
 
 from sae_dist import storage
-from sae_dist.cli.status_view import clock, one_line, run_view, runs_table
+from sae_dist.cli.status_view import clock, name_of, one_line, run_view, runs_table
 from sae_dist.cli.sweep_view import sweep_line, sweep_view
 from sae_dist.config import UserError, frozen, load
 from sae_dist.service.findings import Checkpoint, Disk, findings
 from sae_dist.service.run_list import read_runs
 from sae_dist.service.run_progress import figures, progress
 from sae_dist.service.run_status import RunStatus, read_run
-from sae_dist.service.sweep_status import SweepStatus, read_sweep, sweep_findings
+from sae_dist.service.sweep_status import SweepStatus, read_sweep, read_sweeps, sweep_findings
 from sae_dist.storage import StorageError
 from sae_dist.sweep.folder import SWEEP
 from sae_dist.train.checkpoint_folders import MANIFEST, folders, step_of
@@ -39,7 +40,7 @@ RETRY_S = 15.0  # a storage that fails for longer does not answer
 class StatusConfig:
     """What to look at, and how."""
 
-    out: str = "runs"  # the folder of a run, of runs or of a sweep; or where a run's mirror= is: s3://bucket/prefix
+    out: str = "runs"  # the folder of a run, of a sweep or of several; or where a copy of one is: s3://bucket/prefix
     watch: bool = False  # look again and again, until the run ends or Ctrl-C
     every: Annotated[float, Field(gt=0)] = 2.0  # seconds between two looks
     json: bool = False  # one JSON object, for scripts
@@ -99,16 +100,15 @@ def _look(where: str, console: Console) -> View:
     place = storage.open(where, retry_s=RETRY_S)
     if (run := read_run(place)) is not None:
         return _run(run, console)
-    about = place.local_path(SWEEP)
-    if about is not None and (sweep := read_sweep(about.parent, retry_s=RETRY_S)) is not None:
+    if (sweep := read_sweep(place, retry_s=RETRY_S)) is not None:
         return _sweep(sweep, console)
-    if runs := read_runs(place, retry_s=RETRY_S):
-        states = [run.state for run in runs]
-        line = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        listed = [values_of(run) for run in runs]
-        over = not any(run.works for run in runs)
-        return View(runs_table(runs), line, {"kind": "runs", "place": place.uri, "runs": listed}, over)
-    raise UserError(f"out={where} holds no run (no status.json, and no folder with one); give the folder of a run")
+    runs, sweeps = read_runs(place, retry_s=RETRY_S), read_sweeps(place, retry_s=RETRY_S)
+    if runs or sweeps:
+        return _several(place.uri, runs, sweeps)
+    raise UserError(
+        f"out={where} holds no run and no sweep, and no folder with one (no status.json, no {SWEEP}); give the folder "
+        "of a run or of a sweep"
+    )
 
 
 def _run(run: RunStatus, console: Console) -> View:
@@ -124,6 +124,20 @@ def _run(run: RunStatus, console: Console) -> View:
         "findings": [finding._asdict() for finding in found],
     }
     return View(run_view(run, found, checkpoint, console), one_line(run), {"kind": "run"} | values, not run.works)
+
+
+def _several(place: str, runs: Sequence[RunStatus], sweeps: Sequence[SweepStatus]) -> View:
+    """A row a run, then a line a sweep."""
+    states = [run.state for run in runs]
+    counted = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+    lines = [f"{name_of(sweep.place)}: {sweep_line(sweep)}" for sweep in sweeps]
+    values = {
+        "kind": "runs", "place": place, "runs": [values_of(run) for run in runs],
+        "sweeps": [{"place": each.place, "counts": each.counts, "over": each.over} for each in sweeps],
+    }  # fmt: skip
+    over = not any(run.works for run in runs) and all(sweep.over for sweep in sweeps)
+    shown = Group(*([runs_table(runs)] if runs else []), *(Text(f"sweep {line}") for line in lines))
+    return View(shown, ", ".join([*counted, *lines]), values, over)
 
 
 def _sweep(sweep: SweepStatus, console: Console) -> View:

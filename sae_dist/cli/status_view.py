@@ -13,6 +13,7 @@ from rich.text import Text
 from sae_dist.cli.report import result_paths
 from sae_dist.service.display import duration, quantity
 from sae_dist.service.findings import Checkpoint, Finding
+from sae_dist.service.run_folder import ENDED
 from sae_dist.service.run_progress import FIGURES, Progress, figures, progress
 from sae_dist.service.run_status import RunStatus
 from sae_dist.train.members import MAIN
@@ -36,7 +37,7 @@ def run_view(
 ) -> RenderableType:
     """All of one run, wrapped to the console where it is a terminal."""
     width = console.width if console.is_terminal else None
-    head = Text.assemble((_name(run), "bold"), ": ", (run.state, style_of(run.state)))
+    head = Text.assemble((name_of(run.place), "bold"), ": ", (run.state, style_of(run.state)))
     bar = console.width // 10 if console.is_terminal else 16
     lines = [*_about(run), *_progress(run, min(bar, 32)), *_details(run), *_results(run)]
     if checkpoint is not None:
@@ -68,7 +69,7 @@ def runs_table(runs: Sequence[RunStatus]) -> Table:
         judged = {key: value for key, value in final(run).items() if value is not None} or figures(run).get(MAIN, {})
         table.add_row(
             Text(run.state, style=style_of(run.state)), share_of(run), quantity(judged.get("fvu")),
-            quantity(judged.get("l0")), "-" if run.age_s is None else ago(run.age_s), Text(_name(run)),
+            quantity(judged.get("l0")), "-" if run.age_s is None else ago(run.age_s), Text(name_of(run.place)),
         )  # fmt: skip
     return table
 
@@ -92,16 +93,20 @@ def ago(seconds: float) -> str:
     return duration(seconds) if seconds < 86_400 else f"{seconds / 86_400:.0f} days"
 
 
-def _name(run: RunStatus) -> str:
-    return _printable(run.place.rstrip("/").rpartition("/")[2])
+def name_of(place: str) -> str:
+    """The last part of a path or URI."""
+    return _printable(place.rstrip("/").rpartition("/")[2])
 
 
 def _about(run: RunStatus) -> Iterator[Line]:
     yield Line("place", run.place)
     if run.said:
         who = f"process {run.said['pid']} on {run.said['host']}" if "host" in run.said else f"process {run.said['pid']}"
-        worked = f"for {duration(run.said['wall_seconds'])}"
-        yield Line("at work", f"{worked}, last heard {ago(run.age_s or 0)} ago{f' ({who})' if run.works else ''}")
+        worked, heard = f"for {duration(run.said['wall_seconds'])}", ago(run.age_s or 0)
+        if run.works:
+            yield Line("at work", f"{worked}, last heard {heard} ago ({who})")
+        else:
+            yield Line("worked", f"{worked}, {'ended' if run.state in ENDED else 'last heard'} {heard} ago")
 
 
 def _progress(run: RunStatus, width: int) -> Iterator[Line]:

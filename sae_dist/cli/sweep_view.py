@@ -6,7 +6,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sae_dist.cli.status_view import bar, finding_lines, one_line
+from sae_dist.cli.status_view import bar, finding_lines, name_of, one_line
 from sae_dist.service.display import duration, quantity
 from sae_dist.service.findings import Finding
 from sae_dist.service.sweep_status import SweepStatus
@@ -20,7 +20,7 @@ def sweep_view(sweep: SweepStatus, found: Sequence[Finding], console: Console) -
     """All of a sweep."""
     done, width = sweep.counts.get("done", 0), console.width // 6 if console.is_terminal else 16
     share = done / len(sweep.points) if sweep.points else 0.0
-    head = Text.assemble((sweep.place.rpartition("/")[2], "bold"), f": {sweep_line(sweep)}")
+    head = Text.assemble((name_of(sweep.place), "bold"), f": {sweep_line(sweep)}")
     passes = [Text(f"  {run.place.rpartition('/')[2]}  {one_line(run)}") for run in sweep.passes]
     said = finding_lines(found, console.width if console.is_terminal else None)
     return Group(head, Text(f"  {bar(share, min(width, 32))} {share:.0%}"), points_table(sweep.points), *passes, *said)

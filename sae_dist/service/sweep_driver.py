@@ -61,6 +61,7 @@ class Driver:
         self._memory, self._places, self._running = memory, places, dict[int, Running]()  # by number of the place
         self._filled: set[str] = set()
         self._filling: dict[str, Store] = {}
+        self._place = storage.open(folder.path)
         ledger.refresh()
         for each in planned:
             ledger.add(each.id, each.overrides)
@@ -68,7 +69,7 @@ class Driver:
         self._failed_before = {point: ledger.tries(point) for point in self._planned} if retry else {}
 
     def points(self) -> list[Point]:
-        return [of_ledger(self._ledger, self._folder, point) for point in self._stages.points]
+        return [of_ledger(self._ledger, self._place, point) for point in self._stages.points]
 
     def step(self) -> bool:
         """Takes in what has ended and starts what may start; whether there is nothing left to do or to wait for."""

@@ -3,16 +3,16 @@
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 from sae_dist import storage
 from sae_dist.service.findings import Finding, damaged
-from sae_dist.service.run_list import read_runs
+from sae_dist.service.run_list import folders_with, read_runs
 from sae_dist.service.run_progress import progress
 from sae_dist.service.run_status import RunStatus
-from sae_dist.sweep.folder import SweepFolder, read_points
+from sae_dist.storage import Storage
+from sae_dist.sweep.folder import SWEEP, read_about, read_points
 from sae_dist.sweep.point import Point
 
 
@@ -56,16 +56,25 @@ class SweepStatus(NamedTuple):
         return max(under_way, default=0.0) + (left * mean(took) / max(len(self.passes), 1) if left else 0.0)
 
 
-def read_sweep(out: Path, *, retry_s: float) -> SweepStatus | None:
-    """The sweep in the folder; None where there is none. UserError for a record that is damaged."""
-    about = SweepFolder(out).about()
+def read_sweep(place: Storage, *, retry_s: float) -> SweepStatus | None:
+    """The sweep in a folder, or a copy of it on object storage; None where there is none.
+
+    UserError for a record that is damaged.
+    """
+    about = read_about(place)
     if about is None:
         return None
     damage: list[str] = []
-    points = read_points(out, damage=damage)
-    working = [run for run in read_runs(storage.open(out / "passes"), retry_s=retry_s) if run.works]
+    points = read_points(place, damage=damage)
+    working = [run for run in read_runs(storage.open(f"{place.uri}/passes"), retry_s=retry_s) if run.works]
     command = shlex.join(["sae-dist", "sweep", *about["lines"][-1]]) if about["lines"] else ""
-    return SweepStatus(str(out), points, working, command, damage)
+    return SweepStatus(place.uri, points, working, command, damage)
+
+
+def read_sweeps(place: Storage, *, retry_s: float) -> list[SweepStatus]:
+    """Every sweep right under the place, by name."""
+    places = (storage.open(f"{place.uri}/{name}", retry_s=retry_s) for name in folders_with(place, [SWEEP]))
+    return [sweep for each in places if (sweep := read_sweep(each, retry_s=retry_s)) is not None]
 
 
 def sweep_findings(sweep: SweepStatus) -> list[Finding]:

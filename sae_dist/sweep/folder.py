@@ -18,7 +18,8 @@ from typing_extensions import TypedDict
 
 from sae_dist import storage
 from sae_dist.config import UserError
-from sae_dist.run_files import read_json, write_json
+from sae_dist.run_files import parse_json, write_json
+from sae_dist.storage import Storage
 from sae_dist.sweep.ledger import Ledger
 from sae_dist.sweep.point import Point
 
@@ -56,9 +57,7 @@ class SweepFolder(NamedTuple):
 
     def about(self) -> About | None:
         """sweep.json; None where no sweep was started here."""
-        if not (self.path / SWEEP).exists():
-            return None
-        return read_json(self.path / SWEEP, About, cure="remove it, and repeat the sweep's command, which writes it")
+        return read_about(storage.open(self.path))
 
     def check(self, command: str) -> About:
         """sweep.json as it is, or is to begin; UserError where the folder holds something else."""
@@ -82,19 +81,29 @@ class SweepFolder(NamedTuple):
             write_json(self.path / SWEEP, now)
 
 
-def read_points(out: Path, *, damage: list[str] | None = None) -> list[Point]:
+def read_about(place: Storage) -> About | None:
+    """sweep.json of a sweep, or of a copy of one on object storage; None where there is none."""
+    try:
+        data = bytes(place.read(SWEEP))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    cure = "remove it, and repeat the sweep's command, which writes it"
+    return parse_json(data, About, name=f"{place.uri}/{SWEEP}", cure=cure)
+
+
+def read_points(out: Path | Storage, *, damage: list[str] | None = None) -> list[Point]:
     """Every point of the sweep in `out`, by its overrides; UserError where there is no sweep.
 
     A summary that is damaged is a UserError, too, or else a line in `damage`.
     """
-    folder, points = SweepFolder(out), []
-    if folder.about() is None:
-        raise UserError(f"out={out} holds no sweep (no {SWEEP})")
-    ledger = Ledger(storage.open(out))
+    place, points = storage.open(out) if isinstance(out, Path) else out, []
+    if read_about(place) is None:
+        raise UserError(f"out={place.uri} holds no sweep (no {SWEEP})")
+    ledger = Ledger(place)
     ledger.refresh()
     for point, described in ledger.points.items():
         try:
-            points.append(of_ledger(ledger, folder, point))
+            points.append(of_ledger(ledger, place, point))
         except UserError as error:
             if damage is None:
                 raise
@@ -103,20 +112,31 @@ def read_points(out: Path, *, damage: list[str] | None = None) -> list[Point]:
     return sorted(points, key=lambda point: [_order(value) for value in point.overrides.values()])
 
 
-def of_ledger(ledger: Ledger, folder: SweepFolder, point: str) -> Point:
+def of_ledger(ledger: Ledger, place: Storage, point: str) -> Point:
     """A point as the ledger and its folder say; one that was done, and whose folder is gone, is pending."""
-    state, ends, path = ledger.state(point), ledger.ends(point), folder.point(point) / "summary.json"
-    if state == "done" and not path.exists():
+    state, ends = ledger.state(point), ledger.ends(point)
+    summary = _summary(place, point) if state == "done" else None
+    if state == "done" and summary is None:
         state = "pending"
     last = ends[-1] if state == "done" else None
-    cure = "remove the point's folder, and repeat the sweep's command, which makes it again"
     return Point(
         id=point, overrides=ledger.points[point].overrides, state=state, tries=ledger.tries(point),
-        seconds=last and last.seconds, cost=last and last.cost,
-        summary=read_json(path, dict[str, Any], cure=cure) if last else None,
+        seconds=last and last.seconds, cost=last and last.cost, summary=summary,
         stopped_at=last and last.stopped_at, stopped_why=last and last.stopped_why,
         failure=None if last else next((ended.failure for ended in reversed(ends) if ended.failure), None),
     )  # fmt: skip
+
+
+def _summary(place: Storage, point: str) -> dict[str, Any] | None:
+    key, cure = (
+        f"points/{point}/summary.json",
+        "remove the point's folder, and repeat the command, which makes it again",
+    )
+    try:
+        data = bytes(place.read(key))
+    except FileNotFoundError:
+        return None
+    return parse_json(data, dict[str, Any], name=f"{place.uri}/{key}", cure=cure)
 
 
 def _order(value: object) -> tuple[int, float, str]:

@@ -115,6 +115,31 @@ def test_the_status_of_a_sweep_has_a_row_a_point(swept, tmp_path, capsys):
     assert [row.split()[:3] for row in rows] == [[kind, k, "done"] for kind in ("batchtopk", "topk") for k in "24"]
 
 
+def test_the_status_of_a_sweep_that_was_copied_to_object_storage(swept, capsys):
+    there = storage.open("s3://bucket/sweeps/mine")
+    for path in swept.out.rglob("*"):
+        if path.is_file() and path.suffix in (".json", ".jsonl", ".yaml") and "text" not in path.parts:
+            there.write(path.relative_to(swept.out).as_posix(), path.read_bytes())
+    shown = {}
+    for place in (swept.out, there.uri):
+        assert main(["status", str(place)]) == 0
+        shown[place] = capsys.readouterr().out.splitlines()
+    assert shown[there.uri][0].startswith("mine: 4 done, ")
+    assert shown[there.uri][1:] == shown[swept.out][1:]
+    assert main(["status", "s3://bucket/sweeps"]) == 0
+    assert capsys.readouterr().out.startswith("sweep mine: 4 done, ")
+
+
+def test_the_status_of_a_folder_lists_its_runs_and_its_sweeps(swept, capsys):
+    assert main(["status", str(swept.out.parent)]) == 0
+    _, run, sweep = capsys.readouterr().out.splitlines()
+    assert run.split()[0::5] == ["done", "alone"] and sweep.startswith("sweep sweep: 4 done, ")
+    assert main(["status", str(swept.out.parent), "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sweeps"] == [{"place": str(swept.out), "counts": {"done": 4}, "over": True}]
+    assert [run["state"] for run in found["runs"]] == ["done"]
+
+
 def test_the_status_of_a_sweep_names_what_keeps_it_from_its_end(swept, tmp_path, capsys):
     copy = shutil.copytree(swept.out, tmp_path / "sweep")
     broken, gone, *_ = read_points(copy)
