@@ -95,8 +95,8 @@ def test_a_run_over_two_nodes_comes_back_after_signals_and_a_killed_batch_script
 
 
 def test_a_time_limit_that_is_too_short_is_only_a_pause(slurm, uninterrupted, tmp_path, capsys, monkeypatch):
-    """Slurm counts in minutes: the harvest is made to take longer than three, of which half of one is left to save."""
-    slow = {"point": "harvester.before_forward", "action": "sleep", "seconds": 240 / UNITS, "nth": 0}
+    """The harvest alone takes two minutes and a half, and of three half a one is kept for saving."""
+    slow = {"point": "harvester.before_forward", "action": "sleep", "seconds": 150 / UNITS, "nth": 0}
     monkeypatch.setenv("SAE_DIST_FAULTS", json.dumps([slow]))
     job = Job(slurm, capsys, tmp_path / "run", "time_limit=3", "save_s=30", "tries=50")
     job.finish()

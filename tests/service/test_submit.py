@@ -6,7 +6,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
+import threading
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +23,8 @@ from sae_dist.cli import submit as submit_command
 from sae_dist.cli.compose import compose
 from sae_dist.cli.main import COMMANDS, main
 from sae_dist.config import UserError
+from sae_dist.service.run_folder import claim
+from sae_dist.service.signals import STOP_SIGNALS
 from sae_dist.service.submit.attempts import Attempts
 from sae_dist.service.submit.job import environment
 from sae_dist.service.submit.templates import LAUNCH_DIR
@@ -112,6 +117,22 @@ def test_a_job_that_is_refused_is_not_tried_again(here, caplog):
     assert Attempts(["status", f"out={here}/nothing"], out=str(here), tries=5).run() == 2
     assert [line for line in caplog.messages if ", try " in line][0].endswith("try 1 of 5")
     assert not any("try 2" in line for line in caplog.messages)
+
+
+def test_every_request_to_stop_is_heard(tmp_path):
+    """Slurm asks before the time limit, and again at it, when the job that has not saved yet must be queued again."""
+    heard, before = list[float](), {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def ask() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+
+    with claim(tmp_path):
+        threading.Timer(0.2, ask).start()
+        code = Attempts(["status"], out=str(tmp_path), tries=5).run(lambda: heard.append(time.monotonic()))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert (code, len(heard)) == (75, 2)
 
 
 def fields(schema: dict[str, Any], values: object, path: str = "") -> Iterator[str]:

@@ -35,14 +35,13 @@ class Attempts:
         self.stopped = False  # whether there was a request to stop
 
     def run(self, on_stop: Callable[[], None] = lambda: None) -> int:
-        """Tries until the command is done, refused or asked to stop; its exit code. `on_stop`: at the first request."""
+        """Tries until the command is done, refused or asked to stop; its exit code. `on_stop`: at every request."""
 
         def hear(_: str) -> None:
-            first, self.stopped = not self.stopped, True
+            self.stopped = True
             if self._process is not None:
                 self._process.send_signal(signal.SIGTERM)
-            if first:
-                on_stop()
+            on_stop()
 
         on_signals(hear)
         code = STOPPED

@@ -24,7 +24,10 @@ def main() -> int:
     attempts, number = parse(), os.environ["SLURM_JOB_ID"]
 
     def on_stop() -> None:
-        """Slurm is ending the job, and kills its processes soon: the run may not have saved by then."""
+        """Slurm may be ending the job, and kills its processes soon: the run may not have saved by then.
+
+        The request before the time limit finds the job running, the one at the limit, if it comes to that, does not.
+        """
         with undisturbed():
             if was_ended(facts := facts_of(number)):
                 requeue(facts, attempts.tries)
