@@ -11,7 +11,16 @@ from torch import Tensor
 from sae_kernels import plain, reference
 from sae_kernels.reference import Active, Selected, packed
 
-__all__ = ["Active", "Selected", "active_decode", "packed", "sparse_decode", "threshold_encode", "topk_encode"]
+__all__ = [
+    "Active",
+    "Selected",
+    "abs_topk_encode",
+    "active_decode",
+    "packed",
+    "sparse_decode",
+    "threshold_encode",
+    "topk_encode",
+]
 
 
 def topk_encode(
@@ -30,6 +39,21 @@ def topk_encode(
         return triton_ops.topk_encode(x, W_enc, b_enc, b_dec, k=k, product_dtype=product_dtype)
     ops = reference if _wants_gradient(x, W_enc, b_enc, b_dec) else plain
     return ops.topk_encode(x, W_enc, b_enc, b_dec, k=k, product_dtype=product_dtype)
+
+
+def abs_topk_encode(
+    x: Float[Tensor, "batch d_model"],
+    W_enc: Float[Tensor, "d_model n_latents"],
+    b_enc: Float[Tensor, " n_latents"],
+    b_dec: Float[Tensor, " d_model"],
+    *,
+    k: int,
+) -> Selected:
+    """The k largest z = (x - b_dec) W_enc + b_enc of every row by size, of any sign. No gradients."""
+    most = min(k, len(b_enc))
+    up = topk_encode(x, W_enc, b_enc, b_dec, k=most)
+    down = topk_encode(2 * b_dec - x, W_enc, -b_enc, b_dec, k=most)
+    return plain.signed(plain.of_both_signs(up, down, k=k))
 
 
 def threshold_encode(

@@ -82,6 +82,19 @@ def unpacked(keys: Int[Tensor, "batch some"]) -> Selected:
     return Selected((keys >> 32).int().view(torch.float32), torch.where(keys > _LAST, _LAST - (keys & _LAST), EMPTY))
 
 
+def of_both_signs(up: Selected, down: Selected, *, k: int) -> Selected:
+    """The k largest by size, from the largest of z and of -z; index 2 j stands for z of latent j, 2 j + 1 for -z."""
+    values = torch.cat([up.values, down.values], 1)
+    indices = torch.cat([2 * up.indices, 2 * down.indices + 1], 1)  # an empty place has the value 0
+    return unpacked(keys(values, indices.clamp_min(0)).topk(k).values)
+
+
+def signed(selected: Selected) -> Selected:
+    """Latents and their z, of any sign, from what `of_both_signs` gives."""
+    negative = selected.there & (selected.indices & 1).bool()
+    return Selected(torch.where(negative, -selected.values, selected.values), selected.indices >> 1)  # -1 stays -1
+
+
 def rounded(a: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`a` with the precision of `dtype`, in its own dtype."""
     return a if dtype is None else a.to(dtype).to(a.dtype)
@@ -117,6 +130,26 @@ def bag_sums(
         index[begin:end], source, offsets - begin, per_sample_weights=weights[begin:end], mode="sum",
         include_last_offset=True,
     )  # fmt: skip
+
+
+def mean_z(
+    row: Float[Tensor, " d_model"], W_enc: Float[Tensor, "n_latents d_model"], b_enc: Float[Tensor, " n_latents"],
+    *, product_dtype: torch.dtype | None,
+) -> Float[Tensor, " n_latents"]:  # fmt: skip
+    """The z of one row, in fp32; W_enc's rows are latents and are rounded as for the batch's product.
+
+    Sums of rows, which do not depend on the number of threads as those of a matrix product may.
+    """
+    return torch.cat([(rounded(some.float(), product_dtype) * row).sum(1) for some in W_enc.split(TILE)]) + b_enc
+
+
+def add_linear_(
+    gradient: Float[Tensor, "some d_model"], factors: Float[Tensor, "some sites"],
+    rows: Float[Tensor, "some d_model"],
+) -> None:  # fmt: skip
+    """gradient[j] += factors[j, s] * rows[j] in the s-th of equal parts of d_model."""
+    of_sites = rows.float().unflatten(1, (factors.shape[1], -1))
+    gradient.unflatten(1, (factors.shape[1], -1)).addcmul_(factors[:, :, None], of_sites)
 
 
 def gather_dot(

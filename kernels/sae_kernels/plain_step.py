@@ -9,7 +9,7 @@ from torch import Tensor
 from sae_kernels import plain
 from sae_kernels.reference import Gradients, Selected, StepStatistics, adam_
 from sae_kernels.row_state import Hyper, RowState
-from sae_kernels.stages import AuxK, LossTerm, RowGradients
+from sae_kernels.stages import AuxK, LinearGradients, LossTerm, RowGradients
 
 
 class _SortedPairs(NamedTuple):
@@ -50,6 +50,7 @@ class PlainStep:
         self.n_latents = len(enc.value)  # of the whole dictionary, of which this may be a part
         self.total: Callable[[Tensor], Tensor] = _alone  # over the parts
         self._rows, self._pairs, self._through_decoder = torch.empty(0), list[_SortedPairs](), torch.empty(0)
+        self._linear = LinearGradients()
 
     def refresh_(self) -> None:
         """Nothing to do: no copy of the parameters is kept."""
@@ -74,8 +75,14 @@ class PlainStep:
     def d_z(self, errors: Tensor, selected: Selected, *, scale: float, source: Tensor | None = None) -> Tensor:
         return scale * plain.gather_dot(errors, self.dec.value, selected, source)
 
-    def save_for_backward_(self, rows: Tensor, terms: Sequence[LossTerm]) -> None:
-        self._rows, self._pairs = rows, []
+    def mean_z(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        row = rows.mean(0)
+        return row, plain.mean_z(row, self.enc.value, self.b_enc, product_dtype=self.product_dtype)
+
+    def save_for_backward_(
+        self, rows: Tensor, terms: Sequence[LossTerm], linear: LinearGradients | None = None
+    ) -> None:
+        self._rows, self._pairs, self._linear = rows, [], linear or LinearGradients()
         bounds = torch.arange(len(self.b_enc) + 1, device=rows.device)
         for term in terms:
             values, indices = term.selected
@@ -150,16 +157,23 @@ class PlainStep:
     def _d_enc(self, latents: slice) -> Tensor:
         """The gradient of some rows of W_enc^T: of every pair, d_z (x - b_dec)."""
         some = slice(latents.start, latents.stop + 1)
-        return _sum(plain.bag_sums(self._rows, h.row, h.encoder, h.offsets[some]) for h in self._pairs)
+        gradient = _sum(plain.bag_sums(self._rows, h.row, h.encoder, h.offsets[some]) for h in self._pairs)
+        if self._linear.enc is not None and self._linear.row is not None:
+            gradient.addr_(self._linear.enc[latents], self._linear.row)
+        return gradient
 
     def _d_dec(self, latents: slice) -> Tensor:
         """The gradient of some rows of W_dec: of every pair, scale * value * error."""
         some = slice(latents.start, latents.stop + 1)
-        return _sum(plain.bag_sums(h.errors, h.error, h.decoder, h.offsets[some]) for h in self._pairs)
+        gradient = _sum(plain.bag_sums(h.errors, h.error, h.decoder, h.offsets[some]) for h in self._pairs)
+        if self._linear.dec is not None:
+            plain.add_linear_(gradient, self._linear.dec[latents], self.dec.value[latents])
+        return gradient
 
     def _d_bias(self) -> Tensor:
         ones = self._rows.new_ones(len(self._rows), 1)
-        return _sum(plain.bag_sums(ones, h.row, h.encoder, h.offsets) for h in self._pairs).squeeze(1)
+        gradient = _sum(plain.bag_sums(ones, h.row, h.encoder, h.offsets) for h in self._pairs).squeeze(1)
+        return gradient if self._linear.enc is None else gradient + self._linear.enc
 
     def _through_centre(self, d_bias: Tensor) -> Tensor:
         out = torch.zeros_like(self.centre)

@@ -31,6 +31,16 @@ class LossTerm(NamedTuple):
     source: Int[Tensor, "batch k"] | None = None
 
 
+class LinearGradients(NamedTuple):
+    """Gradients that every latent has besides its pairs: those of costs that are linear in z, or in a row's norm."""
+
+    # d loss / d W_enc[:, j] has enc[j] * row, d loss / d b_enc[j] has enc[j]; None: nothing
+    enc: Float[Tensor, " n_latents"] | None = None
+    row: Float[Tensor, " d_in"] | None = None  # the mean row of the batch, as the encoder reads it
+    # d loss / d W_dec[j] has dec[j, s] * W_dec[j] in the s-th of equal parts of d_out; None: nothing
+    dec: Float[Tensor, "n_latents sites"] | None = None
+
+
 class AuxK(NamedTuple):
     """AuxK in a fused step: dead latents reconstruct the error of the others."""
 
@@ -76,16 +86,22 @@ class Stages(Protocol):
         """scale * errors . W_dec[j] at every selected place, 0 at empty ones; `source` as in LossTerm."""
         ...
 
-    def save_for_backward_(self, rows: Shaped[Tensor, "batch width"], terms: Sequence[LossTerm]) -> None:
-        """Keeps the pairs of the loss's terms, sorted by latent, until the update."""
+    def mean_z(self, rows: Shaped[Tensor, "batch width"]) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " n_latents"]]:
+        """The mean row, and the mean z of every latent: nothing of size [batch, n_latents] is needed."""
+        ...
+
+    def save_for_backward_(
+        self, rows: Shaped[Tensor, "batch width"], terms: Sequence[LossTerm], linear: LinearGradients | None = None
+    ) -> None:
+        """Keeps the pairs of the loss's terms, sorted by latent, until the update, and what latents have besides."""
         ...
 
     def row_gradients(self) -> RowGradients:
-        """The dense gradients of the saved terms."""
+        """The dense gradients of what was saved."""
         ...
 
     def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Float[Tensor, " d_in"]:
-        """Adam on the rows, from dense gradients or from the saved terms; returns `through_centre`."""
+        """Adam on the rows, from dense gradients or from what was saved; returns `through_centre`."""
         ...
 
     def update_b_dec_(self, gradient: Float[Tensor, " d_out"], hyper: Hyper) -> None:

@@ -35,6 +35,13 @@ class WeightedPairs(NamedTuple):
     source: Tensor | None = None  # int32 [batch, k]: the row that a weight multiplies; None: that of its token
 
 
+class LinearRows(NamedTuple):
+    """A further part of every gradient row: factors times one row, or times the parameter's own row."""
+
+    factors: Tensor  # [n_latents, sites]: for each of equal parts of d_model
+    row: Tensor | None  # [d_model]; None: the own row
+
+
 @triton.jit
 def _adam(p, g, m, v, schedule_ptr, step, beta2, eps):
     """One Adam step with the scalars of `step`, a `schedule_row`."""
@@ -54,10 +61,11 @@ def _unit(p):
 @triton.jit
 def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bias_ptr, bias_m_ptr, bias_v_ptr,
                    bias_gradient_ptr, slots_ptr, extra_ptr, extra_bias_ptr, rows_ptr, weights_ptr, pairs_ptr,
-                   offsets_ptr, source_ptr, schedule_ptr,
+                   offsets_ptr, source_ptr, linear_ptr, row_ptr, schedule_ptr,
                    step, beta2, eps, k, d_model, row_stride,
                    SOURCE: tl.constexpr, DENSE: tl.constexpr, UNIT: tl.constexpr, ROUND: tl.constexpr,
-                   BIAS: tl.constexpr, EXTRA: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+                   BIAS: tl.constexpr, EXTRA: tl.constexpr, LINEAR: tl.constexpr, SITES: tl.constexpr,
+                   PAIRS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     """One latent: its gradient from its pairs (or DENSE, from memory), then Adam; UNIT projects and normalises."""
     latent = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, DEPTH)
@@ -77,6 +85,11 @@ def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bia
         g += tl.load(extra, mask=inside & (slot >= 0), other=0.0)
     address = latent * d_model + dim
     p = tl.load(p_ptr + address, mask=inside, other=0.0)
+    if LINEAR == "row":
+        g += tl.load(linear_ptr + latent) * tl.load(row_ptr + dim, mask=inside, other=0.0)
+    if LINEAR == "own":
+        site = dim // (d_model // SITES)
+        g += tl.load(linear_ptr + latent * SITES + site, mask=inside, other=0.0) * p
     m = tl.load(m_ptr + address, mask=inside, other=0.0)
     v = tl.load(v_ptr + address, mask=inside, other=0.0)
     tl.store(norm_ptr + latent, tl.sum(g * g, 0))
@@ -97,6 +110,8 @@ def _update_kernel(p_ptr, m_ptr, v_ptr, rounded_ptr, gradient_ptr, norm_ptr, bia
             g_bias = weight_sum(weights_ptr, pairs_ptr, begin, end)
             if EXTRA:
                 g_bias += tl.load(extra_bias_ptr + slot, mask=slot >= 0, other=0.0)
+            if LINEAR == "row":
+                g_bias += tl.load(linear_ptr + latent)
             tl.store(bias_gradient_ptr + latent, g_bias)
         b, b_m, b_v = tl.load(bias_ptr + latent), tl.load(bias_m_ptr + latent), tl.load(bias_v_ptr + latent)
         b, b_m, b_v = _adam(b, g_bias, b_m, b_v, schedule_ptr, step, beta2, eps)
@@ -120,14 +135,14 @@ def update_latents_(
     parameter: ParameterState, source: WeightedPairs | Tensor, *, schedule: Tensor, step: int,
     betas: tuple[float, float], eps: float, norms: Tensor, unit: bool, rounded: Tensor | None = None,
     bias: ParameterState | None = None, bias_gradient: Tensor | None = None,
-    extra: tuple[Tensor, Tensor, Tensor] | None = None,
+    extra: tuple[Tensor, Tensor, Tensor] | None = None, linear: LinearRows | None = None,
 ) -> None:  # fmt: skip
     """Adam on every row of a parameter [n_latents, d_model], in place, from its pairs or from a dense gradient.
 
     `schedule` [steps, 5] holds `schedule_row` of every step so far. `norms` [n_latents] gets each row's ||g||^2.
     `unit` removes the gradient along each row and keeps rows at norm 1; `rounded` gets the bf16 copy. With `bias`, its
     gradient (the sum of the weights) is written to `bias_gradient` (dense: read from it) and applied.
-    `extra` (slots [n_latents], gradient rows, bias) is added where a latent's slot is not -1.
+    `extra` (slots [n_latents], gradient rows, bias) is added where a latent's slot is not -1, and `linear` to all.
     """
     n_latents, d_model = parameter.value.shape
     dense = source if isinstance(source, Tensor) else None
@@ -138,9 +153,13 @@ def update_latents_(
         *(bias or (none, none, none)), none if bias_gradient is None else bias_gradient,
         *(extra or (none, none, none)),
         *((none, none, none, none) if pairs is None else (pairs.rows, pairs.weights, *pairs.by_latent)),
-        none if rows_of is None else rows_of, schedule, step, betas[1], eps,
+        none if rows_of is None else rows_of,
+        *((none, none) if linear is None else (linear.factors, none if linear.row is None else linear.row)),
+        schedule, step, betas[1], eps,
         1 if pairs is None else pairs.weights.shape[1], d_model, 0 if pairs is None else pairs.rows.stride(0),
         SOURCE=rows_of is not None, DENSE=dense is not None, UNIT=unit, ROUND=rounded is not None,
         BIAS=bias is not None, EXTRA=extra is not None,
+        LINEAR="" if linear is None else "own" if linear.row is None else "row",
+        SITES=1 if linear is None else linear.factors.shape[1],
         PAIRS=PAIRS, DEPTH=power_of_two(d_model), num_warps=warps_for(d_model),
     )  # fmt: skip

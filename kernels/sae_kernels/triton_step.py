@@ -6,12 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_kernels import plain
 from sae_kernels.cuda_graph import GraphedFunction
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.row_state import Hyper
-from sae_kernels.stages import AuxK, LossTerm, RowGradients
+from sae_kernels.stages import AuxK, LinearGradients, LossTerm, RowGradients
 from sae_kernels.triton_aux import DENSE, DeadGradients, dense_aux
-from sae_kernels.triton_latents import ParameterState, WeightedPairs, schedule_row, update_latents_
+from sae_kernels.triton_latents import LinearRows, ParameterState, WeightedPairs, schedule_row, update_latents_
 from sae_kernels.triton_sparse_decode import decode, gather_dot
 from sae_kernels.triton_sparse_gradient import Segments, row_gradient, segments
 from sae_kernels.triton_topk_encode import encode_select
@@ -52,6 +53,7 @@ class TritonStep:
         self.norms = torch.zeros(2, len(self.rounded), device=self.rounded.device)  # of both gradients' rows, squared
         self._d_b_enc = torch.empty_like(self.b_enc.value)
         self._aux: DeadGradients | None = None
+        self._linear = LinearGradients()
         self._of: Hyper | None = None
         self._recorded = GraphedFunction[_Reconstruction]()
         self.refresh_()
@@ -69,7 +71,7 @@ class TritonStep:
         """Selection, reconstruction, errors, AuxK, and the pairs by latent that `gradients` and `update_` take."""
         main = self._recorded(self._reconstruction, x.float().contiguous(), k=k, scale=scale)
         rows, error, by_latent = main.rows, main.errors, main.by_latent
-        self._through_decoder, self._aux = main.through_decoder, None
+        self._through_decoder, self._aux, self._linear = main.through_decoder, None, LinearGradients()
         self._through_encoder = main.through_encoder
         statistics = StepStatistics(
             main.squared_error.clone(), x.new_zeros(()), main.active.clone(), by_latent.offsets.diff().long()
@@ -141,9 +143,18 @@ class TritonStep:
     def d_z(self, errors: Tensor, selected: Selected, *, scale: float, source: Tensor | None = None) -> Tensor:
         return gather_dot(errors, self.W_dec.value, selected.indices, scale=scale, source=source)
 
-    def save_for_backward_(self, rows: Tensor, terms: Sequence[LossTerm]) -> None:
-        self._aux = None
+    def mean_z(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        row = rows.float().mean(0)
+        return row, plain.mean_z(row, self.rounded, self.b_enc.value, product_dtype=None)
+
+    def save_for_backward_(
+        self, rows: Tensor, terms: Sequence[LossTerm], linear: LinearGradients | None = None
+    ) -> None:
+        self._aux, self._linear = None, linear or LinearGradients()
         self._save(rows, terms)
+        if self._linear.enc is not None:
+            parts = zip(self._linear.enc.split(plain.TILE), self.rounded.split(plain.TILE), strict=True)
+            self._through_encoder = self._through_encoder + sum(some @ rows.float() for some, rows in parts)
 
     def _save(self, rows: Tensor, terms: Sequence[LossTerm]) -> None:
         def joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
@@ -178,24 +189,32 @@ class TritonStep:
             dead = self._aux.slots.ge(0).nonzero().squeeze(1)
             for total, part in ((d_enc, self._aux.enc), (d_dec, self._aux.dec), (d_b_enc, self._aux.bias)):
                 total.index_add_(0, dead, part)
+        if self._linear.enc is not None and self._linear.row is not None:
+            d_enc.addr_(self._linear.enc, self._linear.row)
+            d_b_enc += self._linear.enc
+        if self._linear.dec is not None:
+            plain.add_linear_(d_dec, self._linear.dec, self.W_dec.value)
         return RowGradients(d_enc, d_dec, d_b_enc, self._through_encoder)
 
     def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Tensor:
         if gradients is None:
             encoder, decoder, through, aux = self._encoder, self._decoder, self._through_encoder, self._aux
+            linear = self._linear
         else:
             encoder, decoder, through = gradients.enc.contiguous(), gradients.dec.contiguous(), gradients.through_centre
             self._d_b_enc.copy_(gradients.b_enc)
-            aux = None
+            aux, linear = None, LinearGradients()
         schedule = self._schedule(hyper)
         update_latents_(
             self.W_enc, encoder, schedule=schedule, step=0, betas=hyper.betas, eps=hyper.eps, norms=self.norms[0],
             unit=False, rounded=self.rounded, bias=self.b_enc, bias_gradient=self._d_b_enc,
             extra=aux and (aux.slots, aux.enc, aux.bias),
+            linear=None if linear.enc is None else LinearRows(linear.enc[:, None].contiguous(), linear.row),
         )  # fmt: skip
         update_latents_(
             self.W_dec, decoder, schedule=schedule, step=0, betas=hyper.betas, eps=hyper.eps, norms=self.norms[1],
             unit=self.unit, extra=aux and (aux.slots, aux.dec, aux.bias),
+            linear=None if linear.dec is None else LinearRows(linear.dec.contiguous(), None),
         )  # fmt: skip
         return through
 

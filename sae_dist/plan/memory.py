@@ -11,10 +11,10 @@ from sae_kernels.eight_bit import block_of
 
 from sae_dist.plan.machine import Holding
 from sae_dist.plan.workload import Workload
-from sae_dist.sae.variants.interface import Elementwise, Sizes
+from sae_dist.sae.variants.interface import Elementwise, Nested, Sizes
 from sae_dist.train.parallel.batch_select import initial_width
+from sae_dist.train.parallel.choose import LINE_WIDTH
 from sae_dist.train.parallel.row_select import pays_two_rounds
-from sae_dist.train.parallel.step import LINE_WIDTH
 
 TILE = 4096  # latents that plain torch multiplies at a time (sae_kernels.plain)
 KEYS = 24  # bytes a pre-activation of a tile while its keys are made: z, relu(z), and two int64
@@ -107,6 +107,8 @@ def step_bytes(work: Workload, machine: Holding) -> tuple[float, float]:
         after = 0  # one fused step
     if isinstance(work.sae, Elementwise):  # autograd's tensors of a number a pair
         after += 4 * (OF_A_PAIR + 3 * work.vectors) * batch * places
+    if isinstance(work.sae, Nested):  # errors of every reconstruction, their sums, and those of all data ranks
+        after += 4 * len(work.sae.nesting.weights) * (2 * rows + batch) * d
     match kernels:
         case "torch":
             rounded, pairs = 4 * batch * d, 24 * batch * k // work.feature

@@ -1,17 +1,28 @@
 """Which dictionary to train: the union of all kinds, told apart by `kind`."""
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
 from sae_dist.config import UserError
+from sae_dist.sae.variants.abs_topk import AbsTopK
 from sae_dist.sae.variants.batchtopk import BatchTopK
+from sae_dist.sae.variants.gated import Gated
 from sae_dist.sae.variants.interface import Variant
 from sae_dist.sae.variants.jumprelu import JumpReLU
+from sae_dist.sae.variants.jumprelu_tanh import JumpReLUTanh
+from sae_dist.sae.variants.matryoshka import Matryoshka, MatryoshkaTopK
+from sae_dist.sae.variants.multi_topk import MultiTopK
+from sae_dist.sae.variants.relu import ReLU
+from sae_dist.sae.variants.relu_norm import ReLUNorm
 from sae_dist.sae.variants.topk import TopK
 
-KINDS = {kind.kind: kind for kind in (TopK, BatchTopK, JumpReLU)}
-SAEConfig = Annotated[TopK | BatchTopK | JumpReLU, Field(discriminator="kind")]
+AnyKind = (
+    TopK | BatchTopK | JumpReLU | MultiTopK | AbsTopK | Matryoshka | MatryoshkaTopK | ReLU | ReLUNorm | Gated
+    | JumpReLUTanh
+)  # fmt: skip
+KINDS = {kind.kind: kind for kind in get_args(AnyKind)}
+SAEConfig = Annotated[AnyKind, Field(discriminator="kind")]
 
 
 def resolved_k_aux(sae: Variant, d_model: int) -> int:
@@ -23,7 +34,7 @@ def resolved_k_aux(sae: Variant, d_model: int) -> int:
 
 def check_width(sae: Variant, d_model: int) -> None:
     """UserError where a dictionary does not fit activations of this width."""
-    k = sae.rule.k
+    k = sae.k
     if sae.n_latents <= k:
         raise UserError(f"sae.n_latents={sae.n_latents} leaves sae.k={k} nothing to choose from; use more latents")
     if k > d_model:

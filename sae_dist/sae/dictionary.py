@@ -20,7 +20,7 @@ from torch import Tensor
 from sae_dist.config import UserError, digest
 from sae_dist.sae.config import KINDS
 from sae_dist.sae.initialize import Parameters
-from sae_dist.sae.variants.interface import Sizes, TensorSpec, tensors
+from sae_dist.sae.variants.interface import Sizes, TensorSpec, Top, tensors
 
 FORMAT = 1
 WEIGHTS = "weights_xxh3_128"  # the key of config.json that holds the hash of dictionary.safetensors
@@ -31,7 +31,8 @@ CURE = "repeat the run's command, which writes it again, or use another copy of 
 class Dictionary:
     """x_hat = decode(encode(x)) on raw activations; `info` is config.json: variant, model, hook point, provenance.
 
-    A latent is active where it is among the k largest of its row, or where it is above its `threshold` if there is one.
+    A latent is active where it is among the k largest of its row (`signed`: by size, of any sign), or where it is above
+    its `threshold` if there is one.
     With `b_in` it is a transcoder: it reads x - b_in and rebuilds other activations than x, of `target_hook`.
     """
 
@@ -40,6 +41,12 @@ class Dictionary:
     info: Mapping[str, Any]
     threshold: Float[Tensor, " n_latents"] | None = None
     b_in: Float[Tensor, " d_in"] | None = None
+
+    @property
+    def signed(self) -> bool:
+        """Whether values may be negative."""
+        rule = KINDS[self.info["variant"]]().rule
+        return isinstance(rule, Top) and rule.signed
 
     @property
     def n_latents(self) -> int:
@@ -56,7 +63,8 @@ class Dictionary:
         centre = b_dec if self.b_in is None else self.b_in
         if self.threshold is not None:
             return sae_kernels.threshold_encode(x.float(), W_enc, b_enc, centre, theta=self.threshold)
-        return sae_kernels.packed(sae_kernels.topk_encode(x.float(), W_enc, b_enc, centre, k=self.k))
+        encode = sae_kernels.abs_topk_encode if self.signed else sae_kernels.topk_encode
+        return sae_kernels.packed(encode(x.float(), W_enc, b_enc, centre, k=self.k))
 
     def decode(self, active: Active) -> Float[Tensor, "batch d_out"]:
         """x_hat, or the target's rows, from the active latents."""
@@ -157,7 +165,8 @@ def check(folder: Path) -> dict[str, Any]:
 
 def _specs(info: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     """The tensors of a dictionary that says this of itself."""
-    return tensors(KINDS[info["variant"]](), transcodes="target_hook" in info)
+    every = tensors(KINDS[info["variant"]](), transcodes="target_hook" in info)
+    return tuple(spec for spec in every if spec.exported)
 
 
 def _xxh3_128(path: Path) -> str:

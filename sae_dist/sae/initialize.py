@@ -73,6 +73,7 @@ def initialize(
     latents: range | None = None,
     kth: Callable[[Float[Tensor, "sample candidates"]], Float[Tensor, " sample"]] | None = None,
     total: Callable[[Tensor], Tensor] = lambda part: part,
+    norm: float = 1.0,
 ) -> Initialization:
     """Tied initialisation: random unit decoder rows, W_enc = c W_dec^T, b_enc = 0, b_dec = geometric median of x.
 
@@ -84,6 +85,7 @@ def initialize(
 
     `latents` selects a part of the dictionary, with the same values as in the whole. For a part, `kth` maps each sample
     row's largest values to the k-th largest over all parts, and `total` sums a tensor over all parts.
+    Decoder rows get that `norm`, and the encoder what makes up for it.
     """
     latents, wanted = range(n_latents) if latents is None else latents, x if target is None else target
     # The same rows on every device.
@@ -106,5 +108,6 @@ def initialize(
         rebuilt += torch.where(values >= least[:, None], values, 0.0) @ rows.double()
     rebuilt = total(rebuilt)
     c = float(size / rebuilt.norm(dim=-1).mean().clamp_min(1e-12))
-    parameters = Parameters((enc * c).clone().T, W_dec, torch.zeros(len(latents), device=x.device), b_dec)
+    c /= norm
+    parameters = Parameters((enc * c).clone().T, W_dec * norm, torch.zeros(len(latents), device=x.device), b_dec)
     return Initialization(parameters, c * float(least.mean()), None if target is None else b_in)

@@ -54,14 +54,14 @@ def check_member(member: Member, d_out: int, mesh: Mesh) -> None:
 
 def train_step(
     learner: Learner, config: TrainConfig, x: Float[Tensor, "batch d_in"], *,
-    target: Float[Tensor, "batch d_out"], lr: float, variance: float, measure: bool = False,
+    target: Float[Tensor, "batch d_out"], lr: float, variance: float, progress: float, measure: bool = False,
 ) -> StepOutcome:  # fmt: skip
     """One step, unless the learner's guard skips it; all ranks call this together.
 
-    With `measure`, the norm of the gradient is found too.
+    `progress`: the share of all steps that were taken before. With `measure`, the norm of the gradient is found too.
     """
     sae, norm = learner.sae, None
-    said = sae.forward(x, target, variance=variance)
+    said = sae.forward(x, target, variance=variance, progress=progress)
     squared_error = float(said.squared_error)
     unit = len(x) * variance
     verdict = judge(
@@ -70,7 +70,7 @@ def train_step(
     )  # fmt: skip
     if verdict.decision == "step":
         before = norms.moments(sae) if measure else None
-        sae.update_(lr=lr)
+        _update_(learner, lr)
         if before is not None:
             norm = norms.gradient_norm(sae, before)
         sae.count_(said.fired, tokens=len(x))
@@ -80,3 +80,15 @@ def train_step(
         learner._replace(guard=verdict.guard), verdict.decision, verdict.alert, squared_error, float(said.active),
         said.fired, norm,
     )  # fmt: skip
+
+
+def _update_(learner: Learner, lr: float) -> None:
+    """The update, except of what is frozen."""
+    sae, frozen = learner.sae, learner.member.frozen
+    if frozen == "all":
+        sae.skip_()
+        return
+    kept = sae.shard.W_dec.clone() if frozen == "decoder" else None
+    sae.update_(lr=lr)
+    if kept is not None:
+        sae.shard.W_dec.copy_(kept)

@@ -118,7 +118,7 @@ def _take_steps(
             outcomes = [
                 train_step(
                     one, config, x, target=target, lr=one.member.peak_lr * factor, variance=state.variance,
-                    measure=report.is_due(step),
+                    progress=state.step / config.n_steps, measure=report.is_due(step),
                 )
                 for one in state.learners
             ]  # fmt: skip

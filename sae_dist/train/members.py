@@ -9,7 +9,7 @@ shared, so each member is the dictionary that training it alone would give.
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 from sae_kernels.row_state import MomentFormat, ParameterFormat, StateOptions
@@ -20,7 +20,10 @@ from sae_dist.sae.variants.interface import TensorSpec, tensors
 from sae_dist.train.schedule import base_lr
 
 MAIN = "main"
-OWN = ("name", "seed", "lr", "parameters", "moments")  # keys of an entry that are not keys of `sae`
+OWN = ("name", "seed", "lr", "parameters", "moments", "frozen")  # keys of an entry that are not keys of `sae`
+Frozen = Literal["nothing", "decoder", "all"]  # what keeps its values of before step 0
+Twin = Literal["seed", "frozen_decoder", "untrained"]
+TWINS: dict[Twin, dict[str, Any]] = {"frozen_decoder": {"frozen": "decoder"}, "untrained": {"frozen": "all"}}
 
 
 @frozen
@@ -32,6 +35,7 @@ class _Own:
     lr: Annotated[float, Field(gt=0)] | None
     parameters: ParameterFormat
     moments: MomentFormat
+    frozen: Frozen
 
 
 class Member(NamedTuple):
@@ -44,6 +48,7 @@ class Member(NamedTuple):
     parameters: ParameterFormat = "float32"
     moments: MomentFormat = "float32"
     transcodes: bool = False  # what is rebuilt is not the input
+    frozen: Frozen = "nothing"
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -96,6 +101,18 @@ def _shared(main: SAEConfig, kind: object) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in KINDS[kind].__dataclass_fields__}
 
 
+def twin_entries(twins: Sequence[Twin], *, seed: int) -> list[dict[str, Any]]:
+    """Entries of `more_dictionaries` for dictionaries that the main one is compared to.
+
+    All begin from another seed: from the same, what is not trained would still be like the main one's beginning.
+    """
+    return [{"name": twin_name(twin), "seed": seed + 1, **TWINS.get(twin, {})} for twin in dict.fromkeys(twins)]
+
+
+def twin_name(twin: Twin) -> str:
+    return f"twin-{twin}"
+
+
 def folder(out: Path, name: str) -> Path:
     """The folder of a member's finished dictionary: `out`/dictionary, or `out`/dictionaries/<name>."""
     return out / "dictionary" if name == MAIN else out / "dictionaries" / name
@@ -127,4 +144,4 @@ def _member(place: str, entry: Mapping[str, Any], main: Member) -> Member:
         sae = load(SAEConfig, _shared(main.sae, changes.get("kind")) | changes)  # type: ignore[arg-type]  a union
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    return Member(own.name, sae, own.seed, own.lr, own.parameters, own.moments, main.transcodes)
+    return Member(own.name, sae, own.seed, own.lr, own.parameters, own.moments, main.transcodes, own.frozen)

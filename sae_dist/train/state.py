@@ -12,7 +12,7 @@ from sae_dist.config import UserError
 from sae_dist.sae.config import SAEConfig, resolved_k_aux
 from sae_dist.sae.initialize import initialize
 from sae_dist.sae.scale import Scales, input_scale
-from sae_dist.sae.variants.interface import Elementwise, TensorSpec, own_vectors
+from sae_dist.sae.variants.interface import Elementwise, TensorSpec, own_vectors, spec_of
 from sae_dist.train import guard as guards
 from sae_dist.train.checkpoint import Checkpoint, OwnedRows, RowSelector
 from sae_dist.train.checkpoint_identity import identity, refuse_others
@@ -167,7 +167,7 @@ def _initial(
 ) -> dict[str, Tensor]:
     """This rank's part of a dictionary's initial tensors, from scaled rows."""
 
-    k = sae.rule.k
+    k = sae.k
 
     def kth(best: Float[Tensor, "sample candidates"]) -> Float[Tensor, " sample"]:
         width = min(k, -(-sae.n_latents // mesh.feature.size))  # what the largest part has
@@ -178,6 +178,7 @@ def _initial(
     parameters, level, b_in = initialize(
         x, target=target, n_latents=sae.n_latents, k=k, seed=seed, latents=mesh.latents(sae.n_latents), kth=kth,
         total=lambda part: ordered_sum(mesh, mesh.feature, part, name="initialize"),
+        norm=spec_of(sae, "W_dec").initial_norm,
     )  # fmt: skip
     own = sae.start(level) if isinstance(sae, Elementwise) else {}
     tensors = parameters._asdict() | {name: torch.full_like(parameters.b_enc, value) for name, value in own.items()}
@@ -190,10 +191,10 @@ def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, me
     k_aux = resolved_k_aux(sae, own["W_dec"].shape[1])
     shard = Shard(
         own["W_enc"], own["W_dec"], b_enc=own["b_enc"], b_dec=own["b_dec"], b_in=own.get("b_in"),
-        k=min(sae.rule.k, len(here)), k_aux=k_aux, aux_coefficient=sae.aux_coefficient,
+        k=min(sae.k, len(here)), k_aux=k_aux, aux_coefficient=sae.aux_coefficient,
         dead_after_tokens=sae.dead_after_tokens, first_latent=here.start,
         vectors={spec.name: own[spec.name] for spec in own_vectors(sae)},
-        unit=any(spec.unit for spec in sae.tensors), product_dtype=getattr(torch, config.product), state=member.state,
+        unit=spec_of(sae, "W_dec").unit, product_dtype=getattr(torch, config.product), state=member.state,
     )  # fmt: skip
     return MeshStep(
         shard, mesh, sae=sae, k_aux=k_aux, micro_batch=config.micro_batch, clip_norm=config.clip_norm

@@ -1,7 +1,7 @@
 """The finished dictionary, written block by block from the last checkpoint, so that it is never whole in memory."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,10 @@ def write_dictionary(
             (n_latents, d_in), (_, d_out) = (
                 manifest.tensors[member.prefix + name].shape for name in ("W_enc", "W_dec")
             )
+            specs = tuple(spec for spec in member.tensors if spec.exported)
             dictionary.write(
-                folder, _parts(storage, manifest, member), specs=member.tensors, sizes=Sizes(n_latents, d_in, d_out),
-                k=member.sae.rule.k, info=own | dict(info),
+                folder, _parts(storage, manifest, member, specs), specs=specs, sizes=Sizes(n_latents, d_in, d_out),
+                k=member.sae.k, info=own | dict(info),
             )  # fmt: skip
             return
         except (OSError, ValueError) as error:
@@ -56,10 +57,12 @@ def write_dictionary(
     )
 
 
-def _parts(storage: Storage, manifest: CheckpointManifest, member: Member) -> Iterator[tuple[TensorSpec, int, Tensor]]:
+def _parts(
+    storage: Storage, manifest: CheckpointManifest, member: Member, specs: Sequence[TensorSpec]
+) -> Iterator[tuple[TensorSpec, int, Tensor]]:
     """Yields (spec, first row, rows) of every block, with the input scale folded in."""
     scales, n_latents = Scales(*manifest.facts["scales"]), member.sae.n_latents
-    wanted = {member.prefix + spec.name: spec for spec in member.tensors}
+    wanted = {member.prefix + spec.name: spec for spec in specs}
     for file in manifest.files:
         if any(block.name in wanted for block in file.blocks):
             for block, rows in read_file(storage, manifest, file).items():

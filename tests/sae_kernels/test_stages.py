@@ -8,7 +8,7 @@ import torch
 from sae_kernels import reference
 from sae_kernels.reference import EMPTY, Selected
 from sae_kernels.shard import Backend, Shard
-from sae_kernels.stages import LossTerm
+from sae_kernels.stages import LinearGradients, LossTerm
 
 N_LATENTS, D_IN, D_OUT, BATCH, K, VARIANCE = 24, 7, 5, 8, 6, 4.0
 GROUP = torch.arange(N_LATENTS) // 6  # of nested prefixes: a latent of group g is in prefixes g, g + 1, ... 3
@@ -57,7 +57,9 @@ def test_gradients_of_nested_prefixes_over_values_of_any_sign_are_autograds(devi
     rest, dead = integers(BATCH, D_OUT, most=3, seed=7), torch.arange(0, N_LATENTS, 5)
     dead_mask = torch.zeros(N_LATENTS, dtype=torch.bool).index_fill_(0, dead, True)
     aux = reference.aux_k(rest.double(), z, leaves["W_dec"], dead_mask, k_aux=3)
-    expected = torch.autograd.grad(loss + aux / 8 / (BATCH * VARIANCE), list(leaves.values()))
+    along, shrink = integers(N_LATENTS, most=3, seed=8), integers(N_LATENTS, D_OUT, most=3, seed=9)
+    linear = (along * z.mean(0)).sum() + (shrink * leaves["W_dec"].square()).sum() / 2  # a site for each of d_out
+    expected = torch.autograd.grad(loss + aux / 8 / (BATCH * VARIANCE) + linear, list(leaves.values()))
 
     rows, group = stages.rows(x.to(where)), GROUP.to(where)[chosen.indices]
     errors = []
@@ -71,8 +73,11 @@ def test_gradients_of_nested_prefixes_over_values_of_any_sign_are_autograds(devi
     few = stages.select(rows, k=3, latents=dead.to(where))
     left = rest.to(where) - stages.partial(few)
     second = LossTerm(left, few, stages.d_z(left, few, scale=scale / 8), scale / 8)
-    stages.save_for_backward_(rows, [nested, second])
-    enc, dec, b_enc, _ = stages.row_gradients()
+    row, mean_z = stages.mean_z(rows)
+    assert torch.equal(mean_z.cpu().double(), z.mean(0))
+    stages.save_for_backward_(rows, [nested, second], LinearGradients(along.to(where), row, shrink.to(where)))
+    enc, dec, b_enc, through = stages.row_gradients()
+    assert torch.equal(through.cpu(), given["W_enc"] @ b_enc.cpu())
     found = (enc.t(), dec, b_enc, scale * suffixes[:BATCH].sum(0))
     for name, ours, theirs in zip(leaves, found, expected, strict=True):
         assert float((ours.cpu().double() - theirs).abs().max()) < 1e-10, name

@@ -193,7 +193,7 @@ def test_an_entry_changes_what_it_says_and_nothing_else():
     assert GIVEN[1] == Member("k8", dataclasses.replace(SAE, k=8), 0, None)
     assert GIVEN[2] == Member("wide", dataclasses.replace(SAE, n_latents=160), 1, None)
     assert GIVEN[3] == Member("lr0.001-k_aux16", dataclasses.replace(SAE, k_aux=16), 0, 1e-3)
-    assert GIVEN[4][1:] == (SAE, 0, None, "bfloat16_stochastic", "int8", False)
+    assert GIVEN[4] == Member(GIVEN[4].name, SAE, 0, None, "bfloat16_stochastic", "int8")
     inherited, law = members([{"k": 8}, {"lr": None}], sae=SAE, seed=3, lr=0.1)[1:]
     assert (inherited.lr, inherited.seed) == (0.1, 3)
     compact, plain = members([{"k": 8}, {"moments": "float32"}], sae=SAE, seed=0, moments="factored")[1:]

@@ -7,10 +7,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_kernels import plain
 from sae_kernels.cpu.build import library
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.row_state import Hyper
-from sae_kernels.stages import AuxK, LossTerm, RowGradients
+from sae_kernels.stages import AuxK, LinearGradients, LossTerm, RowGradients
 
 Screen = Literal["auto", "none", "int16"]
 
@@ -37,6 +38,10 @@ class _Tensors(ctypes.Structure):
 
 class _Dense(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("slots", "dec", "enc", "bias")]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("enc", "row", "dec")), ("sites", ctypes.c_long)]
 
 
 class _Aux(ctypes.Structure):
@@ -120,6 +125,7 @@ class CpuStep:
         self._none = torch.zeros(self.d_in)
         self._sources: tuple[Tensor, Tensor] | None = None  # of the pairs: errors, rounded rows
         self._dense: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._linear: LinearGradients | None = None
         self._screen_from = 0 if screen == "int16" else _SCREEN_FROM if screen == "auto" and screen_pays() else None
         self._rows_screened, self._counts = 0, torch.zeros(2, dtype=torch.int64)
         self.refresh_()
@@ -164,8 +170,15 @@ class CpuStep:
         )  # fmt: skip
         return out
 
-    def save_for_backward_(self, rows: Tensor, terms: Sequence[LossTerm]) -> None:
+    def mean_z(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        row = self._sum_rows(rows[:, : self.d_in].float().contiguous()) / len(rows)
+        return row, plain.mean_z(row, self.parameters[0], self.parameters[2], product_dtype=torch.bfloat16)
+
+    def save_for_backward_(
+        self, rows: Tensor, terms: Sequence[LossTerm], linear: LinearGradients | None = None
+    ) -> None:
         batch, self._dense = len(rows), None
+        self._linear = linear and LinearGradients(*(None if t is None else t.contiguous() for t in linear))
         errors = torch.cat([term.errors for term in terms]) if len(terms) > 1 else terms[0].errors.contiguous()
         self._sources = (errors, rows.contiguous())
         kept, described, first = [], (_Chosen * len(terms))(), 0
@@ -215,7 +228,7 @@ class CpuStep:
         described = (_Chosen * (1 if few else 2))(
             self._reconstruct("alive", rows, self.parameters[3], chosen, scale, errors, squares, 0)
         )
-        self._dense = None
+        self._dense = self._linear = None
         if aux is not None:
             rounded, b_enc = self.rounded[aux.places], self.parameters[2][aux.places]
             dead_chosen = self._select("dead", rounded, b_enc, rows=self._buffers["rounded_rows"], k=k_dead)
@@ -285,10 +298,14 @@ class CpuStep:
 
     def _latents(self, adam: _Adam | None, d_enc: Tensor | None, d_dec: Tensor | None, d_bias: Tensor | None) -> None:
         dense = _Dense(*(t.data_ptr() for t in self._dense)) if self._dense else None
+        linear = self._linear and _Linear(
+            *(None if t is None else t.data_ptr() for t in self._linear),
+            1 if self._linear.dec is None else self._linear.dec.shape[1],
+        )
         through_centre = self._buffer("through_centre", (-(-self.n_latents // _CHUNK), self.d_in))
         assert self._sources is not None, "no step was begun"
         _call(
-            "sae_latents", self._buffers["offsets"], self._buffers["pairs"], *self._sources, dense,
+            "sae_latents", self._buffers["offsets"], self._buffers["pairs"], *self._sources, dense, linear,
             self._described(), self.n_latents, self.d_in, self.d_out, self.padded, adam, self.unit, d_enc, d_dec,
             d_bias, through_centre, torch.get_num_threads(),
         )  # fmt: skip

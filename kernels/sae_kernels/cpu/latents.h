@@ -12,6 +12,14 @@
 
 namespace sae {
 
+// out += c a
+inline void add_scaled(float* out, float c, const float* a, long d) {
+    for (long i = 0; i < d; i += LANES) {
+        const Lanes m = lanes(d - i);
+        store(out + i, m, fma(splat(c), load(a + i, m), load(out + i, m)));
+    }
+}
+
 // One active latent of one row: the weight of errors[error_row] in dW_dec and of rows[row] in dW_enc.
 struct Pair {
     int error_row, row;
@@ -27,6 +35,22 @@ struct Chosen {
 
     float weight(long i) const { return weights ? weights[i] : scale * values[i]; }
     int error(long i) const { return (int)(first_error + (source ? source[i] : i / k)); }
+};
+
+// What latents have besides their pairs: enc[j] * row in dW_enc and enc[j] in db_enc; in dW_dec its own row times
+// dec[j, site], in the equal parts of d_out. Either may be absent.
+struct Linear {
+    const float *enc, *row, *dec;
+    long sites;
+
+    float bias(long j) const { return enc ? enc[j] : 0; }
+
+    void add(long j, float* g_enc, float* g_dec, const float* W_dec, long d_in, long d_out) const {
+        if (enc) add_scaled(g_enc, enc[j], row, d_in);
+        const long d = d_out / (dec ? sites : 1);
+        for (long s = 0; dec && s < sites; s++)
+            add_scaled(g_dec + s * d, dec[j * sites + s], W_dec + j * d_out + s * d, d);
+    }
 };
 
 // Sorts the pairs by latent, keeping the order of rows: offsets [n_latents + 1], pairs [offsets[n_latents]].

@@ -136,11 +136,11 @@ static void update(const Tensors& p, long j, const float* g_enc, const float* g_
     round_row(p.enc + j * d_in, nullptr, p.rounded + j * padded, d_in, padded);
 }
 
-// The gradient of every latent from its pairs and, where given, from AuxK; `through_centre` [blocks(n_latents, 64), d_in]
+// The gradient of every latent from its pairs and, where given, from AuxK and `linear`; `through_centre` [blocks(n_latents, 64), d_in]
 // gets rounded enc * d_bias, summed over a chunk. Then the gradient is stored (d_enc given) or the update is made, which
 // keeps decoder rows at norm 1 where they are `unit`.
 void sae_latents(const long* offsets, const Pair* pairs, const float* errors, const uint16_t* rows, const Dense* dense,
-                 const Tensors* parameters, long n_latents, long d_in, long d_out, long padded, const Adam* adam,
+                 const Linear* linear, const Tensors* parameters, long n_latents, long d_in, long d_out, long padded, const Adam* adam,
                  long unit, float* d_enc, float* d_dec, float* d_bias, float* through_centre, long threads) {
     const Tensors& p = *parameters;
     parallel(blocks(n_latents, CHUNK), threads, [&](long chunk) {
@@ -150,6 +150,7 @@ void sae_latents(const long* offsets, const Pair* pairs, const float* errors, co
         for (long j = first; j < last; j++) {
             float bias = slot(j) < 0 ? 0 : dense->bias[slot(j)];
             for (long i = offsets[j]; i < offsets[j + 1]; i++) bias += pairs[i].encoder;
+            if (linear) bias += linear->bias(j);
             biases[j - first] = bias;
         }
         auto encoder_row = [&](long j) { return p.rounded + (first + j) * padded; };
@@ -167,11 +168,13 @@ void sae_latents(const long* offsets, const Pair* pairs, const float* errors, co
                 add_row(g_dec, dense->dec + s * d_out, d_out);
                 add_row(g_enc, dense->enc + s * d_in, d_in);
             }
+            if (linear) linear->add(j, g_enc, g_dec, p.dec, d_in, d_out);
             if (d_dec) {
                 d_bias[j] = biases[j - first];
                 continue;
             }
-            update(p, j, g_enc, g_dec, biases[j - first], d_in, d_out, padded, *adam, unit, n > 0 || s >= 0);
+            update(p, j, g_enc, g_dec, biases[j - first], d_in, d_out, padded, *adam, unit,
+                   n > 0 || s >= 0 || linear);
         }
     });
 }

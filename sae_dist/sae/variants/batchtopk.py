@@ -1,13 +1,12 @@
 """BatchTopK (Bussmann et al. 2024)."""
 
-from typing import Annotated, Literal
+import dataclasses
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
 from sae_dist.config import frozen
-from sae_dist.sae.variants.interface import AUTOENCODER, TensorSpec, TopOfBatch, check_counts
-
-THRESHOLD = TensorSpec("threshold", ("n_latents",), units="target", role="tracked")
+from sae_dist.sae.variants.interface import AUTOENCODER, THRESHOLD, TensorSpec, TopOfBatch, check_counts, linear
 
 
 @frozen
@@ -20,12 +19,15 @@ class BatchTopK:
     kind: Literal["batchtopk"] = "batchtopk"
     n_latents: Annotated[int, Field(ge=1)] = 16_384
     k: Annotated[int, Field(ge=1)] = 32  # latents a token, in the mean
+    k_start: Annotated[int, Field(ge=1)] | None = None  # k at the first step, which falls to k; null: k
+    k_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the steps, until it has fallen
     k_aux: Annotated[int, Field(ge=0)] | None = None  # null: the power of two below d_model / 2; 0: no AuxK
     aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
     dead_after_tokens: Annotated[int, Field(ge=1)] = 10_000_000
 
     def __post_init__(self) -> None:
         check_counts(self.n_latents, self.k, self.k_aux)
+        check_counts(self.n_latents, self.k_start or self.k, self.k_aux, name="k_start")
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -34,3 +36,9 @@ class BatchTopK:
     @property
     def rule(self) -> TopOfBatch:
         return TopOfBatch(self.k)
+
+    def at(self, progress: float) -> Self:
+        if self.k_start is None:
+            return self
+        k = round(linear(progress, start=self.k_start, end=self.k, over=self.k_fraction))
+        return dataclasses.replace(self, k=k, k_start=None)

@@ -7,9 +7,9 @@ what value a chosen pair's pre-activation z becomes, and its penalty on activity
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, Self, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_dist.sae.scale import Scales
@@ -38,6 +38,8 @@ class TensorSpec(NamedTuple):
     role: Literal["learned", "tracked", "fixed"] = "learned"
     lr_factor: float = 1.0  # times the learning rate, for vectors of a kind's own
     minimum: float | None = None  # lower values count as this, and are raised to it on export
+    initial_norm: float = 1.0  # of the rows of W_dec before step 0
+    exported: bool = True  # whether the finished dictionary has it
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         return tuple(getattr(sizes, dim) for dim in self.dims)
@@ -79,10 +81,17 @@ AUTOENCODER = (
 B_IN = TensorSpec("b_in", ("d_in",), units="x", role="fixed")
 
 
+FREE_AUTOENCODER = (AUTOENCODER[0], AUTOENCODER[1]._replace(unit=False, initial_norm=0.1), *AUTOENCODER[2:])
+# What inference compares z with: one number for all latents, as in training (0 where the rule does not track it).
+THRESHOLD = TensorSpec("threshold", ("n_latents",), units="target", role="tracked")
+NORM = "norm"  # the key in `own` of the norms of decoder rows, where these are free
+
+
 class Top(NamedTuple):
-    """Choose the k largest positive pre-activations of every row."""
+    """Choose the k largest positive pre-activations of every row; `signed`: the k largest by size, of any sign."""
 
     k: int
+    signed: bool = False
 
 
 class TopOfBatch(NamedTuple):
@@ -92,7 +101,7 @@ class TopOfBatch(NamedTuple):
 
 
 class Above(NamedTuple):
-    """Choose all positive ones above the kind's `level`, which has a number per latent."""
+    """Choose all above the kind's `level`."""
 
     k: int  # the expected number a row
 
@@ -105,6 +114,9 @@ class Activated(NamedTuple):
 
     values: Float[Tensor, "..."]  # read by the decoder; 0 is silent
     cost: Float[Tensor, "..."] | None = None  # summed over a row by the penalty; None: no penalty
+    # Read by the decoder in a second reconstruction, whose squared error joins the loss. It trains z and the latents'
+    # own vectors; decoder and b_dec are constant in it.
+    frozen: Float[Tensor, "..."] | None = None
 
 
 class Penalty(NamedTuple):
@@ -114,6 +126,13 @@ class Penalty(NamedTuple):
     slope: Float[Tensor, ""]  # its derivative
 
 
+class Nesting(NamedTuple):
+    """Reconstructions that contain each other: number p is made of the pairs of groups 0 to p."""
+
+    weights: tuple[float, ...]  # of the squared error of each in the loss
+    finished: int  # the number of the one that the finished dictionary gives
+
+
 class Variant(Protocol):
     """A kind of dictionary: a frozen dataclass with these fields and its own."""
 
@@ -121,6 +140,8 @@ class Variant(Protocol):
     def kind(self) -> str: ...
     @property
     def n_latents(self) -> int: ...
+    @property
+    def k(self) -> int: ...  # active latents a token in the finished dictionary, at most, in the mean or expected
     @property
     def k_aux(self) -> int | None: ...
     @property
@@ -143,23 +164,63 @@ class Variant(Protocol):
 class Elementwise(Protocol):
     """What a kind also defines if the value of a pair is not its z, or if it has a penalty.
 
-    `own` are the kind's learned vectors by name: for all latents, or gathered for each pair's latent.
+    `own` are the kind's learned vectors by name: for all latents, or gathered for each pair's latent. Where decoder
+    rows are free (their spec is not `unit`), it also has their norms as NORM; of several sites, the sum of their norms.
     """
 
     def start(self, level: float) -> Mapping[str, float]:
-        """The initial value of its own vectors; about `rule.k` pre-activations of a row are above `level`."""
+        """Initial values of its own vectors, and of b_enc if not 0; about k pre-activations of a row exceed `level`."""
         ...
 
-    def level(self, own: Mapping[str, Float[Tensor, " n_latents"]]) -> Float[Tensor, " n_latents"]:
-        """For the rule `Above`: the z above which pairs have values or gradients; of any sign."""
+    def level(self, own: Mapping[str, Float[Tensor, " n_latents"]]) -> Float[Tensor, " n_latents"] | None:
+        """For the rule `Above`: the z above which pairs have values or gradients; of any sign. None: 0."""
         ...
 
     def activate(self, z: Float[Tensor, "..."], own: Mapping[str, Float[Tensor, "..."]]) -> Activated:
         """Values and costs of pairs with these pre-activations."""
         ...
 
-    def penalty(self, mean: Float[Tensor, ""]) -> Penalty:
-        """The penalty for a mean cost of a row; fp64."""
+    def penalty(self, mean: Float[Tensor, ""], *, variance: float, width: int) -> Penalty:
+        """The penalty for a mean cost of a row; fp64.
+
+        The squared error is divided by `variance` in the loss, the mean over rows of ||x - mean||^2 in `width` dims.
+        """
+        ...
+
+
+@runtime_checkable
+class CostlySilence(Protocol):
+    """What a kind also defines if latents that were not chosen cost something that is linear in their z.
+
+    A sum over silent pairs is the sum over all, which needs the mean z of a latent only, less that over the chosen
+    ones, which `Elementwise.activate` subtracts from the cost of a pair.
+    """
+
+    def silence(
+        self, mean_z: Float[Tensor, " n_latents"], own: Mapping[str, Float[Tensor, " n_latents"]]
+    ) -> Float[Tensor, " n_latents"]:
+        """The mean cost of a row if all latents were silent, by latent; linear in z."""
+        ...
+
+
+@runtime_checkable
+class Nested(Protocol):
+    """What a kind also defines if its loss has reconstructions that contain each other."""
+
+    @property
+    def nesting(self) -> Nesting: ...
+
+    def group(self, latent: Int[Tensor, "..."], place: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """The first reconstruction that has a pair, by its latent and its place in its row, largest z first."""
+        ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """What a kind also defines if its configuration changes during training."""
+
+    def at(self, progress: float) -> Self:
+        """The kind after this share of all steps."""
         ...
 
 
@@ -169,18 +230,38 @@ def tensors(variant: Variant, *, transcodes: bool) -> tuple[TensorSpec, ...]:
 
 
 def own_vectors(variant: Variant) -> tuple[TensorSpec, ...]:
-    """The learned vectors of a kind besides AUTOENCODER."""
-    return tuple(spec for spec in variant.tensors if spec not in AUTOENCODER and spec.role == "learned")
+    """The learned vectors of a kind besides those of AUTOENCODER."""
+    names = {spec.name for spec in AUTOENCODER}
+    return tuple(spec for spec in variant.tensors if spec.name not in names and spec.role == "learned")
+
+
+def spec_of(variant: Variant, name: str) -> TensorSpec:
+    """The declaration of one tensor."""
+    return next(spec for spec in variant.tensors if spec.name == name)
 
 
 def tracks_threshold(variant: Variant) -> bool:
-    """Whether training tracks a threshold for the finished dictionary."""
+    """Whether training has one threshold for the finished dictionary: a running mean, or 0."""
     return any(spec.role == "tracked" for spec in variant.tensors)
 
 
-def check_counts(n_latents: int, k: int, k_aux: int | None) -> None:
-    """ValueError where k or k_aux exceeds n_latents."""
+def l1_penalty(mean: Float[Tensor, ""], *, coefficient: float, variance: float, width: int) -> Penalty:
+    """coefficient * mean, in the units of papers that scale x to a squared norm of `width`, here about its mean.
+
+    With x of unit deviation u = sqrt(variance / width), values are measured in u and errors in u^2.
+    """
+    slope = mean.new_tensor(coefficient / (variance * width) ** 0.5)
+    return Penalty(slope * mean, slope)
+
+
+def linear(progress: float, *, start: float, end: float, over: float) -> float:
+    """From `start` to `end` in a straight line over that share of all steps, then `end`."""
+    return end if over == 0 or progress >= over else start + (end - start) * progress / over
+
+
+def check_counts(n_latents: int, k: int, k_aux: int | None, *, name: str = "k") -> None:
+    """ValueError where k, a number of that name, or k_aux exceeds n_latents."""
     if k > n_latents:
-        raise ValueError(f"k={k} exceeds n_latents={n_latents}; choose k <= n_latents")
+        raise ValueError(f"{name}={k} exceeds n_latents={n_latents}; choose {name} <= n_latents")
     if k_aux is not None and k_aux > n_latents:
         raise ValueError(f"k_aux={k_aux} exceeds n_latents={n_latents}; choose k_aux <= n_latents")

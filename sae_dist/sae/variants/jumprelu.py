@@ -52,6 +52,6 @@ class JumpReLU:
     def activate(self, z: Float[Tensor, "..."], own: Mapping[str, Float[Tensor, "..."]]) -> Activated:
         return Activated(*reference.jumprelu(z, own["threshold"], bandwidth=self.bandwidth))
 
-    def penalty(self, mean: Float[Tensor, ""]) -> Penalty:
+    def penalty(self, mean: Float[Tensor, ""], *, variance: float, width: int) -> Penalty:  # noqa: ARG002
         excess = mean / self.k - 1
         return Penalty(self.l0_coefficient * excess.square(), 2 * self.l0_coefficient * excess / self.k)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from sae_kernels import plain
 from sae_kernels.lines import Lines, split_into_lines
 from sae_kernels.reference import EMPTY, Selected
-from sae_kernels.stages import LossTerm, Stages
+from sae_kernels.stages import LinearGradients, LossTerm, Stages
 from torch import Tensor
 
 from sae_dist.train.objective import PairGradients
@@ -27,61 +27,97 @@ class LocalTerm(NamedTuple):
     selected: Selected  # z of every row, or of every line
     lines: Lines | None = None  # where rows have different numbers of latents
     cost: Float[Tensor, ""] | None = None  # of these pairs, for kinds whose pairs are worth something else than z
+    # Of nested reconstructions: the weighted sum of the errors of number p and all after it
+    nested: Float[Tensor, "mine reconstructions d_out"] | None = None
+    frozen: Float[Tensor, "mine d_out"] | None = None  # errors of a second reconstruction, which trains no decoder
 
 
 class GlobalTerm(NamedTuple):
     """The same for the whole batch, with the gradients of its pairs."""
 
     loss: LossTerm
+    errors: Float[Tensor, "batch d_out"]  # of the finished reconstruction
     lines: Lines | None
     values: Float[Tensor, "lines places"]  # in the reconstruction
     d_own: dict[str, Float[Tensor, "lines places"]]  # d loss / d the latents' own vectors
+    through_decoder: Float[Tensor, " d_out"]  # d loss / d b_dec through the reconstruction, negated
 
 
-Backward = Callable[[Selected, Float[Tensor, "lines places"]], PairGradients]
+# z, d loss / d value, the same of the frozen reconstruction's values -> gradients
+Backward = Callable[[Selected, Float[Tensor, "lines places"], Float[Tensor, "lines places"] | None], PairGradients]
+Group = Callable[[Selected], Int[Tensor, "lines places"]]  # the first reconstruction that has a pair
 
 
 def gather_term(
-    mesh: Mesh, stages: Stages, mine: LocalTerm, *, batch: int, scale: float, backward: Backward | None = None
-) -> GlobalTerm:
+    mesh: Mesh, stages: Stages, mine: LocalTerm, *, batch: int, scale: float, backward: Backward | None = None,
+    group: Group | None = None,
+) -> GlobalTerm:  # fmt: skip
     """Gathers a term over data ranks: the errors of the whole batch, and its pairs in this part, in the rows' order.
 
     d loss / d x_hat = scale * errors. `backward` maps d loss / d value to the gradients of z and of the latents' own
-    vectors, where a value is not z itself. All data ranks call this together.
+    vectors, where a value is not z itself; `group` is given where reconstructions are nested. All data ranks call this
+    together.
     """
     data, lines, selected = mesh.data, mine.lines, mine.selected
     sizes = [len(r) for r in owned_ranges(batch, data.size)]
-    of_lines = mine.errors if lines is None else lines.extended(mine.errors)
-    d_values, names, more = stages.d_z(of_lines, selected, scale=scale), (), ()
+    names, more, d_frozen = (), (), None
+    if mine.nested is None or group is None:
+        d_values = stages.d_z(_of_lines(lines, mine.errors), selected, scale=scale)
+    else:
+        source = _source(group(selected), lines, parts=mine.nested.shape[1])
+        d_values = stages.d_z(mine.nested.flatten(0, 1), selected, scale=scale, source=source)
+    if mine.frozen is not None:
+        d_frozen = stages.d_z(_of_lines(lines, mine.frozen), selected, scale=scale)
     if backward is not None:
-        values, d_values, d_own = backward(selected, d_values)
+        values, d_values, d_own = backward(selected, d_values, d_frozen)
         names, more = tuple(d_own), (values, *d_own.values())
     sent = (selected.values, selected.indices.int(), d_values, *more)
     errors = gather_rows(mesh, data, mine.errors, sizes, name="errors")
+    nested = None
+    if mine.nested is not None:
+        nested = gather_rows(mesh, data, mine.nested.flatten(1), sizes, name="errors").view(
+            batch, *mine.nested.shape[1:]
+        )
     if lines is None:
         sent = tuple(gather_rows(mesh, data, tensor, sizes, name="pairs") for tensor in sent)
     elif data.size > 1:
         sent, lines = _gather_lines(mesh, lines, sent, batch=batch)
     z, indices, d_z, *more = sent
     loss = LossTerm(errors, Selected(z, indices.long()), d_z, scale)
-    if backward is None:
-        return GlobalTerm(loss, lines, z, {})
-    values, *of_own = more
-    loss = loss._replace(weights=scale * values)
-    return GlobalTerm(loss, lines, values, dict(zip(names, of_own, strict=True)))
+    if nested is not None and group is not None:
+        source = _source(group(loss.selected), lines, parts=nested.shape[1])
+        loss = loss._replace(errors=nested.flatten(0, 1), source=source)
+    values, d_own = z, {}
+    if backward is not None:
+        values, *of_own = more
+        loss, d_own = loss._replace(weights=scale * values), dict(zip(names, of_own, strict=True))
+    through = scale * (errors if nested is None else nested[:, 0]).sum(0)
+    return GlobalTerm(loss, errors, lines, values, d_own, through)
 
 
-def save_for_backward_(stages: Stages, rows: Shaped[Tensor, "batch width"], terms: Sequence[GlobalTerm]) -> None:
+def _of_lines(lines: Lines | None, errors: Tensor) -> Tensor:
+    return errors if lines is None else lines.extended(errors)
+
+
+def _source(group: Int[Tensor, "lines places"], lines: Lines | None, *, parts: int) -> Int[Tensor, "lines places"]:
+    """The row of [rows, parts] errors, flat, that each pair multiplies."""
+    rows = torch.arange(len(group) if lines is None else lines.rows, device=group.device)
+    return parts * _of_lines(lines, rows)[:, None] + group
+
+
+def save_for_backward_(
+    stages: Stages, rows: Shaped[Tensor, "batch width"], terms: Sequence[GlobalTerm], linear: LinearGradients | None
+) -> None:
     """Passes the terms to the kernels. Pairs of the first term may be in lines; AuxK's never are in further lines."""
     losses, lines = [term.loss for term in terms], terms[0].lines
     if lines is not None:
         main, *others = losses
-        losses = [main._replace(errors=lines.extended(main.errors))]
+        losses = [main if main.source is not None else main._replace(errors=lines.extended(main.errors))]
         for errors, (values, indices), d_z, scale, *_ in others:
             selected = Selected(lines.padded(values), lines.padded(indices, empty=EMPTY))
             losses.append(LossTerm(lines.padded(errors), selected, lines.padded(d_z), scale))
         rows = lines.extended(rows)
-    stages.save_for_backward_(rows, losses)
+    stages.save_for_backward_(rows, losses, linear)
 
 
 def own_vector_gradients(term: GlobalTerm, *, n_latents: int) -> dict[str, Float[Tensor, " n_latents"]]:

@@ -27,29 +27,31 @@ AuxK's list of dead latents, once for the norm when clipping, three times for ea
 twenty-five times for the cut of a batch. The update runs while the next batch is fetched.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int
-from sae_kernels.lines import split_into_lines
+from jaxtyping import Bool, Float, Int
 from sae_kernels.reference import Gradients, Selected, StepStatistics, aux_weight, error_scale
 from sae_kernels.shard import Shard, is_finite
-from sae_kernels.stages import RowGradients, Stages
+from sae_kernels.stages import LinearGradients, RowGradients
 from torch import Tensor
 
 from sae_dist.sae.variants.interface import (
-    Above,
+    NORM,
+    CostlySilence,
     Elementwise,
+    Nested,
     Penalty,
+    Scheduled,
     Top,
-    TopOfBatch,
     Variant,
     own_vectors,
     tracks_threshold,
 )
-from sae_dist.train.objective import OwnVectors, PairGradients, pair_gradients, pair_values
-from sae_dist.train.parallel.batch_select import batch_best, initial_width
-from sae_dist.train.parallel.collectives import all_gather, gather_rows, ordered_sum, settle_timings, sum_rows
+from sae_dist.train.objective import PairGradients, SilenceGradients, pair_gradients, silence_gradients
+from sae_dist.train.parallel.batch_select import initial_width
+from sae_dist.train.parallel.choose import Choice, Chooser
+from sae_dist.train.parallel.collectives import all_gather, ordered_sum, settle_timings
 from sae_dist.train.parallel.loss_terms import (
     Backward,
     GlobalTerm,
@@ -58,10 +60,9 @@ from sae_dist.train.parallel.loss_terms import (
     own_vector_gradients,
     save_for_backward_,
 )
-from sae_dist.train.parallel.mesh import Mesh, owned_range, owned_ranges
-from sae_dist.train.parallel.row_select import pays_two_rounds, row_best
+from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.parallel.reconstruct import Decoder
 
-LINE_WIDTH = 2  # times k places in a line, where rows have different numbers of latents
 THRESHOLD_EMA = 0.1  # weight of a batch in the running mean of thresholds, at first 1 / steps; 0.01 lags behind
 
 
@@ -84,25 +85,26 @@ class MeshStep:
         two_rounds: bool | None = None,
         width: int | None = None,
     ) -> None:
-        n_latents, k = sae.n_latents, sae.rule.k
-        self.shard, self.mesh, self.sae, self.n_latents, self.k, self.k_aux = shard, mesh, sae, n_latents, k, k_aux
-        self.latents = mesh.latents(n_latents)
+        self.shard, self.mesh, self.sae, self.n_latents, self.k_aux = shard, mesh, sae, sae.n_latents, k_aux
+        self.latents = mesh.latents(sae.n_latents)
         assert len(self.latents) == shard.n_latents, f"{shard.n_latents} latents, not {len(self.latents)}"
-        self.micro_batch, self.clip_norm, self._two_rounds = micro_batch, clip_norm, two_rounds
-        self._maths = sae if isinstance(sae, Elementwise) else None
+        self.clip_norm = clip_norm
         self._fused = (
-            mesh.world.size == 1 and micro_batch is None and isinstance(sae.rule, Top) and not self._maths
-            and shard.b_in is None
+            mesh.world.size == 1 and micro_batch is None and isinstance(sae.rule, Top) and not sae.rule.signed
+            and not isinstance(sae, Elementwise | Nested) and shard.b_in is None
         )  # fmt: skip
-        self._width = width or initial_width(k, mesh.feature.size)
-        # Latents of the finished dictionary are active above it; a running mean, for kinds that track one.
+        self._chooser = Chooser(
+            shard, mesh, latents=self.latents, n_latents=sae.n_latents, at_once=micro_batch, two_rounds=two_rounds,
+            width=width or initial_width(sae.rule.k, mesh.feature.size),
+        )  # fmt: skip
+        # Latents of the finished dictionary are active above it; a running mean, or 0.
         self.threshold = torch.zeros((), dtype=torch.float64) if tracks_threshold(sae) else None
         self._smallest: float | None = None  # smallest chosen value of the last forward
         self.widened = 0  # rows of this rank that were selected again so far
         self.penalty: Penalty | None = None  # of the last forward, for kinds with a penalty
         self._d_own = dict[str, Tensor]()
         self._rates = {spec.name: spec.lr_factor for spec in own_vectors(sae)}
-        shard.join_(n_latents=n_latents, total=lambda part: ordered_sum(mesh, mesh.feature, part, name="columns"))
+        shard.join_(n_latents=sae.n_latents, total=lambda part: ordered_sum(mesh, mesh.feature, part, name="columns"))
         self._dead: list[int] | None = None  # dead latents of each feature rank; None: not counted yet
         self._flaws = 0  # ranks where d loss / dz is not finite
         self._through_decoder = torch.empty(0)
@@ -117,35 +119,46 @@ class MeshStep:
         self._dead = None
 
     def forward(
-        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None, *, variance: float
-    ) -> StepStatistics:
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None, *, variance: float,
+        progress: float = 0.0,
+    ) -> StepStatistics:  # fmt: skip
         """The step up to `update_`; `target` is what is to be rebuilt, None: x.
 
-        The statistics are of the whole mesh; `fired` is of this rank's latents.
+        `progress` is the share of all steps that were taken before. The statistics are of the whole mesh; `fired` is of
+        this rank's latents.
         """
+        sae = self.sae.at(progress) if isinstance(self.sae, Scheduled) else self.sae
         if self._fused:
+            self.shard.k = sae.rule.k
             return self.shard.forward(x, variance=variance)
         stages, scale = self.shard.stages, error_scale(len(x), variance)
         rows, target = stages.rows(x), (x if target is None else target).float()
-        if isinstance(self.sae.rule, Top):
-            main = self._reconstruct(stages, rows, target, None, k=self.k)
-        else:
-            main = self._reconstruct_lines(stages, rows, target)
-        term = gather_term(
-            self.mesh, stages, main, batch=len(x), scale=scale, backward=self._backward(main.cost, batch=len(x))
-        )
+        decoder = Decoder(self.shard, self.mesh, sae, self._chooser)
+        main = decoder.local_term(self._choose(rows, sae, decoder.own), target)
+        row, silence = None, None
+        if isinstance(sae, CostlySilence):
+            row, mean_z = stages.mean_z(rows)
+            silence = silence_gradients(sae, mean_z, decoder.own)
+        backward = self._backward(sae, decoder, main.cost, silence, batch=len(x), variance=variance)
+        group = decoder.group if isinstance(sae, Nested) else None
+        term = gather_term(self.mesh, stages, main, batch=len(x), scale=scale, backward=backward, group=group)
         terms = [term]
-        squared_errors = [term.loss.errors.square().sum(), target.new_zeros(())]
+        squared_errors = [term.errors.square().sum(), target.new_zeros(())]
         n_dead = sum(self._dead_by_rank())
         if self.k_aux and n_dead:
-            aux = self._reconstruct(stages, rows, target, main.errors, k=min(self.k_aux, n_dead))
+            k = min(self.k_aux, n_dead)
+            chosen = self._chooser.of_dead(rows, self._dead_by_rank(), k=k, width=target.shape[1])
+            aux = LocalTerm(decoder.errors(main.errors, chosen, None, of_target=False), chosen)
             weight = aux_weight(self.shard.aux_coefficient, n_dead=n_dead, k_aux=self.k_aux)
             terms.append(gather_term(self.mesh, stages, aux, batch=len(x), scale=scale * weight))
-            squared_errors[1] = terms[1].loss.errors.square().sum()
-        save_for_backward_(stages, rows, terms)
-        self._through_decoder = scale * term.loss.errors.sum(0)
+            squared_errors[1] = terms[1].errors.square().sum()
         self._d_own = own_vector_gradients(term, n_latents=len(self.latents))
-        return self._statistics(terms, torch.stack(squared_errors), tokens=len(x))
+        save_for_backward_(stages, rows, terms, self._linear_gradients(decoder, row, silence))
+        self._through_decoder = term.through_decoder
+        active = term.values != 0  # a pair may be silent
+        if isinstance(sae, Nested) and sae.nesting.finished < len(sae.nesting.weights) - 1:
+            active &= decoder.group(term.loss.selected) <= sae.nesting.finished
+        return self._statistics(terms, active, torch.stack(squared_errors), tokens=len(x))
 
     def update_(self, *, lr: float) -> None:
         """The update from the last `forward`."""
@@ -195,121 +208,64 @@ class MeshStep:
         self.shard.load_state_dict_(rest)
         self._dead = None
 
-    def _reconstruct(
-        self, stages: Stages, rows: Tensor, target: Tensor, residual: Tensor | None, *, k: int
-    ) -> LocalTerm:
-        """The errors of the target after k latents, or of the residual after k dead ones, for this rank's rows."""
-        mine, feature = owned_range(len(target), self.mesh.data), self.mesh.feature
-        latents, available = None, [len(r) for r in owned_ranges(self.n_latents, feature.size)]
-        if residual is not None:
-            latents, available = self.shard.dead.nonzero().squeeze(1), self._dead_by_rank()
-        name = "candidates" if residual is None else "aux_candidates"
-        two_rounds = self._two_rounds
-        if two_rounds is None:
-            two_rounds = pays_two_rounds(k, feature.size, target.shape[1])
-        errors, chosen, costs = [], [], []
-        for chunk in self._chunks(mine):
-            own = self._best_here(stages, rows[chunk.start : chunk.stop], latents, k=min(k, available[feature.rank]))
-            selected = row_best(
-                self.mesh, own, latents=self.latents, k=k, width=min(k, max(available)), two_rounds=two_rounds,
-                name=name,
-            )  # fmt: skip
-            decoded, cost = (selected, None) if residual is not None else self._decoder_values(selected)
-            summed = self._reduced(stages.partial(decoded))
-            if residual is None:
-                errors.append(self._residual(target[chunk.start : chunk.stop], summed + self.shard.b_dec))
-            else:
-                at = range(chunk.start - mine.start, chunk.stop - mine.start)
-                errors.append(self._residual(residual[at.start : at.stop], summed))
-            del summed  # freed before the next chunk's candidates
-            chosen.append(selected)
-            costs += [] if cost is None else [cost]
-        selected = Selected(torch.cat([s.values for s in chosen]), torch.cat([s.indices for s in chosen]))
-        return LocalTerm(torch.cat(errors), selected, cost=torch.stack(costs).sum() if costs else None)
+    def _choose(self, rows: Tensor, sae: Variant, own: Mapping[str, Tensor]) -> Choice:
+        """The active pairs of this rank's rows and latents."""
+        if isinstance(sae.rule, Top):
+            return self._chooser.of_rows(rows, k=sae.rule.k, width=self.shard.W_dec.shape[1], signed=sae.rule.signed)
+        level = sae.level(own) if isinstance(sae, Elementwise) else None
+        choice = self._chooser.of_batch(rows, sae.rule, level)
+        self._smallest, self.widened = choice.smallest, self.widened + choice.widened
+        return choice
 
-    def _reconstruct_lines(self, stages: Stages, rows: Tensor, target: Tensor) -> LocalTerm:
-        """The errors of the target after a batch's largest latents, or all above a level, for this rank's rows."""
-        mine, level = owned_range(len(target), self.mesh.data), None
-        if isinstance(self.sae.rule, Above):
-            assert self._maths is not None, f"{self.sae.kind} has a rule Above and no level"
-            level = self._maths.level(self.shard.vectors)
-        chosen = batch_best(
-            self.mesh, lambda some, k: stages.select(some, k=k, level=level), rows[mine.start : mine.stop],
-            first_row=mine.start, batch=len(target), latents=self.latents, n_latents=self.n_latents, k=self.k,
-            counted=isinstance(self.sae.rule, TopOfBatch), width=self._width, at_once=self.micro_batch,
-        )  # fmt: skip
-        self._smallest, self.widened = chosen.smallest, self.widened + chosen.widened
-        z = chosen.values if level is None else chosen.values + level[chosen.latent]
-        lines = split_into_lines(chosen.row, rows=len(mine), width=LINE_WIDTH * self.k)
-        selected = lines.selected(z, chosen.latent)
-        decoded, cost = self._decoder_values(selected)
-        summed = self._reduced(lines.summed(stages.partial(decoded)))
-        return LocalTerm(
-            self._residual(target[mine.start : mine.stop], summed + self.shard.b_dec), selected, lines, cost
-        )
-
-    def _own(self, z: Selected) -> OwnVectors:
-        """The latents' own vectors at every place."""
-        return {name: vector[z.indices] for name, vector in self.shard.vectors.items()}
-
-    def _decoder_values(self, z: Selected) -> tuple[Selected, Tensor | None]:
-        """The values of the chosen pairs, which the decoder multiplies, and the sum of their costs, if any."""
-        if self._maths is None:
-            return z, None
-        values, cost = pair_values(self._maths, z, self._own(z))
-        return Selected(values, z.indices), cost
-
-    def _backward(self, cost: Tensor | None, *, batch: int) -> Backward | None:
+    def _backward(
+        self, sae: Variant, decoder: Decoder, cost: Tensor | None, silence: SilenceGradients | None, *, batch: int,
+        variance: float,
+    ) -> Backward | None:  # fmt: skip
         """The map from gradients of values to those of z and the latents' own vectors; all ranks call this together."""
-        if self._maths is None or cost is None:
+        if not isinstance(sae, Elementwise) or cost is None:
             return None
+        if silence is not None and self.mesh.data.rank == 0:  # every data rank has the same
+            cost = cost + batch * silence.cost
         mean = ordered_sum(self.mesh, self.mesh.world, cost, name="cost") / batch
-        self.penalty = self._maths.penalty(mean)
-        price = self.penalty.slope / batch
+        self.penalty = penalty = sae.penalty(mean, variance=variance, width=self.shard.W_dec.shape[1])
 
-        def backward(z: Selected, d_values: Tensor) -> PairGradients:
-            assert self._maths is not None
-            return pair_gradients(self._maths, z, self._own(z), d_values, price=price)
+        def backward(z: Selected, d_values: Tensor, d_frozen: Tensor | None) -> PairGradients:
+            return pair_gradients(sae, z, decoder.own_at(z), d_values, d_frozen, price=penalty.slope / batch)
 
         return backward
 
-    def _reduced(self, partial: Float[Tensor, "rows d_out"]) -> Float[Tensor, "share d_out"]:
-        """The sum of all parts' partial reconstructions, for this rank's share of the rows."""
-        sizes = [len(r) for r in owned_ranges(len(partial), self.mesh.feature.size)]
-        return sum_rows(self.mesh, self.mesh.feature, partial, sizes, name="reconstruction")
-
-    def _residual(
-        self, target: Float[Tensor, "rows d_out"], rebuilt: Float[Tensor, "share d_out"]
-    ) -> Float[Tensor, "rows d_out"]:
-        """target - reconstruction for all rows, gathered from the shares of the feature axis."""
-        shares, feature = owned_ranges(len(target), self.mesh.feature.size), self.mesh.feature
-        share = shares[feature.rank]
-        left = target[share.start : share.stop] - rebuilt
-        return gather_rows(self.mesh, feature, left, [len(r) for r in shares], name="errors")
-
-    def _best_here(self, stages: Stages, rows: Tensor, latents: Tensor | None, *, k: int) -> Selected:
-        if k == 0 or len(rows) == 0:  # none of the dead is here; fewer rows than data ranks
-            nothing = rows.new_empty(len(rows), k, dtype=torch.float32)
-            return Selected(nothing, nothing.long())
-        return stages.select(rows, k=k, latents=latents)
+    def _linear_gradients(
+        self, decoder: Decoder, row: Tensor | None, silence: SilenceGradients | None
+    ) -> LinearGradients | None:
+        """What latents have besides their pairs; adds to the gradients of their own vectors what is theirs."""
+        enc = None
+        if silence is not None and self.penalty is not None:
+            slope = self.penalty.slope.float()
+            enc = slope * silence.d_mean_z
+            self._d_own = {name: d + slope * silence.d_own[name] for name, d in self._d_own.items()}
+        d_norm = self._d_own.pop(NORM, None)
+        if enc is None and d_norm is None:
+            return None
+        return LinearGradients(enc, row, None if d_norm is None else d_norm[:, None] / decoder.site_norms)
 
     def _statistics(
-        self, terms: list[GlobalTerm], squared_errors: Float[Tensor, " 2"], *, tokens: int
-    ) -> StepStatistics:
+        self, terms: list[GlobalTerm], active: Bool[Tensor, "lines places"], squared_errors: Float[Tensor, " 2"], *,
+        tokens: int,
+    ) -> StepStatistics:  # fmt: skip
         """The statistics of the step over the whole mesh, in one exchange.
 
         It also exchanges how many latents of each part are dead once these tokens are counted, and which ranks have
         gradients that are not finite. The loss is rank 0's, since other numbers of threads may round it otherwise.
         """
-        values, indices = terms[0].values, terms[0].loss.selected.indices
+        indices = terms[0].loss.selected.indices
         n_here, silence = len(self.latents), self.shard.tokens_since_fired
-        places = torch.where(values != 0, indices, n_here).flatten()  # a pair may be silent
-        fired = torch.zeros(n_here + 1, dtype=torch.int64, device=values.device)
+        places = torch.where(active, indices, n_here).flatten()
+        fired = torch.zeros(n_here + 1, dtype=torch.int64, device=indices.device)
         fired = fired.scatter_add_(0, places, torch.ones_like(places))[:-1]
         dead = ((fired == 0) & (silence + tokens >= self.shard.dead_after_tokens)).sum()
         gradients = [term.loss.d_z for term in terms] + list(self._d_own.values())
         flaw = torch.stack([~torch.isfinite(gradient).all() for gradient in gradients]).any()
-        counted = torch.stack([values.count_nonzero(), dead, flaw.long()])
+        counted = torch.stack([active.sum(), dead, flaw.long()])
         mine = torch.cat([counted, squared_errors.double().view(torch.int64)])
         everybody = all_gather(self.mesh, self.mesh.world, mine, name="counts").cpu()  # all at once: see above
         settle_timings(self.mesh)
@@ -318,8 +274,8 @@ class MeshStep:
         self._dead = [dead for _, dead, *_ in parts]
         self._flaws = sum(flaw for _, _, flaw, *_ in counts)
         squared_error, aux_squared_error = everybody[0, 3:].contiguous().view(torch.float64).float()
-        active = torch.tensor(sum(active for active, *_ in parts))
-        return StepStatistics(squared_error, aux_squared_error, active, fired)
+        n_active = torch.tensor(sum(n for n, *_ in parts))
+        return StepStatistics(squared_error, aux_squared_error, n_active, fired)
 
     def _dead_by_rank(self) -> list[int]:
         if self._dead is None or self._fused:
@@ -338,9 +294,3 @@ class MeshStep:
         square = ordered_sum(self.mesh, self.mesh.feature, here, name="norm") + b_dec.double().square().sum()
         self.gradient_norm = norm = float(square) ** 0.5
         return min(self.clip_norm / max(norm, 1e-30), 1.0)
-
-    def _chunks(self, rows: range) -> Iterator[range]:
-        """The rows `micro_batch` at a time: every rank of a feature axis makes the same chunks."""
-        size = self.micro_batch or max(len(rows), 1)
-        for start in range(rows.start, max(rows.stop, rows.start + 1), size):
-            yield range(start, min(start + size, rows.stop))

@@ -65,12 +65,12 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
         shard, first = learner.sae.shard, learner.sae.latents.start
         save = type(shard.stages).save_for_backward_
 
-        def watched_terms(rows: torch.Tensor, terms: Any) -> None:
+        def watched_terms(rows: torch.Tensor, terms: Any, linear: Any = None) -> None:
             for number, term in enumerate(terms):
                 row, place = term.selected.there.nonzero(as_tuple=True)
                 latent = term.selected.indices[row, place] + first
                 chosen.append(torch.stack([torch.full_like(row, n) for n in (done, number)] + [row, latent], 1))
-            save(shard.stages, rows, terms)
+            save(shard.stages, rows, terms, linear)
 
         shard.stages.save_for_backward_ = watched_terms
         if last and done == scenario.poison_at:

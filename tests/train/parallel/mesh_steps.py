@@ -5,10 +5,11 @@ interpreted.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -16,7 +17,21 @@ import torch.distributed as dist
 from sae_kernels.reference import StepStatistics, unit_norm
 from sae_kernels.shard import Backend, Shard
 
-from sae_dist.sae.config import BatchTopK, JumpReLU, TopK
+from sae_dist.sae.config import (
+    AbsTopK,
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    JumpReLUTanh,
+    Matryoshka,
+    MatryoshkaTopK,
+    MultiTopK,
+    ReLU,
+    ReLUNorm,
+    SAEConfig,
+    TopK,
+)
+from sae_dist.sae.variants.interface import spec_of
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel import step as steps
 from sae_dist.train.parallel.mesh import Mesh, connect
@@ -40,11 +55,16 @@ class Case:
     micro_batch: int | None = None
     clip_norm: float | None = None
     two_rounds: bool | None = None
-    kind: type[TopK] | type[BatchTopK] | type[JumpReLU] = TopK
+    kind: type[SAEConfig] = TopK
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the kind
     width: int | None = None  # BatchTopK: candidates of a row and part
     product_dtype: torch.dtype = torch.float32
     backend: Backend = "auto"
     variance: float = 3.0
+
+    @property
+    def sae(self) -> SAEConfig:
+        return self.kind(n_latents=self.n_latents, k=self.k, k_aux=self.k_aux, **self.options)
 
 
 TRITON = Case(  # the interpreter is slow
@@ -55,44 +75,65 @@ TRITON = Case(  # the interpreter is slow
 EXACT = Case(
     n_latents=24, k=4, steps=1, data="integers", d_out=12, k_aux=4, dead_after_tokens=1, batch=32, variance=4.0
 )  # fmt: skip
-CASES = {
-    "transcoder": EXACT,
-    "transcoder_batch": replace(EXACT, kind=BatchTopK, width=3),
-    "transcoder_jump": replace(EXACT, kind=JumpReLU),
-    "transcoder_kernels": replace(EXACT, product_dtype=torch.bfloat16),
-    "transcoder_long": Case(steps=12, d_out=11, dead_after_tokens=100, clip_norm=0.5),
-    "long": Case(steps=200),
-    "short": Case(steps=12, dead_after_tokens=100),
-    "owned": Case(steps=12, data="owned"),
-    "wide": Case(n_latents=30, k=20, steps=12, k_aux=0),
-    "ties": Case(n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1),
-    "micro": Case(steps=12, dead_after_tokens=100, micro_batch=7),
-    "clipped": Case(steps=12, dead_after_tokens=100, clip_norm=0.05),
-    "kernels": Case(steps=12, dead_after_tokens=100, micro_batch=7, product_dtype=torch.bfloat16),
-    "two_rounds": Case(steps=12, dead_after_tokens=100, two_rounds=True),
-    "two_rounds_owned": Case(steps=12, data="owned", two_rounds=True),
-    "two_rounds_one_row": Case(steps=3, batch=1, two_rounds=True),  # of several data ranks, some have none
-    "two_rounds_ties": Case(n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1, two_rounds=True),
-    "batch": Case(steps=12, dead_after_tokens=100, kind=BatchTopK),
-    "batch_long": Case(steps=60, kind=BatchTopK),
-    "batch_owned": Case(steps=12, data="owned", kind=BatchTopK),
-    "batch_row": Case(steps=12, data="one row", kind=BatchTopK, width=2),
-    "batch_few": Case(steps=12, data="few", kind=BatchTopK),
-    "batch_ties": Case(
-        n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1, kind=BatchTopK, width=3
-    ),
-    "batch_micro": Case(steps=12, dead_after_tokens=100, kind=BatchTopK, micro_batch=7, clip_norm=0.05, width=1),
-    "batch_kernels": Case(steps=12, dead_after_tokens=100, kind=BatchTopK, product_dtype=torch.bfloat16),
-    "jump": Case(steps=12, dead_after_tokens=100, kind=JumpReLU),
-    "jump_micro": Case(steps=12, dead_after_tokens=100, kind=JumpReLU, micro_batch=7, clip_norm=0.05, width=2),
-    "jump_kernels": Case(steps=12, dead_after_tokens=100, kind=JumpReLU, product_dtype=torch.bfloat16),
-    "triton": TRITON,
-    "triton_uneven": replace(
-        TRITON, n_latents=67, d_model=16, k=4, batch=11, steps=3, dead_after_tokens=22, two_rounds=True
-    ),
-    "triton_clipped": replace(TRITON, n_latents=64, d_model=16, clip_norm=0.05, micro_batch=5),
-    "triton_batch": replace(TRITON, kind=BatchTopK, width=2),
+NESTED = {"prefixes": (0.125, 0.25, 0.5, 1.0)}
+EXACT_KINDS = {  # their constants are powers of 2, too
+    "matryoshka": replace(EXACT, kind=Matryoshka, options=NESTED, width=3),
+    "matryoshka_topk": replace(EXACT, kind=MatryoshkaTopK, options=NESTED),
+    "multi_topk": replace(EXACT, kind=MultiTopK, options={"wide_k": 9, "wide_weight": 0.25}),
+    "abs_topk": replace(EXACT, kind=AbsTopK),
+    "relu": replace(EXACT, kind=ReLU, k=8, d_out=16, options={"l1_coefficient": 0.5}),
+    "gated": replace(EXACT, kind=Gated, k=8, d_out=16, options={"l1_coefficient": 0.5}),
 }
+OTHER_KINDS = {
+    "relu_norm": Case(kind=ReLUNorm, k=8, steps=3, options={"l1_coefficient": 0.5}),
+    "jumprelu_tanh": Case(
+        kind=JumpReLUTanh, k=8, steps=3, options={"tanh_coefficient": 0.5, "silence_coefficient": 0.25}
+    ),
+}
+CASES = (
+    EXACT_KINDS
+    | OTHER_KINDS
+    | {
+        "transcoder": EXACT,
+        "transcoder_batch": replace(EXACT, kind=BatchTopK, width=3),
+        "transcoder_jump": replace(EXACT, kind=JumpReLU),
+        "transcoder_kernels": replace(EXACT, product_dtype=torch.bfloat16),
+        "transcoder_long": Case(steps=12, d_out=11, dead_after_tokens=100, clip_norm=0.5),
+        "long": Case(steps=200),
+        "short": Case(steps=12, dead_after_tokens=100),
+        "owned": Case(steps=12, data="owned"),
+        "wide": Case(n_latents=30, k=20, steps=12, k_aux=0),
+        "ties": Case(n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1),
+        "micro": Case(steps=12, dead_after_tokens=100, micro_batch=7),
+        "clipped": Case(steps=12, dead_after_tokens=100, clip_norm=0.05),
+        "kernels": Case(steps=12, dead_after_tokens=100, micro_batch=7, product_dtype=torch.bfloat16),
+        "two_rounds": Case(steps=12, dead_after_tokens=100, two_rounds=True),
+        "two_rounds_owned": Case(steps=12, data="owned", two_rounds=True),
+        "two_rounds_one_row": Case(steps=3, batch=1, two_rounds=True),  # of several data ranks, some have none
+        "two_rounds_ties": Case(
+            n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1, two_rounds=True
+        ),
+        "batch": Case(steps=12, dead_after_tokens=100, kind=BatchTopK),
+        "batch_long": Case(steps=60, kind=BatchTopK),
+        "batch_owned": Case(steps=12, data="owned", kind=BatchTopK),
+        "batch_row": Case(steps=12, data="one row", kind=BatchTopK, width=2),
+        "batch_few": Case(steps=12, data="few", kind=BatchTopK),
+        "batch_ties": Case(
+            n_latents=24, k=5, steps=1, data="integers", k_aux=7, dead_after_tokens=1, kind=BatchTopK, width=3
+        ),
+        "batch_micro": Case(steps=12, dead_after_tokens=100, kind=BatchTopK, micro_batch=7, clip_norm=0.05, width=1),
+        "batch_kernels": Case(steps=12, dead_after_tokens=100, kind=BatchTopK, product_dtype=torch.bfloat16),
+        "jump": Case(steps=12, dead_after_tokens=100, kind=JumpReLU),
+        "jump_micro": Case(steps=12, dead_after_tokens=100, kind=JumpReLU, micro_batch=7, clip_norm=0.05, width=2),
+        "jump_kernels": Case(steps=12, dead_after_tokens=100, kind=JumpReLU, product_dtype=torch.bfloat16),
+        "triton": TRITON,
+        "triton_uneven": replace(
+            TRITON, n_latents=67, d_model=16, k=4, batch=11, steps=3, dead_after_tokens=22, two_rounds=True
+        ),
+        "triton_clipped": replace(TRITON, n_latents=64, d_model=16, clip_norm=0.05, micro_batch=5),
+        "triton_batch": replace(TRITON, kind=BatchTopK, width=2),
+    }
+)
 
 
 def parameters(case: Case) -> dict[str, torch.Tensor]:
@@ -119,9 +160,11 @@ def parameters(case: Case) -> dict[str, torch.Tensor]:
     return given | {"W_dec": W_dec, "b_dec": torch.ones(case.d_out), "b_in": -torch.ones(case.d_model)}
 
 
-def thresholds(case: Case) -> dict[str, torch.Tensor]:
-    """JumpReLU's."""
-    if case.kind is not JumpReLU:
+def vectors(case: Case) -> dict[str, torch.Tensor]:
+    """The latents' own vectors."""
+    if case.kind is Gated:
+        return {"threshold": torch.arange(case.n_latents) % 3 - 0.5, "log_gain": torch.zeros(case.n_latents)}
+    if case.kind not in (JumpReLU, JumpReLUTanh):
         return {}
     if case.data == "integers":
         return {"threshold": torch.arange(case.n_latents) % 5 / 2 + 0.25}
@@ -167,7 +210,7 @@ def one_step(
     seen: Callable[[MeshStep], None] = lambda _: None,
 ) -> StepStatistics:  # fmt: skip
     """A step on the whole batch; nothing changes at all where its figures are not sound. `seen` comes first."""
-    statistics = step.forward(x, target, variance=variance)
+    statistics = step.forward(x, target, variance=variance, progress=1.0)
     seen(step)
     if step.gradients_are_finite(statistics):
         step.update_(lr=lr)
@@ -186,11 +229,11 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
         b_enc=whole["b_enc"][latents.start : latents.stop], b_dec=whole["b_dec"], b_in=whole.get("b_in"),
         k=min(case.k, len(latents)),
         k_aux=case.k_aux, aux_coefficient=1 / 32, dead_after_tokens=case.dead_after_tokens,
-        vectors={name: vector[latents.start : latents.stop] for name, vector in thresholds(case).items()},
-        product_dtype=case.product_dtype, backend=case.backend,
+        vectors={name: vector[latents.start : latents.stop] for name, vector in vectors(case).items()},
+        unit=spec_of(case.sae, "W_dec").unit, product_dtype=case.product_dtype, backend=case.backend,
     )  # fmt: skip
     step = MeshStep(
-        shard, mesh, sae=case.kind(n_latents=case.n_latents, k=case.k, k_aux=case.k_aux), k_aux=case.k_aux,
+        shard, mesh, sae=case.sae, k_aux=case.k_aux,
         micro_batch=case.micro_batch, clip_norm=case.clip_norm, two_rounds=case.two_rounds, width=case.width,
     )  # fmt: skip
     if case.data == "integers":
@@ -199,7 +242,7 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
     save_terms, save_lines = shard.stages.save_for_backward_, steps.save_for_backward_
     found: dict[str, torch.Tensor] = {}
 
-    def watch_terms(rows, terms):
+    def watch_terms(rows, terms, linear=None):
         owner = torch.arange(len(rows), device=rows.device)
         if in_lines and in_lines[-1] is not None:
             owner = in_lines[-1].extended(torch.arange(in_lines[-1].rows, device=rows.device))
@@ -208,14 +251,14 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
             of_step, of_term = torch.full_like(line, len(figures)), torch.full_like(line, number)
             latent = term.selected.indices[line, place] + latents.start
             chosen.append(torch.stack([of_step, of_term, owner[line], latent], 1))
-        save_terms(rows, terms)
+        save_terms(rows, terms, linear)
 
-    def watch_lines(stages, rows, terms):
+    def watch_lines(stages, rows, terms, linear):
         in_lines.append(terms[0].lines)
-        save_lines(stages, rows, terms)
+        save_lines(stages, rows, terms, linear)
 
     def keep(step):
-        if case.d_out is not None:
+        if not found and not step._fused:
             found.update(gradients(step))
 
     shard.stages.save_for_backward_ = watch_terms  # type: ignore[method-assign]

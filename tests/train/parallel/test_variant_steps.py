@@ -1,0 +1,51 @@
+"""Steps of every kind of dictionary, and of those that rebuild something else: gradients are autograd's."""
+
+import dataclasses
+
+import pytest
+import torch
+from sae_kernels.shard import Shard
+
+from sae_dist.train.parallel.mesh import Mesh
+from tests.sae_kernels.test_shard import BACKENDS
+from tests.train.parallel.mesh_steps import CASES, EXACT, EXACT_KINDS, OTHER_KINDS, Case, batch_of, parameters, train
+from tests.train.parallel.plain_losses import by_autograd
+from tests.train.parallel.test_step import on_mesh, whole
+
+ONE = ["transcoder", "transcoder_batch", "transcoder_jump", *EXACT_KINDS, *OTHER_KINDS]
+
+
+def check(found: dict[str, torch.Tensor], case: Case) -> None:
+    expected = by_autograd(case)
+    assert found.keys() == expected.keys() and all(bool(gradient.any()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        most = 1e-10 if case.data == "integers" else 2e-6 * float(gradient.abs().max())  # tanh and norms are rounded
+        assert float((found[name].double() - gradient).abs().max()) < most, name
+
+
+@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_one_rank_are_those_of_autograd_in_double_precision(name, backend):
+    exact = CASES[name].data == "integers"  # and not rounded by the product either
+    if not exact and backend != "torch":
+        pytest.skip("its kernels round operands to bf16")
+    case = dataclasses.replace(CASES[name], backend=backend, steps=1)
+    if exact:
+        case = dataclasses.replace(case, product_dtype=torch.bfloat16)
+    check(train(case, Mesh.single())["gradients"], case)
+
+
+def test_gradients_of_two_by_two_ranks_are_those_of_autograd_in_double_precision(tmp_path):
+    ranks = on_mesh(tmp_path / "2x2", 2, 2, [*ONE, "transcoder_kernels"])
+    for name, said in ranks.items():
+        for first in (0, 2):  # of each data rank
+            check(whole([{"state": rank["gradients"]} for rank in said[first : first + 2]], 2), CASES[name])
+
+
+def test_the_fused_step_and_one_width_for_two_are_refused():
+    given, keys = parameters(EXACT), dict(k=2, k_aux=0, aux_coefficient=0.0, dead_after_tokens=9)
+    with pytest.raises(ValueError, match="this dictionary has b_in; take its `stages`"):
+        Shard(**given, **keys).step(batch_of(EXACT, 0), lr=1e-3, variance=1.0)
+    del given["b_in"]
+    with pytest.raises(ValueError, match="W_enc reads 16 dimensions and W_dec writes 12; give b_in"):
+        Shard(**given, **keys)

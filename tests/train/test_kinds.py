@@ -1,0 +1,49 @@
+"""Every kind of dictionary, from a real store: it learns, it resumes, and it is the same alone and among others."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_dist.config import Stopped
+from sae_dist.sae import dictionary
+from sae_dist.sae.config import KINDS
+from sae_dist.shards.reader import Store
+from sae_dist.train.members import MAIN, Member, folder
+from tests.train.test_loop import UNITS, full_store, rows_of, train, weights
+
+CHOSEN = {"matryoshka": {"random_prefixes": True, "prefixes": (0.25, 0.5, 1.0)}, "topk": {"k_start": 12}}
+SAES = {kind: KINDS[kind](n_latents=96, k=4, dead_after_tokens=1000, **CHOSEN.get(kind, {})) for kind in KINDS}
+OTHERS = [kind for kind in KINDS if kind != "topk"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return full_store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def together(store, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("together")
+    members = (Member(MAIN, SAES["topk"], 0, None), *(Member(kind, SAES[kind], 0, None) for kind in OTHERS))
+    train(store, out, members=members)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_and_repeated_alone_it_is_the_dictionary_of_the_pass_with_all_others(store, together, tmp_path, kind):
+    done = iter(range(10_000))
+    with pytest.raises(Stopped):
+        train(store, tmp_path, sae=SAES[kind], stop=lambda: next(done) >= 29)
+    train(store, tmp_path, sae=SAES[kind])
+    name = MAIN if kind == "topk" else kind
+    assert weights(tmp_path) == (folder(together, name) / "dictionary.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_finished_one_does_on_raw_rows_what_was_trained_on_scaled_ones(together, kind):
+    learned, x = dictionary.load(together / "dictionaries" / kind), torch.cat([rows_of(unit) for unit in range(UNITS)])
+    active = learned.encode(x)
+    left = (x - learned.decode(active)).square().sum() / (x - x.mean(0)).square().sum()
+    assert float(left) < 0.9 and 0 < len(active.values) / len(x) < 12  # 60 steps from about 0.75 and 4
+    assert learned.signed == bool((active.values < 0).any()) == (kind == "abs_topk")
