@@ -16,7 +16,7 @@ from sae_dist.sae.config import SAEConfig
 from sae_dist.shards.order import OrderConfig
 from sae_dist.text.corpus import TextConfig
 from sae_dist.train.config import MeshConfig, TrainConfig
-from sae_dist.train.members import Member, members
+from sae_dist.train.members import Member, Twin, members, twin_entries
 
 ONE_PASS = 0.95  # share of a harvest's positions that surely become rows; separators and outliers do not
 
@@ -38,6 +38,9 @@ class RunConfig:
     # more dictionaries in the same pass, each by its keys of sae, seed, lr, parameters, moments (of train) and name
     # that differ: 'more_dictionaries=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'; pages show the main one
     more_dictionaries: tuple[dict[str, Any], ...] = ()
+    # dictionaries of another seed that the main one is compared to in summary.json, trained in the same pass: like it,
+    # with a decoder that stays random, or as before step 0
+    twins: tuple[Twin, ...] = ()
     order: OrderConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
@@ -104,9 +107,9 @@ class RunConfig:
         """The training part of the run."""
         return TrainJob(
             out=str(self.folder), seed=self.seed, store=self.store_uri, hook=self.hook, sae=self.sae,
-            more_dictionaries=self.more_dictionaries, order=self.order, train=self.train, mesh=self.mesh,
-            wandb=self.wandb, tensorboard=self.tensorboard, prometheus=self.prometheus, alerts=self.alerts,
-            cluster=self.cluster, live=True,
+            more_dictionaries=self.more_dictionaries, twins=self.twins, order=self.order, train=self.train,
+            mesh=self.mesh, wandb=self.wandb, tensorboard=self.tensorboard, prometheus=self.prometheus,
+            alerts=self.alerts, cluster=self.cluster, live=True,
         ).with_absolute_paths()  # fmt: skip
 
 
@@ -158,6 +161,9 @@ class TrainJob:
     # more dictionaries in the same pass, each by its keys of sae, seed, lr, parameters, moments (of train) and name
     # that differ: 'more_dictionaries=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'
     more_dictionaries: tuple[dict[str, Any], ...] = ()
+    # dictionaries of another seed that the main one is compared to in summary.json, trained in the same pass: like it,
+    # with a decoder that stays random, or as before step 0
+    twins: tuple[Twin, ...] = ()
     order: OrderConfig
     train: TrainConfig
     mesh: MeshConfig = MeshConfig()
@@ -245,7 +251,8 @@ def evaluation_digest(config: RunConfig) -> str:
 
 
 def _members(job: RunConfig | TrainJob, *, transcodes: bool = False) -> tuple[Member, ...]:
+    more = [*job.more_dictionaries, *twin_entries(job.twins, seed=job.seed)]
     return members(
-        job.more_dictionaries, sae=job.sae, seed=job.seed, lr=job.train.lr, parameters=job.train.parameters,
-        moments=job.train.moments, transcodes=transcodes,
+        more, sae=job.sae, seed=job.seed, lr=job.train.lr, parameters=job.train.parameters, moments=job.train.moments,
+        transcodes=transcodes,
     )  # fmt: skip

@@ -10,12 +10,14 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from sae_dist.config import UserError
+from sae_dist.evaluate import twins
 from sae_dist.run_files import read_json
+from sae_dist.sae import dictionary
 from sae_dist.sae.dictionary import WEIGHTS, check
 from sae_dist.service.config import TrainJob
 from sae_dist.shards.hooks import Hooks, sides
-from sae_dist.shards.reader import Store
-from sae_dist.train.members import MAIN, Member
+from sae_dist.shards.reader import Store, heldout_pairs
+from sae_dist.train.members import MAIN, Member, folder, twin_name
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 SUMMARY_CURE = "repeat the run's command, which writes it again"
 STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+TWIN_ROWS = 16_384  # held-out rows that say which latents of a dictionary and its twin are alive
 Metrics = dict[str, int | float | str | None | dict[str, float | str | None]]  # not_measured: reasons by figure
 Seconds = Annotated[float, Field(ge=0, lt=1e12)]
 
@@ -61,6 +64,7 @@ class Summary(TypedDict):
     order_hash: str
     eval: Metrics
     also: NotRequired[list[AlsoJudged]]
+    twins: NotRequired[dict[str, dict[str, float | dict[str, float]]]]
     alerts: NotRequired[list[str]]
     pages: NotRequired[str]
     judged: NotRequired[str]
@@ -186,5 +190,22 @@ def summarize(
             "eval": figures[main.name],
         }
         | ({"also": also} if also else {})
+        | _twins(job, hooks, store, figures)
         | alert_entry(figures)
     )
+
+
+def _twins(job: TrainJob, hooks: Hooks, store: Store, figures: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The key `twins` of a summary, or nothing where none was asked for."""
+    if not job.twins:
+        return {}
+    x = None
+    if store.meta.heldout_units:
+        x = next(heldout_pairs(store, hooks, TWIN_ROWS))[0].float()
+    main = dictionary.load(folder(Path(job.out), MAIN))
+    found = {}
+    for twin in job.twins:
+        name = twin_name(twin)
+        theirs = dictionary.load(folder(Path(job.out), name))
+        found[twin] = twins.compare(main, theirs, x, main=figures[MAIN], twin=figures[name])
+    return {"twins": found}

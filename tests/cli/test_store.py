@@ -140,3 +140,15 @@ def test_mistakes_are_named(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_twins_are_trained_in_the_same_pass_and_compared(store, capsys):
+    command = ["train", "store=stores/mine", "sae.n_latents=64", "sae.k=4", "train.steps=300", "train.batch=256",
+               "train.lr=0.003", "wandb.mode=disabled", "out=runs/mine"]  # fmt: skip
+    assert main([*command, "twins=[seed,frozen_decoder,untrained]"]) == 0
+    summary = json.loads((store.parents[1] / "runs" / "mine" / "summary.json").read_text())
+    twins = summary["twins"]
+    assert twins["seed"]["shared"] > 0.3 > twins["frozen_decoder"]["shared"] + twins["untrained"]["shared"]
+    assert twins["untrained"]["gaps"]["fvu"] < twins["frozen_decoder"]["gaps"]["fvu"] < 0
+    assert main([*command, "twins=[cousin]"]) == 2
+    assert "twins" in capsys.readouterr().err
