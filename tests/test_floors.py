@@ -1,6 +1,7 @@
-"""The floors of the house: a module imports its own package and packages on lower floors, nothing else."""
+"""The floors of the house: a module imports its own package and packages on lower floors, and nothing happens then."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ ONLY_IN = {  # a heavy dependency has one home
     "vllm": "sae_dist/model/vllm.py",
     "datasets": "sae_dist/text/",
 }
+WITHOUT_A_MODEL = ("train", "sweep", "status", "sync", "store", "submit", "jobs")  # commands
 SOURCES = sorted((ROOT / "sae_dist").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 
 
@@ -98,3 +100,81 @@ def test_imports_only_downwards(path: Path):
 )
 def test_the_check_can_fail(path: str, line: str):
     assert violations(Path(path), line)
+
+
+def run_by_import(source: str) -> list[ast.AST]:
+    """The nodes that importing the module runs: all but the bodies of its functions."""
+    found: list[ast.AST] = []
+    pending: list[ast.AST] = [ast.parse(source)]
+    while pending:
+        node = pending.pop()
+        found.append(node)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            pending += ast.iter_child_nodes(node)
+    return found
+
+
+@cache
+def imported(module: str) -> set[str]:
+    """What importing a module of ours imports at once; nothing for a module of others."""
+    path = ROOT / module.replace(".", "/")
+    source = next((each for each in (path.with_suffix(".py"), path / "__init__.py") if each.exists()), None)
+    found = set()
+    for node in run_by_import(source.read_text()) if source else []:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:  # `from a import b`: a, and perhaps a.b
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def loaded_with(module: str) -> set[str]:
+    """Every module that importing `module` imports, directly or through modules of ours."""
+    found, pending = set(), [module]
+    while pending:
+        new = imported(pending.pop()) - found
+        pending += [name for name in new if name.startswith("sae_dist.")]
+        found |= new
+    return found
+
+
+@pytest.mark.parametrize("command", WITHOUT_A_MODEL)
+def test_commands_that_run_no_language_model_do_not_wait_for_its_library(command: str):
+    assert not {name for name in loaded_with(f"sae_dist.cli.{command}") if name.split(".")[0] == "transformers"}
+
+
+def test_which_modules_are_loaded_is_found():
+    assert {"transformers", "ray", "sae_dist.model.load"} <= loaded_with("sae_dist.cli.run")
+
+
+CHANGES = {"setdefault", "update", "pop", "clear", "putenv", "unsetenv"}
+
+
+def environment_changes(source: str) -> list[int]:
+    """Lines on which importing the module changes environment variables."""
+    if "environ" not in source and "putenv" not in source:
+        return []
+    return [
+        node.lineno
+        for node in run_by_import(source)
+        if (isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del))
+        or (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES)
+        or isinstance(node, ast.AugAssign)
+        if "os.environ" in (said := ast.unparse(node)) or "os.putenv" in said
+    ]
+
+
+def test_importing_a_module_changes_no_environment():
+    """Child processes would inherit it: `ray start` in one of them, for instance."""
+    found = {str(path.relative_to(ROOT)): environment_changes(path.read_text()) for path in SOURCES}
+    assert not {path: lines for path, lines in found.items() if lines}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import os\nos.environ['A'] = '1'", "import os\nif True:\n    os.environ.setdefault('A', '1')",
+     "import os\nclass C:\n    os.environ |= {'A': '1'}", "import os\ndel os.environ['A']"],
+)  # fmt: skip
+def test_a_changed_environment_is_found(source: str):
+    assert environment_changes(source)
+    assert not environment_changes(f"def f():\n    {source.replace(chr(10), chr(10) + '    ')}")

@@ -36,3 +36,6 @@ def merged(*parts: Metrics) -> Metrics:
         name: why for part in parts for name, why in part.get("not_measured", {}).items() if all_.get(name) is None
     }
     return all_ | {"not_measured": reasons}
+
+
+UNMEASURED = merged(unmeasured(RECONSTRUCTION, "not judged yet"), unmeasured(LOSS, "there is no language model to run"))

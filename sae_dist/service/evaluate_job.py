@@ -15,7 +15,8 @@ from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.config import load as load_config
 from sae_dist.evaluate.config import EvaluateConfig
-from sae_dist.evaluate.evaluate import evaluate_loss, evaluate_reconstruction
+from sae_dist.evaluate.heldout_rows import evaluate_reconstruction
+from sae_dist.evaluate.heldout_text import evaluate_loss
 from sae_dist.evaluate.metrics import merged
 from sae_dist.harvest.rows import eligible, row_mask
 from sae_dist.interpret.collect import PagesConfig

@@ -12,8 +12,8 @@ import torch
 from sae_dist import storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.evaluate.config import EvaluateConfig
-from sae_dist.evaluate.evaluate import UNMEASURED, evaluate_reconstruction
-from sae_dist.evaluate.metrics import merged
+from sae_dist.evaluate.heldout_rows import evaluate_reconstruction
+from sae_dist.evaluate.metrics import UNMEASURED, merged
 from sae_dist.run_files import write_json
 from sae_dist.sae import dictionary
 from sae_dist.service.config import TrainJob, config_hash

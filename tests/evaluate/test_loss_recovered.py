@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_dist.evaluate.evaluate import loss_figures
+from sae_dist.evaluate.heldout_text import loss_figures
 from sae_dist.evaluate.loss_recovered import LossRecovered, loss_recovered
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import load

@@ -1,6 +1,6 @@
-"""Evaluates dictionaries on held-out data: the store's held-out units, and held-out text in the model.
+"""Evaluates dictionaries on held-out text, spliced into the language model.
 
-All dictionaries of a hook point are evaluated together: rows are read once, and the clean model runs once.
+All dictionaries of a hook point are evaluated together: the clean model runs once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,50 +13,10 @@ from torch import Tensor
 
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.loss_recovered import LossRecovered, loss_recovered
-from sae_dist.evaluate.metrics import LOSS, RECONSTRUCTION, Metrics, measured, merged, unmeasured
-from sae_dist.evaluate.reconstruction import is_constant, reconstruction
+from sae_dist.evaluate.metrics import LOSS, Metrics, measured, unmeasured
 from sae_dist.model.load import LanguageModel
 from sae_dist.sae.dictionary import Dictionary
-from sae_dist.sae.metrics import ReconstructionSums, figures
-from sae_dist.shards.hooks import Hooks
-from sae_dist.shards.reader import Store, heldout_pairs
 from sae_dist.text.stream import TokenStream
-
-
-def evaluate_reconstruction(
-    dictionaries: Sequence[Dictionary], store: Store, hooks: Hooks, config: EvaluateConfig
-) -> list[Metrics]:
-    """Each one's figures that need no model: FVU, L0, cosine and dead share on the units that training never reads.
-
-    FVU and cosine are those of what is rebuilt: of a transcoder, the rows of its target.
-    """
-    if not store.meta.heldout_units:
-        return [unmeasured(RECONSTRUCTION, "the store has no held-out units")] * len(dictionaries)
-    totals = reconstruction(dictionaries, heldout_pairs(store, hooks, config.batch_rows))
-    if totals is None:
-        none = unmeasured(RECONSTRUCTION, "the held-out units have no rows that are finite") | {"tokens": 0}
-        return [none] * len(dictionaries)
-    return [reconstruction_figures(total) for total in totals]
-
-
-def reconstruction_figures(total: ReconstructionSums) -> Metrics:
-    """What the sums say, by name; null with a reason where all rows are the same."""
-    found, constant = figures(total), is_constant(total)
-    return measured(
-        {
-            "tokens": found.tokens,
-            "fvu": None if constant else found.fvu,
-            "l0": found.l0,
-            "dead_fraction": found.dead_fraction,
-            "cosine": found.cosine,
-            "density_quantiles": density_quantiles(found.density),
-        },
-        {
-            "fvu": f"the {found.tokens} held-out rows are all the same"
-            if constant
-            else "the reconstruction is not finite"
-        },
-    )
 
 
 def evaluate_loss(
@@ -114,13 +74,3 @@ def loss_figures(found: LossRecovered) -> Metrics:
             if share is None
         },
     )
-
-
-UNMEASURED = merged(unmeasured(RECONSTRUCTION, "not judged yet"), unmeasured(LOSS, "there is no language model to run"))
-
-
-def density_quantiles(density: Float[Tensor, " n_latents"]) -> dict[str, float]:
-    """Quantiles over the latents of the share of rows on which each is active."""
-    points = (0.01, 0.1, 0.5, 0.9, 0.99)
-    values = np.quantile(density.numpy(), points)  # torch.quantile stops at 16M latents
-    return {f"{point:g}": float(value) for point, value in zip(points, values, strict=True)}
