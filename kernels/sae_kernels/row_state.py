@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, assert_never
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_kernels import eight_bit
@@ -111,6 +111,14 @@ class RowState:
             else:
                 self.value[rows].copy_(round_bfloat16(value, self._bits(rows, hyper.step, 0)))
         return squares if self.options.moments == "factored" else None
+
+    def begin_anew_(self, latents: Int[Tensor, " some"], value: Float[Tensor, "some d_model"]) -> None:
+        """Gives some rows a new value and the moments of before the first step."""
+        self.value[latents] = value.to(self.value.dtype)
+        fresh = _moments(self.options.moments, len(latents), self.value.shape[1], self.value.device)
+        for name, moment in fresh.items():
+            if name != "second_column":
+                self.moments[name][latents] = moment
 
     def update_column_(self, squares: Float[Tensor, " d_model"], hyper: Hyper, *, n_latents: int) -> None:
         """Factored moments: updates the column by each dimension's mean squared gradient over all `n_latents`."""

@@ -225,6 +225,19 @@ class Shard:
         """
         self.tokens_since_fired.add_(tokens).masked_fill_(fired > 0, 0)
 
+    def begin_anew_(
+        self, latents: Int[Tensor, " some"], *, enc: Float[Tensor, "some d_in"], dec: Float[Tensor, "some d_out"]
+    ) -> None:
+        """Gives some latents new rows, a bias of 0, the moments of before the first step, and no silence."""
+        self._enc.begin_anew_(latents, enc)
+        self._dec.begin_anew_(latents, dec)
+        self.b_enc[latents] = 0
+        own = [vector for moments in self._of_vectors.values() for vector in moments.values()]
+        for moment in (self._first[0], self._second[0], *own):
+            moment[latents] = 0
+        self.tokens_since_fired[latents] = 0
+        self._kernels.refresh_()
+
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Selected:
         """`reference.topk_encode` at the present parameters."""
         return self._kernels.encode(x, k=self.k)

@@ -1,11 +1,11 @@
 """Parameters before step 0, from a seed and a sample of the (scaled) activations."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK = 1024  # latents whose initial decoder rows come from one random generator
@@ -48,19 +48,36 @@ def geometric_median(
 
 
 def random_rows(name: str, latents: range, *, width: int, seed: int) -> Float[Tensor, "latents width"]:
-    """Random unit rows of the matrix `name` for some latents; a generator for each block of 1,024.
+    """Random unit rows of the matrix `name` for some latents.
 
     A row is a function of (name, seed, latent, width), so a rank makes only the rows that it owns.
     """
-    parts = [torch.empty(0, width)]
+    draw = lambda generator: torch.randn(BLOCK, width, generator=generator)  # noqa: E731
+    rows = torch.cat([torch.empty(0, width), *_by_block(name, latents, seed, draw)])
+    return rows.div_(rows.norm(dim=-1, keepdim=True))
+
+
+def random_numbers(name: str, latents: range, *, below: int, seed: int) -> Int[Tensor, " latents"]:
+    """A random whole number from 0 on for each of some latents, a function of (name, seed, latent, below)."""
+    draw = lambda generator: torch.randint(below, (BLOCK,), generator=generator)  # noqa: E731
+    return torch.cat([torch.empty(0, dtype=torch.int64), *_by_block(name, latents, seed, draw)])
+
+
+def _by_block(name: str, latents: range, seed: int, draw: Callable[[torch.Generator], Tensor]) -> Iterator[Tensor]:
+    """What `draw` gives for the latents of each block of 1,024, which has a generator of its own."""
     for block in range(latents.start // BLOCK, -(-latents.stop // BLOCK)):
         key = hashlib.blake2b(f"{name} {seed} {block}".encode(), digest_size=8).digest()
         generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(key, "little", signed=True))
-        rows = torch.randn(BLOCK, width, generator=generator)
         first = block * BLOCK
-        parts.append(rows[max(latents.start - first, 0) : latents.stop - first])
-    rows = torch.cat(parts)
-    return rows.div_(rows.norm(dim=-1, keepdim=True))
+        yield draw(generator)[max(latents.start - first, 0) : latents.stop - first]
+
+
+def _blended(
+    rows: Float[Tensor, "latents width"], data: Float[Tensor, "latents width"], *, weight: float
+) -> Float[Tensor, "latents width"]:
+    """Unit rows between random ones and the directions of data."""
+    mixed = weight * torch.nn.functional.normalize(data, dim=1) + (1 - weight) * rows
+    return torch.nn.functional.normalize(mixed, dim=1)
 
 
 def initialize(
@@ -74,6 +91,7 @@ def initialize(
     kth: Callable[[Float[Tensor, "sample candidates"]], Float[Tensor, " sample"]] | None = None,
     total: Callable[[Tensor], Tensor] = lambda part: part,
     norm: float = 1.0,
+    data_weight: float = 0.0,
 ) -> Initialization:
     """Tied initialisation: random unit decoder rows, W_enc = c W_dec^T, b_enc = 0, b_dec = geometric median of x.
 
@@ -85,7 +103,8 @@ def initialize(
 
     `latents` selects a part of the dictionary, with the same values as in the whole. For a part, `kth` maps each sample
     row's largest values to the k-th largest over all parts, and `total` sums a tensor over all parts.
-    Decoder rows get that `norm`, and the encoder what makes up for it.
+    Decoder rows get that `norm`, and the encoder what makes up for it. With a `data_weight` p, the direction of a row
+    is p times that of a random row of the sample, centred, + 1 - p times a random one (Circuits Update, October 2025).
     """
     latents, wanted = range(n_latents) if latents is None else latents, x if target is None else target
     # The same rows on every device.
@@ -93,6 +112,10 @@ def initialize(
     enc = W_dec if target is None else random_rows("W_enc", latents, width=x.shape[1], seed=seed).to(x.device)
     b_dec = geometric_median(wanted)
     b_in = b_dec if target is None else geometric_median(x)
+    if data_weight:
+        of_data = random_numbers("data", latents, below=len(x), seed=seed).to(x.device)
+        W_dec = _blended(W_dec, wanted[of_data] - b_dec, weight=data_weight)
+        enc = W_dec if target is None else _blended(enc, x[of_data] - b_in, weight=data_weight)
     every = slice(None, None, max(len(x) // 512, 1))
     sample = (x[every] - b_in).double()  # the ratio of two mean norms: 512 rows give it to a few per cent
     size = (wanted[every] - b_dec).double().norm(dim=-1).mean()

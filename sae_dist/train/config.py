@@ -25,6 +25,10 @@ class TrainConfig:
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02  # of the steps; the learning rate rises from 0
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the steps, at the end; it falls to 0
     init_rows: Annotated[int, Field(ge=2)] = 16_384  # rows that b_dec, W_enc and the input scale are estimated from
+    # of a random row's direction in each initial decoder row, the rest is random; 0.8: Circuits Update, October 2025
+    init_data_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    # after these steps, dead latents begin anew at rows that are badly rebuilt (Bricken et al. 2023)
+    resample_after: tuple[Annotated[int, Field(ge=1)], ...] = ()
     checkpoint_every: Annotated[int, Field(ge=1)] = 500  # steps
     checkpoints: str | None = None  # folder or URI (s3://bucket/prefix); null: <out>/checkpoints
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2  # the last so many

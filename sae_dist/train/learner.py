@@ -12,6 +12,7 @@ from sae_dist.train.config import TrainConfig
 from sae_dist.train.guard import Decision, Guard, judge
 from sae_dist.train.members import MAIN, Member
 from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.parallel.resample import resample_
 from sae_dist.train.parallel.step import MeshStep
 
 
@@ -55,10 +56,12 @@ def check_member(member: Member, d_out: int, mesh: Mesh) -> None:
 def train_step(
     learner: Learner, config: TrainConfig, x: Float[Tensor, "batch d_in"], *,
     target: Float[Tensor, "batch d_out"], lr: float, variance: float, progress: float, measure: bool = False,
+    resample: bool = False,
 ) -> StepOutcome:  # fmt: skip
     """One step, unless the learner's guard skips it; all ranks call this together.
 
-    `progress`: the share of all steps that were taken before. With `measure`, the norm of the gradient is found too.
+    `progress`: the share of all steps that were taken before. With `resample`, dead latents begin anew after it. With
+    `measure`, the norm of the gradient is found too.
     """
     sae, norm = learner.sae, None
     said = sae.forward(x, target, variance=variance, progress=progress)
@@ -74,6 +77,8 @@ def train_step(
         if before is not None:
             norm = norms.gradient_norm(sae, before)
         sae.count_(said.fired, tokens=len(x))
+        if resample and learner.member.frozen == "nothing":
+            resample_(sae, x, target, seed=learner.member.seed)
     else:
         sae.skip_()
     return StepOutcome(

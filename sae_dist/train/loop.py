@@ -119,6 +119,7 @@ def _take_steps(
                 train_step(
                     one, config, x, target=target, lr=one.member.peak_lr * factor, variance=state.variance,
                     progress=state.step / config.n_steps, measure=report.is_due(step),
+                    resample=step in config.resample_after,
                 )
                 for one in state.learners
             ]  # fmt: skip

@@ -9,7 +9,7 @@ from sae_kernels.shard import Shard
 from torch import Tensor
 
 from sae_dist.config import UserError
-from sae_dist.sae.config import SAEConfig, resolved_k_aux
+from sae_dist.sae.config import resolved_k_aux
 from sae_dist.sae.initialize import initialize
 from sae_dist.sae.scale import Scales, input_scale
 from sae_dist.sae.variants.interface import Elementwise, TensorSpec, own_vectors, spec_of
@@ -63,9 +63,7 @@ def initial_state(
     if target is not None:
         target, scale, variance = _scaled(target, source)
         scales = scales._replace(target=scale)
-    learners = tuple(
-        Learner(m, _step(_initial(x, target, m.sae, mesh, seed=m.seed), m, config, mesh), Guard()) for m in members
-    )
+    learners = tuple(Learner(m, _step(_initial(x, target, m, config, mesh), m, config, mesh), Guard()) for m in members)
     return TrainState(0, learners, scales, variance, 0, 0, source, 0.0)
 
 
@@ -163,11 +161,11 @@ def _transposed(tensors: Mapping[str, Tensor], member: Member) -> dict[str, Tens
 
 
 def _initial(
-    x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"] | None, sae: SAEConfig, mesh: Mesh, *, seed: int
-) -> dict[str, Tensor]:
+    x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"] | None, member: Member, config: TrainConfig,
+    mesh: Mesh,
+) -> dict[str, Tensor]:  # fmt: skip
     """This rank's part of a dictionary's initial tensors, from scaled rows."""
-
-    k = sae.k
+    sae, k = member.sae, member.sae.k
 
     def kth(best: Float[Tensor, "sample candidates"]) -> Float[Tensor, " sample"]:
         width = min(k, -(-sae.n_latents // mesh.feature.size))  # what the largest part has
@@ -176,9 +174,9 @@ def _initial(
         return everybody.topk(k).values[:, -1]
 
     parameters, level, b_in = initialize(
-        x, target=target, n_latents=sae.n_latents, k=k, seed=seed, latents=mesh.latents(sae.n_latents), kth=kth,
+        x, target=target, n_latents=sae.n_latents, k=k, seed=member.seed, latents=mesh.latents(sae.n_latents), kth=kth,
         total=lambda part: ordered_sum(mesh, mesh.feature, part, name="initialize"),
-        norm=spec_of(sae, "W_dec").initial_norm,
+        norm=spec_of(sae, "W_dec").initial_norm, data_weight=config.init_data_weight,
     )  # fmt: skip
     own = sae.start(level) if isinstance(sae, Elementwise) else {}
     tensors = parameters._asdict() | {name: torch.full_like(parameters.b_enc, value) for name, value in own.items()}
@@ -197,5 +195,6 @@ def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, me
         unit=spec_of(sae, "W_dec").unit, product_dtype=getattr(torch, config.product), state=member.state,
     )  # fmt: skip
     return MeshStep(
-        shard, mesh, sae=sae, k_aux=k_aux, micro_batch=config.micro_batch, clip_norm=config.clip_norm
+        shard, mesh, sae=sae, k_aux=k_aux, micro_batch=config.micro_batch, clip_norm=config.clip_norm,
+        resamples=bool(config.resample_after),
     )  # fmt: skip

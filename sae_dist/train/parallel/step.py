@@ -70,7 +70,8 @@ class MeshStep:
     """`Shard` over a mesh; `shard` is this rank's part of the dictionary `sae`, `latents` its latents.
 
     `k_aux` is the whole dictionary's. `micro_batch`: rows encoded at once. `clip_norm`: the largest norm of the whole
-    gradient. All ranks call `forward`, `update_`, `dead_fraction` and `gradients_are_finite` together.
+    gradient. `resamples`: dead latents are to begin anew some time (resample.py). All ranks call `forward`, `update_`,
+    `dead_fraction` and `gradients_are_finite` together.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class MeshStep:
         clip_norm: float | None = None,
         two_rounds: bool | None = None,
         width: int | None = None,
+        resamples: bool = False,
     ) -> None:
         self.shard, self.mesh, self.sae, self.n_latents, self.k_aux = shard, mesh, sae, sae.n_latents, k_aux
         self.latents = mesh.latents(sae.n_latents)
@@ -91,7 +93,7 @@ class MeshStep:
         self.clip_norm = clip_norm
         self._fused = (
             mesh.world.size == 1 and micro_batch is None and isinstance(sae.rule, Top) and not sae.rule.signed
-            and not isinstance(sae, Elementwise | Nested) and shard.b_in is None
+            and not isinstance(sae, Elementwise | Nested) and shard.b_in is None and not resamples
         )  # fmt: skip
         self._chooser = Chooser(
             shard, mesh, latents=self.latents, n_latents=sae.n_latents, at_once=micro_batch, two_rounds=two_rounds,
@@ -108,6 +110,8 @@ class MeshStep:
         self._dead: list[int] | None = None  # dead latents of each feature rank; None: not counted yet
         self._flaws = 0  # ranks where d loss / dz is not finite
         self._through_decoder = torch.empty(0)
+        self.errors: Float[Tensor, "batch d_out"] | None = None  # of the last forward, kept if it `resamples`
+        self._keeps_errors = resamples
         self.gradient_norm: float | None = None  # of the whole mesh before clipping; known if it is clipped
 
     def gradients_are_finite(self, statistics: StepStatistics) -> bool:
@@ -144,17 +148,17 @@ class MeshStep:
         term = gather_term(self.mesh, stages, main, batch=len(x), scale=scale, backward=backward, group=group)
         terms = [term]
         squared_errors = [term.errors.square().sum(), target.new_zeros(())]
-        n_dead = sum(self._dead_by_rank())
+        n_dead = sum(self.dead_by_rank())
         if self.k_aux and n_dead:
             k = min(self.k_aux, n_dead)
-            chosen = self._chooser.of_dead(rows, self._dead_by_rank(), k=k, width=target.shape[1])
+            chosen = self._chooser.of_dead(rows, self.dead_by_rank(), k=k, width=target.shape[1])
             aux = LocalTerm(decoder.errors(main.errors, chosen, None, of_target=False), chosen)
             weight = aux_weight(self.shard.aux_coefficient, n_dead=n_dead, k_aux=self.k_aux)
             terms.append(gather_term(self.mesh, stages, aux, batch=len(x), scale=scale * weight))
             squared_errors[1] = terms[1].errors.square().sum()
         self._d_own = own_vector_gradients(term, n_latents=len(self.latents))
         save_for_backward_(stages, rows, terms, self._linear_gradients(decoder, row, silence))
-        self._through_decoder = term.through_decoder
+        self._through_decoder, self.errors = term.through_decoder, term.errors if self._keeps_errors else None
         active = term.values != 0  # a pair may be silent
         if isinstance(sae, Nested) and sae.nesting.finished < len(sae.nesting.weights) - 1:
             active &= decoder.group(term.loss.selected) <= sae.nesting.finished
@@ -188,9 +192,20 @@ class MeshStep:
         """Adds the batch's tokens to the silence of every latent of this rank that fired on no row."""
         self.shard.count_(fired, tokens=tokens)
 
+    def dead_by_rank(self) -> list[int]:
+        """Dead latents of each feature rank; all ranks call this together."""
+        if self._dead is None or self._fused:
+            self._dead = all_gather(self.mesh, self.mesh.feature, self.shard.dead.sum(), name="counts").tolist()
+        return self._dead
+
+    def begin_anew_(self, latents: Tensor, *, enc: Tensor, dec: Tensor) -> None:
+        """`Shard.begin_anew_` of some latents of this rank."""
+        self.shard.begin_anew_(latents, enc=enc, dec=dec)
+        self._dead = None
+
     def dead_fraction(self) -> float:
         """The share of the whole dictionary's latents that are dead."""
-        return sum(self._dead_by_rank()) / self.n_latents
+        return sum(self.dead_by_rank()) / self.n_latents
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's part of all state, as tensors that share memory with this object.
@@ -276,11 +291,6 @@ class MeshStep:
         squared_error, aux_squared_error = everybody[0, 3:].contiguous().view(torch.float64).float()
         n_active = torch.tensor(sum(n for n, *_ in parts))
         return StepStatistics(squared_error, aux_squared_error, n_active, fired)
-
-    def _dead_by_rank(self) -> list[int]:
-        if self._dead is None or self._fused:
-            self._dead = all_gather(self.mesh, self.mesh.feature, self.shard.dead.sum(), name="counts").tolist()
-        return self._dead
 
     def _d_b_dec(self, through: Float[Tensor, " d_in"]) -> Float[Tensor, " d_out"]:
         if self.shard.b_in is not None:  # the encoder does not read b_dec
