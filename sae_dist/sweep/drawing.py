@@ -87,7 +87,7 @@ def axis(
     low, high = min(numbers), max(numbers)
     log = log and low > 0
     if low == high:
-        low, high = (low / 2, high * 2) if log else (low - 1, high + 1)
+        low, high = (low / 2, high * 2) if log else sorted((0.0, 2 * low or 1.0))  # a share is never below zero
     own = sorted(set(labels))
     shown = own if 0 < len(own) <= MOST_LABELS else ticks(low, high, log=log)
     scale = alt.Scale(type="log" if log else "linear", domain=[low, high], zero=False, nice=False, padding=12)

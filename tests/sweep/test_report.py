@@ -168,6 +168,12 @@ def test_other_keys_are_axes_and_seeds_are_averaged():
     assert "FVU by sae" in found
 
 
+def test_a_figure_that_is_the_same_everywhere_has_an_axis_from_zero():
+    points = [planted.point(k, {"sae.k": k}, 0.5, dead_fraction=0.0) for k in (4, 8)]
+    found = {plot.title: plot for plot in plots(analyse(points))}
+    assert '"domain": [0.0, 1.0]' in json.dumps(found["Dead share by k"].spec)
+
+
 def test_the_command_line_does_not_pay_for_plots():
     heavy = "altair", "vl_convert", "scipy.optimize", "scipy.stats"
     line = f"import sys, sae_dist.sweep.report; print([name for name in {heavy} if name in sys.modules])"
