@@ -32,6 +32,7 @@ def slurm() -> Iterator[SlurmCluster]:
         cluster = SlurmCluster(Path(folder), nodes=NODES, cpus=2)
         with closing(cluster), pytest.MonkeyPatch.context() as environment:
             environment.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+            environment.setenv("RAY_worker_niceness", "0")  # a busy machine would starve them until the time limit
             yield cluster
 
 

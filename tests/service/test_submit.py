@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import http.server
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from sae_dist.cli.main import COMMANDS, main
 from sae_dist.config import UserError
 from sae_dist.service.run_folder import claim
 from sae_dist.service.signals import STOP_SIGNALS
+from sae_dist.service.submit import ray_jobs
 from sae_dist.service.submit.attempts import Attempts
 from sae_dist.service.submit.job import environment
 from sae_dist.service.submit.templates import LAUNCH_DIR
@@ -133,6 +135,37 @@ def test_every_request_to_stop_is_heard(tmp_path):
     for number, handler in before.items():
         signal.signal(number, handler)
     assert (code, len(heard)) == (75, 2)
+
+
+def test_a_cluster_that_has_just_begun_is_asked_again(here, capsys, monkeypatch):
+    """Its dashboard answers before its head can take a job."""
+    monkeypatch.setattr(ray_jobs, "LOOK_S", 0.01)
+    refusals = ["No available agent to submit job, please try again later."]
+
+    class Dashboard(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(200, {"ray_version": "2.60.0"} if self.path == "/api/version" else [])
+
+        def do_POST(self) -> None:
+            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.answer(500, refusals.pop()) if refusals else self.answer(
+                200, {key: sent["submission_id"] for key in ("job_id", "submission_id")}
+            )
+
+        def answer(self, code: int, content: object) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(content.encode() if isinstance(content, str) else json.dumps(content).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{serving.server_port}"
+        assert main(["submit", *TRAIN, "scheduler=ray", f"address={address}"]) == 0
+        serving.shutdown()
+    assert f"to {address}" in capsys.readouterr().out and not refusals
 
 
 def fields(schema: dict[str, Any], values: object, path: str = "") -> Iterator[str]:

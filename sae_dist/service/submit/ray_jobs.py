@@ -11,7 +11,7 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -31,6 +31,7 @@ logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 RUN, NUMBER, OUT = "sae_dist.run", "sae_dist.number", "sae_dist.out"  # what Ray keeps of a job beside its command
 CONNECT_S = 5.0
 LOOK_S = 1.0
+BEGIN_S = 120.0  # that the head of a cluster may take from its first answer to its first job
 LOST_S = 3600.0  # that whoever follows a job waits for a cluster to come back, or another one in its place
 
 
@@ -123,7 +124,7 @@ def _submit(job: Job, options: RayJobs) -> str:
                 )
         sent = request(job, options, number=1 if last is None else last.number + 1)
         try:
-            client.submit_job(**sent)
+            _send(client, sent)
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise
@@ -131,6 +132,19 @@ def _submit(job: Job, options: RayJobs) -> str:
         else:
             print(f"submitted {sent['submission_id']} to {options.address}")
         return sent["submission_id"]
+
+
+def _send(client: JobSubmissionClient, sent: Mapping[str, Any]) -> None:
+    """Submits a job. A cluster that has just been started answers before it can take one: it is asked again."""
+    until = time.monotonic() + BEGIN_S
+    while True:
+        try:
+            client.submit_job(**sent)
+            return
+        except RuntimeError as error:
+            if "try again later" not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(LOOK_S)
 
 
 def jobs_of(client: JobSubmissionClient) -> list[Found]:
