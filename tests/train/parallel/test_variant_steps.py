@@ -6,7 +6,9 @@ import pytest
 import torch
 from sae_kernels.shard import Shard
 
+from sae_dist.sae.config import ReLU, ReLUNorm
 from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.parallel.step import MeshStep
 from tests.sae_kernels.test_shard import BACKENDS
 from tests.train.parallel.mesh_steps import CASES, EXACT, EXACT_KINDS, OTHER_KINDS, Case, batch_of, parameters, train
 from tests.train.parallel.plain_losses import by_autograd
@@ -49,3 +51,22 @@ def test_the_fused_step_and_one_width_for_two_are_refused():
     del given["b_in"]
     with pytest.raises(ValueError, match="W_enc reads 16 dimensions and W_dec writes 12; give b_in"):
         Shard(**given, **keys)
+
+
+@pytest.mark.parametrize("kind, costs_the_same", [(ReLUNorm, True), (ReLU, False)])
+def test_the_norm_weighted_price_alone_does_not_change_when_a_latent_is_scaled(kind, costs_the_same):
+    case = Case(kind=kind, k=8, k_aux=0, options={"l1_coefficient": 0.5})
+    given, x = parameters(case), batch_of(case, 0)
+    scaled = {name: tensor.clone() for name, tensor in given.items()}
+    for name, factor in {"W_enc": 4.0, "b_enc": 4.0, "W_dec": 0.25}.items():  # encoders up, decoders down
+        scaled[name] *= factor
+    found = []
+    for tensors in (given, scaled):
+        keys = dict(k=case.k, k_aux=0, aux_coefficient=0.0, dead_after_tokens=100, product_dtype=torch.float32)
+        step = MeshStep(Shard(**tensors, **keys, unit=False), Mesh.single(), sae=case.sae, k_aux=0)
+        error = step.forward(x, variance=case.variance, progress=1.0).squared_error
+        assert step.penalty is not None
+        found.append((float(error), float(step.penalty.value)))
+    (error, price), (error_scaled, price_scaled) = found
+    assert error_scaled == pytest.approx(error, rel=1e-5)
+    assert price_scaled == pytest.approx(price if costs_the_same else 4 * price, rel=1e-5)
