@@ -30,7 +30,7 @@ twenty-five times for the cut of a batch. The update runs while the next batch i
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from sae_kernels.reference import Gradients, Selected, StepStatistics, aux_weight, error_scale
 from sae_kernels.shard import Shard, is_finite
 from sae_kernels.stages import LinearGradients, RowGradients
@@ -51,10 +51,10 @@ from sae_dist.sae.variants.interface import (
 from sae_dist.train.objective import PairGradients, SilenceGradients, pair_gradients, silence_gradients
 from sae_dist.train.parallel.batch_select import initial_width
 from sae_dist.train.parallel.choose import Choice, Chooser
-from sae_dist.train.parallel.collectives import all_gather, ordered_sum, settle_timings
+from sae_dist.train.parallel.collectives import all_gather, ordered_sum
+from sae_dist.train.parallel.counts import exchange_counts, fired_rows
 from sae_dist.train.parallel.loss_terms import (
     Backward,
-    GlobalTerm,
     LocalTerm,
     gather_term,
     own_vector_gradients,
@@ -162,7 +162,13 @@ class MeshStep:
         active = term.values != 0  # a pair may be silent
         if isinstance(sae, Nested) and sae.nesting.finished < len(sae.nesting.weights) - 1:
             active &= decoder.group(term.loss.selected) <= sae.nesting.finished
-        return self._statistics(terms, active, torch.stack(squared_errors), tokens=len(x))
+        gradients = [*(term.loss.d_z for term in terms), *self._d_own.values()]
+        fired = fired_rows(term.loss.selected.indices, active, n_latents=len(self.latents))
+        outcome = exchange_counts(
+            self.mesh, self.shard, fired, active.sum(), gradients, torch.stack(squared_errors), tokens=len(x)
+        )
+        self._dead, self._flaws = outcome.dead, outcome.flaws
+        return outcome.statistics
 
     def update_(self, *, lr: float) -> None:
         """The update from the last `forward`."""
@@ -262,35 +268,6 @@ class MeshStep:
         if enc is None and d_norm is None:
             return None
         return LinearGradients(enc, row, None if d_norm is None else d_norm[:, None] / decoder.site_norms)
-
-    def _statistics(
-        self, terms: list[GlobalTerm], active: Bool[Tensor, "lines places"], squared_errors: Float[Tensor, " 2"], *,
-        tokens: int,
-    ) -> StepStatistics:  # fmt: skip
-        """The statistics of the step over the whole mesh, in one exchange.
-
-        It also exchanges how many latents of each part are dead once these tokens are counted, and which ranks have
-        gradients that are not finite. The loss is rank 0's, since other numbers of threads may round it otherwise.
-        """
-        indices = terms[0].loss.selected.indices
-        n_here, silence = len(self.latents), self.shard.tokens_since_fired
-        places = torch.where(active, indices, n_here).flatten()
-        fired = torch.zeros(n_here + 1, dtype=torch.int64, device=indices.device)
-        fired = fired.scatter_add_(0, places, torch.ones_like(places))[:-1]
-        dead = ((fired == 0) & (silence + tokens >= self.shard.dead_after_tokens)).sum()
-        gradients = [term.loss.d_z for term in terms] + list(self._d_own.values())
-        flaw = torch.stack([~torch.isfinite(gradient).all() for gradient in gradients]).any()
-        counted = torch.stack([active.sum(), dead, flaw.long()])
-        mine = torch.cat([counted, squared_errors.double().view(torch.int64)])
-        everybody = all_gather(self.mesh, self.mesh.world, mine, name="counts").cpu()  # all at once: see above
-        settle_timings(self.mesh)
-        counts = everybody.tolist()
-        parts = counts[: self.mesh.feature.size]  # of one data rank
-        self._dead = [dead for _, dead, *_ in parts]
-        self._flaws = sum(flaw for _, _, flaw, *_ in counts)
-        squared_error, aux_squared_error = everybody[0, 3:].contiguous().view(torch.float64).float()
-        n_active = torch.tensor(sum(n for n, *_ in parts))
-        return StepStatistics(squared_error, aux_squared_error, n_active, fired)
 
     def _d_b_dec(self, through: Float[Tensor, " d_in"]) -> Float[Tensor, " d_out"]:
         if self.shard.b_in is not None:  # the encoder does not read b_dec
