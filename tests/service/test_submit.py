@@ -164,8 +164,12 @@ def test_a_cluster_that_has_just_begun_is_asked_again(here, capsys, monkeypatch)
         threading.Thread(target=serving.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{serving.server_port}"
         assert main(["submit", *TRAIN, "scheduler=ray", f"address={address}"]) == 0
+        assert f"to {address}" in capsys.readouterr().out and not refusals
+        refusals += ["No available agent to submit job, please try again later."]
+        monkeypatch.setattr(ray_jobs, "BEGIN_S", 0.0)
+        assert main(["submit", *TRAIN, "scheduler=ray", f"address={address}"]) == 2
+        assert "start the head with --dashboard-agent-listen-port=" in capsys.readouterr().err
         serving.shutdown()
-    assert f"to {address}" in capsys.readouterr().out and not refusals
 
 
 def fields(schema: dict[str, Any], values: object, path: str = "") -> Iterator[str]:

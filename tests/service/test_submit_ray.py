@@ -66,7 +66,8 @@ class Cluster:
         log = self._folder / f"node{len(self.started)}.log"
         command = [
             str(BIN / "ray"), "start", "--block", f"--node-ip-address={address}", f"--num-cpus={cpus}", "--num-gpus=0",
-            f"--object-store-memory={80 << 20}", "--disable-usage-stats", *more,
+            f"--object-store-memory={80 << 20}", "--disable-usage-stats",
+            f"--dashboard-agent-listen-port={free_port()}", *more,  # another Ray of this machine has the usual one
         ]  # fmt: skip
         with log.open("w") as said:
             node = psutil.Popen(command, env=self.env, stdout=said, stderr=said, start_new_session=True)

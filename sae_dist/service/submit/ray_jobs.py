@@ -31,7 +31,7 @@ logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 RUN, NUMBER, OUT = "sae_dist.run", "sae_dist.number", "sae_dist.out"  # what Ray keeps of a job beside its command
 CONNECT_S = 5.0
 LOOK_S = 1.0
-BEGIN_S = 120.0  # that the head of a cluster may take from its first answer to its first job
+BEGIN_S = 30.0  # that the head of a cluster may take from its first answer to its first job
 LOST_S = 3600.0  # that whoever follows a job waits for a cluster to come back, or another one in its place
 
 
@@ -142,8 +142,13 @@ def _send(client: JobSubmissionClient, sent: Mapping[str, Any]) -> None:
             client.submit_job(**sent)
             return
         except RuntimeError as error:
-            if "try again later" not in str(error) or time.monotonic() > until:
+            if "try again later" not in str(error):
                 raise
+            if time.monotonic() > until:
+                raise Lost(
+                    "the cluster's head has no agent that runs jobs; its dashboard_agent.log says why. If another Ray "
+                    "of that machine has the port, start the head with --dashboard-agent-listen-port="
+                ) from None
         time.sleep(LOOK_S)
 
 
