@@ -46,6 +46,7 @@ def difference(there: Tensor, here: Tensor) -> float:
     return float((there.float() - here.float()).norm() / here.float().norm())
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_activations_and_the_fingerprint_of_one(tmp_path: Path):
     whole = load(ModelConfig(name="tiny-llama", dtype="float32"))
     expected = whole.capture(TOKENS, HOOKS)

@@ -32,6 +32,7 @@ def test_the_first_position_is_an_outlier_of_the_residual_stream(smollm2, tokens
     assert norms[1:].max() < norms[0] / 20
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(smollm2, tokens):
     """bf16 keeps 8 bits, 2**-9 = 0.2 % an operation; ten layers of them were measured at about 1 %."""
     exact = load(ModelConfig(name="smollm2", dtype="float32", device="cpu"))

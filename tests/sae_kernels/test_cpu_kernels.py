@@ -262,6 +262,7 @@ def test_what_a_backend_would_not_do_is_refused(settings, cure):
         sae_of(torch.zeros(4, 8), torch.zeros(8), torch.zeros(4), 2, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BACKENDS, reason="no kernels")
 def test_a_damaged_library_is_compiled_again(monkeypatch, caplog, tmp_path):
     compiler = build._compiler()

@@ -43,10 +43,8 @@ def check(target, kernels):
             assert "cp.async" in kernel["instructions"], kernel  # the next operands arrive during the product
 
 
-OTHERS = [pytest.param(target, marks=pytest.mark.slow) for target in PRODUCT if target != "sm_90"]
-
-
-@pytest.mark.parametrize("target", ["sm_90", *OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", PRODUCT)
 def test_default_configurations_do_not_spill_and_use_the_matrix_units(target, tmp_path):
     kernels = compiled(target, [f"{name}$" for name in DEFAULTS], tmp_path)
     assert {kernel["name"] for kernel in kernels} == set(DEFAULTS)

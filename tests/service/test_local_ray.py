@@ -6,6 +6,8 @@ import subprocess
 import sys
 from ipaddress import ip_address
 
+import pytest
+
 RUN = """
 import json, os, signal, subprocess, sys
 import psutil, ray  # before anything of ours has a say
@@ -40,6 +42,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_only_the_run_reaches_its_ray_and_a_signal_to_every_process_stops_the_driver_alone(tmp_path):
     environment = os.environ | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True)
@@ -54,8 +57,9 @@ def test_only_the_run_reaches_its_ray_and_a_signal_to_every_process_stops_the_dr
     assert found["left"] == []
 
 
+@pytest.mark.slow
 def test_importing_the_service_changes_no_environment():
-    """What Ray reads there would reach other Rays too, e.g. `ray start` in a child process."""
+    """Nor does what it imports: other Rays would read it too, e.g. `ray start` in a child process."""
     code = (
         "import os; before = dict(os.environ); import sae_dist.service.run_job, sae_dist.service.ray_train; "
         "print(*(name for name, value in os.environ.items() if 'RAY' in name and before.get(name) != value))"

@@ -69,6 +69,7 @@ def test_each_member_has_a_dictionary_and_figures_of_its_own(store, together, tm
     assert "dictionaries of the pass" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command_end_in_the_same_dictionaries(store, together, tmp_path):
     rule = [{"point": "train.step", "where": {"step": 37}, "action": "kill"}]
     victim = subprocess.run(

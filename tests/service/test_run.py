@@ -176,6 +176,7 @@ def test_a_different_run_in_the_same_folder_is_refused(uninterrupted, capsys):
     assert "holds another run (sae.k=8 there, 9 here)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_at_once_is_refused(tmp_path, capsys):
     first = start(tmp_path / "run")
     wait_until(lambda: (tmp_path / "run" / "status.json").is_file(), first)
