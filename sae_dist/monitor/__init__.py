@@ -1,1 +1,1 @@
-"""What a run says while it works: metrics.jsonl is the truth, trackers follow it and cannot hurt."""
+"""What a run reports while it works: metrics.jsonl has all of it; trackers follow that file and cannot hurt the run."""

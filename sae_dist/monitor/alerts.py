@@ -1,4 +1,4 @@
-"""When something is amiss with a run, from what metrics.jsonl says of it. Pure: times and lines are given."""
+"""Finds what is wrong with a run from the lines of metrics.jsonl. Pure: times and lines are given."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ Entry = Mapping[str, Any]  # a line of metrics.jsonl
 
 
 class Alert(NamedTuple):
-    """Something that is so now. `name` says which condition: while it holds there is one episode."""
+    """A condition that holds now. `name` says which: it is one alert for as long as it holds."""
 
     name: str
     text: str

@@ -1,4 +1,4 @@
-"""A tracker in a process of its own, which follows metrics.jsonl: whatever it does there, it cannot touch the run.
+"""A tracker in a process of its own, which follows metrics.jsonl: it cannot slow, stop or change the run.
 
 Nothing waits for it. What lies between a run and its trackers is the file, which is never full before the run itself
 is: a slow tracker is behind, a dead one costs one warning, and `sae-dist sync` makes up for both.

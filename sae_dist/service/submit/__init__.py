@@ -1,1 +1,1 @@
-"""A command of ours as a job of somebody else's scheduler: what is sent, how, and what runs it there."""
+"""A command as a job of a scheduler: what is sent, how it is sent, and what runs it there."""

@@ -1,4 +1,4 @@
-"""What is sent: a command line of ours that means the same on another machine, under a name that follows from it."""
+"""A job: a checked command line that means the same on another machine, and a name that follows from it."""
 
 import contextlib
 import dataclasses

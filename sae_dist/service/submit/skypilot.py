@@ -1,4 +1,4 @@
-"""Jobs of SkyPilot: a managed job on machines of a cloud, spot or not, that are found again when they are lost."""
+"""Jobs of SkyPilot: a managed job on machines of a cloud, spot or not; lost machines are replaced."""
 
 import os
 import secrets

@@ -166,7 +166,7 @@ def _follow(found: Queued) -> int:
 
 
 def facts_of(number: str) -> dict[str, str]:
-    """What Slurm says of a job; its state is FORGOTTEN some minutes after it ended."""
+    """What Slurm knows of a job; its state is FORGOTTEN some minutes after it ended."""
     try:
         said = _slurm("scontrol", "show", "job", "--oneliner", number)
     except UserError as error:
