@@ -37,18 +37,20 @@ class Cluster:
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "SAE_DIST_FAULTS": json.dumps([slow]),
             "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_worker_niceness": "0",
         }  # fmt: skip
-        self._port, self._dashboard = free_port(), free_port()
+        self._dashboard = free_port()
         self.address = f"http://127.0.0.1:{self._dashboard}"
         self.started: list[psutil.Popen] = []
 
     def begin(self) -> None:
         """A head with room for the driver alone, and two nodes; the head is the first of `nodes`.
 
-        Each has an address of its own on the loopback; Ray would take 127.0.0.1 for that of a network card.
+        Each has an address of its own on the loopback; Ray would take 127.0.0.1 for that of a network card. The port of
+        a head that was killed is taken for Ray while a node of its cluster still looks for it.
         """
-        head = ("--head", f"--port={self._port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self._dashboard}")
+        port = free_port()
+        head = ("--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self._dashboard}")
         self.nodes = [self._node("127.0.0.2", 0, *head)]
-        self.nodes += [self._node(f"127.0.0.{n}", 3, f"--address=127.0.0.2:{self._port}") for n in (3, 4)]
+        self.nodes += [self._node(f"127.0.0.{n}", 3, f"--address=127.0.0.2:{port}") for n in (3, 4)]
 
     def kill(self, node: psutil.Popen) -> None:
         """As when the machine loses its power."""
