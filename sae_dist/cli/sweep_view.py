@@ -13,6 +13,7 @@ from sae_dist.service.sweep_status import SweepStatus
 from sae_dist.sweep.point import Point
 
 COLUMNS = {"fvu": "FVU", "l0": "L0", "dead_fraction": "dead", "loss_recovered": "loss recovered"}
+WORDS = {"leased": "at work"}  # states of the ledger, as a person says them
 STYLES = {"done": "green", "failed": "red", "leased": "cyan"}
 
 
@@ -29,7 +30,11 @@ def sweep_view(sweep: SweepStatus, found: Sequence[Finding], console: Console) -
 def sweep_line(sweep: SweepStatus) -> str:
     """A sweep in a line: how many points are in which state, what they took, what is left."""
     counts = sweep.counts
-    parts = [f"{counts[state]} {state}" for state in ("done", "leased", "pending", "failed") if counts.get(state)]
+    parts = [
+        f"{counts[state]} {WORDS.get(state, state)}"
+        for state in ("done", "leased", "pending", "failed")
+        if counts.get(state)
+    ]
     parts.append(f"{duration(sweep.seconds)} of training")
     parts += [f"cost {quantity(sweep.cost)}"] if sweep.cost is not None else []
     return ", ".join(parts) + (f"  ETA {duration(sweep.eta_s)}" if sweep.eta_s is not None else "")
@@ -46,7 +51,7 @@ def points_table(points: Sequence[Point]) -> Table:
     for point in points:
         swept = (Text(quantity(point.overrides.get(key))) for key in keys)
         table.add_row(
-            *swept, Text(point.state, style=STYLES.get(point.state, "")),
+            *swept, Text(WORDS.get(point.state, point.state), style=STYLES.get(point.state, "")),
             *(quantity(figures[point.id].get(name)) for name in measured),
             "-" if point.seconds is None else duration(point.seconds), Text(point.id),
         )  # fmt: skip

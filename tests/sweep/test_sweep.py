@@ -154,6 +154,8 @@ def test_the_status_of_a_sweep_names_what_keeps_it_from_its_end(swept, tmp_path,
         assert main(["status", str(copy), "json=true"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["counts"] == {"done": 3, "pending": 1, "failed": 1, "leased": 1}
+        assert main(["status", str(copy)]) == 0
+        assert ": 3 done, 1 at work, 1 pending, 1 failed, " in capsys.readouterr().out
     assert main(["status", str(copy), "watch=true"]) == 0  # over: no driver is there any more
     said = capsys.readouterr().out
     assert "3 done, 2 pending, 1 failed" in said
