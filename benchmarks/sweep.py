@@ -1,11 +1,12 @@
 """Nine points in the shared pass of a sweep against nine runs one after the other, from text to loss recovered.
 
-    python -m benchmarks.sweep [--tokens 131072] [--epochs 2] [--keep FOLDER]
+    python -m benchmarks.sweep [--tokens 131072] [--epochs 2] [--keep FOLDER] [--given-store]
 
 Both ways are commands a person types: `sae-dist sweep run ...` with three sizes and three k, and `sae-dist run ...`
 nine times. Wall seconds are of the commands; processor seconds are of all their processes, Ray's too: this process
-adopts those whose parents end first (PR_SET_CHILD_SUBREAPER) and waits for all. A third way, nine runs that are given
-the store which the first of them harvested, says how much of it is the harvest. Writes results/sweep.json.
+adopts those whose parents end first (PR_SET_CHILD_SUBREAPER) and waits for all. The sweep is made in the middle of the
+nine runs, so that a machine with other work treats both alike. --given-store adds a third way, nine runs on the store
+which the first of them harvested: how much of it is the harvest. Writes results/sweep.json.
 """
 
 import argparse
@@ -31,10 +32,11 @@ LATENTS, K = (1024, 2048, 4096), (8, 16, 32)
 
 
 def settings(tokens: int, epochs: int) -> list[str]:
+    """Of a smaller harvest the batch, the held-out part and the text that loss recovered is measured on shrink too."""
     return [
-        "model=smollm2", "hook=resid_post.9", f"harvest.tokens={tokens}", "harvest.heldout_tokens=16384",
-        f"train.tokens={epochs * tokens}", "train.batch=2048", "train.lr=1e-3", "train.checkpoint_every=100",
-        "order.lanes=4", "evaluate.ce_sequences=32", "wandb.mode=disabled",
+        "model=smollm2", "hook=resid_post.9", f"harvest.tokens={tokens}", f"harvest.heldout_tokens={tokens // 8}",
+        f"train.tokens={epochs * tokens}", f"train.batch={tokens // 64}", "train.lr=1e-3", "train.checkpoint_every=100",
+        "order.lanes=4", f"evaluate.ce_sequences={max(tokens // 4096, 2)}", "wandb.mode=disabled",
     ]  # fmt: skip
 
 
@@ -75,6 +77,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=131_072)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--given-store", action="store_true", help="also nine runs on one store")
     parser.add_argument("--keep", type=Path, help="folder for the runs, kept afterwards")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sweep.json")
     given = parser.parse_args()
@@ -89,21 +92,24 @@ def main() -> int:
         store = f"store={folder}/apart/0/store"
         given_store = [["run", *keys, *own, "pages=null", store, f"out={folder}/given/{i}"]
                        for i, own in enumerate(points)]  # fmt: skip
-        found = {
-            "sweep": measured([["sweep", "run", *keys, *grid, f"out={folder}/sweep"]], folder / "sweep.log"),
-            "nine runs": measured(apart, folder / "apart.log"),
-            "nine runs on one store": measured(given_store, folder / "given.log"),
-        }
+        half = len(apart) // 2
+        parts = [measured(apart[:half], folder / "apart.log")]
+        sweep = measured([["sweep", "run", *keys, *grid, f"out={folder}/sweep"]], folder / "sweep.log")
+        parts.append(measured(apart[half:], folder / "apart.log"))
+        found = {"sweep": sweep, "nine runs": {key: round(sum(part[key] for part in parts), 1) for key in sweep}}
+        if given.given_store:
+            found["nine runs on one store"] = measured(given_store, folder / "given.log")
         same = figures(sorted((folder / "sweep").glob("points/*/summary.json")))
         assert same == figures(sorted((folder / "apart").glob("*/summary.json"))), "the dictionaries differ"
     ratios = {
         way: {key: round(found[way][key] / found["sweep"][key], 2) for key in ("wall_s", "processor_s")}
-        for way in ("nine runs", "nine runs on one store")
+        for way in found
+        if way != "sweep"
     }
     result = {
         "machine": {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "kernel": platform.release()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "ray": ray.__version__},
-        "tokens": given.tokens, "epochs": given.epochs, "n_latents": LATENTS, "k": K,
+        "load": round(os.getloadavg()[2], 1), "settings": keys, "n_latents": LATENTS, "k": K,
         "seconds": found, "times_the_sweep": ratios, "points": same,
     }  # fmt: skip
     given.out.write_text(json.dumps(result, indent=1) + "\n")
