@@ -27,7 +27,7 @@ SHIELDED_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # Ray blocks SIGINT itself
 def start(cpus: int, **quiet: Any) -> None:
     """Starts a Ray with `cpus` CPUs that only this process and Ray's own can talk to; `ray.shutdown` ends it.
 
-    The token is in no file. Ray refuses messages without it.
+    The token is in no file. Ray refuses messages without it. No process is left where starting fails.
     """
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with environment(ENVIRONMENT | token), keep_loopback_address(), _shielded():
@@ -74,9 +74,21 @@ def keep_loopback_address() -> Iterator[None]:
 
 @contextmanager
 def _shielded() -> Iterator[None]:
-    before, services.ConsolePopen = services.ConsolePopen, _ShieldedProcess
+    """Shields the processes that Ray starts meanwhile; ends them where that fails, as Ray itself would not."""
+    started = list[_ShieldedProcess]()
+
+    def start(*arguments: Any, **options: Any) -> _ShieldedProcess:
+        started.append(_ShieldedProcess(*arguments, **options))
+        return started[-1]
+
+    before, services.ConsolePopen = services.ConsolePopen, start  # type: ignore[assignment]
     try:
         yield
+    except BaseException:
+        for process in started:
+            process.terminate()
+            process.wait()
+        raise
     finally:
         services.ConsolePopen = before
 

@@ -58,6 +58,28 @@ def test_only_the_run_reaches_its_ray_and_a_signal_to_every_process_stops_the_dr
 
 
 @pytest.mark.slow
+def test_nothing_is_left_of_a_ray_that_could_not_start():
+    fails = """
+import psutil
+from ray._private import services
+from sae_dist.service import local_ray
+
+def late(*_, **__):
+    print("before:", len(psutil.Process().children(recursive=True)))
+    raise TimeoutError("The node timed out during startup")
+
+services.start_raylet = late
+try:
+    local_ray.start(1)
+except TimeoutError:
+    print("after:", [process.name() for process in psutil.Process().children(recursive=True)])
+"""
+    said = subprocess.run([sys.executable, "-c", fails], capture_output=True, text=True, timeout=300, check=True).stdout
+    before, after = said.splitlines()
+    assert int(before.removeprefix("before: ")) > 0 and after == "after: []"
+
+
+@pytest.mark.slow
 def test_importing_the_service_changes_no_environment():
     """Nor does what it imports: other Rays would read it too, e.g. `ray start` in a child process."""
     code = (
