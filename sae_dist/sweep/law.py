@@ -150,11 +150,12 @@ def no_trend(x: np.ndarray, k: np.ndarray, loss: np.ndarray) -> Refusal | None:
             continue
         without = _linear(others, y)[1]
         if _chance(without, left, spare) > CERTAIN:
-            change = math.exp(float(np.ptp(y))) - 1
+            number, along = (1, u) if name == "size" else (2, v)
+            change = math.exp(float(slopes[number] * np.ptp(along))) - 1
             return Refusal(
                 why,  # type: ignore[arg-type]
-                f"no trend with {name} that chance would not show as well: all values lie within {change:.2%} of the "
-                f"least, and points scatter by {math.sqrt(left / spare):.2%}",
+                f"no trend with {name} that chance would not show as well: from the smallest to the largest the error "
+                f"changes by {change:.2%}, and points scatter by {math.sqrt(left / spare):.2%}",
             )
     if slopes[1] > 0:
         return Refusal("grows", "the error grows with size, so the larger points are not trained to their end")

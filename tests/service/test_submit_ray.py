@@ -40,6 +40,7 @@ class Cluster:
         self._dashboard = free_port()
         self.address = f"http://127.0.0.1:{self._dashboard}"
         self.started: list[psutil.Popen] = []
+        self.commands: list[subprocess.Popen[str]] = []
 
     def begin(self) -> None:
         """A head with room for the driver alone, and two nodes; the head is the first of `nodes`.
@@ -59,7 +60,20 @@ class Cluster:
             process.kill()
         psutil.wait_procs(family, timeout=30)
 
+    def command(self, *words: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """Starts one of our commands; `close` ends it where a test has not."""
+        self.commands.append(
+            subprocess.Popen(
+                [sys.executable, "-u", "-m", "sae_dist", *words], env=env or self.env, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            )
+        )  # fmt: skip
+        return self.commands[-1]
+
     def close(self) -> None:
+        for command in self.commands:
+            command.kill()
+            command.communicate()
         for node in self.started:
             if node.is_running():
                 self.kill(node)
@@ -103,7 +117,7 @@ def test_a_job_outlives_its_terminal_a_stop_a_node_and_the_head(
 ):
     out, where = tmp_path / "run", f"address={cluster.address}"
     words = ("run", "preset=tiny", f"out={out}", "wandb.mode=disabled", "scheduler=ray", where)
-    stranger = start("jobs", where, env=cluster.env | {"RAY_AUTH_TOKEN": "another"})
+    stranger = cluster.command("jobs", where, env=cluster.env | {"RAY_AUTH_TOKEN": "another"})
     complaint, _ = stranger.communicate(timeout=DEADLINE_S)
     assert stranger.returncode == 2 and "asks for a token" in complaint
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -125,7 +139,7 @@ def test_a_job_outlives_its_terminal_a_stop_a_node_and_the_head(
     assert f"{name}: stopped" in said(capsys, "jobs", where, f"stop={name}")
     assert (status := read_status(out)) is not None and status["state"] == "stopped"
 
-    again = start("submit", *words, "follow=true", env=cluster.env)
+    again = cluster.command("submit", *words, "follow=true")
     assert f"submitted {name}-2 to" in read_until(again, "submitted")
     before = units(out)
     wait_until(lambda: units(out) > before, "it does not go on")
@@ -144,13 +158,6 @@ def test_a_job_outlives_its_terminal_a_stop_a_node_and_the_head(
     assert files(out / "dictionary") == files(uninterrupted / "dictionary")
     assert f"{name} is done already, with exit code 0" in said(capsys, "submit", *words)
     assert not any(cluster.token in path.read_text(errors="replace") for path in out.glob("*.*") if path.is_file())
-
-
-def start(*words: str, env: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "sae_dist", *words], env=env, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
 
 
 def read_until(process: subprocess.Popen[str], word: str) -> str:
