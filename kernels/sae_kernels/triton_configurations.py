@@ -152,19 +152,22 @@ def _updates(d_model: int) -> Iterator[Configuration]:
         "p_ptr:*fp32 m_ptr:*fp32 v_ptr:*fp32 rounded_ptr:*bf16 gradient_ptr:*fp32 norm_ptr:*fp32 bias_ptr:*fp32 "
         "bias_m_ptr:*fp32 bias_v_ptr:*fp32 bias_gradient_ptr:*fp32 slots_ptr:*i32 extra_ptr:*fp32 "
         "extra_bias_ptr:*fp32 rows_ptr:*{} weights_ptr:*fp32 pairs_ptr:*i32 "
-        "offsets_ptr:*i32 source_ptr:*i32 schedule_ptr:*fp32 step:i32 beta2:fp32 eps:fp32 k:i32 "
-        f"d_model:{aligned}i32 row_stride:{aligned}i32"
+        "offsets_ptr:*i32 source_ptr:*i32 linear_ptr:*fp32 row_ptr:*fp32 schedule_ptr:*fp32 step:i32 beta2:fp32 "
+        f"eps:fp32 k:i32 d_model:{aligned}i32 row_stride:{aligned}i32"
     )
     for parameter, source in (
         ("encoder", ""), ("encoder", "extra"), ("encoder", "dense"),
         ("decoder", ""), ("decoder", "extra"), ("decoder", "source"), ("decoder", "dense"), ("b_dec", "dense"),
+        ("encoder", "linear"), ("free decoder", "linear"), ("free decoder", "dense"),
     ):  # fmt: skip
         encoder, dense = parameter == "encoder", source == "dense"
+        matrix = parameter.removeprefix("free ")  # free: its rows have any norm
+        linear = ("row" if encoder else "own") if source == "linear" else ""
         yield _configuration(
-            _name(f"update-{parameter}-{d_model}", **({source: True} if source else {})),
+            _name(f"update-{matrix}-{d_model}", free=matrix != parameter, **({source: True} if source else {})),
             triton_latents._update_kernel, types.format("bf16" if encoder and not dense else "fp32"), warps=warps,
             SOURCE=source == "source", DENSE=dense, UNIT=parameter == "decoder", ROUND=encoder, BIAS=encoder,
-            EXTRA=source == "extra", PAIRS=triton_latents.PAIRS, DEPTH=d_model,
+            EXTRA=source == "extra", LINEAR=linear, SITES=1, PAIRS=triton_latents.PAIRS, DEPTH=d_model,
         )  # fmt: skip
 
 

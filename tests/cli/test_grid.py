@@ -18,7 +18,7 @@ from sae_dist.service.config import TrainJob
         ("sae.k=sort(32,8)", [8, 32]),
         ("train.lr=1e-4,null", [1e-4, None]),
         ("store=stores/a,s3://bucket/b", ["stores/a", "s3://bucket/b"]),
-        ("sae=glob(*topk)", ["batchtopk", "topk"]),
+        ("sae=glob(*topk)", ["abs_topk", "batchtopk", "matryoshka_topk", "multi_topk", "topk"]),
         ("sae.k=4,4", [4]),
     ],
 )

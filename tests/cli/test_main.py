@@ -42,7 +42,7 @@ def test_pages_null_is_no_pages_also_where_a_preset_has_keys_of_it(preset):
         (["train", "sae.kk=3", "store=s"], "unknown key sae.kk; did you mean sae.k?"),
         (["run", "sae.k=three"], "sae.k='three': give a whole number"),
         (["run", "sae=null"], "sae is missing; set sae="),
-        (["run", "sae=topkk"], "sae=topkk is not known; choose one of batchtopk, jumprelu, topk"),
+        (["run", "sae=topkk"], "sae=topkk is not known; choose one of abs_topk, batchtopk, gated,"),
         (["run", "sae=batchtopk", "sae.k=three"], "sae.k='three': give a whole number"),
         (["run", "sae.kind=other"], "sae.kind='other': choose one of 'topk'"),
         (["run", "train.lr=inf"], "train.lr=inf: give a finite number"),
