@@ -5,6 +5,7 @@ import pytest
 from tests import chaos
 
 
+@pytest.mark.slow
 def test_ten_seconds_of_chaos_break_no_promise():
     done = chaos.run(10, seed=1)
     assert done["episodes"] >= 1 and done["steps"] == done["episodes"] * chaos.STEPS

@@ -165,6 +165,7 @@ def test_the_status_of_a_sweep_names_what_keeps_it_from_its_end(swept, tmp_path,
     assert "retry=failed" in said
 
 
+@pytest.mark.slow
 def test_wandb_has_the_tables_and_plots_of_the_report(swept, tmp_path, capsys):
     out = shutil.copytree(swept.out, tmp_path / "sweep")
     again = [each for each in KEYS if not each.startswith("wandb.")] + ["sae=topk,batchtopk", "sae.k=2,4"]

@@ -60,6 +60,7 @@ def test_gradients_match_autograd_of_the_plain_loss_in_double_precision(backend,
     assert bool((expected[4] != 0).any())
 
 
+@pytest.mark.slow
 def test_it_learns_with_about_as_many_active_latents_as_asked(store, tmp_path):
     config = dataclasses.replace(CONFIG, steps=400, batch=128, lr=3e-3, checkpoint_every=10_000)
     _, lines = train(store, tmp_path, config=config, sae=SAE)

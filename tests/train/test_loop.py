@@ -343,6 +343,7 @@ def test_a_store_that_lost_a_commit_is_not_trained_on(store, tmp_path):
 BATCHES = BatchTopK(n_latents=96, k=4, dead_after_tokens=1000)
 
 
+@pytest.mark.slow
 def test_batchtopk_learns_and_its_threshold_gives_k_latents_a_row(store, tmp_path):
     config = TrainConfig(steps=500, batch=128, lr=8e-3, init_rows=512, checkpoint_every=10_000, threads=1)
     _, lines = train(store, tmp_path, config=config, order=OrderConfig(lanes=2), sae=BATCHES)
