@@ -25,7 +25,7 @@ class Webhook:
     def __init__(self, url: str) -> None:
         self._url, self._host = url, urlsplit(url).hostname
         self._queue: queue.Queue[Mapping[str, Any] | None] = queue.Queue(maxsize=WAITING)
-        self.lost = 0
+        self.lost, self._counting = 0, threading.Lock()  # by the thread and by who posts
         self._thread = threading.Thread(target=self._work, name="webhook", daemon=True)
         self._thread.start()
 
@@ -59,8 +59,10 @@ class Webhook:
             pass
 
     def _lose(self, why: str) -> None:
-        self.lost += 1
-        if self.lost == 1:
+        with self._counting:
+            self.lost += 1
+            is_first = self.lost == 1
+        if is_first:
             logger.warning(
                 "an alert did not reach alerts.webhook at %s (%s); metrics.jsonl has all alerts", self._host, why
             )

@@ -126,8 +126,10 @@ def test_a_webhook_that_does_not_answer_costs_one_line_without_its_address(caplo
         began = time.monotonic()
         for _ in range(50):
             hook.post({"text": "something"})
-        assert time.monotonic() - began < 50 * webhook.ANSWER_S / 2  # nobody waits for an answer
+        assert time.monotonic() - began < 0.2  # nobody waits
+        while hook.lost < 50 and time.monotonic() - began < 30:  # the last ones are still on their way
+            time.sleep(0.05)
         hook.close()
-    assert hook.lost >= 40  # a few may still be on their way when it closes
+    assert hook.lost == 50
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "127.0.0.1" in record.getMessage() and "secret" not in record.getMessage()
