@@ -37,14 +37,14 @@ def match(
         return Match(0.0, 0.0, 0.0)
     n, their_n = len(dec), len(their_dec)
     nearest = torch.empty(n, dtype=torch.int64)
-    cosine, best = torch.empty(n), torch.empty(n)
+    cosine = torch.empty(n)
     their_best, their_nearest = torch.full((their_n,), -2.0), torch.zeros(their_n, dtype=torch.int64)
     for start in range(0, n, BLOCK):
         rows = slice(start, min(start + BLOCK, n))
         of_decoder = dec[rows] @ their_dec.T
         mean = (of_decoder + enc[rows] @ their_enc.T) / 2
         cosine[rows] = of_decoder.max(1).values
-        best[rows], nearest[rows] = mean.max(1)
+        nearest[rows] = mean.argmax(1)
         of_block, where = mean.max(0)
         closer = of_block > their_best
         their_best[closer], their_nearest[closer] = of_block[closer], where[closer] + start

@@ -64,7 +64,7 @@ class Decoder:
         errors, stages = list[Tensor](), self.shard.stages
         every = range(len(wanted))
         for chunk in self._chooser.chunks(every) if lines is None else [every]:
-            of_chunk = decoded if lines else Selected(*(part[chunk.start : chunk.stop] for part in decoded))
+            of_chunk = decoded if lines is not None else Selected(*(part[chunk.start : chunk.stop] for part in decoded))
             partial = stages.partial(of_chunk)
             rebuilt = self._reduced(partial if lines is None else lines.summed(partial))
             errors.append(
