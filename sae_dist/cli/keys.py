@@ -52,7 +52,8 @@ def groups(config: type) -> dict[str, dict[str, type]]:
 
 def comments(config: type, prefix: str = "") -> dict[str, str]:
     """The comment beside every key in the source, by the key's dotted path."""
-    found = {f"{prefix}{name}": text for name, text in _beside(config).items()}
+    inherited = [base for base in reversed(config.__mro__) if dataclasses.is_dataclass(base)]  # itself comes last
+    found = {f"{prefix}{name}": text for base in inherited for name, text in _beside(base).items()}
     for name, field in _fields(config):
         if dataclasses.is_dataclass(field.annotation):
             found |= comments(field.annotation, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from sae_dist.cli import keys
 from sae_dist.cli.compose import compose, help_text
 from sae_dist.config import UserError, load, to_dict
+from sae_dist.sae.config import KINDS
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {"run": [], "harvest": ["store=s"], "train": ["store=s"], "evaluate": ["out=o"], "pages": ["out=o"]}
@@ -118,3 +119,11 @@ def test_every_key_is_read_somewhere():
                 read.add(node.attr)
     fields = {path.rpartition(".")[2] for config in CONFIGS.values() for path, _ in leaves(config)}
     assert fields - read == {"trust_remote_code"}  # only false is accepted, so there is nothing to read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_that_a_kind_inherits_keeps_its_comment(kind):
+    beside = keys.comments(KINDS[kind])
+    assert "no AuxK" in beside["k_aux"] and "silent" in beside["dead_after_tokens"]
+    if "l1_fraction" in KINDS[kind].__dataclass_fields__:
+        assert "rises from 0" in beside["l1_fraction"]

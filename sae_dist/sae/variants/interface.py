@@ -245,15 +245,6 @@ def tracks_threshold(variant: Variant) -> bool:
     return any(spec.role == "tracked" for spec in variant.tensors)
 
 
-def l1_penalty(mean: Float[Tensor, ""], *, coefficient: float, variance: float, width: int) -> Penalty:
-    """coefficient * mean, in the units of papers that scale x to a squared norm of `width`, here about its mean.
-
-    With x of unit deviation u = sqrt(variance / width), values are measured in u and errors in u^2.
-    """
-    slope = mean.new_tensor(coefficient / (variance * width) ** 0.5)
-    return Penalty(slope * mean, slope)
-
-
 def linear(progress: float, *, start: float, end: float, over: float) -> float:
     """From `start` to `end` in a straight line over that share of all steps, then `end`."""
     return end if over == 0 or progress >= over else start + (end - start) * progress / over

@@ -9,11 +9,12 @@ from sae_kernels import reference
 from torch import Tensor
 
 from sae_dist.config import frozen
-from sae_dist.sae.variants.interface import AUTOENCODER, Above, Activated, Penalty, TensorSpec, check_counts
+from sae_dist.sae.variants.interface import AUTOENCODER, Above, Activated, Penalty, TensorSpec
+from sae_dist.sae.variants.keys import Sized
 
 
 @frozen
-class JumpReLU:
+class JumpReLU(Sized):
     """JumpReLU with AuxK: a latent is active where its pre-activation exceeds a threshold that it learns.
 
     value = z H(z - theta), and l0_coefficient (L0 / k - 1)^2 is added to the loss (Rajamanoharan et al. 2024, sec. 3
@@ -21,17 +22,10 @@ class JumpReLU:
     """
 
     kind: Literal["jumprelu"] = "jumprelu"
-    n_latents: Annotated[int, Field(ge=1)] = 16_384
     k: Annotated[int, Field(ge=1)] = 32  # latents a token, in the mean: the target
     l0_coefficient: Annotated[float, Field(ge=0)] = 1.0  # of the penalty for missing it
     bandwidth: Annotated[float, Field(gt=0)] = 1.0  # in the units of scaled rows, whose mean squared norm is d_model
     threshold_rate: Annotated[float, Field(gt=0)] = 10.0  # times train.lr: thresholds are far larger than weights
-    k_aux: Annotated[int, Field(ge=0)] | None = None  # null: the power of two below d_model / 2; 0: no AuxK
-    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
-    dead_after_tokens: Annotated[int, Field(ge=1)] = 10_000_000
-
-    def __post_init__(self) -> None:
-        check_counts(self.n_latents, self.k, self.k_aux)
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:

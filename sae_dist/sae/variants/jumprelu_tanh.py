@@ -12,16 +12,15 @@ from sae_dist.config import frozen
 from sae_dist.sae.variants.interface import (
     FREE_AUTOENCODER,
     NORM,
-    Above,
     Activated,
     Penalty,
     TensorSpec,
-    check_counts,
 )
+from sae_dist.sae.variants.keys import AboveLevel
 
 
 @frozen
-class JumpReLUTanh:
+class JumpReLUTanh(AboveLevel):
     """JumpReLU as in the Circuits Update of January 2025: a latent is active where z exceeds a threshold it learns.
 
     ||x - x_hat||^2 + tanh_coefficient sum_j tanh(c f_j ||W_dec[j]||) + silence_coefficient sum_j relu(theta_j - z_j)
@@ -31,29 +30,17 @@ class JumpReLUTanh:
     """
 
     kind: Literal["jumprelu_tanh"] = "jumprelu_tanh"
-    n_latents: Annotated[int, Field(ge=1)] = 16_384
-    k: Annotated[int, Field(ge=1)] = 32  # latents a token before step 0
     tanh_coefficient: Annotated[float, Field(ge=0)] = 10.0  # rises from 0 over all steps
     tanh_scale: Annotated[float, Field(gt=0)] = 4.0  # c
     silence_coefficient: Annotated[float, Field(ge=0)] = 3e-6
     bandwidth: Annotated[float, Field(gt=0)] = 2.0
     initial_threshold: Annotated[float, Field(gt=0)] = 0.1
     threshold_rate: Annotated[float, Field(gt=0)] = 1.0  # times train.lr
-    k_aux: Annotated[int, Field(ge=0)] | None = None  # null: the power of two below d_model / 2; 0: no AuxK
-    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
-    dead_after_tokens: Annotated[int, Field(ge=1)] = 10_000_000
-
-    def __post_init__(self) -> None:
-        check_counts(self.n_latents, self.k, self.k_aux)
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         threshold = TensorSpec("threshold", ("n_latents",), units="target", lr_factor=self.threshold_rate, minimum=0.0)
         return (*FREE_AUTOENCODER, threshold)
-
-    @property
-    def rule(self) -> Above:
-        return Above(self.k)
 
     def at(self, progress: float) -> Self:
         return dataclasses.replace(self, tanh_coefficient=self.tanh_coefficient * progress)

@@ -18,12 +18,12 @@ from sae_dist.sae.variants.interface import (
     TensorSpec,
     Top,
     TopOfBatch,
-    check_counts,
 )
+from sae_dist.sae.variants.keys import Sized
 
 
 @frozen
-class Matryoshka:
+class Matryoshka(Sized):
     """Matryoshka over BatchTopK: the mean of the squared errors of reconstructions from the first latents only.
 
     Latents are chosen as by BatchTopK; reconstruction p reads those of prefix p. So the first latents learn what is
@@ -31,16 +31,12 @@ class Matryoshka:
     """
 
     kind: Literal["matryoshka"] = "matryoshka"
-    n_latents: Annotated[int, Field(ge=1)] = 16_384
     k: Annotated[int, Field(ge=1)] = 32  # latents a token, in the mean
     prefixes: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)  # shares
     random_prefixes: bool = False  # drawn anew at every step, as many as `prefixes`, log-uniformly from its first on
-    k_aux: Annotated[int, Field(ge=0)] | None = None  # null: the power of two below d_model / 2; 0: no AuxK
-    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
-    dead_after_tokens: Annotated[int, Field(ge=1)] = 10_000_000
 
     def __post_init__(self) -> None:
-        check_counts(self.n_latents, self.k, self.k_aux)
+        super().__post_init__()
         if list(self.prefixes) != sorted(set(self.prefixes)) or self.prefixes[-1:] != (1.0,):
             raise ValueError(f"prefixes={list(self.prefixes)} must rise to 1, the whole dictionary")
 

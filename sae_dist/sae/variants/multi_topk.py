@@ -8,26 +8,22 @@ from torch import Tensor
 
 from sae_dist.config import frozen
 from sae_dist.sae.variants.interface import AUTOENCODER, Nesting, TensorSpec, Top, check_counts
+from sae_dist.sae.variants.keys import Sized
 
 
 @frozen
-class MultiTopK:
+class MultiTopK(Sized):
     """TopK whose loss also has the reconstruction from more latents: L(k) + wide_weight L(wide_k).
 
     The dictionary then keeps its quality when more than k latents of a token are used.
     """
 
     kind: Literal["multi_topk"] = "multi_topk"
-    n_latents: Annotated[int, Field(ge=1)] = 16_384
-    k: Annotated[int, Field(ge=1)] = 32
     wide_k: Annotated[int, Field(ge=1)] | None = None  # null: 4 k, or n_latents where that is less
     wide_weight: Annotated[float, Field(ge=0)] = 1 / 8
-    k_aux: Annotated[int, Field(ge=0)] | None = None  # null: the power of two below d_model / 2; 0: no AuxK
-    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
-    dead_after_tokens: Annotated[int, Field(ge=1)] = 10_000_000
 
     def __post_init__(self) -> None:
-        check_counts(self.n_latents, self.k, self.k_aux)
+        super().__post_init__()
         check_counts(self.n_latents, self.rule.k, self.k_aux, name="wide_k")
         if self.rule.k < self.k:
             raise ValueError(f"wide_k={self.wide_k} is less than k={self.k}; choose wide_k > k")
