@@ -14,7 +14,7 @@ FLOORS = (  # lowest first; packages on one floor do not know each other
     {"storage", "monitor", "run_files"},
     {"text", "model", "shards", "sae"},
     {"harvest", "train", "evaluate", "interpret"},
-    {"plan", "sweep"},
+    {"plan", "sweep", "steer"},
     {"service"},
     {"cli"},
     {"__main__"},

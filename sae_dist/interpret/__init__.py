@@ -1,1 +1,1 @@
-"""What the latents mean: feature pages, logit effects, steering."""
+"""What the latents mean: feature pages, logit effects."""

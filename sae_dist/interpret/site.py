@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_dist import checksums
+from sae_dist.config import UserError
 from sae_dist.interpret.collect import Collected, Encode, PagesConfig, RowBatches, collect
 from sae_dist.interpret.contexts import Contexts, Intervals, Shading, choose, shade
 from sae_dist.interpret.logit_effect import LogitEffects, Unembedding, logit_effects, no_effects
@@ -26,6 +27,7 @@ from sae_dist.interpret.similar import Similar, similar_latents
 from sae_dist.interpret.vocabulary import Decode
 
 STATIC = Path(__file__).parent / "static"
+_TAIL = ");\n"  # of a script of data
 LATENTS_PER_FILE = 64  # about 0.3 MB: a page reads one file of latents
 
 
@@ -157,4 +159,20 @@ def _shown(piece: str | bytes, *, special: bool) -> str | list[str]:
 def _write(pages: Path, name: str, value: Any) -> None:
     """A script that hands `value` to the pages: ASCII, and no "<" that could end a script or begin a comment."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    (pages / "data" / f"{name}.js").write_text(f'saePages.receive("{name}",{text});\n')
+    (pages / "data" / f"{name}.js").write_text(f"{_head(name)}{text}{_TAIL}")
+
+
+def read(pages: Path, name: str) -> Any:
+    """The value that a script of the pages hands over; UserError where there are no pages, or they are damaged."""
+    path, cure = pages / "data" / f"{name}.js", "write the pages again with `sae-dist pages`"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; {cure}")
+    text = path.read_text(encoding="ascii", errors="replace")
+    try:
+        return json.loads(text.removeprefix(_head(name)).removesuffix(_TAIL))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged; {cure}") from None
+
+
+def _head(name: str) -> str:
+    return f'saePages.receive("{name}",'
