@@ -5,6 +5,7 @@ A default stands once, in the dataclass beside the code that uses it; conf/ hold
 
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import tokenize
@@ -20,6 +21,7 @@ from sae_dist.config import CONF_DIR
 MISSING = "???"  # Hydra's word for a value that must be given
 
 
+@functools.lru_cache(maxsize=1)  # all commands share the name: only the last one's need not be registered again
 def register(config: type) -> None:
     """Registers the defaults with Hydra: all under the name `keys`, each alternative in the group of its key.
 
@@ -87,6 +89,7 @@ def _alternatives(field: FieldInfo) -> dict[str, type]:
     return {dict(_fields(option))["kind"].default: option for option in options}  # pyright: ignore[reportArgumentType,reportReturnType]
 
 
+@functools.cache  # commands share their dataclasses
 def _beside(config: type) -> dict[str, str]:
     """The comments of a dataclass's own fields: on their lines, or on lines of their own right above."""
     source = inspect.getsource(config)

@@ -42,18 +42,19 @@ def others(hint: Any, value: Any) -> Iterator[Any]:
     yield from ("another", 2, 0.5, ["another"], [{"seed": 7}], None)
 
 
-def flips(command: str) -> Iterator[tuple[list[str], str, FieldInfo]]:
-    """Each key once, with what has to be chosen for it to be there."""
+def flips(command: str) -> Iterator[tuple[dict[str, Any], str, FieldInfo]]:
+    """Each key once, with the composed values of a choice of alternatives that has it."""
     alternatives = [
         [f"{key}={name}"] for key, found in keys.groups(CONFIGS[command]).items() for name in found if len(found) > 1
     ]
     seen: set[str] = set()
+    there = dict(leaves(CONFIGS[command]))
     for chosen in [[], *alternatives]:
-        there = dict(leaves(CONFIGS[command]))
-        for path in leaf_paths(compose(command, [*NEEDED[command], *chosen])):
+        values = compose(command, [*NEEDED[command], *chosen])
+        for path in leaf_paths(values):
             if path not in seen and path.rpartition(".")[2] != "kind":
                 seen.add(path)
-                yield chosen, path, there[path]
+                yield values, path, there[path]
 
 
 def leaf_paths(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -75,15 +76,9 @@ def get(values: Any, path: str) -> Any:
     return values
 
 
-LONG = ("run", "harvest")  # minutes; the keys of train are in the fast tests
-MARKED = [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in CONFIGS]
-
-
-@pytest.mark.parametrize("command", MARKED)
+@pytest.mark.parametrize("command", CONFIGS)
 def test_every_key_changes_the_configuration_or_is_refused(command):
-    cached: dict[str, dict[str, Any]] = {}
-    for chosen, path, field in flips(command):
-        values = cached.setdefault(str(chosen), compose(command, [*NEEDED[command], *chosen]))
+    for values, path, field in flips(command):
         before = to_dict(load(CONFIGS[command], values))
         ignored = []
         for other in others(field.annotation, get(values, path)):
