@@ -89,7 +89,7 @@ def dictionary(
 def phases() -> Iterator[dict[str, float]]:
     """Processor seconds of every entry point of the compiled library, summed while this lasts."""
     seconds: dict[str, float] = {}
-    original = kernels._call
+    original = kernels.call
 
     def call(name: str, *arguments: object) -> int:
         began = time.process_time()
@@ -97,11 +97,11 @@ def phases() -> Iterator[dict[str, float]]:
         seconds[name] = seconds.get(name, 0.0) + time.process_time() - began
         return result
 
-    kernels._call = call
+    kernels.call = call
     try:
         yield seconds
     finally:
-        kernels._call = original
+        kernels.call = original
 
 
 def measure(x: torch.Tensor, n_latents: int, arguments: argparse.Namespace) -> dict:

@@ -1,4 +1,4 @@
-"""The C++ entry points as functions of tensors, and the buffers that a step reuses."""
+"""The steps of training in C++: tensors and the buffers that a step reuses."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_kernels import plain
 from sae_kernels.cpu.build import library
+from sae_kernels.cpu.calls import Aux, Chosen, Dense, Linear, Tensors, adam, call
 from sae_kernels.reference import Gradients, Selected, StepStatistics
 from sae_kernels.row_state import Hyper
 from sae_kernels.stages import AuxK, LinearGradients, LossTerm, RowGradients
@@ -22,76 +23,6 @@ _SCREEN_FROM = 64  # times k latents: the screen's candidates cost more than the
 _DENSE = 8  # AuxK takes dense products up to this many times k_aux dead latents (aux.h)
 
 
-class _Adam(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_float) for name in ("lr", "beta2", "new1", "new2", "eps", "unbias1", "unbias2")]
-
-
-class _Tensors(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            "enc", "dec", "bias", "enc_first", "dec_first", "bias_first", "enc_second", "dec_second", "bias_second",
-            "rounded",
-        )
-    ]  # fmt: skip
-
-
-class _Dense(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("slots", "dec", "enc", "bias")]
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("enc", "row", "dec")), ("sites", ctypes.c_long)]
-
-
-class _Aux(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("error", "rows", "values", "indices", "W_dec", "places")),
-        *((name, ctypes.c_long) for name in ("batch", "k", "n_dead", "d", "padded")),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("squares", "d_dec", "d_enc", "d_bias")),
-    ]
-
-
-class _Chosen(ctypes.Structure):
-    _fields_ = [
-        ("values", ctypes.c_void_p), ("indices", ctypes.c_void_p), ("d_z", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p), ("source", ctypes.c_void_p),
-        ("k", ctypes.c_long), ("first_error", ctypes.c_long), ("scale", ctypes.c_float),
-    ]  # fmt: skip
-
-
-def _call(name: str, *arguments: Tensor | int | float | ctypes.Structure | ctypes.Array | None) -> int:
-    """The library's function of that name; ctypes lets other Python threads run meanwhile."""
-    loaded = library()
-    assert loaded is not None
-    function = getattr(loaded, name)
-    function.restype = ctypes.c_long
-    return function(*(_argument(a) for a in arguments))
-
-
-def _argument(a: Tensor | int | float | ctypes.Structure | ctypes.Array | None) -> object:
-    match a:
-        case None:
-            return ctypes.c_void_p(None)
-        case Tensor():
-            assert a.is_contiguous()
-            return ctypes.c_void_p(a.data_ptr())
-        case int():
-            return ctypes.c_long(a)
-        case float():
-            return ctypes.c_float(a)
-        case ctypes.Structure():
-            return ctypes.byref(a)
-    return a
-
-
-def _adam(hyper: Hyper) -> _Adam:
-    beta1, beta2 = hyper.betas
-    unbias1, unbias2 = 1 / (1 - beta1**hyper.step), 1 / (1 - beta2**hyper.step)
-    return _Adam(hyper.lr, beta2, 1 - beta1, 1 - beta2, hyper.eps, unbias1, unbias2)
-
-
 class Screened(NamedTuple):
     """Counts of the int16 screen (screen.h) so far."""
 
@@ -102,7 +33,7 @@ class Screened(NamedTuple):
 
 def screen_pays() -> bool:
     """Whether int16 products are faster than bf16's on this processor: without AVX-512 BF16."""
-    return library() is not None and _call("sae_lanes") == 8
+    return library() is not None and call("sae_lanes") == 8
 
 
 class CpuStep:
@@ -158,13 +89,13 @@ class CpuStep:
         values, indices = selected.values.contiguous(), selected.indices.int().contiguous()
         out = torch.empty(len(values), self.d_out)
         sizes = (*values.shape, self.d_out)
-        _call("sae_partial", values, indices, self.parameters[1], *sizes, out, torch.get_num_threads())
+        call("sae_partial", values, indices, self.parameters[1], *sizes, out, torch.get_num_threads())
         return out
 
     def d_z(self, errors: Tensor, selected: Selected, *, scale: float, source: Tensor | None = None) -> Tensor:
         indices = selected.indices.int().contiguous()
         out, sizes = torch.empty(indices.shape), (*indices.shape, self.d_out)
-        _call(
+        call(
             "sae_dots", errors.contiguous(), None if source is None else source.int().contiguous(), indices,
             self.parameters[1], *sizes, float(scale), out, torch.get_num_threads(),
         )  # fmt: skip
@@ -181,13 +112,13 @@ class CpuStep:
         self._linear = linear and LinearGradients(*(None if t is None else t.contiguous() for t in linear))
         errors = torch.cat([term.errors for term in terms]) if len(terms) > 1 else terms[0].errors.contiguous()
         self._sources = (errors, rows.contiguous())
-        kept, described, first = [], (_Chosen * len(terms))(), 0
+        kept, described, first = [], (Chosen * len(terms))(), 0
         for number, term in enumerate(terms):
             source = None if term.source is None else term.source.int().contiguous()
             own = (term.selected.values.contiguous(), term.selected.indices.int().contiguous(), term.d_z.contiguous(),
                    None if term.weights is None else term.weights.contiguous(), source)  # fmt: skip
             kept.append(own)  # in memory until the pairs are sorted
-            described[number] = _Chosen(
+            described[number] = Chosen(
                 *(t if t is None else t.data_ptr() for t in own), term.d_z.shape[1], first, term.scale
             )
             first += len(term.errors)
@@ -201,19 +132,19 @@ class CpuStep:
 
     def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Tensor:
         if gradients is None:
-            self._latents(_adam(hyper), None, None, None)
+            self._latents(hyper, None, None, None)
             return self._sum_rows(self._buffers["through_centre"])
         d_enc, d_dec, d_b_enc = (g.contiguous() for g in gradients[:3])
-        _call(
+        call(
             "sae_update", d_enc, d_dec, d_b_enc, self._described(), self.n_latents, self.d_in, self.d_out,
-            self.padded, _adam(hyper), self.unit, torch.get_num_threads(),
+            self.padded, adam(hyper), self.unit, torch.get_num_threads(),
         )  # fmt: skip
         return gradients.through_centre
 
     def update_b_dec_(self, gradient: Tensor, hyper: Hyper) -> None:
-        _call(
+        call(
             "sae_adam", self.parameters[3], gradient.contiguous(), self.first[3], self.second[3], self.d_out,
-            _adam(hyper),
+            adam(hyper),
         )  # fmt: skip
 
     def forward(self, x: Tensor, *, k: int, scale: float, aux: AuxK | None) -> StepStatistics:
@@ -225,7 +156,7 @@ class CpuStep:
         errors = self._buffer("errors", (batch if few else 2 * batch, self.d_out))
         self._sources = (errors, self._buffers["rounded_rows"])
         squares = self._buffer("squares", (2, batch)).zero_()
-        described = (_Chosen * (1 if few else 2))(
+        described = (Chosen * (1 if few else 2))(
             self._reconstruct("alive", rows, self.parameters[3], chosen, scale, errors, squares, 0)
         )
         self._dense = self._linear = None
@@ -239,29 +170,29 @@ class CpuStep:
                 described[1] = self._reconstruct("dead", errors, None, dead_chosen, aux.scale, errors, squares, 1)
         self._pairs(described, batch, k if few else k + k_dead)
         fired = torch.empty(self.n_latents, dtype=torch.int64)
-        active = _call("sae_fired", chosen.indices, batch * k, fired, self.n_latents)
+        active = call("sae_fired", chosen.indices, batch * k, fired, self.n_latents)
         sums = squares.double().sum(1).float()
         self._through_decoder = (scale, errors[:batch])
         return StepStatistics(sums[0], sums[1], torch.tensor(active), fired)
 
-    def _pairs(self, described: ctypes.Array[_Chosen], batch: int, k: int) -> None:
+    def _pairs(self, described: ctypes.Array[Chosen], batch: int, k: int) -> None:
         offsets = self._buffer("offsets", (self.n_latents + 1,), torch.int64)
         pairs = self._buffer("pairs", (batch * k, 4), torch.int32)
         threads = torch.get_num_threads()
-        _call("sae_pairs", described, len(described), batch, self.n_latents, offsets, pairs, threads)
+        call("sae_pairs", described, len(described), batch, self.n_latents, offsets, pairs, threads)
 
     def _reconstruct(
         self, name: str, target: Tensor, b_dec: Tensor | None, chosen: Selected, scale: float, errors: Tensor,
         squares: Tensor, kind: int,
-    ) -> _Chosen:  # fmt: skip
+    ) -> Chosen:  # fmt: skip
         """Writes target less reconstruction to the term's part of errors and squares; computes d loss / dz."""
         batch, k = chosen.values.shape
         d_z = self._buffer(f"d_z.{name}", (batch, k))
-        _call(
+        call(
             "sae_rows", target[:batch], b_dec, *chosen, self.parameters[1], batch, k, self.d_out, float(scale),
             errors[kind * batch :], squares[kind], d_z, torch.get_num_threads(),
         )  # fmt: skip
-        return _Chosen(*(t.data_ptr() for t in (*chosen, d_z)), None, None, k, kind * batch, scale)
+        return Chosen(*(t.data_ptr() for t in (*chosen, d_z)), None, None, k, kind * batch, scale)
 
     def _aux(self, places: Tensor, chosen: Selected, scale: float, errors: Tensor, squares: Tensor) -> None:
         """AuxK's gradients of the dead latents, kept until `sae_latents` adds them."""
@@ -271,11 +202,11 @@ class CpuStep:
         dec, enc = torch.empty(2, len(places), self.d_in)
         bias = torch.empty(len(places))
         inputs = (errors, self._buffers["rounded_rows"], *chosen, self.parameters[1], places)
-        aux = _Aux(
+        aux = Aux(
             *(t.data_ptr() for t in inputs), batch, k, len(places), self.d_in, self.padded, scale,
             *(t.data_ptr() for t in (squares, dec, enc, bias)),
         )  # fmt: skip
-        _call("sae_aux_dense", aux, torch.get_num_threads())
+        call("sae_aux_dense", aux, torch.get_num_threads())
         self._dense = (slots, dec, enc, bias)
 
     def gradients(self) -> Gradients:
@@ -296,18 +227,18 @@ class CpuStep:
         self.update_latents_(RowGradients(enc.t(), dec, b_enc, torch.zeros_like(d_b_dec)), hyper)
         self.update_b_dec_(d_b_dec, hyper)
 
-    def _latents(self, adam: _Adam | None, d_enc: Tensor | None, d_dec: Tensor | None, d_bias: Tensor | None) -> None:
-        dense = _Dense(*(t.data_ptr() for t in self._dense)) if self._dense else None
-        linear = self._linear and _Linear(
+    def _latents(self, hyper: Hyper | None, d_enc: Tensor | None, d_dec: Tensor | None, d_bias: Tensor | None) -> None:
+        dense = Dense(*(t.data_ptr() for t in self._dense)) if self._dense else None
+        linear = self._linear and Linear(
             *(None if t is None else t.data_ptr() for t in self._linear),
             1 if self._linear.dec is None else self._linear.dec.shape[1],
         )
         through_centre = self._buffer("through_centre", (-(-self.n_latents // _CHUNK), self.d_in))
         assert self._sources is not None, "no step was begun"
-        _call(
+        call(
             "sae_latents", self._buffers["offsets"], self._buffers["pairs"], *self._sources, dense, linear,
-            self._described(), self.n_latents, self.d_in, self.d_out, self.padded, adam, self.unit, d_enc, d_dec,
-            d_bias, through_centre, torch.get_num_threads(),
+            self._described(), self.n_latents, self.d_in, self.d_out, self.padded, hyper and adam(hyper), self.unit,
+            d_enc, d_dec, d_bias, through_centre, torch.get_num_threads(),
         )  # fmt: skip
 
     def _through_decoder_sum(self) -> Tensor:
@@ -316,7 +247,7 @@ class CpuStep:
 
     def _sum_rows(self, a: Tensor) -> Tensor:
         out = torch.empty(a.shape[1])
-        _call("sae_sum_rows", a, len(a), a.shape[1], out, torch.get_num_threads())
+        call("sae_sum_rows", a, len(a), a.shape[1], out, torch.get_num_threads())
         return out
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -326,7 +257,7 @@ class CpuStep:
         return rows
 
     def _round(self, a: Tensor, minus: Tensor, out: Tensor) -> None:
-        _call("sae_round", a, minus, out, len(a), self.d_in, self.padded, torch.get_num_threads())
+        call("sae_round", a, minus, out, len(a), self.d_in, self.padded, torch.get_num_threads())
 
     def _select(
         self, name: str, rounded: Tensor, b_enc: Tensor, *, rows: Tensor, k: int, sorted_: bool = False
@@ -339,7 +270,7 @@ class CpuStep:
         self._rows_screened += batch if screens else 0
         values = self._buffer(f"values.{name}", (batch, k))
         indices = self._buffer(f"indices.{name}", (batch, k), torch.int32)
-        _call(
+        call(
             "sae_select", rows, rounded, b_enc, batch, len(b_enc), self.padded // 2,
             self._buffer("panels", (padded_batch, self.padded // 2), torch.int32), k, capacity,
             self._buffer("least", (padded_batch,)), self._buffer("count", (padded_batch,), torch.int32),
@@ -349,9 +280,9 @@ class CpuStep:
         )  # fmt: skip
         return Selected(values, indices)
 
-    def _described(self) -> _Tensors:
+    def _described(self) -> Tensors:
         own = [*self.parameters[:3], *self.first[:3], *self.second[:3], self.rounded]
-        return _Tensors(*(tensor.data_ptr() for tensor in own))
+        return Tensors(*(tensor.data_ptr() for tensor in own))
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         buffer = self._buffers.get(name)
