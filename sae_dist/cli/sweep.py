@@ -71,10 +71,17 @@ def of_command(arguments: Sequence[str], *, show: bool) -> int:
         count = len(list(line.configured()))
         print(yaml.safe_dump(values, sort_keys=False) + f"# {count} of `sae-dist {command}`:\n{shown}", end="")
         return 0
-    given = list(arguments)
-    points = _search(command, swept, job, given) if job.search else _sweep(command, swept, swept.points(), job, given)
+    points = work(line, arguments)
     _print(points, folder_of(command, job))
     return SOME_FAILED if any(point.state == "failed" for point in points) else 0
+
+
+def work(line: Line, arguments: Sequence[str]) -> list[Point]:
+    """What became of the points of a command line, worked on until each is done or failed."""
+    command, _, job, swept = line
+    if job.search:
+        return _search(command, swept, job, arguments)
+    return _sweep(command, swept, swept.points(), job, arguments)
 
 
 def _sweep(

@@ -14,6 +14,7 @@ from sae_dist.config import UserError
 from sae_dist.model import hooks
 from sae_dist.model.hooks import PreTrainedModel
 from sae_dist.sae.dictionary import Dictionary
+from sae_dist.sae.module import DictionaryModule
 from sae_dist.steer.activity import of_pages
 from sae_dist.steer.clamp import Target, change, resolve, values_of
 from sae_dist.steer.positions import AFTER_FIRST, check_span, positions, within
@@ -54,7 +55,7 @@ class Attached:
 @contextmanager
 def attach(
     model: PreTrainedModel,
-    dictionary: Dictionary,
+    dictionary: Dictionary | DictionaryModule,
     *,
     clamp: Mapping[int, Target] | None = None,
     replace: bool = False,
@@ -74,6 +75,7 @@ def attach(
     A transcoder reads one hook point and changes the other. UserError where the dictionary does not fit the model.
     """
     check_span(at)
+    dictionary = dictionary.dictionary if isinstance(dictionary, DictionaryModule) else dictionary
     activity = None if run is None else of_pages(Path(run) / "pages")
     clamps = resolve(clamp or {}, dictionary, activity)
     own = on_device(dictionary, model.device)

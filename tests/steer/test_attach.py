@@ -6,6 +6,7 @@ import torch
 import sae_dist
 from sae_dist.config import UserError
 from sae_dist.model.hooks import capture, replace
+from sae_dist.sae.module import DictionaryModule
 from sae_dist.steer.attach import add
 from tests.steer.worlds import MODEL, TOKENS, D, N, dense, random_dictionary
 
@@ -54,6 +55,13 @@ def test_a_clamp_moves_the_activation_by_what_is_missing_and_holds_the_error():
     clamped[..., latents] = torch.tensor(values)
     error = X - (F @ W_DEC + DICTIONARY.parameters.b_dec)
     torch.testing.assert_close(wanted, clamped @ W_DEC + DICTIONARY.parameters.b_dec + error, **CLOSE)
+
+
+def test_a_dictionary_that_was_loaded_as_a_module_is_attached_too():
+    with sae_dist.attach(MODEL, DICTIONARY, replace=True):
+        wanted = logits()
+    with sae_dist.attach(MODEL, DictionaryModule(DICTIONARY), replace=True):
+        assert torch.equal(logits(), wanted)
 
 
 def test_replacing_leaves_the_error_out():
