@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sae_dist import storage
-from sae_dist.config import UserError, frozen, load, to_dict
+from sae_dist.config import frozen, load, to_dict
 from sae_dist.plan import plan as planning
 from sae_dist.plan import probe
 from sae_dist.plan.cost import HarvestedModel
@@ -25,8 +25,9 @@ from sae_dist.plan.workload import Workload, workload
 from sae_dist.service.config import RunConfig
 from sae_dist.service.gpu_shares import describe_shares, share_gpus
 from sae_dist.service.placement import Node
-from sae_dist.shards import reader
+from sae_dist.shards import hooks, reader
 from sae_dist.shards.format import ELEMENTS
+from sae_dist.shards.hooks import Hooks
 
 CONFIG = RunConfig  # planning adds the keys in conf/plan.yaml
 MACHINE_KEYS = ("machine", "d_model", "subject_parameters", "dead_fraction", "price", "json")
@@ -82,14 +83,18 @@ def _workload(run: RunConfig, job: PlanJob) -> tuple[Workload, HarvestedModel | 
     rows, stored = _rows(run), ELEMENTS[run.harvest.dtype].stored.itemsize
     if run.store is not None and storage.open(run.store).exists("store.json"):
         meta = reader.open(storage.open(run.store)).meta
-        if run.hook not in meta.hooks:
-            raise UserError(f"hook={run.hook} is not in store={run.store}; it has {', '.join(meta.hooks)}")
-        d_model, rows, stored = meta.hooks[run.hook], meta.n_units * meta.unit_rows, meta.element.stored.itemsize
+        hooks.check(Hooks(run.hooks), meta, f"store={run.store}")
+        d_model, rows, stored = (
+            hooks.width(meta, run.hooks),
+            meta.n_units * meta.unit_rows,
+            meta.element.stored.itemsize,
+        )
     elif d_model is None:
         from sae_dist.model.model_size import model_size  # transformers takes seconds to import
 
-        found = model_size(run.model, run.hook)
-        d_model, parameters = found.width, parameters or found.parameters
+        found = [model_size(run.model, hook) for hook in run.hooks]
+        d_model = sum(of.width for of in found)
+        parameters = parameters or max(of.parameters for of in found)  # those of the layers up to the last one
     kept = 1 - run.harvest.rows.drop_first / run.harvest.context
     harvested = None if parameters is None else HarvestedModel(parameters, run.harvest.context, kept)
     work, *others = (

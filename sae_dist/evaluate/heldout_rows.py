@@ -3,6 +3,7 @@
 All dictionaries of a hook point are evaluated together: rows are read once.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from sae_dist.evaluate.metrics import RECONSTRUCTION, Metrics, measured, unmeasu
 from sae_dist.evaluate.reconstruction import is_constant, reconstruction
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.metrics import ReconstructionSums, figures
-from sae_dist.shards.hooks import Hooks
+from sae_dist.shards.hooks import Hooks, widths
 from sae_dist.shards.reader import Store, heldout_pairs
 
 
@@ -23,20 +24,28 @@ def evaluate_reconstruction(
 ) -> list[Metrics]:
     """Each one's figures that need no model: FVU, L0, cosine and dead share on the units that training never reads.
 
-    FVU and cosine are those of what is rebuilt: of a transcoder, the rows of its target.
+    FVU and cosine are those of what is rebuilt: of a transcoder, the rows of its target. Of several hook points they
+    are means, by width, and `fvu_by_hook` has the FVU of each.
     """
     if not store.meta.heldout_units:
         return [unmeasured(RECONSTRUCTION, "the store has no held-out units")] * len(dictionaries)
-    totals = reconstruction(dictionaries, heldout_pairs(store, hooks, config.batch_rows))
+    rebuilt = widths(store.meta, hooks.sides[-1])
+    totals = reconstruction(
+        dictionaries, heldout_pairs(store, hooks, config.batch_rows), widths=tuple(rebuilt.values())
+    )
     if totals is None:
         none = unmeasured(RECONSTRUCTION, "the held-out units have no rows that are finite") | {"tokens": 0}
         return [none] * len(dictionaries)
-    return [reconstruction_figures(total) for total in totals]
+    return [reconstruction_figures(total, tuple(rebuilt)) for total in totals]
 
 
-def reconstruction_figures(total: ReconstructionSums) -> Metrics:
-    """What the sums say, by name; null with a reason where all rows are the same."""
+def reconstruction_figures(total: ReconstructionSums, hooks: Sequence[str] = ()) -> Metrics:
+    """What the sums over the rows of these hook points say, by name; null with a reason where all rows are the same."""
     found, constant = figures(total), is_constant(total)
+    of_sites = {}
+    if len(hooks) > 1:
+        finite = [fvu if math.isfinite(fvu) else None for fvu in found.fvu_of_sites]
+        of_sites["fvu_by_hook"] = dict(zip(hooks, finite, strict=True))
     return measured(
         {
             "tokens": found.tokens,
@@ -45,6 +54,7 @@ def reconstruction_figures(total: ReconstructionSums) -> Metrics:
             "dead_fraction": found.dead_fraction,
             "cosine": found.cosine,
             "density_quantiles": density_quantiles(found.density),
+            **of_sites,
         },
         {
             "fvu": f"the {found.tokens} held-out rows are all the same"

@@ -1,5 +1,6 @@
 """Which dictionary to train: the union of all kinds, told apart by `kind`."""
 
+from collections.abc import Mapping
 from typing import Annotated, get_args
 
 from pydantic import Field
@@ -8,7 +9,7 @@ from sae_dist.config import UserError
 from sae_dist.sae.variants.abs_topk import AbsTopK
 from sae_dist.sae.variants.batchtopk import BatchTopK
 from sae_dist.sae.variants.gated import Gated
-from sae_dist.sae.variants.interface import Variant
+from sae_dist.sae.variants.interface import Variant, has_free_norms
 from sae_dist.sae.variants.jumprelu import JumpReLU
 from sae_dist.sae.variants.jumprelu_tanh import JumpReLUTanh
 from sae_dist.sae.variants.matryoshka import Matryoshka, MatryoshkaTopK
@@ -39,3 +40,13 @@ def check_width(sae: Variant, d_model: int) -> None:
         raise UserError(f"sae.n_latents={sae.n_latents} leaves sae.k={k} nothing to choose from; use more latents")
     if k > d_model:
         raise UserError(f"sae.k={k} exceeds d_model={d_model}: any {d_model} directions rebuild x; choose a smaller k")
+
+
+def check_sites(sae: Variant, rebuilt: Mapping[str, int]) -> None:
+    """UserError where the price of a kind's decoder norms cannot be told apart by hook points of these widths."""
+    if has_free_norms(sae) and len(set(rebuilt.values())) > 1:
+        said = ", ".join(f"{hook} {width}" for hook, width in rebuilt.items())
+        raise UserError(
+            f"sae={sae.kind} pays for the norm of a latent at each hook point, which must be of one width ({said}); "
+            "choose hook points of one width, or another kind"
+        )

@@ -30,7 +30,8 @@ class RunConfig:
     seed: int = 0
     cluster: str = "local"  # local: Ray for this run on this machine; else the address of a Ray cluster
     model: ModelConfig
-    hook: str
+    # one, or a list, which one dictionary rebuilds (a crosscoder): [resid_post.4, resid_post.9]
+    hook: str | tuple[str, ...]
     text: TextConfig
     store: str | None = None  # folder or URI of the activation store; null: <out>/store
     harvest: HarvestConfig
@@ -77,8 +78,13 @@ class RunConfig:
         """`out`, or the default that model, hook point and dictionary name; absolute, for other processes."""
         if self.out is not None:
             return Path(self.out).absolute()
-        name = f"{self.model.name}-{self.hook}-{self.sae.kind}{self.sae.n_latents}-k{self.sae.k}-seed{self.seed}"
+        hooks, sae = "+".join(self.hooks), self.sae
+        name = f"{self.model.name}-{hooks}-{sae.kind}{sae.n_latents}-k{sae.k}-seed{self.seed}"
         return Path("runs").absolute() / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        return names(self.hook)
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -135,7 +141,7 @@ class HarvestJob:
 
     @property
     def hooks(self) -> tuple[str, ...]:
-        return (self.hook,) if isinstance(self.hook, str) else self.hook
+        return names(self.hook)
 
     def with_absolute_paths(self) -> "HarvestJob":
         """The same with absolute places: other processes have other working directories."""
@@ -154,9 +160,10 @@ class TrainJob:
     seed: int = 0
     store: str  # folder or URI of an activation store
     live: bool = False  # true: a harvest is still filling the store; rows are waited for
-    hook: str | None = None  # null: the only one that the store has
-    # null: that one is rebuilt (an autoencoder); else another hook point of the store, rebuilt from it (a transcoder)
-    target_hook: str | None = None
+    # one of the store, or a list, which one dictionary rebuilds (a crosscoder); null: the only one that it has
+    hook: str | tuple[str, ...] | None = None
+    # null: what is read is rebuilt (an autoencoder); else others of the store, rebuilt from it (a transcoder)
+    target_hook: str | tuple[str, ...] | None = None
     sae: SAEConfig
     # more dictionaries in the same pass, each by its keys of sae, seed, lr, parameters, moments (of train) and name
     # that differ: 'more_dictionaries=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'
@@ -176,9 +183,10 @@ class TrainJob:
     def __post_init__(self) -> None:
         local_folder("out", self.out)
         _check_cache(self.train, absolute_uri(self.store))
-        if self.target_hook is not None and self.target_hook == self.hook:
+        if self.target_hook is not None and self.hook is not None and names(self.target_hook) == names(self.hook):
             raise ValueError(
-                f"target_hook={self.target_hook} is hook itself; leave it out: an autoencoder rebuilds hook"
+                f"target_hook={'+'.join(names(self.target_hook))} is hook itself; leave it out: an autoencoder "
+                "rebuilds hook"
             )
         _ = self.members  # a wrong entry is refused here
 
@@ -195,6 +203,11 @@ class TrainJob:
             self, out=str(Path(self.out).absolute()), mirror=_absolute(self.mirror), store=absolute_uri(self.store),
             train=dataclasses.replace(self.train, checkpoints=checkpoints, cache=cache),
         )  # fmt: skip
+
+
+def names(hook: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One hook point or several, as several."""
+    return (hook,) if isinstance(hook, str) else hook
 
 
 def absolute_uri(place: str) -> str:

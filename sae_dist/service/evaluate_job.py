@@ -17,7 +17,7 @@ from sae_dist.config import load as load_config
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.heldout_rows import evaluate_reconstruction
 from sae_dist.evaluate.heldout_text import evaluate_loss
-from sae_dist.evaluate.metrics import merged
+from sae_dist.evaluate.metrics import LOSS, merged, unmeasured
 from sae_dist.harvest.rows import eligible, row_mask
 from sae_dist.interpret.collect import PagesConfig
 from sae_dist.interpret.logit_effect import Unembedding
@@ -35,7 +35,7 @@ from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.run_folder import claim, read_config
 from sae_dist.service.summary import alert_entry, read_summary
 from sae_dist.shards import reader
-from sae_dist.shards.hooks import Hooks
+from sae_dist.shards.hooks import Hooks, said_by
 from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.shards.retention import retired
 from sae_dist.text.stream import TokenStream
@@ -57,17 +57,23 @@ def evaluate(
     Reconstruction is on the store's held-out units, cross-entropies are on held-out sequences.
     """
     dictionaries = [dictionary_file.load(folder(config.folder, name)) for name in names]
-    mean = torch.as_tensor(store.statistics(config.hook, store.meta.train_units).mean, dtype=torch.float32)
     split_token, policy = separator(language_model.tokenizer), config.harvest.rows
 
     def positions(tokens: Tensor, x: Tensor) -> Tensor:
         """The positions [sequences, context] that a harvest would turn into rows."""
-        return row_mask({config.hook: x}, eligible(tokens, policy, split_token), policy).mask
+        return row_mask({hook: x}, eligible(tokens, policy, split_token), policy).mask
 
     wanted = min(config.evaluate.ce_sequences, stream.n_sequences) * (stream.context - 1)
-    rebuilt = evaluate_reconstruction(dictionaries, store, Hooks((config.hook,)), config.evaluate)
+    rebuilt = evaluate_reconstruction(dictionaries, store, Hooks(config.hooks), config.evaluate)
+    if len(config.hooks) > 1:
+        none = unmeasured(
+            LOSS, "a crosscoder rebuilds several hook points from all of them: none can be replaced alone"
+        )
+        return {name: merged(own, none) for name, own in zip(names, rebuilt, strict=True)}
+    (hook,) = config.hooks
+    mean = torch.as_tensor(store.statistics(hook, store.meta.train_units).mean, dtype=torch.float32)
     losses = evaluate_loss(
-        dictionaries, language_model, config.hook, stream=stream, mean=mean, config=config.evaluate,
+        dictionaries, language_model, hook, stream=stream, mean=mean, config=config.evaluate,
         positions=positions,
         progress=lambda tokens: progress(ce_tokens=tokens, of=wanted),
     )  # fmt: skip
@@ -94,18 +100,21 @@ def pages(
     def rows() -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
         for unit in present:
             progress(unit=unit, of=store.meta.train_units)
-            for part in unit_rows(store, config.hook, unit, 8192):
+            for part in unit_rows(store, config.hooks, unit, 8192):
                 yield part.x.float(), part.doc, part.pos
 
     return feature_pages(
         config.folder, rows, encode=dictionary.encode, W_dec=dictionary.parameters.W_dec,
-        outputs=_outputs(language_model, config.hook), stream=stream, decode=decoder(tokenizer),
+        outputs=_outputs(language_model, config.hooks), stream=stream, decode=decoder(tokenizer),
         special=tokenizer.all_special_ids, summary=summary, config=config.pages,
     )  # fmt: skip
 
 
-def _outputs(language_model: LanguageModel, hook: str) -> Unembedding | str:
-    """The unembedding of the tokenizer's tokens, or the reason why the hook point has no direct path to it."""
+def _outputs(language_model: LanguageModel, hooks: Sequence[str]) -> Unembedding | str:
+    """The unembedding of the tokenizer's tokens, or the reason why what is rebuilt has no direct path to it."""
+    if len(hooks) > 1:
+        return f"a crosscoder rebuilds {len(hooks)} hook points at once: no one row of it is added to the logits"
+    (hook,) = hooks
     try:
         check_direct_path(language_model.model, hook)
         W_U = unembedding(language_model.model).cpu()
@@ -126,9 +135,8 @@ def evaluate_run(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
                 raise UserError(
                     f"store={summary['store']} has no held-out units to judge on; import it with heldout_fraction"
                 )
-            hooks = Hooks((summary["hook"],), (summary["target_hook"],) if "target_hook" in summary else ())
             dictionaries = [dictionary_file.load(folder(out, name)) for name in judged]
-            found = evaluate_reconstruction(dictionaries, store, hooks, evaluate_config)
+            found = evaluate_reconstruction(dictionaries, store, said_by(summary), evaluate_config)
             for own, figures in zip(judged.values(), found, strict=True):
                 own["eval"] = merged(own["eval"], figures)
         else:
@@ -176,7 +184,7 @@ def _claimed(out: Path) -> Iterator[tuple[dict[str, Any], RunConfig | None]]:
 def _prepared(config: RunConfig) -> tuple[Prepared, Store]:
     store = reader.open(storage.open(config.store_uri))  # an existing one: UserError where the run was moved without it
     prepared = prepare(
-        model=config.model, hook_points=[config.hook], text=config.text, harvest=config.harvest,
+        model=config.model, hook_points=config.hooks, text=config.text, harvest=config.harvest,
         folder=config.folder / "text", store_uri=config.store_uri, progress=lambda _: None,
     )  # fmt: skip
     return prepared, store

@@ -16,13 +16,13 @@ from sae_dist.config import Stopped, UserError
 from sae_dist.config import load as load_config
 from sae_dist.locks import file_lock
 from sae_dist.monitor.metrics import JsonLines, Log, tee
-from sae_dist.service.config import TrainJob
+from sae_dist.service.config import TrainJob, names
 from sae_dist.service.devices import device_of_actor
 from sae_dist.service.parent_watch import exit_with_parent
 from sae_dist.service.placement import Bundle
 from sae_dist.service.summary import alerts
 from sae_dist.shards import reader
-from sae_dist.shards.hooks import Hooks
+from sae_dist.shards.hooks import Hooks, check
 from sae_dist.shards.reader import Store
 from sae_dist.shards.slice_cache import SliceCache
 from sae_dist.system_errors import user_error
@@ -39,17 +39,20 @@ SHORT_STEPS = 5_000  # below which the learning rate of the law is too low to co
 def chosen_hooks(store: Store, job: TrainJob) -> Hooks:
     """`job.hook`, or the store's only hook point if it is None, and the target: perhaps `job.target_hook`.
 
-    UserError when one does not exist or has to be chosen.
+    UserError when one does not exist, is named twice or has to be chosen.
     """
-    there = list(store.meta.hooks)
-    hook = there[0] if job.hook is None and len(there) == 1 else job.hook
-    for key, name in (("hook", hook), ("target_hook", job.target_hook or hook)):
-        if name not in there:
-            raise UserError(f"{key}={name} of store={store.storage.uri}; choose one of {', '.join(there)}")
-    assert hook is not None
-    if job.target_hook == hook:
-        raise UserError(f"target_hook={hook} is the only hook point of store={store.storage.uri}; leave it out")
-    return Hooks((hook,), () if job.target_hook is None else (job.target_hook,))
+    there = tuple(store.meta.hooks)
+    if job.hook is None and len(there) > 1:
+        raise UserError(f"hook=null of store={store.storage.uri}; choose one of {', '.join(there)}, or a list of them")
+    hooks = Hooks(names(job.hook or there), names(job.target_hook or ()))
+    for key, side in (("hook", hooks.reads), ("target_hook", hooks.writes)):
+        for name in side:
+            if name not in there:
+                raise UserError(f"{key}={name} of store={store.storage.uri}; choose one of {', '.join(there)}")
+    if hooks.writes and hooks.rebuilds_input:
+        raise UserError(f"target_hook={there[0]} is the only hook point of store={store.storage.uri}; leave it out")
+    check(hooks, store.meta, store.storage.uri)
+    return hooks
 
 
 def check_heldout(store: Store) -> None:

@@ -66,11 +66,11 @@ def run(config: RunConfig) -> dict[str, Any]:
                 folder.status("preparing", text=facts)
 
             prepared = prepare(
-                model=config.model, hook_points=[config.hook], text=config.text, harvest=config.harvest,
+                model=config.model, hook_points=config.hooks, text=config.text, harvest=config.harvest,
                 folder=folder.path / "text", store_uri=config.store_uri,
                 progress=preparing,
                 describe_on_cluster=describe_on_cluster(
-                    config.model, config.harvest, (config.hook,), config.store_uri, config.cluster
+                    config.model, config.harvest, config.hooks, config.store_uri, config.cluster
                 ),
                 evaluated=True, pages=config.pages is not None,
             )  # fmt: skip
@@ -124,7 +124,7 @@ class _Run:
         self._folder, self._out, self._display = folder, folder.path, display
         self._store, self._text = reader.open(storage.open(config.store_uri)), prepared.facts
         self._replica_config = ReplicaConfig(
-            self._values["model"], self._values["harvest"], (config.hook,), config.store_uri, prepared.split
+            self._values["model"], self._values["harvest"], config.hooks, config.store_uri, prepared.split
         )
 
     def execute(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class _Run:
         figures = self._figures(pool)
         tell_result(self._config, figures, store=self._store, tokens=report.tokens)
         summary = summarize(
-            self._config.train_job(), hooks=Hooks((self._config.hook,)), store=self._store, trained=report,
+            self._config.train_job(), hooks=Hooks(self._config.hooks), store=self._store, trained=report,
             hashed=self._hashed, figures=figures,
         )  # fmt: skip
         if self._config.pages is not None:

@@ -42,6 +42,15 @@ class AlsoJudged(TypedDict):
     eval: Metrics
 
 
+class Site(TypedDict):
+    """One of several hook points of a dictionary, in summary.json."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    hook: str
+    width: Count
+
+
 class Summary(TypedDict):
     """The keys of summary.json that every reader may rely on; there are more."""
 
@@ -51,7 +60,9 @@ class Summary(TypedDict):
     config_hash: str
     store: str
     hook: str
+    sites: NotRequired[list[Site]]  # of a crosscoder, in the order of their columns
     target_hook: NotRequired[str]  # of a transcoder, and its width
+    target_sites: NotRequired[list[Site]]
     d_out: NotRequired[Count]
     dictionary: str
     n_latents: Count

@@ -11,6 +11,7 @@ from sae_dist.service.config import RunConfig, TrainJob, identity
 from sae_dist.service.rank_session import chosen_hooks
 from sae_dist.service.sweep_room import Sizes, sizes
 from sae_dist.shards import reader
+from sae_dist.shards.hooks import width
 from sae_dist.sweep import group
 from sae_dist.sweep.folder import SweepFolder
 from sae_dist.sweep.halving import HalvingConfig
@@ -39,7 +40,7 @@ def planned(
     out.
     """
     found: dict[str, Planned] = {}
-    known: dict[tuple[str, str], Sizes] = {}
+    known: dict[tuple[str, tuple[str, ...]], Sizes] = {}
     for overrides, config in asked:
         said = " ".join(f"{key}={value}" for key, value in overrides.items()) or "the only point"
         try:
@@ -71,7 +72,7 @@ def rungs(point: Planned, halving: HalvingConfig, folder: SweepFolder) -> list[P
 
 def _point(
     command: str, overrides: Mapping[str, Any], config: TrainJob | RunConfig, folder: SweepFolder,
-    known: dict[tuple[str, str], Sizes],
+    known: dict[tuple[str, tuple[str, ...]], Sizes],
 ) -> Planned:  # fmt: skip
     if config.more_dictionaries:
         raise UserError(
@@ -83,10 +84,10 @@ def _point(
     if isinstance(config, TrainJob):
         place = config.with_absolute_paths().store
         store = reader.open(storage.open(place))
-        store_digest, hooks = store.meta.digest, chosen_hooks(store, config).every
-        hook = max(hooks, key=store.meta.hooks.__getitem__)  # of a transcoder the wider side decides what it needs
+        store_digest, sides = store.meta.digest, chosen_hooks(store, config).sides
+        hooks = max(sides, key=lambda side: width(store.meta, side))  # the wider side decides what it needs
     else:
-        hook = config.hook
+        hooks = config.hooks
         if config.harvest.retention != "keep":
             raise UserError(
                 f"harvest.retention={config.harvest.retention} deletes rows that other points still need; use keep"
@@ -99,8 +100,8 @@ def _point(
     values = identity(to_dict(config))
     point = digest([command, values, store_digest])[:12]
     config = dataclasses.replace(config, out=str(folder.point(point))).with_absolute_paths()
-    if (place, hook) not in known:
-        known[place, hook] = sizes(config, hook, place)
-    check_width(config.sae, known[place, hook].d_model)
+    if (place, hooks) not in known:
+        known[place, hooks] = sizes(config, hooks, place)
+    check_width(config.sae, known[place, hooks].d_model)
     values = to_dict(config)
-    return Planned(point, overrides, config, values, group.shared_by(values), known[place, hook], own_store)
+    return Planned(point, overrides, config, values, group.shared_by(values), known[place, hooks], own_store)

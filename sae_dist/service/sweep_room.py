@@ -17,6 +17,7 @@ from sae_dist.service.config import RunConfig, TrainJob
 from sae_dist.service.devices import usable_gpus
 from sae_dist.shards import reader
 from sae_dist.shards.format import ELEMENTS
+from sae_dist.shards.hooks import width
 from sae_dist.sweep.config import SweepConfig
 
 FREE = 0.9  # of the memory that is free when a sweep starts
@@ -75,17 +76,19 @@ class Sizes(NamedTuple):
     slice_rows: int
 
 
-def sizes(job: TrainJob | RunConfig, hook: str, store: str) -> Sizes:
+def sizes(job: TrainJob | RunConfig, hooks: Sequence[str], store: str) -> Sizes:
     """Of the store, or before it is there of the model and the harvest that will fill it."""
     if storage.open(store).exists("store.json"):
         meta = reader.open(storage.open(store)).meta
-        return Sizes(meta.hooks[hook], meta.train_units * meta.unit_rows, meta.element.stored.itemsize, meta.slice_rows)
+        rows = meta.train_units * meta.unit_rows
+        return Sizes(width(meta, hooks), rows, meta.element.stored.itemsize, meta.slice_rows)
     assert isinstance(job, RunConfig)
     from sae_dist.model.model_size import model_size  # transformers takes seconds to import
 
     harvest = job.harvest
     stored = ELEMENTS[harvest.dtype].stored.itemsize
-    return Sizes(model_size(job.model, hook).width, harvest.tokens, stored, harvest.slice_rows)
+    d_model = sum(model_size(job.model, hook).width for hook in hooks)
+    return Sizes(d_model, harvest.tokens, stored, harvest.slice_rows)
 
 
 class Memory(NamedTuple):

@@ -1,6 +1,6 @@
 """Which hook points of a store are taken together: those that a dictionary reads, and those that it rebuilds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sae_dist.config import UserError
@@ -35,6 +35,11 @@ class Hooks(NamedTuple):
         return (self.reads,) if self.rebuilds_input else (self.reads, self.writes)
 
 
+def widths(meta: StoreMeta, hooks: Sequence[str]) -> dict[str, int]:
+    """Of the rows of each of these hook points."""
+    return {hook: meta.hooks[hook] for hook in hooks}
+
+
 def width(meta: StoreMeta, hooks: Sequence[str]) -> int:
     """Of the rows of these hook points side by side."""
     return sum(meta.hooks[hook] for hook in hooks)
@@ -42,10 +47,27 @@ def width(meta: StoreMeta, hooks: Sequence[str]) -> int:
 
 def sides(hooks: Hooks, meta: StoreMeta) -> dict[str, Any]:
     """What a dictionary says of them, in its config.json and in a summary: what it reads, and what it rebuilds."""
-    said = {"hook": "+".join(hooks.reads), "d_model": width(meta, hooks.reads)}
+    said: dict[str, Any] = {"hook": "+".join(hooks.reads), "d_model": width(meta, hooks.reads)}
+    if len(hooks.reads) > 1:
+        said["sites"] = _listed(meta, hooks.reads)
     if hooks.rebuilds_input:
         return said
-    return said | {"target_hook": "+".join(hooks.writes), "d_out": width(meta, hooks.writes)}
+    said |= {"target_hook": "+".join(hooks.writes), "d_out": width(meta, hooks.writes)}
+    return said | ({"target_sites": _listed(meta, hooks.writes)} if len(hooks.writes) > 1 else {})
+
+
+def said_by(info: Mapping[str, Any]) -> Hooks:
+    """The hooks of which `sides` said this."""
+
+    def names(hook: str, sites: str) -> tuple[str, ...]:
+        return tuple(site["hook"] for site in info[sites]) if sites in info else (info[hook],)
+
+    return Hooks(names("hook", "sites"), names("target_hook", "target_sites") if "target_hook" in info else ())
+
+
+def _listed(meta: StoreMeta, hooks: Sequence[str]) -> list[dict[str, Any]]:
+    """Of several hook points, in the order of their columns."""
+    return [{"hook": hook, "width": width} for hook, width in widths(meta, hooks).items()]
 
 
 def check(hooks: Hooks, meta: StoreMeta, place: str) -> None:

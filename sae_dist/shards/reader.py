@@ -231,12 +231,14 @@ def heldout_pairs(store: Store, hooks: Hooks, batch_rows: int) -> Iterator[tuple
                 yield x, target[0] if target else x
 
 
-def unit_rows(store: Store, hook: str, unit: int, batch_rows: int) -> Iterator[StoredRows]:
-    """The rows of one unit in the order stored."""
-    for parts in _slices(store, (hook,), unit):
-        part = parts[hook]
+def unit_rows(store: Store, hook: str | Sequence[str], unit: int, batch_rows: int) -> Iterator[StoredRows]:
+    """The rows of one unit in the order stored; of several hook points side by side."""
+    hooks = (hook,) if isinstance(hook, str) else tuple(hook)
+    for parts in _slices(store, hooks, unit):
+        part = parts[hooks[0]]
         for rows in _pieces(part, batch_rows):
-            yield StoredRows(part.rows(rows), part.doc[rows], part.pos[rows], part.token[rows], unit)
+            x = part.rows(rows) if len(hooks) == 1 else torch.cat([parts[one].rows(rows) for one in hooks], 1)
+            yield StoredRows(x, part.doc[rows], part.pos[rows], part.token[rows], unit)
 
 
 def _slices(store: Store, hooks: Sequence[str], unit: int) -> Iterator[dict[str, Slice]]:

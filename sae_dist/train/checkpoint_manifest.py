@@ -14,7 +14,7 @@ from sae_dist.shards.records import CorruptData, seal
 from sae_dist.storage import Storage, StorageError
 from sae_dist.train.checkpoint_folders import MANIFEST, MANIFEST_BYTES, OWN_FILE, step_of
 
-FORMAT = 6
+FORMAT = 7
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool,

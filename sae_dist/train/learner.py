@@ -1,12 +1,13 @@
 """One dictionary in training, and its step on a batch."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_dist.config import UserError
-from sae_dist.sae.config import check_width
+from sae_dist.sae.config import check_sites, check_width
 from sae_dist.train import norms
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.guard import Decision, Guard, judge
@@ -42,10 +43,11 @@ class StepOutcome(NamedTuple):
         return f"{self.alert}, up to step {step}; lower {rate}={member.peak_lr:g}, in another out="
 
 
-def check_member(member: Member, d_out: int, mesh: Mesh) -> None:
-    """UserError where a dictionary does not fit activations of this width, or this mesh."""
+def check_member(member: Member, rebuilt: Mapping[str, int], mesh: Mesh) -> None:
+    """UserError where a dictionary does not fit this mesh, or the widths of the hook points that it rebuilds."""
     try:
-        check_width(member.sae, d_out)
+        check_width(member.sae, sum(rebuilt.values()))
+        check_sites(member.sae, rebuilt)
         mesh.latents(member.sae.n_latents)
     except UserError as error:
         if member.name == MAIN:

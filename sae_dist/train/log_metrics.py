@@ -50,7 +50,7 @@ def dictionary_metrics(
         "roll_backs": guard.roll_backs,
         "gradient_norm": sums.gradient_norm,
     }
-    own |= _of_kind(learner.sae, state.scales.target) | weight_norms(learner.sae)
+    own |= _of_kind(learner.sae, state.scales.z) | weight_norms(learner.sae)
     if sums.fired is not None:
         own |= densities(learner.sae, sums.fired, rows)
     return {f"{learner.member.prefix}{name}": value for name, value in own.items()}

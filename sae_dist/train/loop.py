@@ -66,7 +66,7 @@ def train(
     """
     mesh, n_steps = mesh or Mesh.single(), task.config.n_steps
     for member in task.members:
-        check_member(member, task.d_out, mesh)
+        check_member(member, task.sides[-1], mesh)
     if mesh.is_rank_0:
         _warn_of_slow_states(task)
     with ExitStack() as held:
@@ -112,8 +112,8 @@ def _take_steps(
     with closing(saver), batches.after(state) as feed:
         set_phase(state.step, "training")
         while (batch := feed.next(stop=stopping)) is not None:
-            factor, x = lr_factor(state.step, config), batch.x.float() * state.scales.x
-            target = x if batch.target is batch.x else batch.target.float() * state.scales.target
+            factor, x = lr_factor(state.step, config), state.scales.x.of(batch.x.float())
+            target = x if batch.target is batch.x else state.scales.target.of(batch.target.float())
             step, last = state.step + 1, state.step + 1 == config.n_steps
             outcomes = [
                 train_step(

@@ -54,7 +54,8 @@ def resume(batches: Batches, checkpoints: Checkpoints) -> StartPoint:
         version = task.store.snapshot(task.checkpoints).version if mesh.is_rank_0 else 0
         manifest = broadcast_number(mesh, version, name="manifest")
     x, target = batches.sample(manifest)
-    return StartPoint(initial_state(x, target, task.members, task.config, mesh, source=task.source(manifest)))
+    source, sides = task.source(manifest), task.sides
+    return StartPoint(initial_state(x, target, task.members, task.config, mesh, source=source, sides=sides))
 
 
 class _Facts(NamedTuple):

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from sae_kernels.shard import Shard
 from torch import Tensor
 
-from sae_dist.config import UserError
+from sae_dist.config import UserError, load
 from sae_dist.sae.config import resolved_k_aux
 from sae_dist.sae.initialize import initialize
-from sae_dist.sae.scale import Scales, input_scale
+from sae_dist.sae.scale import Scale, Scales, latent_scale, scale_of
 from sae_dist.sae.variants.interface import Elementwise, TensorSpec, own_vectors, spec_of
 from sae_dist.train import guard as guards
 from sae_dist.train.checkpoint import Checkpoint, OwnedRows, RowSelector
@@ -52,32 +52,37 @@ class TrainState(NamedTuple):
 
 def initial_state(
     x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"] | None, members: Sequence[Member],
-    config: TrainConfig, mesh: Mesh, *, source: RowSource,
+    config: TrainConfig, mesh: Mesh, *, source: RowSource, sides: Sequence[Mapping[str, int]],
 ) -> TrainState:  # fmt: skip
     """The state before step 0, from a sample of raw rows: scales, variance, this rank's initial parameters.
 
-    `target` is what is to be rebuilt, None: x. UserError where all rows are the same.
+    `target` is what is to be rebuilt, None: x. `sides`: the widths of the hook points of x, and of the target if there
+    is one. UserError where all rows of a hook point are the same.
     """
-    x, scale, variance = _scaled(x, source)
-    scales = Scales(scale, scale)
+    x, scale, variance = _scaled(x, sides[0])
+    of_target = scale
     if target is not None:
-        target, scale, variance = _scaled(target, source)
-        scales = scales._replace(target=scale)
-    learners = tuple(Learner(m, _step(_initial(x, target, m, config, mesh), m, config, mesh), Guard()) for m in members)
+        target, of_target, variance = _scaled(target, sides[-1])
+    scales = Scales(scale, of_target, latent_scale(of_target))
+    learners = tuple(
+        Learner(m, _step(_initial(x, target, m, config, mesh), m, config, mesh, scales), Guard()) for m in members
+    )
     return TrainState(0, learners, scales, variance, 0, 0, source, 0.0)
 
 
-def _scaled(x: Float[Tensor, "rows width"], source: RowSource) -> tuple[Float[Tensor, "rows width"], float, float]:
+def _scaled(x: Float[Tensor, "rows width"], hooks: Mapping[str, int]) -> tuple[Tensor, Scale, float]:
     """Raw rows of one side scaled, by what, and their variance."""
-    scale = input_scale(float(x.double().square().sum(-1).mean()), x.shape[1])
-    x = x * scale
-    variance = float((x - x.mean(0)).double().square().sum(-1).mean())
-    if variance < MIN_VARIANCE * x.shape[1]:
-        raise UserError(
-            f"hook={source.hook}: the first {len(x)} rows are all the same, so that there is nothing to learn; look at "
-            "what the store holds (sae-dist store stats)"
-        )
-    return x, scale, variance
+    widths = tuple(hooks.values())
+    for hook, site in zip(hooks, x.split(widths, 1), strict=True):
+        spread = (site - site.mean(0)).double().square().sum(-1).mean()
+        if spread <= MIN_VARIANCE * site.double().square().sum(-1).mean():
+            raise UserError(
+                f"hook={hook}: the first {len(x)} rows are all the same, so that there is nothing to learn; look at "
+                "what the store holds (sae-dist store stats)"
+            )
+    scale = scale_of(x, widths)
+    x = scale.of(x)
+    return x, scale, float((x - x.mean(0)).double().square().sum(-1).mean())
 
 
 def to_checkpoint(state: TrainState) -> Checkpoint:
@@ -100,13 +105,13 @@ def from_checkpoint(saved: Checkpoint, members: Sequence[Member], config: TrainC
     """
     refuse_others(saved, members)
     facts, learners = dict(saved.facts), []
+    source, scales = RowSource(*facts.pop("source")), load(Scales, facts.pop("scales"))
     for member in members:
         tensors = local_tensors(saved, member)
         facts.pop(f"{member.prefix}identity")
-        step = _step(tensors, member, config, mesh)
+        step = _step(tensors, member, config, mesh, scales)
         step.load_state_dict_(tensors)
         learners.append(Learner(member, step, guards.from_facts(facts.pop(f"{member.prefix}guard"))))
-    source, scales = RowSource(*facts.pop("source")), Scales(*facts.pop("scales"))
     return TrainState(saved.step, tuple(learners), scales, source=source, **facts)
 
 
@@ -183,7 +188,7 @@ def _initial(
     return tensors if b_in is None else tensors | {"b_in": b_in}
 
 
-def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, mesh: Mesh) -> MeshStep:
+def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, mesh: Mesh, scales: Scales) -> MeshStep:
     sae, here = member.sae, mesh.latents(member.sae.n_latents)
     own = {spec.name: tensors[spec.name].to(mesh.device) for spec in member.tensors if spec.role != "tracked"}
     k_aux = resolved_k_aux(sae, own["W_dec"].shape[1])
@@ -196,5 +201,5 @@ def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, me
     )  # fmt: skip
     return MeshStep(
         shard, mesh, sae=sae, k_aux=k_aux, micro_batch=config.micro_batch, clip_norm=config.clip_norm,
-        resamples=bool(config.resample_after),
+        resamples=bool(config.resample_after), sites=len(scales.target.widths),
     )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sae_dist import storage
 from sae_dist.config import digest
-from sae_dist.shards.hooks import Hooks, width
+from sae_dist.shards.hooks import Hooks, widths
 from sae_dist.shards.order import OrderConfig
 from sae_dist.shards.reader import Store
 from sae_dist.storage import Storage
@@ -30,14 +30,9 @@ class Task(NamedTuple):
     checkpoint_timeout_s: float = 1800.0  # a rank waits so long for the others to write
 
     @property
-    def d_in(self) -> int:
-        """Width of the rows that go in."""
-        return width(self.store.meta, self.hooks.sides[0])
-
-    @property
-    def d_out(self) -> int:
-        """Width of the rows that are to be rebuilt."""
-        return width(self.store.meta, self.hooks.sides[-1])
+    def sides(self) -> list[dict[str, int]]:
+        """The width of every hook point of x, and of those of the target where that is something else."""
+        return [widths(self.store.meta, names) for names in self.hooks.sides]
 
     @property
     def checkpoints(self) -> Storage:

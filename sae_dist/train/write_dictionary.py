@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sae_dist.config import load
 from sae_dist.sae import dictionary
 from sae_dist.sae.scale import Scales
 from sae_dist.sae.variants.interface import Sizes, TensorSpec
@@ -61,7 +62,7 @@ def _parts(
     storage: Storage, manifest: CheckpointManifest, member: Member, specs: Sequence[TensorSpec]
 ) -> Iterator[tuple[TensorSpec, int, Tensor]]:
     """Yields (spec, first row, rows) of every block, with the input scale folded in."""
-    scales, n_latents = Scales(*manifest.facts["scales"]), member.sae.n_latents
+    scales, n_latents = load(Scales, manifest.facts["scales"]), member.sae.n_latents
     wanted = {member.prefix + spec.name: spec for spec in specs}
     for file in manifest.files:
         if any(block.name in wanted for block in file.blocks):

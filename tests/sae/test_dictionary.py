@@ -10,7 +10,7 @@ from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.sae.config import BatchTopK, TopK, check_width, resolved_k_aux
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.initialize import Parameters
-from sae_dist.sae.scale import Scales, input_scale
+from sae_dist.sae.scale import Scale, Scales, input_scale, latent_scale
 from sae_dist.sae.variants.interface import AUTOENCODER, B_IN, Sizes
 from tests.allocations import Allocations
 
@@ -37,10 +37,14 @@ def test_the_input_scale_makes_the_mean_square_norm_d_model():
     assert float((x * scale).square().sum(-1).mean()) == pytest.approx(32, rel=1e-5)
 
 
+def scales_of(x: float, target: float) -> Scales:
+    return Scales(Scale((x,), (12,)), Scale((target,), (12,)), target)
+
+
 def test_folded_on_raw_input_is_unfolded_on_scaled_input():
     parameters, scale = random_parameters(), 0.04
     x = 25 * torch.randn(50, 12, generator=torch.Generator().manual_seed(2))
-    scales = Scales(scale, scale)
+    scales = scales_of(scale, scale)
     folded = Parameters(*(spec.folded(tensor, scales) for spec, tensor in zip(AUTOENCODER, parameters, strict=True)))
     assert torch.equal(folded.W_enc, parameters.W_enc)  # bit for bit
     trained, folded = dictionary(parameters), dictionary(folded)
@@ -50,13 +54,28 @@ def test_folded_on_raw_input_is_unfolded_on_scaled_input():
     assert torch.allclose(trained.decode(on_scaled) / scale, folded.decode(on_raw), rtol=1e-4, atol=1e-3)
 
 
+def test_of_several_hook_points_each_is_folded_by_its_own_scale():
+    side = Scale((0.04, 2.0), (5, 7))
+    parameters, scales = random_parameters(), Scales(side, side, latent_scale(side))
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(2)) * torch.tensor([25.0] * 5 + [0.5] * 7)
+    rows = parameters._replace(W_enc=parameters.W_enc.t())
+    folded = Parameters(*(spec.folded(part, scales) for spec, part in zip(AUTOENCODER, rows, strict=True)))
+    folded = folded._replace(W_enc=folded.W_enc.t())
+    trained, folded = dictionary(parameters), dictionary(folded)
+    on_scaled, on_raw = trained.encode(side.of(x)), folded.encode(x)
+    assert torch.equal(on_scaled.indices, on_raw.indices)
+    torch.testing.assert_close(on_scaled.values / scales.z, on_raw.values, rtol=1e-4, atol=1e-3)
+    expected = trained.decode(on_scaled) / side.by_dim()
+    torch.testing.assert_close(folded.decode(on_raw), expected, rtol=1e-4, atol=1e-3)
+
+
 def transcoder(parameters: Parameters, b_in: torch.Tensor) -> Dictionary:
     info = {"variant": "topk", "hook": "resid_pre.1", "target_hook": "mlp_out.1"}
     return Dictionary(parameters=parameters, k=5, info=info, b_in=b_in)
 
 
 def test_a_transcoder_is_folded_by_the_scales_of_both_sides_and_saved_with_both_widths(tmp_path):
-    g, scales = torch.Generator().manual_seed(0), Scales(0.04, 3.0)
+    g, scales = torch.Generator().manual_seed(0), scales_of(0.04, 3.0)
     own, x = random_parameters(), 25 * torch.randn(50, 9, generator=g)
     parameters = own._replace(W_enc=torch.randn(40, 9, generator=g).T)
     b_in = torch.randn(9, generator=g)
@@ -66,11 +85,11 @@ def test_a_transcoder_is_folded_by_the_scales_of_both_sides_and_saved_with_both_
     dictionary_file.save(transcoder(folded, B_IN.folded(b_in, scales)), tmp_path)
     loaded = dictionary_file.load(tmp_path)
     assert loaded.sizes == (40, 9, 12) and loaded.b_in is not None
-    on_scaled, on_raw = trained.encode(x * scales.x), loaded.encode(x)
+    on_scaled, on_raw = trained.encode(x * 0.04), loaded.encode(x)
     assert torch.equal(on_scaled.indices, on_raw.indices)
-    expected = trained.decode(on_scaled) / scales.target
+    expected = trained.decode(on_scaled) / 3.0
     torch.testing.assert_close(loaded.decode(on_raw), expected, rtol=1e-4, atol=1e-4)
-    z = ((x * scales.x - b_in) @ parameters.W_enc + parameters.b_enc).relu()
+    z = ((x * 0.04 - b_in) @ parameters.W_enc + parameters.b_enc).relu()
     kept = torch.zeros_like(z).scatter(1, z.topk(5).indices, z.topk(5).values)
     torch.testing.assert_close(expected, (kept @ parameters.W_dec + parameters.b_dec) / 3, rtol=1e-4, atol=1e-4)
 

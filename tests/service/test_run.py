@@ -150,6 +150,19 @@ def test_pages_that_fail_leave_the_figures_and_are_tried_again(tmp_path, hook):
     assert ('"no_outputs":null' in facts) == (hook == "resid_post.1")
 
 
+@pytest.mark.slow
+def test_a_crosscoder_over_two_hook_points_is_trained_judged_and_shown(tmp_path):
+    out = tmp_path / "run"
+    finish(start(out, "hook=[resid_post.1,resid_post.2]"))
+    summary = json.loads((out / "summary.json").read_text())
+    figures, hooks = summary["eval"], ["resid_post.1", "resid_post.2"]
+    assert [site["hook"] for site in summary["sites"]] == list(figures["fvu_by_hook"]) == hooks
+    assert figures["loss_recovered"] is None and "a crosscoder" in figures["not_measured"]["loss_recovered"]
+    assert "a crosscoder rebuilds 2 hook points" in (out / "pages" / "data" / "summary.js").read_text()
+    assert main(["evaluate", str(out)]) == 0
+    assert json.loads((out / "summary.json").read_text())["eval"] == figures
+
+
 @pytest.mark.parametrize(
     ("rows", "keys", "said"),
     [

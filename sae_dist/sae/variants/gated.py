@@ -25,7 +25,7 @@ class Gated(L1):
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        threshold = TensorSpec("threshold", ("n_latents",), units="target", minimum=0.0)
+        threshold = TensorSpec("threshold", ("n_latents",), units="z", minimum=0.0)
         return (*AUTOENCODER, threshold, TensorSpec("log_gain", ("n_latents",), exported=False))
 
     def start(self, level: float) -> Mapping[str, float]:

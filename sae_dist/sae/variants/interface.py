@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_dist.sae.scale import Scales
 
 Dim = Literal["d_in", "d_out", "n_latents"]
-Units = Literal["1", "x", "target", "target / x"]
+Units = Literal["1", "x", "target", "z", "z / x", "target / z"]
 
 
 class Sizes(NamedTuple):
@@ -58,23 +58,24 @@ class TensorSpec(NamedTuple):
         return self.dims == ("d_in", "n_latents")
 
     def folded(self, part: Tensor, scales: Scales) -> Tensor:
-        """Folds in the scales: the tensor (or some rows) for raw rows, from the one trained on scaled rows.
+        """Folds in the scales: the tensor for raw rows, or latents of it, from the one trained on scaled rows.
 
-        With scales s of x and t of the target, z = (s x - b_in) W_enc + b_enc and t y_hat = z W_dec + b_dec. Therefore
-        z / t = (x - b_in / s) (s / t) W_enc + b_enc / t and y_hat = (z / t) W_dec + b_dec / t. Relu, top k and
-        thresholds commute with a positive factor, and W_dec does not change. Where x itself is reconstructed, b_in is
-        b_dec and t is s, so W_enc does not change either.
+        A row of a matrix is a latent, also of W_enc.
+        With scales S of x and T of the target, a factor a dimension, z = (S x - b_in) W_enc + b_enc and T y_hat =
+        z W_dec + b_dec. Therefore z / c = (x - b_in / S) (S / c) W_enc + b_enc / c and y_hat = (z / c) (c / T) W_dec +
+        b_dec / T. Relu, top k and thresholds commute with the positive factor c. With one hook point c is T, and W_dec
+        does not change. Where x itself is reconstructed, b_in is b_dec and T is S, so W_enc does not change either.
         """
         part = part if self.minimum is None else part.clamp_min(self.minimum)
-        s, t = scales
-        unit = {"1": 1.0, "x": s, "target": t, "target / x": t / s}[self.units]
-        return part if unit == 1 else part / unit
+        s, t, c = scales.x.by_dim(part.device), scales.target.by_dim(part.device), scales.z
+        unit = {"1": 1.0, "x": s, "target": t, "z": c, "z / x": c / s, "target / z": t / c}[self.units]
+        return part if isinstance(unit, float) and unit == 1 else part / unit
 
 
 AUTOENCODER = (
-    TensorSpec("W_enc", ("d_in", "n_latents"), units="target / x"),
-    TensorSpec("W_dec", ("n_latents", "d_out"), unit=True),
-    TensorSpec("b_enc", ("n_latents",), units="target"),
+    TensorSpec("W_enc", ("d_in", "n_latents"), units="z / x"),
+    TensorSpec("W_dec", ("n_latents", "d_out"), units="target / z", unit=True),
+    TensorSpec("b_enc", ("n_latents",), units="z"),
     TensorSpec("b_dec", ("d_out",), units="target"),
 )
 # The centre of x where other rows are reconstructed, which b_dec is the centre of. Constant: b_enc can learn the rest.
@@ -83,7 +84,7 @@ B_IN = TensorSpec("b_in", ("d_in",), units="x", role="fixed")
 
 FREE_AUTOENCODER = (AUTOENCODER[0], AUTOENCODER[1]._replace(unit=False, initial_norm=0.1), *AUTOENCODER[2:])
 # What inference compares z with: one number for all latents, as in training (0 where the rule does not track it).
-THRESHOLD = TensorSpec("threshold", ("n_latents",), units="target", role="tracked")
+THRESHOLD = TensorSpec("threshold", ("n_latents",), units="z", role="tracked")
 NORM = "norm"  # the key in `own` of the norms of decoder rows, where these are free
 
 
@@ -238,6 +239,11 @@ def own_vectors(variant: Variant) -> tuple[TensorSpec, ...]:
 def spec_of(variant: Variant, name: str) -> TensorSpec:
     """The declaration of one tensor."""
     return next(spec for spec in variant.tensors if spec.name == name)
+
+
+def has_free_norms(variant: Variant) -> bool:
+    """Whether decoder rows have any norm, which the kind's mathematics reads as NORM."""
+    return isinstance(variant, Elementwise) and not spec_of(variant, "W_dec").unit
 
 
 def tracks_threshold(variant: Variant) -> bool:

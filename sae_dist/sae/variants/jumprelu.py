@@ -29,7 +29,7 @@ class JumpReLU(Sized):
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        threshold = TensorSpec("threshold", ("n_latents",), units="target", lr_factor=self.threshold_rate, minimum=0.0)
+        threshold = TensorSpec("threshold", ("n_latents",), units="z", lr_factor=self.threshold_rate, minimum=0.0)
         return (*AUTOENCODER, threshold)
 
     @property

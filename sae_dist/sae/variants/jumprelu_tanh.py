@@ -39,7 +39,7 @@ class JumpReLUTanh(AboveLevel):
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        threshold = TensorSpec("threshold", ("n_latents",), units="target", lr_factor=self.threshold_rate, minimum=0.0)
+        threshold = TensorSpec("threshold", ("n_latents",), units="z", lr_factor=self.threshold_rate, minimum=0.0)
         return (*FREE_AUTOENCODER, threshold)
 
     def at(self, progress: float) -> Self:

@@ -7,7 +7,7 @@ from sae_kernels.reference import Selected
 from sae_kernels.shard import Shard
 from torch import Tensor
 
-from sae_dist.sae.variants.interface import NORM, Elementwise, Nested, Variant, spec_of
+from sae_dist.sae.variants.interface import NORM, Elementwise, Nested, Variant, has_free_norms
 from sae_dist.train.objective import OwnVectors, pair_values
 from sae_dist.train.parallel.choose import Choice, Chooser, group_first
 from sae_dist.train.parallel.collectives import gather_rows, sum_rows
@@ -20,12 +20,12 @@ LEAST_NORM = 1e-12  # of a decoder row, where it divides
 class Decoder:
     """Decodes with this rank's part of a dictionary at its present parameters, in one step of training."""
 
-    def __init__(self, shard: Shard, mesh: Mesh, sae: Variant, chooser: Chooser) -> None:
+    def __init__(self, shard: Shard, mesh: Mesh, sae: Variant, chooser: Chooser, *, sites: int) -> None:
         self.shard, self.mesh, self.sae, self._chooser = shard, mesh, sae, chooser
         self.own: dict[str, Tensor] = dict(shard.vectors)  # the latents' own vectors, and norms where these are free
-        if isinstance(sae, Elementwise) and not spec_of(sae, "W_dec").unit:
-            self.site_norms: Float[Tensor, "n_latents sites"] = shard.W_dec.float().norm(dim=1)[:, None]
-            self.site_norms = self.site_norms.clamp_min(LEAST_NORM)
+        if has_free_norms(sae):
+            of_sites = shard.W_dec.float().unflatten(1, (sites, -1))
+            self.site_norms: Float[Tensor, "n_latents sites"] = of_sites.norm(dim=2).clamp_min(LEAST_NORM)
             self.own[NORM] = self.site_norms.sum(1)
 
     def own_at(self, z: Selected) -> OwnVectors:

@@ -70,8 +70,9 @@ class MeshStep:
     """`Shard` over a mesh; `shard` is this rank's part of the dictionary `sae`, `latents` its latents.
 
     `k_aux` is the whole dictionary's. `micro_batch`: rows encoded at once. `clip_norm`: the largest norm of the whole
-    gradient. `resamples`: dead latents are to begin anew some time (resample.py). All ranks call `forward`, `update_`,
-    `dead_fraction` and `gradients_are_finite` together.
+    gradient. `resamples`: dead latents are to begin anew some time (resample.py). `sites`: hook points that are rebuilt
+    side by side, of equal widths where decoder norms are priced. All ranks call `forward`, `update_`, `dead_fraction`
+    and `gradients_are_finite` together.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class MeshStep:
         two_rounds: bool | None = None,
         width: int | None = None,
         resamples: bool = False,
+        sites: int = 1,
     ) -> None:
         self.shard, self.mesh, self.sae, self.n_latents, self.k_aux = shard, mesh, sae, sae.n_latents, k_aux
+        self._sites = sites
         self.latents = mesh.latents(sae.n_latents)
         assert len(self.latents) == shard.n_latents, f"{shard.n_latents} latents, not {len(self.latents)}"
         self.clip_norm = clip_norm
@@ -137,7 +140,7 @@ class MeshStep:
             return self.shard.forward(x, variance=variance)
         stages, scale = self.shard.stages, error_scale(len(x), variance)
         rows, target = stages.rows(x), (x if target is None else target).float()
-        decoder = Decoder(self.shard, self.mesh, sae, self._chooser)
+        decoder = Decoder(self.shard, self.mesh, sae, self._chooser, sites=self._sites)
         main = decoder.local_term(self._choose(rows, sae, decoder.own), target)
         row, silence = None, None
         if isinstance(sae, CostlySilence):

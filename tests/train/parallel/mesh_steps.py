@@ -61,6 +61,7 @@ class Case:
     product_dtype: torch.dtype = torch.float32
     backend: Backend = "auto"
     variance: float = 3.0
+    sites: int = 1  # hook points that are rebuilt side by side
 
     @property
     def sae(self) -> SAEConfig:
@@ -90,6 +91,7 @@ OTHER_KINDS = {
         kind=JumpReLUTanh, k=8, steps=3, options={"tanh_coefficient": 0.5, "silence_coefficient": 0.25}
     ),
 }
+OTHER_KINDS |= {f"crosscoder_{name}": replace(case, sites=2) for name, case in OTHER_KINDS.items()}
 CASES = (
     EXACT_KINDS
     | OTHER_KINDS
@@ -235,6 +237,7 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
     step = MeshStep(
         shard, mesh, sae=case.sae, k_aux=case.k_aux,
         micro_batch=case.micro_batch, clip_norm=case.clip_norm, two_rounds=case.two_rounds, width=case.width,
+        sites=case.sites,
     )  # fmt: skip
     if case.data == "integers":
         shard.tokens_since_fired[::2] = 10

@@ -38,6 +38,7 @@ def by_autograd(case: Case) -> dict[str, Tensor]:
 def errors_and_cost(case: Case, z: Tensor, target: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The squared errors in the loss, summed over the batch; target less reconstruction; the penalty."""
     sae, free = case.sae, torch.zeros((), dtype=torch.float64)
+    norms = p["W_dec"].unflatten(1, (case.sites, -1)).norm(dim=2).sum(1)  # of a latent, summed over sites
 
     def left(values: Tensor) -> Tensor:
         return target - values @ p["W_dec"] - p["b_dec"]
@@ -51,7 +52,7 @@ def errors_and_cost(case: Case, z: Tensor, target: Tensor, p: dict[str, Tensor])
             cost = sae.l0_coefficient * (gate.sum() / case.batch / case.k - 1).square()
         case ReLU():
             values = z.relu()
-            norm = p["W_dec"].norm(dim=1) if isinstance(sae, ReLUNorm) else 1.0
+            norm = norms if isinstance(sae, ReLUNorm) else 1.0
             cost = sae.l1_coefficient * l1(values * norm)
         case Gated():
             gate = p["log_gain"].exp() * (z - p["threshold"])
@@ -60,7 +61,7 @@ def errors_and_cost(case: Case, z: Tensor, target: Tensor, p: dict[str, Tensor])
             residual = left(values)
             return residual.square().sum() + frozen.square().sum(), residual, sae.l1_coefficient * l1(gate.relu())
         case JumpReLUTanh():
-            theta, norm = p["threshold"].relu(), p["W_dec"].norm(dim=1)
+            theta, norm = p["threshold"].relu(), norms
             values = z * Heaviside.apply(z - theta, sae.bandwidth)
             cost = sae.tanh_coefficient * (sae.tanh_scale * values * norm).tanh().sum()
             cost = (cost + sae.silence_coefficient * ((theta - z).relu() * norm).sum()) / case.batch / target.shape[1]
