@@ -25,9 +25,8 @@ Job = RunConfig | HarvestJob | TrainJob
 def tell_result(
     job: RunConfig | TrainJob, figures: Mapping[str, Mapping[str, Any]], *, store: Store, tokens: int
 ) -> None:
-    """What came of a training, into metrics.jsonl: the figures of each dictionary by name, and where they all are."""
+    """What came of a training, into metrics.jsonl: where dictionaries and rows are, and the figures of each by name."""
     assert job.out is not None, "the job is not located"
-    tell_judged(Path(job.out), figures, tokens=tokens)
     manifest, version = store.meta.digest, latest(store.storage)
     place = "store.json"
     if version:
@@ -39,6 +38,7 @@ def tell_result(
             lines(0, {"prefix": member.prefix, "kind": "dictionary", "uri": uri, "digest": weights_digest(folder)})
         where = store.storage.uri if "://" in store.storage.uri else Path(store.storage.uri).as_uri()
         lines(0, {"prefix": "", "kind": "manifest", "uri": f"{where}/{place}", "digest": manifest})
+    tell_judged(Path(job.out), figures, tokens=tokens)  # last: the end of the file shows what came of it
 
 
 def tell_judged(out: Path, figures: Mapping[str, Mapping[str, Any]], *, tokens: int) -> None:
