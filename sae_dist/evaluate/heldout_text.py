@@ -34,11 +34,12 @@ def evaluate_loss(
 ) -> list[Metrics]:
     """Each one's figures that need the model: its cross-entropy clean, spliced, zero-ablated and mean-ablated."""
 
-    def batches() -> Iterator[Tensor]:
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
         n = min(config.ce_sequences, stream.n_sequences)  # evenly over the stream: neighbours are of one document
         ids = np.linspace(0, stream.n_sequences - 1, n).round().astype(np.int64)
         for start in range(0, len(ids), config.batch_sequences):
-            yield torch.as_tensor(stream.sequences(ids[start : start + config.batch_sequences]).tokens)
+            found = stream.sequences(ids[start : start + config.batch_sequences])
+            yield torch.as_tensor(found.tokens), torch.as_tensor(found.counted)
 
     found = loss_recovered(
         language_model, hook, batches=batches(), positions=positions, mean=mean, progress=progress,

@@ -44,7 +44,7 @@ def loss_recovered(
     language_model: LanguageModel,
     hook: str,
     *,
-    batches: Iterable[Int[Tensor, "_ context"]],
+    batches: Iterable[tuple[Int[Tensor, "_ context"], Bool[Tensor, "_ context"]]],
     positions: Callable[
         [Int[Tensor, "batch context"], Float[Tensor, "batch context width"]], Bool[Tensor, "batch context"]
     ],
@@ -54,8 +54,9 @@ def loss_recovered(
 ) -> list[LossRecovered]:
     """Runs each batch three times, clean, with zeros and with the training mean, and once for each of `reconstruct`.
 
-    `positions(tokens, x)` says where to intervene: where a harvest would make rows. Elsewhere (the first position of a
-    sequence and norm outliers, which the dictionary has never seen) x stays as it is in all runs.
+    A batch is tokens and which of them count. Of these, `positions(tokens, x)` says where to intervene: where a harvest
+    would make rows. Elsewhere (the first position of a sequence and norm outliers, which the dictionary has never seen)
+    x stays as it is in all runs.
     """
 
     def fill(values: Tensor) -> Callable[[Tensor], Tensor]:
@@ -71,9 +72,9 @@ def loss_recovered(
         *map(splice, reconstruct),
     ]
     totals, n_tokens = [0.0] * len(interventions), 0
-    for tokens in batches:
+    for tokens, counted in batches:
         for i, intervention in enumerate(interventions):
-            edits = {} if intervention is None else {hook: _where(partial(positions, tokens), intervention)}
+            edits = {} if intervention is None else {hook: _where(partial(positions, tokens), counted, intervention)}
             with replace(language_model.model, edits):
                 losses = next_token_loss(language_model.model, tokens.to(language_model.model.device))
             totals[i] += float(losses.double().sum())
@@ -84,10 +85,12 @@ def loss_recovered(
 
 
 def _where(
-    positions: Callable[[Tensor], Tensor], intervention: Callable[[Tensor], Tensor]
+    positions: Callable[[Tensor], Tensor],
+    counted: Bool[Tensor, "batch context"],
+    intervention: Callable[[Tensor], Tensor],
 ) -> Callable[[Tensor], Tensor]:
     def edit(x: Float[Tensor, "batch context width"]) -> Float[Tensor, "batch context width"]:
-        mask, edited = positions(x.cpu()).to(x.device), x.clone()
+        mask, edited = (positions(x.cpu()) & counted).to(x.device), x.clone()
         edited[mask] = intervention(x[mask])
         return edited
 

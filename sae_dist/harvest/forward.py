@@ -90,7 +90,7 @@ def to_rows(
 ) -> UnitRows:
     """The rows of the positions that the policy keeps; UserError when too many are not finite or outliers."""
     tokens = torch.as_tensor(sequences.tokens)
-    candidates = eligible(tokens, config.rows, separator(engine.tokenizer))
+    candidates = eligible(tokens, config.rows, separator(engine.tokenizer)) & torch.as_tensor(sequences.counted)
     kept = row_mask(states, candidates, config.rows)
     _check(kept, int(candidates.sum()), engine=engine, hooks=list(states), config=config)
     mask = kept.mask.numpy()
@@ -121,8 +121,9 @@ def _check(kept: RowMask, candidates: int, *, engine: Engine, hooks: list[str], 
         )
     if not bool(kept.mask.any()):
         raise UserError(
-            f"none of {kept.mask.numel()} positions becomes a row ({candidates} may by harvest.rows); the text is "
-            "nothing but separators, or harvest.rows drops too much"
+            f"none of {kept.mask.numel()} positions becomes a row ({candidates} may by harvest.rows and text.turns); "
+            "the text is nothing but separators, harvest.rows drops too much, or a unit of harvest.unit_sequences="
+            f"{config.unit_sequences} has none of the assistant's tokens"
         )
 
 

@@ -1,12 +1,13 @@
 """Preparation of a harvest: tokenise the text, check the model, create the store."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_dist import storage
-from sae_dist.config import to_dict
+from sae_dist.config import digest, to_dict
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.units import unit_counts
 from sae_dist.model.check import check_evaluation, check_forward, check_pages, check_text
@@ -17,7 +18,7 @@ from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.writer import create
 from sae_dist.text import corpus
 from sae_dist.text.corpus import TextConfig
-from sae_dist.text.tokenize import TokenSplit, separator, tokenize, tokenizer_fingerprint
+from sae_dist.text.tokenize import TokenSplit, chat_template, separator, tokenize, tokenizer_fingerprint
 
 
 class Prepared(NamedTuple):
@@ -49,6 +50,7 @@ def prepare(
     text_fingerprint = corpus.fingerprint(text)  # first: a missing file is found before a model is loaded for nothing
     tokenizer = load_tokenizer(model)
     check_text(model, tokenizer, context=harvest.context, separator=separator(tokenizer))
+    template = chat_template(text, tokenizer)
     if describe_on_cluster is not None:
         description = describe_on_cluster()
     else:
@@ -65,6 +67,9 @@ def prepare(
         progress=lambda done, total: progress({"tokens": done, "of": total}),
     )  # fmt: skip
     meta = _meta(description, tokenizer, text_fingerprint=text_fingerprint, tokens=split.digest, harvest=harvest)
+    if template is not None:  # which tokens of conversations are rows
+        known = {"turns": template.turns, "chat_template": digest(template.template)}
+        meta = dataclasses.replace(meta, extra=meta.extra | known)
     create(storage.open(store_uri), meta)
     facts = {
         "tokens": len(split.train.tokens),

@@ -6,8 +6,8 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
@@ -24,6 +24,7 @@ class Document(NamedTuple):
     source: str  # where it was read, relative to the corpus, e.g. "notes/a.txt[1]" or "web.jsonl:17"
     category: str | None
     parent_key: int | None = None  # of a piece: the `split_key` of the document that it was cut from
+    messages: Sequence[Mapping[str, Any]] | None = None  # of a conversation, whose `text` only tells it from others
 
 
 def normal(text: str) -> str:
@@ -132,7 +133,7 @@ def clean(document: Document, counts: Counter[str]) -> Iterator[Document]:
     if not text or text.isspace():
         counts["empty"] += 1
         return
-    if len(text) <= MAX_CHARS:
+    if len(text) <= MAX_CHARS or document.messages is not None:  # a conversation is not a text that may be cut
         yield document._replace(text=text)
         return
     counts["cut"] += 1

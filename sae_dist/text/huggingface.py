@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sae_dist.config import UserError, digest, frozen
+from sae_dist.text import chat
+from sae_dist.text.chat import Conversations
 from sae_dist.text.document import Document, shuffled_parts
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ BLOCK_ROWS = 256
 
 
 @frozen
-class HuggingfaceText:
+class HuggingfaceText(Conversations):
     """Each row is a document."""
 
     kind: Literal["huggingface"] = "huggingface"
@@ -37,16 +39,21 @@ class HuggingfaceText:
 def documents(config: HuggingfaceText, seed: int | None) -> Iterator[Document]:
     rows = _load(config)
     columns = rows.column_names  # None for a stream that does not know them before its first row
-    for wanted in filter(None, (config.field, config.category)):
+    for wanted in filter(None, (config.messages or config.field, config.category)):
         if columns is not None and wanted not in columns:
             raise UserError(f"{config.path} has no column {wanted!r}; it has {', '.join(columns)}; set text.field=")
     for i, row in _readable(config, _numbered(rows, seed)):
         source = f"{Path(config.path).name}/{config.split}:{i}"
+        label = row.get(config.category) if config.category else None
+        category = None if label is None else str(label)
+        if config.messages:
+            messages = chat.parsed(row.get(config.messages), source)
+            yield Document(chat.as_text(messages), source, category, messages=messages)
+            continue
         text = row.get(config.field, 0)
         if not isinstance(text, str | None):
             raise UserError(f"{source} has no text in {config.field!r}; its columns: {', '.join(row)}; set text.field=")
-        label = row.get(config.category) if config.category else None
-        yield Document(text or "", source, None if label is None else str(label))
+        yield Document(text or "", source, category)
 
 
 def _readable(
@@ -81,7 +88,7 @@ def fingerprint(config: HuggingfaceText) -> str:
     else:
         with _dataset_errors(config):
             identity = datasets.load_dataset_builder(config.path, config.name or None, revision=config.revision).hash
-    return digest([identity, config.split, config.field, config.category])
+    return digest([identity, config.split, config.field, config.category, *config.chat_fingerprint])
 
 
 def _load(config: HuggingfaceText) -> "datasets.Dataset | datasets.IterableDataset":

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from typing import Literal
 
 from sae_dist.config import UserError, digest, frozen
-from sae_dist.text import local_files, reading
+from sae_dist.text import chat, local_files, reading
+from sae_dist.text.chat import Conversations
 from sae_dist.text.document import Document, shuffled_parts
 
 
 @frozen
-class JsonlText:
+class JsonlText(Conversations):
     """Each line is a document."""
 
     kind: Literal["jsonl"] = "jsonl"
@@ -35,12 +36,17 @@ def documents(config: JsonlText, seed: int | None) -> Iterator[Document]:
                 continue
             source = f"{name}:{number}"
             record = _parse(line, source)
-            yield Document(_text(record, config, source), source, _category(record, config))
+            category = _category(record, config)
+            if config.messages:
+                messages = chat.parsed(record.get(config.messages), source)
+                yield Document(chat.as_text(messages), source, category, messages=messages)
+            else:
+                yield Document(_text(record, config, source), source, category)
 
 
 def fingerprint(config: JsonlText) -> str:
     files = local_files.find(config.path, config.suffixes)
-    return digest([config.field, config.category, local_files.fingerprint(files)])
+    return digest([config.field, config.category, *config.chat_fingerprint, local_files.fingerprint(files)])
 
 
 def _parse(line: bytes, source: str) -> dict[str, object]:
@@ -63,7 +69,8 @@ def _text(record: dict[str, object], config: JsonlText, source: str) -> str:
         return ""
     if not isinstance(text, str):
         raise UserError(
-            f"{source} has no text in field {config.field!r}; its fields: {', '.join(record)}; set text.field="
+            f"{source} has no text in field {config.field!r}; its fields: {', '.join(record)}; set text.field=, or "
+            "text.messages= for conversations"
         )
     return text
 

@@ -8,14 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae_dist.config import UserError, digest, frozen
-from sae_dist.text import local_files
+from sae_dist.text import chat, local_files
+from sae_dist.text.chat import Conversations
 from sae_dist.text.document import Document, shuffled_parts
 
 BATCH_ROWS = 1024
 
 
 @frozen
-class ParquetText:
+class ParquetText(Conversations):
     """Each row is a document."""
 
     kind: Literal["parquet"] = "parquet"
@@ -33,17 +34,22 @@ def documents(config: ParquetText, seed: int | None) -> Iterator[Document]:
     groups = []
     for name, path in local_files.find(config.path, config.suffixes):
         with _open(path, name) as file:
-            _check(file.schema_arrow, _columns(config), name)
+            _check(file.schema_arrow, config, name)
             row = 0
             for group in range(file.num_row_groups):
                 groups.append((name, path, group, row))
                 row += file.metadata.row_group(group).num_rows
     for name, path, group, row in shuffled_parts(groups, seed):
         for batch in _batches(path, name, config, group):
-            texts = batch.column(config.column).to_pylist()
-            labels = batch.column(config.category).to_pylist() if config.category else [None] * len(texts)
-            for text, label in zip(texts, labels, strict=True):
-                yield Document(text or "", f"{name}:{row}", None if label is None else str(label))
+            found = batch.column(config.messages or config.column).to_pylist()
+            labels = batch.column(config.category).to_pylist() if config.category else [None] * len(found)
+            for content, label in zip(found, labels, strict=True):
+                source, category = f"{name}:{row}", None if label is None else str(label)
+                if config.messages:
+                    messages = chat.parsed(content, source)
+                    yield Document(chat.as_text(messages), source, category, messages=messages)
+                else:
+                    yield Document(content or "", source, category)
                 row += 1
 
 
@@ -60,12 +66,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _columns(config: ParquetText) -> list[str]:
-    return list(dict.fromkeys(filter(None, (config.column, config.category))))
+    return list(dict.fromkeys(filter(None, (config.messages or config.column, config.category))))
 
 
 def fingerprint(config: ParquetText) -> str:
     files = local_files.find(config.path, config.suffixes)
-    return digest([config.column, config.category, local_files.fingerprint(files)])
+    return digest([config.column, config.category, *config.chat_fingerprint, local_files.fingerprint(files)])
 
 
 def _open(path: Path, name: str) -> pq.ParquetFile:
@@ -75,13 +81,19 @@ def _open(path: Path, name: str) -> pq.ParquetFile:
         raise UserError(f"text file {name} is not Parquet ({_first_line(error)}); replace it") from None
 
 
-def _check(schema: pa.Schema, columns: list[str], name: str) -> None:
+def _check(schema: pa.Schema, config: ParquetText, name: str) -> None:
+    columns = _columns(config)
     for column in columns:
         if column not in schema.names:
             raise UserError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}; set text.column=")
+    if config.messages:
+        return  # every row's conversation is checked as it is read
     kind = schema.field(columns[0]).type
     types = pa.types
     if not any(
         is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_string_view, types.is_dictionary)
     ):
-        raise UserError(f"{name}: column {columns[0]!r} holds {kind}, not text; set text.column= to a text column")
+        raise UserError(
+            f"{name}: column {columns[0]!r} holds {kind}, not text; set text.column= to a text column, or "
+            f"text.messages={columns[0]} for conversations"
+        )

@@ -1,7 +1,8 @@
 """A token stream: the documents of a corpus end to end, memory-mapped, cut into sequences of one context each.
 
 A folder holds `tokens.npy` int32 [n_tokens], `starts.npy` int64 [n_documents + 1] and `documents.arrow`, a table of
-(doc uint64, source, category). n_tokens is a multiple of the context: sequence s is the tokens from s * context on.
+(doc uint64, source, category); of conversations also `counted.npy` bool [n_tokens]. n_tokens is a multiple of the
+context: sequence s is the tokens from s * context on.
 """
 
 import functools
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int, Int32, Int64, UInt32, UInt64
+from jaxtyping import Bool, Int, Int32, Int64, UInt32, UInt64
 
 from sae_dist.config import UserError
 
@@ -20,6 +21,9 @@ class Sequences(NamedTuple):
     tokens: Int64[np.ndarray, "m context"]
     doc: UInt64[np.ndarray, "m context"]
     pos: UInt32[np.ndarray, "m context"]  # position in the document; a sequence may hold the end of one and more
+    counted: Bool[
+        np.ndarray, "m context"
+    ]  # whether it may become a row: all of a text, the chosen turns of a conversation
 
 
 class TokenWindow(NamedTuple):
@@ -39,6 +43,8 @@ class TokenStream:
             self.context = int(json.loads((self.folder / "stream.json").read_text())["context"])
             self.tokens = np.load(self.folder / "tokens.npy", mmap_mode="r")
             self.starts = np.load(self.folder / "starts.npy", mmap_mode="r")
+            counted = self.folder / "counted.npy"
+            self._counted = np.load(counted, mmap_mode="r") if counted.exists() else None
         except FileNotFoundError as error:
             raise UserError(f"{self.folder} is no token stream ({error.filename} is missing); tokenize again") from None
 
@@ -74,6 +80,7 @@ class TokenStream:
             tokens=self.tokens[at].astype(np.int64),
             doc=self.doc_ids[row],
             pos=(at - self.starts[row]).astype(np.uint32),
+            counted=np.ones(at.shape, dtype=bool) if self._counted is None else self._counted[at],
         )
 
     def locate(self, doc: int, pos: int) -> tuple[int, int]:

@@ -16,11 +16,13 @@ SCHEMA = pa.schema([("doc", pa.uint64()), ("source", pa.string()), ("category", 
 class StreamWriter:
     """A stream that is being written; tokens after its last sequence are dropped."""
 
-    def __init__(self, folder: Path, *, n_sequences: int, context: int):
+    def __init__(self, folder: Path, *, n_sequences: int, context: int, chats: bool):
         folder.mkdir(parents=True)
         self.folder, self.wanted, self.done = folder, n_sequences * context, 0
         self.starts, self.rows = array.array("q"), []
         self.tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.int32, (self.wanted,))
+        counted = folder / "counted.npy"
+        self.counted = np.lib.format.open_memmap(counted, "w+", np.bool_, (self.wanted,)) if chats else None
         self.table = pa.ipc.new_file(str(folder / "documents.arrow"), SCHEMA)
         (folder / "stream.json").write_text(json.dumps({"context": context}))
 
@@ -32,12 +34,14 @@ class StreamWriter:
     def n_documents(self) -> int:
         return len(self.starts)
 
-    def add(self, document: Document, *, doc: int, ids: list[int]) -> None:
+    def add(self, document: Document, *, doc: int, ids: list[int], counted: list[bool]) -> None:
         ids = ids[: self.wanted - self.done]
         if not ids:
             return
         self.starts.append(self.done)
         self.tokens[self.done : self.done + len(ids)] = ids
+        if self.counted is not None:
+            self.counted[self.done : self.done + len(ids)] = counted[: len(ids)]
         self.done += len(ids)
         self.rows.append({"doc": doc, "source": document.source, "category": document.category})
         if len(self.rows) == TABLE_ROWS:
@@ -54,4 +58,6 @@ class StreamWriter:
         self._flush()
         self.table.close()
         self.tokens.flush()
+        if self.counted is not None:
+            self.counted.flush()
         np.save(self.folder / "starts.npy", np.append(np.asarray(self.starts, dtype=np.int64), self.done))

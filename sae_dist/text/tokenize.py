@@ -6,14 +6,15 @@ import random
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 from sae_dist import checksums
 from sae_dist.config import UserError, digest
 from sae_dist.locks import file_lock
 from sae_dist.text import corpus
+from sae_dist.text.chat import ChatTemplate, ChatTokenizer, Conversations, Encoded
 from sae_dist.text.corpus import TextConfig
 from sae_dist.text.document import Document
 from sae_dist.text.split import SplitDocument, TextTally, shortage, split_documents
@@ -48,7 +49,7 @@ class TokenSplit(NamedTuple):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many documents were changed or left out: the counts of `corpus.documents`, and `repeated`."""
+        """How many documents were changed or left out: the counts of `corpus.documents`, `repeated` and `special`."""
         return json.loads((self.train.folder.parent / "counts.json").read_text())
 
     @property
@@ -85,11 +86,13 @@ def tokenize(
 ) -> TokenSplit:
     """Tokenises `n_tokens` of the text into whole sequences, a share of them held out, or reuses those in `folder`.
 
-    Every document starts with the separator (BOS, else EOS) if the tokenizer has one. `progress` gets (tokens done,
+    Every document starts with the separator (BOS, else EOS) if the tokenizer has one; a conversation only where its
+    template has not put it there. `progress` gets (tokens done,
     tokens wanted). If several processes call this at once, one builds and the others wait. Existing tokens are
     compared with their checksums, and made again when they are damaged.
     """
     sizes = _sizes(context=context, n_tokens=n_tokens, heldout_fraction=heldout_fraction)
+    template = chat_template(config, tokenizer)
     recipe = {
         "format": FORMAT,
         "text": corpus.fingerprint(config),
@@ -98,7 +101,7 @@ def tokenize(
         "n_tokens": n_tokens,
         "heldout_fraction": heldout_fraction,
         "seed": seed,
-    }
+    } | ({} if template is None else {"chat_template": digest(template.template)})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / digest(recipe)[:20]
@@ -113,8 +116,8 @@ def tokenize(
             try:
                 counts: Counter[str] = Counter()
                 found = _shuffled(corpus.documents(config, seed=seed, counts=counts), seed)
-                counts["repeated"] = _build(
-                    part, found, tokenizer, sizes=sizes, heldout_fraction=heldout_fraction, progress=progress
+                counts += _build(
+                    part, found, tokenizer, template, sizes=sizes, heldout_fraction=heldout_fraction, progress=progress
                 )
                 (part / "counts.json").write_text(json.dumps({name: n for name, n in counts.items() if n}))
                 (part / "recipe.json").write_text(json.dumps(recipe, indent=1))
@@ -123,6 +126,13 @@ def tokenize(
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     return TokenSplit(TokenStream(final / "train"), TokenStream(final / "heldout"))
+
+
+def chat_template(config: TextConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """What renders the text's conversations; None for a text of documents."""
+    if isinstance(config, Conversations) and config.messages:
+        return ChatTemplate(cast(ChatTokenizer, tokenizer), config)
+    return None
 
 
 class _Sizes(NamedTuple):
@@ -150,29 +160,34 @@ def _build(
     folder: Path,
     found: Iterable[Document],
     tokenizer: Tokenizer,
+    template: ChatTemplate | None,
     *,
     sizes: _Sizes,
     heldout_fraction: float,
     progress: Callable[[int, int], None] | None,
-) -> int:
-    """Writes both streams; returns how many documents were left out as repeated."""
-    opened_by = separator(tokenizer)
-    opening = [] if opened_by is None else [opened_by]
+) -> Counter[str]:
+    """Writes both streams; returns how many documents were left out: `repeated`, or with a `special` token in them."""
+    opened_by, left_out, chats = separator(tokenizer), Counter[str](), template is not None
     wanted = (sizes.train + sizes.heldout) * sizes.context
     tally = TextTally()
     with (
-        StreamWriter(folder / "train", n_sequences=sizes.train, context=sizes.context) as train,
-        StreamWriter(folder / "heldout", n_sequences=sizes.heldout, context=sizes.context) as heldout,
+        StreamWriter(folder / "train", n_sequences=sizes.train, context=sizes.context, chats=chats) as train,
+        StreamWriter(folder / "heldout", n_sequences=sizes.heldout, context=sizes.context, chats=chats) as heldout,
     ):
         for batch in _batches(
             split_documents(found, tally, train=train, heldout=heldout, heldout_fraction=heldout_fraction)
         ):
-            encoded = _encode(tokenizer, [item.document.text for item in batch])
-            for item, ids in zip(batch, encoded, strict=True):
+            for item, encoded in zip(batch, _encoded(batch, tokenizer, template), strict=True):
+                if encoded is None:
+                    left_out["special"] += 1
+                    continue
+                bos = [] if opened_by is None or (chats and encoded.ids[:1] == [opened_by]) else [opened_by]
+                ids = [*bos, *encoded.ids]
                 tally.tokenised_chars += len(item.document.text)
-                tally.tokens += len(opening) + len(ids)
-                if ids:
-                    item.side.add(item.document, doc=item.doc, ids=[*opening, *ids])
+                tally.tokens += len(ids)
+                if encoded.ids:
+                    counted = [not chats] * len(bos) + encoded.counted
+                    item.side.add(item.document, doc=item.doc, ids=ids, counted=counted)
             if progress is not None:
                 progress(train.done + heldout.done, wanted)
         if not (train.full and heldout.full):
@@ -181,7 +196,21 @@ def _build(
         "text tokenised: %s tokens to train on in %s documents, %s held out in %s; %s repeated documents left out",
         *(f"{n:,}" for n in (train.done, train.n_documents, heldout.done, heldout.n_documents, tally.n_repeated)),
     )
-    return tally.n_repeated
+    left_out["repeated"] = tally.n_repeated
+    return left_out
+
+
+def _encoded(
+    batch: Sequence[SplitDocument], tokenizer: Tokenizer, template: ChatTemplate | None
+) -> Iterator[Encoded | None]:
+    """The tokens of each document; None for a conversation that is left out."""
+    if template is None:
+        for ids in _encode(tokenizer, [item.document.text for item in batch]):
+            yield Encoded(ids, [True] * len(ids))
+        return
+    for item in batch:
+        assert item.document.messages is not None
+        yield template.encode(item.document.messages, item.document.source)
 
 
 def _shuffled(found: Iterable[Document], seed: int) -> Iterator[Document]:

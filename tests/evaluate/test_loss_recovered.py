@@ -13,12 +13,13 @@ TOKENS = torch.randint(3, 200, (6, 12), generator=torch.Generator().manual_seed(
 EVERYWHERE = torch.ones_like(TOKENS, dtype=torch.bool)
 
 
-def found(*reconstruct, positions=EVERYWHERE, mean=None) -> list[LossRecovered]:
+def found(*reconstruct, positions=EVERYWHERE, counted=EVERYWHERE, mean=None) -> list[LossRecovered]:
     """What was found of each reconstruction."""
     parts = {4: positions[:4], 2: positions[4:]}  # by the size of the batch
     mean = torch.full((32,), 0.5) if mean is None else mean
     return loss_recovered(
-        MODEL, "resid_post.1", batches=[TOKENS[:4], TOKENS[4:]], positions=lambda tokens, x: parts[len(tokens)],
+        MODEL, "resid_post.1", batches=[(TOKENS[:4], counted[:4]), (TOKENS[4:], counted[4:])],
+        positions=lambda tokens, x: parts[len(tokens)],
         reconstruct=reconstruct, mean=mean,
     )  # fmt: skip
 
@@ -51,12 +52,15 @@ def test_positions_left_alone_are_left_alone():
     assert result.loss_recovered is result.loss_recovered_mean is None  # nothing to recover
     first_only = EVERYWHERE.clone()
     first_only[:, 1:] = False
-    assert found(torch.zeros_like, positions=first_only)[0].ce_zero_ablated != result.ce_clean
+    (both,) = found(torch.zeros_like, positions=first_only)
+    assert both.ce_zero_ablated != result.ce_clean
+    assert found(torch.zeros_like, counted=first_only) == [both]  # of conversations, only what counts
 
 
 def test_without_a_token_to_predict_every_figure_is_null_with_the_reason():
     (result,) = loss_recovered(
-        MODEL, "resid_post.1", batches=[TOKENS[:, :1]], positions=lambda tokens, x: torch.ones_like(tokens).bool(),
+        MODEL, "resid_post.1", batches=[(TOKENS[:, :1], EVERYWHERE[:, :1])],
+        positions=lambda tokens, x: torch.ones_like(tokens).bool(),
         reconstruct=[lambda rows: rows], mean=torch.zeros(32),
     )  # fmt: skip
     figures = loss_figures(result)
@@ -84,7 +88,7 @@ def test_where_to_intervene_is_decided_on_the_activations_themselves():
     loss_recovered(
         MODEL,
         "resid_post.1",
-        batches=[TOKENS],
+        batches=[(TOKENS, EVERYWHERE)],
         positions=positions,
         reconstruct=[lambda rows: rows],
         mean=torch.zeros(32),

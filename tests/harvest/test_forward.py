@@ -26,7 +26,7 @@ def sequences(n: int = 6, context: int = 10) -> Sequences:
     tokens[2, 4] = separator(MODEL.tokenizer) or 0
     doc = np.repeat(np.arange(n, dtype=np.uint64)[:, None] + 2**63, context, 1)
     pos = np.tile(np.arange(context, dtype=np.uint32), (n, 1))
-    return Sequences(tokens, doc, pos)
+    return Sequences(tokens, doc, pos, np.ones_like(tokens, dtype=bool))
 
 
 def test_rows_are_the_hidden_states_of_the_kept_positions_with_their_origin():
@@ -41,6 +41,16 @@ def test_rows_are_the_hidden_states_of_the_kept_positions_with_their_origin():
     assert rows.pos.tolist() == [p for _, p in kept]
     assert rows.token.tolist() == [int(given.tokens[s, p]) for s, p in kept]
     assert (rows.positions, rows.nonfinite, rows.outliers) == (60, 0, 0)
+
+
+def test_of_conversations_only_the_tokens_that_count_are_rows():
+    given = sequences()
+    given.counted[:, ::2] = False
+    rows = harvest(MODEL, ["resid_post.1"], sequences=given, config=HarvestConfig(context=10))
+    assert rows.pos.tolist() == 6 * [1, 3, 5, 7, 9] and rows.positions == 60
+    given.counted[:] = False
+    with pytest.raises(UserError, match="none of the assistant's tokens"):
+        harvest(MODEL, ["resid_post.1"], sequences=given, config=HarvestConfig(context=10))
 
 
 def broken(spoil: Callable[[Tensor], None]) -> Any:

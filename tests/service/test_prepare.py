@@ -25,9 +25,9 @@ def text(tmp_path: Path) -> Path:
     return tmp_path / "text.jsonl"
 
 
-def prepared(text: Path) -> Prepared:
+def prepared(text: Path, **keys: str) -> Prepared:
     return prepare(
-        model=ModelConfig(name="tiny-llama"), hook_points=["resid_post.0"], text=JsonlText(path=str(text)),
+        model=ModelConfig(name="tiny-llama"), hook_points=["resid_post.0"], text=JsonlText(path=str(text), **keys),
         harvest=load(HarvestConfig, HARVEST), folder=text.parent / "out" / "text",
         store_uri=str(text.parent / "store"), progress=lambda _: None,
     )  # fmt: skip
@@ -54,3 +54,20 @@ def test_a_store_is_not_filled_up_from_another_text_of_the_same_fingerprint(text
         file.unlink()
     with pytest.raises(UserError, match=r"store=.* holds something else \(extra: .*token_streams"):
         prepared(text)
+
+
+def test_a_store_of_conversations_says_which_tokens_are_rows(text):
+    said = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    turns = [[{"role": "user", "content": one[:9]}, {"role": "assistant", "content": one}] for one in said]
+    text.write_text("".join(json.dumps({"talk": talk}) + "\n" for talk in turns))
+    with pytest.raises(UserError, match="the model's tokenizer has no chat template"):
+        prepared(text, messages="talk")
+    template = text.parent / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    meta = prepared(text, messages="talk", template=str(template)).meta
+    assert meta.extra["turns"] == "assistant" and meta.extra["chat_template"]
+    with pytest.raises(UserError, match="store=.* holds something else"):
+        prepared(text, messages="talk", template=str(template), turns="all")
