@@ -49,7 +49,7 @@ def evaluate_loss(
 
 
 def _rebuilt(dictionary: Dictionary, rows: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
-    return dictionary.decode(dictionary.encode(rows.float()))
+    return dictionary.reconstruct(rows.float())
 
 
 def loss_figures(found: LossRecovered) -> Metrics:

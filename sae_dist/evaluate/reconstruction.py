@@ -41,7 +41,7 @@ def _sums(
     dictionary: Dictionary, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"], widths: Sequence[int]
 ) -> ReconstructionSums:
     active = dictionary.encode(x)
-    rebuilt = dictionary.decode(active)
+    rebuilt = dictionary.decode(active, x)
     return sums(target, rebuilt, active=active.indices, n_latents=dictionary.n_latents, widths=widths)
 
 

@@ -33,7 +33,8 @@ class Dictionary:
 
     A latent is active where it is among the k largest of its row (`signed`: by size, of any sign), or where it is above
     its `threshold` if there is one.
-    With `b_in` it is a transcoder: it reads x - b_in and rebuilds other activations than x, of `target_hook`.
+    With `b_in` it is a transcoder: it reads x - b_in and rebuilds other activations than x, of `target_hook`. With
+    `W_skip` it adds (x - b_in) W_skip to what the latents give, so that `decode` needs x, too.
     """
 
     parameters: Parameters
@@ -41,6 +42,13 @@ class Dictionary:
     info: Mapping[str, Any]
     threshold: Float[Tensor, " n_latents"] | None = None
     b_in: Float[Tensor, " d_in"] | None = None
+    W_skip: Float[Tensor, "d_in d_out"] | None = None
+
+    @property
+    def more(self) -> dict[str, Tensor]:
+        """The tensors that it has besides its parameters, by name."""
+        found = {"threshold": self.threshold, "b_in": self.b_in, "W_skip": self.W_skip}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @property
     def signed(self) -> bool:
@@ -66,17 +74,27 @@ class Dictionary:
         encode = sae_kernels.abs_topk_encode if self.signed else sae_kernels.topk_encode
         return sae_kernels.packed(encode(x.float(), W_enc, b_enc, centre, k=self.k))
 
-    def decode(self, active: Active) -> Float[Tensor, "batch d_out"]:
-        """x_hat, or the target's rows, from the active latents."""
+    def decode(self, active: Active, x: Float[Tensor, "batch d_in"] | None = None) -> Float[Tensor, "batch d_out"]:
+        """x_hat, or the target's rows, from the active latents and, with a skip connection, from x."""
         _, W_dec, _, b_dec = self.parameters
-        return sae_kernels.active_decode(active, W_dec, b_dec)
+        rebuilt = sae_kernels.active_decode(active, W_dec, b_dec)
+        return rebuilt if self.W_skip is None else rebuilt + self.skipped(x)
+
+    def skipped(self, x: Float[Tensor, "batch d_in"] | None) -> Float[Tensor, "batch d_out"]:
+        """What the skip connection adds; ValueError without an x."""
+        assert self.W_skip is not None and self.b_in is not None
+        if x is None:
+            raise ValueError("this dictionary has a skip connection: give `decode` the x that was encoded, too")
+        return (x.float() - self.b_in) @ self.W_skip
+
+    def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        """decode(encode(x), x)."""
+        return self.decode(self.encode(x), x)
 
 
 def save(dictionary: Dictionary, folder: Path) -> None:
     """Writes both files, each whole or not at all; config.json last, so that a folder with one is complete."""
-    own: dict[str, Tensor] = dictionary.parameters._asdict()
-    more = {"threshold": dictionary.threshold, "b_in": dictionary.b_in}
-    own |= {name: tensor for name, tensor in more.items() if tensor is not None}
+    own: dict[str, Tensor] = dictionary.parameters._asdict() | dictionary.more
     specs = _specs(dictionary.info)
     parts = ((s, 0, own[s.name].t() if s.stored_transposed else own[s.name]) for s in specs)
     write(folder, parts, specs=specs, sizes=dictionary.sizes, k=dictionary.k, info=dictionary.info)
@@ -165,7 +183,7 @@ def check(folder: Path) -> dict[str, Any]:
 
 def _specs(info: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     """The tensors of a dictionary that says this of itself."""
-    every = tensors(KINDS[info["variant"]](), transcodes="target_hook" in info)
+    every = tensors(KINDS[info["variant"]](), transcodes="target_hook" in info, skip=bool(info.get("skip")))
     return tuple(spec for spec in every if spec.exported)
 
 
@@ -199,4 +217,5 @@ def load(folder: Path) -> Dictionary:
     if W_enc.shape != (d_out if b_in is None else len(b_in), n_latents):
         raise UserError(f"{weights}: W_enc {list(W_enc.shape)} does not fit W_dec {list(parameters.W_dec.shape)}")
     assert all(t.dtype == torch.float32 for t in parameters)
-    return Dictionary(parameters=parameters, k=info["k"], info=info, threshold=own.get("threshold"), b_in=b_in)
+    more = {name: own.get(name) for name in ("threshold", "W_skip")}
+    return Dictionary(parameters=parameters, k=info["k"], info=info, b_in=b_in, **more)

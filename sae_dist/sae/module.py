@@ -17,8 +17,8 @@ class DictionaryModule(nn.Module):
     """x_hat = decode(encode(x)) on raw activations x [..., d_in].
 
     W_enc [d_in, n_latents], W_dec [n_latents, d_out], b_enc [n_latents], b_dec [d_out], and perhaps threshold
-    [n_latents] and b_in [d_in], are parameters without gradients (`requires_grad_()` gives them some). `info` is
-    config.json: variant, model, hook point, provenance.
+    [n_latents], b_in [d_in] and W_skip [d_in, d_out], are parameters without gradients (`requires_grad_()` gives them
+    some). `info` is config.json: variant, model, hook point, provenance.
     """
 
     W_enc: Tensor
@@ -27,10 +27,11 @@ class DictionaryModule(nn.Module):
     b_dec: Tensor
     threshold: Tensor | None
     b_in: Tensor | None
+    W_skip: Tensor | None
 
     def __init__(self, dictionary: Dictionary) -> None:
         super().__init__()
-        tensors = {**dictionary.parameters._asdict(), "threshold": dictionary.threshold, "b_in": dictionary.b_in}
+        tensors = dict.fromkeys(("threshold", "b_in", "W_skip")) | dictionary.parameters._asdict() | dictionary.more
         for name, tensor in tensors.items():
             parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, parameter)
@@ -57,9 +58,7 @@ class DictionaryModule(nn.Module):
         """The same as lists of active latents, computed without all others: for very many latents. fp32."""
         own = {name: parameter.detach().float() for name, parameter in self.named_parameters()}
         parameters = Parameters(*(own[name] for name in Parameters._fields))
-        return dataclasses.replace(
-            self._given, parameters=parameters, threshold=own.get("threshold"), b_in=own.get("b_in")
-        )
+        return dataclasses.replace(self._given, parameters=parameters, **{name: own[name] for name in self._given.more})
 
     def encode(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows n_latents"]:
         """The values of all latents, 0 where one is silent; in the dtype and on the device of the weights."""
@@ -73,14 +72,24 @@ class DictionaryModule(nn.Module):
         chosen = size.topk(min(self.k, self.n_latents), dim=-1).indices
         return torch.zeros_like(z).scatter(-1, chosen, values.gather(-1, chosen))
 
-    def decode(self, f: Float[Tensor, "*rows n_latents"]) -> Float[Tensor, "*rows d_out"]:
-        """x_hat, or the target's rows, from the values of all latents, also from ones that you have changed."""
-        return f.to(self.W_dec) @ self.W_dec + self.b_dec
+    def decode(
+        self, f: Float[Tensor, "*rows n_latents"], x: Float[Tensor, "*rows d_in"] | None = None
+    ) -> Float[Tensor, "*rows d_out"]:
+        """x_hat, or the target's rows, from the values of all latents, also from ones that you have changed.
+
+        A dictionary with a skip connection needs x, too.
+        """
+        rebuilt = f.to(self.W_dec) @ self.W_dec + self.b_dec
+        if self.W_skip is None:
+            return rebuilt
+        if x is None:
+            raise UserError("this dictionary has a skip connection: give decode(f, x) the x that was encoded, too")
+        return rebuilt + (x.to(self.W_skip) - self.b_in) @ self.W_skip
 
     def reconstruct(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
-        """decode(encode(x)), some rows at a time, in the dtype of x."""
+        """decode(encode(x), x), some rows at a time, in the dtype of x."""
         parts = x.reshape(-1, x.shape[-1]).split(max(1, DENSE // self.n_latents))
-        rebuilt = torch.cat([self.decode(self.encode(part)).to(x.dtype) for part in parts])
+        rebuilt = torch.cat([self.decode(self.encode(part), part).to(x.dtype) for part in parts])
         return rebuilt.reshape(*x.shape[:-1], rebuilt.shape[-1])
 
     forward = reconstruct

@@ -264,8 +264,13 @@ def evaluation_digest(config: RunConfig) -> str:
 
 
 def _members(job: RunConfig | TrainJob, *, transcodes: bool = False) -> tuple[Member, ...]:
+    if job.train.skip and not transcodes:
+        raise ValueError(
+            "train.skip=true without target_hook: a linear map from x to itself would rebuild x by itself; set "
+            "target_hook (of `train`), or train.skip=false"
+        )
     more = [*job.more_dictionaries, *twin_entries(job.twins, seed=job.seed)]
     return members(
         more, sae=job.sae, seed=job.seed, lr=job.train.lr, parameters=job.train.parameters, moments=job.train.moments,
-        transcodes=transcodes,
+        transcodes=transcodes, skip=job.train.skip,
     )  # fmt: skip

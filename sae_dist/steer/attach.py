@@ -81,8 +81,8 @@ def attach(
     own = on_device(dictionary, model.device)
     attached = Attached(_known(record, own), model.device)
 
-    def edit(y: Rows, active: Active) -> Rows:
-        kept = own.decode(active) if replace else y
+    def edit(y: Rows, active: Active, x: Rows) -> Rows:
+        kept = own.decode(active, x) if replace else y
         return kept + change(active, clamps, own.parameters.W_dec) if len(clamps.latents) else kept
 
     with positions(model) as present, _read(model, own, attached, _at(present, at), edit):
@@ -118,8 +118,7 @@ def on_device(dictionary: Dictionary, device: torch.device) -> Dictionary:
     """The dictionary with its weights where the model is; itself where they are there."""
     if dictionary.parameters.W_dec.device == device:
         return dictionary
-    moved = {name: None if own is None else own.to(device) for name in ("threshold", "b_in")
-             for own in [getattr(dictionary, name)]}  # fmt: skip
+    moved = {name: tensor.to(device) for name, tensor in dictionary.more.items()}
     parameters = type(dictionary.parameters)(*(tensor.to(device) for tensor in dictionary.parameters))
     return dataclasses.replace(dictionary, parameters=parameters, **moved)
 
@@ -134,24 +133,25 @@ def _read(
     dictionary: Dictionary,
     attached: Attached,
     chosen: Callable[[], Bool[Tensor, "batch context"]],
-    edit: Callable[[Rows, Active], Rows],
+    edit: Callable[[Rows, Active, Rows], Rows],
 ) -> Iterator[None]:
-    """Encodes what is read and edits what is rebuilt, which may be the same activations."""
+    """Encodes what is read and edits what is rebuilt, which may be the same activations; `edit` has both."""
     reads, writes = sites(dictionary)
     _check_fit(model, dictionary)
-    found: list[Active] = []
+    found: list[tuple[Active, Rows]] = []
 
     def read(x: Tensor) -> Tensor:
         with torch.no_grad():
-            found[:] = [dictionary.encode(x.detach().flatten(0, 1).float())]
-        attached._keep(found[0], x.shape[:2])
+            rows = x.detach().flatten(0, 1).float()
+            found[:] = [(dictionary.encode(rows), rows)]
+        attached._keep(found[0][0], x.shape[:2])
         return x
 
     def write(y: Tensor) -> Tensor:
         if not found:
             raise UserError(f"target_hook={writes} runs before hook={reads}; interventions need it to run afterwards")
         rows = y.float().flatten(0, 1)
-        edited = torch.where(chosen().flatten()[:, None], edit(rows, found.pop()), rows)
+        edited = torch.where(chosen().flatten()[:, None], edit(rows, *found.pop()), rows)
         return edited.view(y.shape)
 
     rewrites = {reads: lambda x: write(read(x))} if reads == writes else {reads: read, writes: write}

@@ -15,6 +15,7 @@ def identity(member: Member) -> dict[str, Any]:
         "sae.n_latents": member.sae.n_latents,
         "train.parameters": member.parameters,
         "train.moments": member.moments,
+        "train.skip": member.skip,
     }
 
 

@@ -27,6 +27,8 @@ class TrainConfig:
     init_rows: Annotated[int, Field(ge=2)] = 16_384  # rows that b_dec, W_enc and the input scale are estimated from
     # of a random row's direction in each initial decoder row, the rest is random; 0.8: Circuits Update, October 2025
     init_data_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    # with target_hook: a linear map from what is read to what is rebuilt, beside the latents (a skip-transcoder)
+    skip: bool = False
     # after these steps, dead latents begin anew at rows that are badly rebuilt (Bricken et al. 2023)
     resample_after: tuple[Annotated[int, Field(ge=1)], ...] = ()
     checkpoint_every: Annotated[int, Field(ge=1)] = 500  # steps

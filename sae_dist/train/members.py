@@ -49,11 +49,12 @@ class Member(NamedTuple):
     moments: MomentFormat = "float32"
     transcodes: bool = False  # what is rebuilt is not the input
     frozen: Frozen = "nothing"
+    skip: bool = False  # a linear map from what is read to what is rebuilt
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """Of its dictionary."""
-        return tensors(self.sae, transcodes=self.transcodes)
+        return tensors(self.sae, transcodes=self.transcodes, skip=self.skip)
 
     @property
     def prefix(self) -> str:
@@ -75,9 +76,10 @@ class Member(NamedTuple):
 def members(
     more: Sequence[Mapping[str, Any]], *, sae: SAEConfig, seed: int, lr: float | None = None,
     parameters: ParameterFormat = "float32", moments: MomentFormat = "float32", transcodes: bool = False,
+    skip: bool = False,
 ) -> tuple[Member, ...]:  # fmt: skip
     """The main dictionary and `more`, checked. UserError names the entry, the value and the cure."""
-    found = [Member(MAIN, sae, seed, lr, parameters, moments, transcodes)]
+    found = [Member(MAIN, sae, seed, lr, parameters, moments, transcodes, skip=skip)]
     for number, entry in enumerate(more):
         place = f"more_dictionaries.{number}"
         member = _member(place, entry, found[0])
@@ -144,4 +146,5 @@ def _member(place: str, entry: Mapping[str, Any], main: Member) -> Member:
         sae = load(SAEConfig, _shared(main.sae, changes.get("kind")) | changes)  # type: ignore[arg-type]  a union
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    return Member(own.name, sae, own.seed, own.lr, own.parameters, own.moments, main.transcodes, own.frozen)
+    given = (own.name, sae, own.seed, own.lr, own.parameters, own.moments)
+    return Member(*given, main.transcodes, own.frozen, main.skip)

@@ -46,9 +46,9 @@ def gradient_norm(sae: MeshStep, before: dict[str, Sampled]) -> float:
     squares = {
         name: Sampled((now.rows - beta * before[name].rows) / (1 - beta), now.of).square for name, now in after.items()
     }
-    of_b_dec = squares.pop(f"{FIRST}b_dec")  # on every rank; of the others each has a part
+    whole = [squares.pop(name) for name in (f"{FIRST}b_dec", f"{FIRST}W_skip") if name in squares]  # on every rank
     here = torch.stack(list(squares.values())).sum()
-    return float(ordered_sum(sae.mesh, sae.mesh.feature, here, name="norm") + of_b_dec) ** 0.5
+    return float(ordered_sum(sae.mesh, sae.mesh.feature, here, name="norm") + sum(whole)) ** 0.5
 
 
 def weight_norms(sae: MeshStep) -> dict[str, float]:

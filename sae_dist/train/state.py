@@ -12,7 +12,7 @@ from sae_dist.config import UserError, load
 from sae_dist.sae.config import resolved_k_aux
 from sae_dist.sae.initialize import initialize
 from sae_dist.sae.scale import Scale, Scales, latent_scale, scale_of
-from sae_dist.sae.variants.interface import Elementwise, TensorSpec, own_vectors, spec_of
+from sae_dist.sae.variants.interface import W_SKIP, Elementwise, TensorSpec, own_vectors, spec_of
 from sae_dist.train import guard as guards
 from sae_dist.train.checkpoint import Checkpoint, OwnedRows, RowSelector
 from sae_dist.train.checkpoint_identity import identity, refuse_others
@@ -23,6 +23,7 @@ from sae_dist.train.learner import Learner
 from sae_dist.train.members import Member, split_name
 from sae_dist.train.parallel.collectives import all_gather, ordered_sum
 from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.parallel.skip import Skip
 from sae_dist.train.parallel.step import MeshStep
 
 MIN_VARIANCE = 1e-9  # of the mean squared norm: below it, rows that are all the same differ by rounding only
@@ -185,7 +186,10 @@ def _initial(
     )  # fmt: skip
     own = sae.start(level) if isinstance(sae, Elementwise) else {}
     tensors = parameters._asdict() | {name: torch.full_like(parameters.b_enc, value) for name, value in own.items()}
-    return tensors if b_in is None else tensors | {"b_in": b_in}
+    if b_in is None:
+        return tensors
+    skip = {W_SKIP.name: b_in.new_zeros(len(b_in), len(parameters.b_dec))} if member.skip else {}
+    return tensors | {"b_in": b_in} | skip
 
 
 def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, mesh: Mesh, scales: Scales) -> MeshStep:
@@ -202,4 +206,5 @@ def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, me
     return MeshStep(
         shard, mesh, sae=sae, k_aux=k_aux, micro_batch=config.micro_batch, clip_norm=config.clip_norm,
         resamples=bool(config.resample_after), sites=len(scales.target.widths),
+        skip=Skip(own[W_SKIP.name], centre=own["b_in"]) if member.skip else None,
     )  # fmt: skip

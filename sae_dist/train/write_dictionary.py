@@ -36,7 +36,7 @@ def write_dictionary(
         "skipped_steps": learner.guard.skipped,
         "kernels": learner.sae.shard.backend_used,
         "trained_as": {"parameters": member.parameters, "moments": member.moments},  # the file is fp32
-    }
+    } | ({"skip": True} if member.skip else {})
     reasons = []
     for saved in [folder for folder in folders(storage, run_id) if step_of(folder) == step]:
         try:
@@ -68,5 +68,5 @@ def _parts(
         if any(block.name in wanted for block in file.blocks):
             for block, rows in read_file(storage, manifest, file).items():
                 if (spec := wanted.get(block.name)) is not None:
-                    part = spec.folded(rows.float(), scales)
+                    part = spec.folded(rows.float(), scales, first=block.start)
                     yield spec, block.start, part.expand(n_latents) if spec.role == "tracked" else part

@@ -1,5 +1,6 @@
 """A transcoder as a user trains it: hook= is read, target_hook= is rebuilt, whatever the kind of dictionary."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from sae_dist.cli.main import main
 from sae_dist.config import Stopped
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import TopK
+from sae_dist.sae.module import DictionaryModule
 from sae_dist.shards import reader
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.hooks import Hooks
@@ -76,12 +78,32 @@ def test_any_kind_learns_to_rebuild_another_hook_point(store, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["eval"]["fvu"] == summary["eval"]["fvu"]
 
 
-def test_stopped_and_repeated_it_ends_in_the_same_dictionary(store, tmp_path):
+def test_a_skip_transcoder_has_a_linear_map_beside_its_latents(store, tmp_path):
+    assert train(store, tmp_path / "run", "train.skip=true", "train.steps=80", "train.lr=2e-2") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    learned, held_out = dictionary.load(tmp_path / "run" / "dictionary"), rows_of(UNITS - 1)
+    x, target = held_out["resid_pre.3"], held_out["mlp_out.3"]
+    assert learned.info["skip"] is True and learned.W_skip is not None and bool(learned.W_skip.any())
+    active = learned.encode(x)
+    with pytest.raises(ValueError, match="has a skip connection: give `decode` the x"):
+        learned.decode(active)
+
+    def fvu(rebuilt: torch.Tensor) -> float:
+        return float((target - rebuilt).square().sum() / (target - target.mean(0)).square().sum())
+
+    assert fvu(learned.reconstruct(x)) == pytest.approx(summary["eval"]["fvu"], rel=1e-3)
+    assert fvu(learned.decode(active, x)) < 0.6 < fvu(dataclasses.replace(learned, W_skip=None).decode(active))
+    module = DictionaryModule(learned)
+    torch.testing.assert_close(module(x), learned.reconstruct(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_stopped_and_repeated_it_ends_in_the_same_dictionary(store, tmp_path, skip):
     def weights(out: Path, *stops: int) -> bytes:
         task = Task(
             reader.open(storage.open(str(store))), Hooks(("resid_pre.3",), ("mlp_out.3",)),
-            members=(Member(MAIN, TopK(n_latents=96, k=4), 0, transcodes=True),), config=CONFIG, order=ORDER, seed=0,
-            out=out,
+            members=(Member(MAIN, TopK(n_latents=96, k=4), 0, transcodes=True, skip=skip),), config=CONFIG,
+            order=ORDER, seed=0, out=out,
         )  # fmt: skip
         for at in stops:
             done = iter(range(10_000))
@@ -97,6 +119,7 @@ def test_stopped_and_repeated_it_ends_in_the_same_dictionary(store, tmp_path):
     ("keys", "message"),
     [
         (["target_hook=attn_out.3"], "target_hook=attn_out.3 of store={store}; choose one of resid_pre.3, mlp_out.3"),
+        (["target_hook=null", "train.skip=true"], "train.skip=true without target_hook"),
         (["target_hook=resid_pre.3"], "target_hook=resid_pre.3 is hook itself; leave it out"),
         (["sae.k=21", "sae.n_latents=64"], "sae.k=21 exceeds d_model=20"),
     ],

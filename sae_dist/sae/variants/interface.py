@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_dist.sae.scale import Scales
 
 Dim = Literal["d_in", "d_out", "n_latents"]
-Units = Literal["1", "x", "target", "z", "z / x", "target / z"]
+Units = Literal["1", "x", "target", "z", "z / x", "target / z", "target / x"]
 
 
 class Sizes(NamedTuple):
@@ -57,18 +57,22 @@ class TensorSpec(NamedTuple):
         """Whether memory and checkpoints store its transpose, whose rows are latents."""
         return self.dims == ("d_in", "n_latents")
 
-    def folded(self, part: Tensor, scales: Scales) -> Tensor:
-        """Folds in the scales: the tensor for raw rows, or latents of it, from the one trained on scaled rows.
+    def folded(self, part: Tensor, scales: Scales, *, first: int = 0) -> Tensor:
+        """Folds in the scales: the tensor for raw rows, or rows of it from `first` on, from the one for scaled rows.
 
-        A row of a matrix is a latent, also of W_enc.
+        A row of W_enc is a latent, too.
         With scales S of x and T of the target, a factor a dimension, z = (S x - b_in) W_enc + b_enc and T y_hat =
         z W_dec + b_dec. Therefore z / c = (x - b_in / S) (S / c) W_enc + b_enc / c and y_hat = (z / c) (c / T) W_dec +
         b_dec / T. Relu, top k and thresholds commute with the positive factor c. With one hook point c is T, and W_dec
         does not change. Where x itself is reconstructed, b_in is b_dec and T is S, so W_enc does not change either.
+        What W_skip adds to T y_hat, (S x - b_in) W_skip, is (x - b_in / S) S W_skip / T in y_hat.
         """
         part = part if self.minimum is None else part.clamp_min(self.minimum)
         s, t, c = scales.x.by_dim(part.device), scales.target.by_dim(part.device), scales.z
-        unit = {"1": 1.0, "x": s, "target": t, "z": c, "z / x": c / s, "target / z": t / c}[self.units]
+        if self.units == "target / x" and isinstance(s, Tensor):
+            s = s[first : first + len(part), None]
+        units = {"1": 1.0, "x": s, "target": t, "z": c, "z / x": c / s, "target / z": t / c, "target / x": t / s}
+        unit = units[self.units]
         return part if isinstance(unit, float) and unit == 1 else part / unit
 
 
@@ -81,6 +85,8 @@ AUTOENCODER = (
 # The centre of x where other rows are reconstructed, which b_dec is the centre of. Constant: b_enc can learn the rest.
 B_IN = TensorSpec("b_in", ("d_in",), units="x", role="fixed")
 
+# A linear map from x to what is rebuilt, beside the latents of a transcoder.
+W_SKIP = TensorSpec("W_skip", ("d_in", "d_out"), units="target / x")
 
 FREE_AUTOENCODER = (AUTOENCODER[0], AUTOENCODER[1]._replace(unit=False, initial_norm=0.1), *AUTOENCODER[2:])
 # What inference compares z with: one number for all latents, as in training (0 where the rule does not track it).
@@ -225,9 +231,9 @@ class Scheduled(Protocol):
         ...
 
 
-def tensors(variant: Variant, *, transcodes: bool) -> tuple[TensorSpec, ...]:
-    """All tensors of a dictionary of that kind, which perhaps rebuilds something else than its input."""
-    return (*variant.tensors, B_IN) if transcodes else variant.tensors
+def tensors(variant: Variant, *, transcodes: bool, skip: bool = False) -> tuple[TensorSpec, ...]:
+    """All tensors of a dictionary of that kind, which perhaps rebuilds something else than its input, with a skip."""
+    return (*variant.tensors, *([B_IN] if transcodes else []), *([W_SKIP] if skip else []))
 
 
 def own_vectors(variant: Variant) -> tuple[TensorSpec, ...]:

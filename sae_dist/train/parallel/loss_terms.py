@@ -37,6 +37,7 @@ class GlobalTerm(NamedTuple):
 
     loss: LossTerm
     errors: Float[Tensor, "batch d_out"]  # of the finished reconstruction
+    every: Float[Tensor, "batch d_out"]  # of nested reconstructions the weighted sum: d loss / d x_hat = scale * every
     lines: Lines | None
     values: Float[Tensor, "lines places"]  # in the reconstruction
     d_own: dict[str, Float[Tensor, "lines places"]]  # d loss / d the latents' own vectors
@@ -91,8 +92,8 @@ def gather_term(
     if backward is not None:
         values, *of_own = more
         loss, d_own = loss._replace(weights=scale * values), dict(zip(names, of_own, strict=True))
-    through = scale * (errors if nested is None else nested[:, 0]).sum(0)
-    return GlobalTerm(loss, errors, lines, values, d_own, through)
+    every = errors if nested is None else nested[:, 0]
+    return GlobalTerm(loss, errors, every, lines, values, d_own, scale * every.sum(0))
 
 
 def _of_lines(lines: Lines | None, errors: Tensor) -> Tensor:

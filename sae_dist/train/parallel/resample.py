@@ -36,6 +36,7 @@ def resample_(
     drawn = torch.multinomial(chance, n_dead, replacement=n_dead > few, generator=generator)
     before = sum(counts[: mesh.feature.rank])
     mine = drawn[before : before + len(dead)].to(x.device)
+    target = target if step.skip is None else target - step.skip.of(x)
     centre = shard.b_dec if shard.b_in is None else shard.b_in
     enc = torch.nn.functional.normalize(x[mine] - centre, dim=1) * (ENCODER * enc_norm)
     dec = torch.nn.functional.normalize(target[mine] - shard.b_dec, dim=1) * dec_norm

@@ -27,7 +27,7 @@ AuxK's list of dead latents, once for the norm when clipping, three times for ea
 twenty-five times for the cut of a batch. The update runs while the next batch is fetched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -62,6 +62,7 @@ from sae_dist.train.parallel.loss_terms import (
 )
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.reconstruct import Decoder
+from sae_dist.train.parallel.skip import Skip
 
 THRESHOLD_EMA = 0.1  # weight of a batch in the running mean of thresholds, at first 1 / steps; 0.01 lags behind
 
@@ -71,8 +72,8 @@ class MeshStep:
 
     `k_aux` is the whole dictionary's. `micro_batch`: rows encoded at once. `clip_norm`: the largest norm of the whole
     gradient. `resamples`: dead latents are to begin anew some time (resample.py). `sites`: hook points that are rebuilt
-    side by side, of equal widths where decoder norms are priced. All ranks call `forward`, `update_`, `dead_fraction`
-    and `gradients_are_finite` together.
+    side by side, of equal widths where decoder norms are priced. `skip`: of a dictionary that has one.
+    All ranks call `forward`, `update_`, `dead_fraction` and `gradients_are_finite` together.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class MeshStep:
         width: int | None = None,
         resamples: bool = False,
         sites: int = 1,
+        skip: Skip | None = None,
     ) -> None:
         self.shard, self.mesh, self.sae, self.n_latents, self.k_aux = shard, mesh, sae, sae.n_latents, k_aux
-        self._sites = sites
+        self._sites, self.skip, self._d_skip = sites, skip, None
         self.latents = mesh.latents(sae.n_latents)
         assert len(self.latents) == shard.n_latents, f"{shard.n_latents} latents, not {len(self.latents)}"
         self.clip_norm = clip_norm
@@ -141,6 +143,8 @@ class MeshStep:
         stages, scale = self.shard.stages, error_scale(len(x), variance)
         rows, target = stages.rows(x), (x if target is None else target).float()
         decoder = Decoder(self.shard, self.mesh, sae, self._chooser, sites=self._sites)
+        if self.skip is not None:
+            target = target - self.skip.of(x)
         main = decoder.local_term(self._choose(rows, sae, decoder.own), target)
         row, silence = None, None
         if isinstance(sae, CostlySilence):
@@ -161,11 +165,13 @@ class MeshStep:
             squared_errors[1] = terms[1].errors.square().sum()
         self._d_own = own_vector_gradients(term, n_latents=len(self.latents))
         save_for_backward_(stages, rows, terms, self._linear_gradients(decoder, row, silence))
+        if self.skip is not None:
+            self._d_skip = self.skip.gradient(x, term.every, scale=scale)
         self._through_decoder, self.errors = term.through_decoder, term.errors if self._keeps_errors else None
         active = term.values != 0  # a pair may be silent
         if isinstance(sae, Nested) and sae.nesting.finished < len(sae.nesting.weights) - 1:
             active &= decoder.group(term.loss.selected) <= sae.nesting.finished
-        gradients = [*(term.loss.d_z for term in terms), *self._d_own.values()]
+        gradients = [*(term.loss.d_z for term in terms), *self._d_own.values(), *self._whole_gradients()]
         fired = fired_rows(term.loss.selected.indices, active, n_latents=len(self.latents))
         outcome = exchange_counts(
             self.mesh, self.shard, fired, active.sum(), gradients, torch.stack(squared_errors), tokens=len(x)
@@ -192,9 +198,11 @@ class MeshStep:
         else:
             gradients = stages.row_gradients()
             d_b_dec = self._d_b_dec(gradients.through_centre)
-            factor = self._clip(*gradients[:3], d_b_dec, *self._d_own.values())
+            factor = self._clip(*gradients[:3], d_b_dec, *self._whole_gradients(), own=self._d_own.values())
             stages.update_latents_(RowGradients(*(g * factor for g in gradients)), hyper)
         stages.update_b_dec_(d_b_dec * factor, hyper)
+        if self.skip is not None and self._d_skip is not None:
+            self.skip.update_(self._d_skip * factor, hyper)
         self.shard.update_vectors_({name: d * factor for name, d in self._d_own.items()}, hyper, rates=self._rates)
 
     def count_(self, fired: Int[Tensor, " n_latents"], *, tokens: int) -> None:
@@ -219,16 +227,19 @@ class MeshStep:
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's part of all state, as tensors that share memory with this object.
 
-        Everything is split by latents, except b_dec and its moments, b_in, the number of steps and the threshold, which
-        are equal on all ranks.
+        Everything is split by latents, except b_dec and its moments, b_in, W_skip and its moments, the number of steps
+        and the threshold, which are equal on all ranks.
         """
-        return self.shard.state_dict() | ({} if self.threshold is None else {"threshold": self.threshold})
+        whole = {} if self.skip is None else self.skip.state_dict()
+        return self.shard.state_dict() | whole | ({} if self.threshold is None else {"threshold": self.threshold})
 
     def load_state_dict_(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies in this rank's part of a `state_dict` of this or any other mesh."""
         rest = dict(tensors)
         if self.threshold is not None:
             self.threshold.copy_(rest.pop("threshold"))
+        if self.skip is not None:
+            self.skip.load_(rest)
         self.shard.load_state_dict_(rest)
         self._dead = None
 
@@ -277,10 +288,16 @@ class MeshStep:
             return self._through_decoder
         return self._through_decoder - ordered_sum(self.mesh, self.mesh.feature, through, name="b_dec")
 
-    def _clip(self, enc: Tensor, dec: Tensor, b_enc: Tensor, b_dec: Tensor, *own: Tensor) -> float:
+    def _whole_gradients(self) -> list[Tensor]:
+        """Those of matrices that every rank has whole."""
+        return [] if self._d_skip is None else [self._d_skip]
+
+    def _clip(self, enc: Tensor, dec: Tensor, b_enc: Tensor, *whole: Tensor, own: Iterable[Tensor] = ()) -> float:
         """What the gradient is multiplied by so that its norm over the whole mesh is at most `clip_norm`."""
         assert self.clip_norm is not None
         here = torch.stack([g.double().square().sum() for g in (enc, dec, b_enc, *own)]).sum()
-        square = ordered_sum(self.mesh, self.mesh.feature, here, name="norm") + b_dec.double().square().sum()
+        square = ordered_sum(self.mesh, self.mesh.feature, here, name="norm")
+        for gradient in whole:  # b_dec first
+            square = square + gradient.double().square().sum()
         self.gradient_norm = norm = float(square) ** 0.5
         return min(self.clip_norm / max(norm, 1e-30), 1.0)

@@ -35,6 +35,7 @@ from sae_dist.sae.variants.interface import spec_of
 from sae_dist.train.config import MeshConfig
 from sae_dist.train.parallel import step as steps
 from sae_dist.train.parallel.mesh import Mesh, connect
+from sae_dist.train.parallel.skip import Skip
 from sae_dist.train.parallel.step import MeshStep
 
 
@@ -62,6 +63,7 @@ class Case:
     backend: Backend = "auto"
     variance: float = 3.0
     sites: int = 1  # hook points that are rebuilt side by side
+    skip: bool = False  # a linear map from x to the target, beside the latents
 
     @property
     def sae(self) -> SAEConfig:
@@ -99,6 +101,9 @@ CASES = (
         "transcoder": EXACT,
         "transcoder_batch": replace(EXACT, kind=BatchTopK, width=3),
         "transcoder_jump": replace(EXACT, kind=JumpReLU),
+        "skip": replace(EXACT, skip=True),
+        "skip_nested": replace(EXACT_KINDS["matryoshka_topk"], skip=True),
+        "skip_clipped": Case(steps=12, d_out=11, dead_after_tokens=100, clip_norm=0.5, skip=True),
         "transcoder_kernels": replace(EXACT, product_dtype=torch.bfloat16),
         "transcoder_long": Case(steps=12, d_out=11, dead_after_tokens=100, clip_norm=0.5),
         "long": Case(steps=200),
@@ -159,7 +164,10 @@ def parameters(case: Case) -> dict[str, torch.Tensor]:
             torch.randint(-1, 2, (case.n_latents, d), generator=generator).float() for d in (case.d_model, case.d_out)
         )
         given["W_enc"] = W_enc.t()
-    return given | {"W_dec": W_dec, "b_dec": torch.ones(case.d_out), "b_in": -torch.ones(case.d_model)}
+    given |= {"W_dec": W_dec, "b_dec": torch.ones(case.d_out), "b_in": -torch.ones(case.d_model)}
+    if case.skip:
+        given["W_skip"] = torch.randint(-1, 2, (case.d_model, case.d_out), generator=generator).float()
+    return given
 
 
 def vectors(case: Case) -> dict[str, torch.Tensor]:
@@ -204,7 +212,9 @@ def target_of(case: Case, step: int) -> torch.Tensor | None:
 def gradients(step: MeshStep) -> dict[str, torch.Tensor]:
     """Those of the last forward pass, of this rank's part."""
     enc, dec, b_enc, through = step.shard.stages.row_gradients()
-    return {"W_enc": enc.t(), "W_dec": dec, "b_enc": b_enc, "b_dec": step._d_b_dec(through), **step._d_own}
+    return {"W_enc": enc.t(), "W_dec": dec, "b_enc": b_enc, "b_dec": step._d_b_dec(through), **step._d_own} | (
+        {} if step._d_skip is None else {"W_skip": step._d_skip}
+    )
 
 
 def one_step(
@@ -237,7 +247,7 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
     step = MeshStep(
         shard, mesh, sae=case.sae, k_aux=case.k_aux,
         micro_batch=case.micro_batch, clip_norm=case.clip_norm, two_rounds=case.two_rounds, width=case.width,
-        sites=case.sites,
+        sites=case.sites, skip=Skip(whole["W_skip"], centre=whole["b_in"]) if case.skip else None,
     )  # fmt: skip
     if case.data == "integers":
         shard.tokens_since_fired[::2] = 10

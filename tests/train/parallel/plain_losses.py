@@ -26,6 +26,9 @@ def by_autograd(case: Case) -> dict[str, Tensor]:
     target = x if target is None else target.double()
     leaves = {name: tensor.requires_grad_() for name, tensor in given.items()}
     centre = leaves["b_dec"] if b_in is None else b_in
+    if case.skip:
+        assert b_in is not None
+        target = target - (x - b_in) @ leaves["W_skip"]
     z = reference.pre_activations(x, leaves["W_enc"], leaves["b_enc"], centre)
     squared, residual, cost = errors_and_cost(case, z, target, leaves)
     aux, dead = torch.zeros(()), torch.arange(case.n_latents) % 2 == 0

@@ -15,7 +15,7 @@ SLOW = ["long", "batch_long"]
 FAST = [  # a bf16 product rounds what 1e-8 has moved
     name for name, case in CASES.items() if name not in SLOW and case.product_dtype == torch.float32
 ]
-REPLICATED = ("b_dec", "first.b_dec", "second.b_dec", "b_in")  # and what is one number
+REPLICATED = ("b_dec", "first.b_dec", "second.b_dec", "b_in", "W_skip")  # and what is one number
 
 
 def on_mesh(folder: Path, data: int, feature: int, cases: list[str]) -> dict[str, list[dict]]:

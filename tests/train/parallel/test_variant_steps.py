@@ -14,7 +14,7 @@ from tests.train.parallel.mesh_steps import CASES, EXACT, EXACT_KINDS, OTHER_KIN
 from tests.train.parallel.plain_losses import by_autograd
 from tests.train.parallel.test_step import on_mesh, whole
 
-ONE = ["transcoder", "transcoder_batch", "transcoder_jump", *EXACT_KINDS, *OTHER_KINDS]
+ONE = ["skip", "skip_nested", "transcoder", "transcoder_batch", "transcoder_jump", *EXACT_KINDS, *OTHER_KINDS]
 
 
 def check(found: dict[str, torch.Tensor], case: Case) -> None:
