@@ -6,12 +6,13 @@ With `x` the residual stream entering layer L and `x'` the one leaving it:
 |----------------|-------------------------------------------------------------------------------------------------|
 | `resid_pre.L`  | `x`, the input of layer L (`resid_pre.0` is the embedding, scaled as the model scales it)       |
 | `attn_out.L`   | what attention adds to the stream: after its output projection and, where there is one, the norm |
-| `mlp_act.L`    | the MLP's hidden activations: the input of its down projection                                  |
+| `mlp_act.L`    | the MLP's hidden activations: the input of its down projection (not in a mixture of experts)    |
 | `mlp_out.L`    | what the MLP adds to the stream: after its down projection and, where there is one, the norm    |
 | `resid_post.L` | `x' = x + attn_out.L + mlp_out.L`, the output of layer L, before any final norm                 |
 
-The last line holds for every family below, sequential (Llama, GPT-2) or parallel (GPT-NeoX, Phi); `resid_post.L` is
-`resid_pre.L+1`. One exception is known: OPT-350m normalises the stream itself after each addition.
+The last line holds for every family below, sequential (Llama, GPT-2) or parallel (GPT-NeoX, Phi, Cohere);
+`resid_post.L` is `resid_pre.L+1`. One exception is known: OPT-350m normalises the stream itself after each addition.
+Where a family scales what it adds (Granite) or adds inside its modules (BLOOM), only the ends of layers have names.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,29 +27,41 @@ class LayerPaths(NamedTuple):
 
     attn_out: str
     mlp_out: str
-    mlp_act: str
+    mlp_act: str | None  # None: experts that a token is sent to have activations of their own
 
 
 _LLAMA = LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.down_proj")
+_EXPERTS = LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act=None)
+_GPT_J = LayerPaths(attn_out="attn", mlp_out="mlp", mlp_act="mlp.fc_out")
 _POST_NORM = LayerPaths(
     attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm", mlp_act="mlp.down_proj"
 )
 
 FAMILIES: Mapping[str, LayerPaths] = {  # by `model_type`; a test checks the identity above for each
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "phi3": _LLAMA,
-    "gemma": _LLAMA,
+    **dict.fromkeys(
+        (
+            "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "olmo", "smollm3", "glm", "stablelm", "helium",
+            "nemotron", "ernie4_5", "seed_oss", "apertus", "cohere", "cohere2",
+        ),
+        _LLAMA,
+    ),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3"), _EXPERTS),
     "gemma2": _POST_NORM,
     "gemma3_text": _POST_NORM,
     "olmo2": _POST_NORM,
+    "olmo3": _POST_NORM,
+    "exaone4": _POST_NORM,
+    "glm4": LayerPaths("post_self_attn_layernorm", "post_mlp_layernorm", "mlp.down_proj"),
     "gpt2": LayerPaths(attn_out="attn", mlp_out="mlp", mlp_act="mlp.c_proj"),
+    "gpt_neo": LayerPaths(attn_out="attn", mlp_out="mlp", mlp_act="mlp.c_proj"),
+    "gptj": _GPT_J,
+    "codegen": _GPT_J,
+    "starcoder2": LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.c_proj"),
+    "persimmon": LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.dense_4h_to_h"),
     "gpt_neox": LayerPaths(attn_out="attention", mlp_out="mlp", mlp_act="mlp.dense_4h_to_h"),
     "phi": LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.fc2"),
     "opt": LayerPaths(attn_out="self_attn", mlp_out="fc2", mlp_act="fc2"),
-}
+}  # fmt: skip
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:

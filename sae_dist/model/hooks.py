@@ -197,9 +197,10 @@ def _unflatten(x: Tensor, shape: Sequence[int]) -> Activations:
 
 
 def _kinds(model: PreTrainedModel) -> list[str]:
-    if layer_paths(model) is None:  # inputs and outputs of layers are the same in all families; what is inside is not
+    inside = layer_paths(model)
+    if inside is None:  # inputs and outputs of layers are the same in all families; what is inside is not
         return ["resid_pre", "resid_post"]
-    return ["resid_pre", "attn_out", "mlp_act", "mlp_out", "resid_post"]
+    return ["resid_pre", "attn_out", *(["mlp_act"] if inside.mlp_act else []), "mlp_out", "resid_post"]
 
 
 def _title(model: PreTrainedModel) -> str:

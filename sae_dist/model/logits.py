@@ -26,7 +26,7 @@ def unembedding(model: PreTrainedModel) -> Float[Tensor, "d_model vocab"]:
     which do not depend on the direction.
     """
     head = _head(model)
-    W_U = head.weight.float().T
+    W_U = head.weight.float().T * _scale(model)
     project_out = getattr(decoder(model), "project_out", None)
     if isinstance(project_out, nn.Linear):  # OPT-350m: its embeddings are narrower than d_model
         W_U = project_out.weight.float().T @ W_U
@@ -56,15 +56,15 @@ def next_token_loss(
     Logits are computed for a few positions at a time: [batch, context, vocab] never exists in fp32.
     """
     if layer_paths(model) is None:  # an unknown family may transform its logits: take all of them from the model
-        states, unembed, cap = model(input_ids=tokens, use_cache=False).logits, nn.Identity(), None
+        states, unembed, cap, scale = model(input_ids=tokens, use_cache=False).logits, nn.Identity(), None, 1.0
     else:
         states, unembed = decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state, _head(model)
-        cap = getattr(decoder(model).config, "final_logit_softcapping", None)
+        cap, scale = getattr(decoder(model).config, "final_logit_softcapping", None), _scale(model)
     targets = tokens[:, 1:].flatten()
     rows = states[:, :-1].flatten(0, 1)  # a matrix: for three dims torch would copy W_U for every sequence
     losses = []
     for part, target in zip(rows.split(_CHUNK_ROWS), targets.split(_CHUNK_ROWS), strict=True):
-        logits = unembed(part)
+        logits = unembed(part) * scale
         if cap is not None:  # Gemma 2 squashes its logits
             logits = torch.tanh(logits / cap) * cap
         losses.append(F.cross_entropy(logits.float(), target, reduction="none"))
@@ -79,6 +79,11 @@ def check_direct_path(model: PreTrainedModel, hook: str) -> None:
         raise UserError(f"hook={hook} is not in the residual stream")
     _head(model)
     _final_norm(model)
+
+
+def _scale(model: PreTrainedModel) -> float:
+    """By which Cohere's models multiply their logits."""
+    return getattr(decoder(model).config, "logit_scale", None) or 1.0
 
 
 def _head(model: PreTrainedModel) -> nn.Linear:

@@ -7,7 +7,8 @@ from transformers import BartConfig, BartForCausalLM, BloomConfig, BloomForCausa
 
 from sae_dist.config import UserError
 from sae_dist.model import cost, hooks
-from sae_dist.model.families import layers
+from sae_dist.model.families import layer_paths, layers
+from tests.model.conftest import random_model
 from tests.model.families import OTHERS, other
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -47,20 +48,21 @@ def test_the_last_resid_post_is_before_the_final_norm(family, tokens):
 
 def test_attention_and_mlp_outputs_add_up_to_the_stream(family, tokens):
     got = hooks.capture(family, tokens, hooks.available(family))
-    assert len(got) == 15
+    assert len(got) == 3 * (4 if layer_paths(family).mlp_act is None else 5)
     for layer in range(3):
         parts = [got[f"{kind}.{layer}"] for kind in ("resid_pre", "attn_out", "mlp_out")]
         torch.testing.assert_close(sum(parts), got[f"resid_post.{layer}"], **SUMS)
         assert all(part.shape == (3, 7, 32) and part.std() > 1e-3 for part in parts)
 
 
-def test_mlp_act_is_what_the_down_projection_multiplies(family, tokens):
+def test_mlp_act_is_what_the_down_projection_multiplies(dense_family, tokens):
+    family = dense_family
     inside = family.get_submodule(next(n for n, m in family.named_modules() if m is layers(family)[1]))
     mlp = getattr(inside, "mlp", inside)
-    down = next(getattr(mlp, n) for n in ("down_proj", "c_proj", "dense_4h_to_h", "fc2") if hasattr(mlp, n))
+    down = next(getattr(mlp, n) for n in ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out") if hasattr(mlp, n))
     path = next(n for n, m in family.named_modules() if m is down)
     got = hooks.capture(family, tokens, ["mlp_act.1", path])
-    d_mlp = 128 if family.config.model_type == "gpt2" else 40
+    d_mlp = 128 if family.config.model_type in ("gpt2", "gptj", "codegen", "gpt_neo") else 40
     assert got["mlp_act.1"].shape == (3, 7, d_mlp) and hooks.width(family, "mlp_act.1") == d_mlp
     torch.testing.assert_close(down(got["mlp_act.1"]), got[path], **SUMS)
 
@@ -98,9 +100,14 @@ def test_splicing_in_another_run_moves_everything_downstream(family, tokens):
     torch.testing.assert_close(spliced, family(other).logits, **SUMS)
 
 
-def test_zeroed_hidden_activations_leave_only_the_bias(family, tokens):
-    with hooks.replace(family, {"mlp_act.0": torch.zeros_like}):
-        got = hooks.capture(family, tokens, ["mlp_act.0", "mlp_out.0"])
+def test_a_mixture_of_experts_has_no_hidden_activations_of_all_tokens():
+    with pytest.raises(UserError, match="it has resid_pre.L attn_out.L mlp_out.L resid_post.L with L from 0 to 2"):
+        hooks.resolve(random_model("mixtral"), "mlp_act.0")
+
+
+def test_zeroed_hidden_activations_leave_only_the_bias(dense_family, tokens):
+    with hooks.replace(dense_family, {"mlp_act.0": torch.zeros_like}):
+        got = hooks.capture(dense_family, tokens, ["mlp_act.0", "mlp_out.0"])
     assert not got["mlp_act.0"].any()
     torch.testing.assert_close(got["mlp_out.0"], got["mlp_out.0"][:1, :1].expand(3, 7, -1), **EXACT)
 

@@ -11,11 +11,19 @@ from sae_dist.model import hooks, logits
 from tests.model.families import OTHERS, other
 
 
+def subtracts_the_mean(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.LayerNorm) or type(norm).__name__ in (
+        "CohereLayerNorm",
+        "Cohere2LayerNorm",
+        "OlmoLayerNorm",
+    )
+
+
 def test_the_stream_through_the_unembedding_gives_the_logits(family, tokens):
     """Differences between positions, for constants (norm and head biases) are left out of the matrix."""
     x = hooks.capture(family, tokens, ["resid_post.2"])["resid_post.2"]
     norm = next(m for n, m in family.get_decoder().named_children() if n in ("norm", "ln_f") or n.startswith("final_"))
-    scale = x.std(-1, correction=0) if isinstance(norm, nn.LayerNorm) else x.square().mean(-1).sqrt()
+    scale = x.std(-1, correction=0) if subtracts_the_mean(norm) else x.square().mean(-1).sqrt()
     got = x @ logits.unembedding(family) / scale[..., None]
     want = family(tokens).logits
     if family.config.model_type == "gemma2":
@@ -51,7 +59,7 @@ def test_no_direct_path_is_said(name, hook, why):
 
 def test_a_layer_norm_ignores_the_mean_of_a_direction(family):
     centred = logits.unembedding(family).mean(0).abs().max() < 1e-6
-    assert centred == any(isinstance(m, nn.LayerNorm) for m in family.modules())
+    assert centred == any(map(subtracts_the_mean, family.modules()))
 
 
 def test_the_unembedding_of_narrow_embeddings_takes_the_projection_along(tokens):
