@@ -24,7 +24,7 @@ from sae_dist.service.config import absolute_uri
 from sae_dist.service.submit.job import Job
 from sae_dist.service.submit.schedulers import Scheduler, render, submit
 
-PLACES = ("out", "store", "text.path", "train.checkpoints", "train.cache")  # folders, files or URIs
+PLACES = ("out", "store", "text.path", "text.template", "train.checkpoints", "train.cache")  # folders, files or URIs
 
 
 @frozen
@@ -99,6 +99,12 @@ def _places(config: Any) -> dict[str, str]:
     """The folders, files and URIs that a configuration names, as every machine finds them."""
     values = to_dict(config.with_absolute_paths())
     places = {key: absolute_uri(place) for key in PLACES if (place := _leaf(values, key))}
+    for source in _leaf(values, "text.sources") or ():
+        for key in ("path", "template"):
+            if source["kind"] != "huggingface" and (place := source.get(key)) and not Path(place).is_absolute():
+                raise UserError(
+                    f"text.sources: {key}: {place} is relative, and a job has another folder; write it whole"
+                )
     if _leaf(values, "text.kind") == "huggingface":
         places.pop("text.path", None)
     if _leaf(values, "model.name") != _leaf(to_dict(config), "model.name"):  # a folder

@@ -1,21 +1,21 @@
-"""The documents of the configured text source, and a fingerprint of them."""
+"""The documents of the configured text, and a fingerprint of them."""
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, assert_never
+from typing import Annotated
 
 from pydantic import Field
 
-from sae_dist.config import digest
-from sae_dist.text import builtin, files, huggingface, jsonl, parquet
-from sae_dist.text.builtin import BuiltinText
+from sae_dist.config import UserError, digest
+from sae_dist.text import mixture, single
+from sae_dist.text.chat import Conversations
 from sae_dist.text.document import Document, clean
-from sae_dist.text.files import FilesText
-from sae_dist.text.huggingface import HuggingfaceText
-from sae_dist.text.jsonl import JsonlText
-from sae_dist.text.parquet import ParquetText
+from sae_dist.text.mixture import MixtureText
+from sae_dist.text.single import BuiltinText, FilesText, HuggingfaceText, JsonlText, ParquetText
 
-TextConfig = Annotated[BuiltinText | FilesText | JsonlText | ParquetText | HuggingfaceText, Field(discriminator="kind")]
+TextConfig = Annotated[
+    BuiltinText | FilesText | JsonlText | ParquetText | HuggingfaceText | MixtureText, Field(discriminator="kind")
+]
 
 
 def documents(config: TextConfig, *, seed: int | None = None, counts: Counter[str] | None = None) -> Iterator[Document]:
@@ -28,36 +28,28 @@ def documents(config: TextConfig, *, seed: int | None = None, counts: Counter[st
     of a sorted corpus is a sample of it.
     """
     counts = Counter() if counts is None else counts
-    match config:
-        case BuiltinText():
-            found = builtin.documents(config)
-        case FilesText():
-            found = files.documents(config, seed, counts)
-        case JsonlText():
-            found = jsonl.documents(config, seed)
-        case ParquetText():
-            found = parquet.documents(config, seed)
-        case HuggingfaceText():
-            found = huggingface.documents(config, seed)
-        case _:
-            assert_never(config)
+    if isinstance(config, MixtureText):
+        found = mixture.documents(config, seed, counts)
+    else:
+        found = single.documents(config, seed, counts)
     for document in found:
         yield from clean(document, counts)
 
 
 def fingerprint(config: TextConfig) -> str:
     """Changes with the text, its order, its sources and its labels, but not when a folder is moved."""
-    match config:
-        case BuiltinText():
-            known = builtin.fingerprint(config)
-        case FilesText():
-            known = files.fingerprint(config)
-        case JsonlText():
-            known = jsonl.fingerprint(config)
-        case ParquetText():
-            known = parquet.fingerprint(config)
-        case HuggingfaceText():
-            known = huggingface.fingerprint(config)
-        case _:
-            assert_never(config)
-    return digest([config.kind, known])
+    if isinstance(config, MixtureText):
+        if not config.sources:
+            raise UserError("text=mixture has no text.sources; give 'text.sources=[{kind: jsonl, path: a.jsonl}, ...]'")
+        return digest(mixture.fingerprint(config))
+    return digest(single.fingerprint(config))
+
+
+def conversations(config: TextConfig) -> Conversations | None:
+    """How conversations are read; None where all documents are texts. UserError where sources disagree."""
+    sources = config.sources if isinstance(config, MixtureText) else (config,)
+    chats = [source for source in sources if isinstance(source, Conversations) and source.messages]
+    for other in chats[1:]:
+        if (other.turns, other.template) != (chats[0].turns, chats[0].template):
+            raise UserError("text.sources with conversations differ in turns or template; give all of them the same")
+    return chats[0] if chats else None

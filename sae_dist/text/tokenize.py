@@ -14,7 +14,7 @@ from sae_dist import checksums
 from sae_dist.config import UserError, digest
 from sae_dist.locks import file_lock
 from sae_dist.text import corpus
-from sae_dist.text.chat import ChatTemplate, ChatTokenizer, Conversations, Encoded
+from sae_dist.text.chat import ChatTemplate, ChatTokenizer, Encoded
 from sae_dist.text.corpus import TextConfig
 from sae_dist.text.document import Document
 from sae_dist.text.split import SplitDocument, TextTally, shortage, split_documents
@@ -130,9 +130,8 @@ def tokenize(
 
 def chat_template(config: TextConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
     """What renders the text's conversations; None for a text of documents."""
-    if isinstance(config, Conversations) and config.messages:
-        return ChatTemplate(cast(ChatTokenizer, tokenizer), config)
-    return None
+    found = corpus.conversations(config)
+    return None if found is None else ChatTemplate(cast(ChatTokenizer, tokenizer), found)
 
 
 class _Sizes(NamedTuple):
@@ -209,8 +208,12 @@ def _encoded(
             yield Encoded(ids, [True] * len(ids))
         return
     for item in batch:
-        assert item.document.messages is not None
-        yield template.encode(item.document.messages, item.document.source)
+        document = item.document
+        if document.messages is None:  # of a mixture of texts and conversations
+            (ids,) = _encode(tokenizer, [document.text])
+            yield Encoded(ids, [True] * len(ids))
+        else:
+            yield template.encode(document.messages, document.source)
 
 
 def _shuffled(found: Iterable[Document], seed: int) -> Iterator[Document]:

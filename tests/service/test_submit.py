@@ -71,6 +71,7 @@ def test_the_local_command_goes_to_ray_with_absolute_places_and_a_name_that_foll
         ([*TRAIN, "scheduler=ray", "address=127.0.0.1:6379"], "is not that of a dashboard"),
         ([*TRAIN, "scheduler=ray", "address=http://me:secret@head:8265"], "is not that of a dashboard"),
         ([*TRAIN, *RAY, "tries=0"], "tries=0: give 1 or more"),
+        (["run", "text=mixture", "text.sources=[{kind: jsonl, path: a.jsonl}]", *RAY], "path: a.jsonl is relative"),
         ([*TRAIN, *RAY, "partition=gpu"], "partition= is a key of scheduler=slurm, not of scheduler=ray"),
         ([*TRAIN, *RAY, "adress=x"], "those of scheduler=ray are address, follow"),
         ([*TRAIN, *RAY, "train.batch=none"], "train.batch='none': give a whole number"),

@@ -18,9 +18,10 @@ from sae_dist.text.corpus import Document, TextConfig, documents, fingerprint
 from sae_dist.text.files import FilesText
 from sae_dist.text.huggingface import HuggingfaceText
 from sae_dist.text.jsonl import JsonlText
+from sae_dist.text.mixture import MixtureText
 from sae_dist.text.parquet import ParquetText
 
-KINDS = {c().kind: c for c in (BuiltinText, FilesText, JsonlText, ParquetText, HuggingfaceText)}
+KINDS = {c().kind: c for c in (BuiltinText, FilesText, JsonlText, ParquetText, HuggingfaceText, MixtureText)}
 
 
 @pytest.fixture
