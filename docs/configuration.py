@@ -17,6 +17,7 @@ from sae_dist.config import CONF_DIR
 PAGE = Path(__file__).with_suffix(".md")
 REQUIRED = {
     "harvest": ["store"], "train": ["store"], "evaluate": ["out"], "pages": ["out"], "sync": ["out"],
+    "export": ["out", "format", "to"], "import": ["path", "format", "out"],
     "store": ["action", "store"], "submit": ["command", "scheduler.address"],
 }  # fmt: skip
 KINDS = {  # groups that hold keys, by the command that has them

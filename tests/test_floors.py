@@ -13,7 +13,7 @@ FLOORS = (  # lowest first; packages on one floor do not know each other
     {"faults", "allocator", "cache_folder", "checksums", "locks", "network", "parallel", "system_errors"},
     {"storage", "monitor", "run_files"},
     {"text", "model", "shards", "sae"},
-    {"harvest", "train", "evaluate", "interpret"},
+    {"harvest", "train", "evaluate", "interpret", "formats"},
     {"plan", "sweep", "steer"},
     {"service"},
     {"cli"},

@@ -31,6 +31,8 @@ COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "plan": "memory, traffic, tokens/s, storage and price of a run before it is started",
     "submit": "a command as a job on a Ray cluster, Slurm, Kubernetes, SkyPilot or torchrun",
     "jobs": "the jobs that were submitted: list, follow, stop",
+    "export": "a dictionary as another tool's files: SAELens, sparsify, dictionary_learning, circuit-tracer, ...",
+    "import": "a dictionary from another tool's files: those, Gemma Scope, Llama Scope, Qwen-Scope, OpenAI",
     "store": "ls, stats, verify, gc, import, copy of activation stores",
 }
 BAD_INPUT, STOPPED = 2, 75

@@ -38,7 +38,7 @@ class Dictionary:
     """
 
     parameters: Parameters
-    k: int
+    k: int | None  # latents a token: exact, in the mean or expected; None where an import with thresholds does not say
     info: Mapping[str, Any]
     threshold: Float[Tensor, " n_latents"] | None = None
     b_in: Float[Tensor, " d_in"] | None = None
@@ -71,6 +71,7 @@ class Dictionary:
         centre = b_dec if self.b_in is None else self.b_in
         if self.threshold is not None:
             return sae_kernels.threshold_encode(x.float(), W_enc, b_enc, centre, theta=self.threshold)
+        assert self.k is not None
         encode = sae_kernels.abs_topk_encode if self.signed else sae_kernels.topk_encode
         return sae_kernels.packed(encode(x.float(), W_enc, b_enc, centre, k=self.k))
 
@@ -102,7 +103,7 @@ def save(dictionary: Dictionary, folder: Path) -> None:
 
 def write(
     folder: Path, parts: Iterable[tuple[TensorSpec, int, Tensor]], *, specs: Iterable[TensorSpec], sizes: Sizes,
-    k: int, info: Mapping[str, Any],
+    k: int | None, info: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Writes a dictionary from parts (spec, first latent, fp32 rows), of which one is in memory at a time.
 

@@ -68,6 +68,7 @@ class DictionaryModule(nn.Module):
         z = (x.to(self.W_enc) - (self.b_dec if self.b_in is None else self.b_in)) @ self.W_enc + self.b_enc
         if self.threshold is not None:
             return torch.where((z > self.threshold) & (z > 0), z, 0)
+        assert self.k is not None
         values, size = (z, z.abs()) if self._given.signed else (z.relu(), z)
         chosen = size.topk(min(self.k, self.n_latents), dim=-1).indices
         return torch.zeros_like(z).scatter(-1, chosen, values.gather(-1, chosen))
