@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (  # lowest first; packages on one floor do not know each other
     {"sae_kernels"},
     {"config"},
-    {"faults", "allocator", "cache_folder", "checksums", "locks", "network", "parallel", "system_errors"},
+    {"faults", "allocator", "cache_folder", "checksums", "locks", "network", "parallel", "progress", "system_errors"},
     {"storage", "monitor", "run_files"},
     {"text", "model", "shards", "sae"},
     {"harvest", "train", "evaluate", "interpret", "formats"},

@@ -1,18 +1,16 @@
 """Copies a store from one storage to another, unit by unit and verified; run it again to resume."""
 
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from sae_dist import faults
 from sae_dist.config import UserError
+from sae_dist.progress import logged
 from sae_dist.shards import format, records, writer
 from sae_dist.shards.commits import COMMIT_BYTES, Commit, ShardFile
 from sae_dist.shards.reader import Store
 from sae_dist.shards.records import CorruptData
 from sae_dist.storage import Bytes, Storage
-
-logger = logging.getLogger(__name__)
 
 
 class Copied(NamedTuple):
@@ -37,7 +35,8 @@ def copy(source: Store, target: Storage, *, threads: int = 4) -> Copied:
     retired = [unit for unit in commits if format.retired_key(unit) in gone]
     todo = [commit for unit, commit in commits.items() if unit not in done and unit not in retired]
     with ThreadPoolExecutor(threads) as pool:
-        sizes = list(pool.map(lambda commit: _copy_unit(source, target, commit), todo))
+        copying = pool.map(lambda commit: _copy_unit(source, target, commit), todo)
+        sizes = list(logged(copying, "copied", len(todo)))
     for entry in source.storage.list("manifest/"):
         target.create(entry.key, _record(source.storage, entry.key, format.manifest_bytes(source.meta)))
     return Copied(len(todo), sum(sizes), len(commits) - len(todo) - len(retired), len(retired))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import xxhash
 
 from sae_dist.config import UserError
+from sae_dist.progress import logged
 from sae_dist.shards import commits as commit_files
 from sae_dist.shards import format
 from sae_dist.shards.commits import Commit, ShardFile
@@ -58,7 +59,7 @@ def verify(store: Store, *, threads: int = 4) -> Verification:
         (unit, shard) for unit, commit in commits.items() if unit not in retired for shard in commit.shards.values()
     ]
     with ThreadPoolExecutor(threads) as pool:
-        problems = pool.map(lambda job: _problem(store, job[1]), jobs)
+        problems = logged(pool.map(lambda job: _problem(store, job[1]), jobs), "verified", len(jobs), of="files")
         bad += [
             BadObject(unit, shard.key, problem)
             for (unit, shard), problem in zip(jobs, problems, strict=True)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from sae_dist import config
+from sae_dist.progress import logged
 from sae_dist.shards import writer
 from sae_dist.shards.format import DType, StoreMeta
 from sae_dist.shards.imports.config import ImportConfig
@@ -31,10 +32,10 @@ def import_store(storage: Storage, settings: ImportConfig) -> Store:
     meta = _meta(source, plan, settings)
     kept = norm_bound(source, settings)
     store = writer.create(storage, meta)
+    todo = [unit for unit in range(plan.units) if store.commit(unit) is None]
     left_out = sum(
         _write_unit(store, unit, source, plan.ranges(unit), kept, settings)
-        for unit in range(plan.units)
-        if store.commit(unit) is None
+        for unit in logged(todo, "imported", len(todo))
     )
     if left_out:
         logger.warning(
@@ -59,7 +60,6 @@ def _write_unit(
         store, unit, {settings.hook: x}, doc=doc, pos=zeros, token=zeros, max_nonfinite=settings.max_nonfinite,
         left_out=too_long,
     )  # fmt: skip
-    logger.info("unit %d of %d: %d rows", unit + 1, store.meta.n_units, len(doc))
     return too_long
 
 
