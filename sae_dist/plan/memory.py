@@ -47,6 +47,8 @@ def memory(work: Workload, machine: Holding) -> list[MemoryItem]:
     shared = [shared_bytes(member, machine) for member in work.members]
     batch = sum(held for held, _ in each) - sum(shared) + max(shared)
     phase = max(phase for _, phase in each)
+    if work.masked:  # gradients of both matrices, dense
+        phase = max(phase, max(8 * member.latents * d_model for member in work.members))
     largest = max(member.latents for member in work.members)
     kernels = [member for member in work.members if member.kernels(machine.backend) != "torch"]
     copies = 2 * sum(member.latents for member in kernels) * d_model

@@ -32,6 +32,7 @@ class Workload(NamedTuple):
     slice_rows: int = 8192
     stored_bytes: int = 2  # an element of a stored row
     store_rows: int = 0  # rows of the store, 0 where unknown
+    masked: bool = False  # latents of layers, whose gradients are made dense to be masked
     state: StateOptions = StateOptions()  # how weights and moments are stored
     others: "tuple[Workload, ...]" = ()  # other dictionaries over the same batches
 
@@ -118,5 +119,6 @@ def workload(
     return Workload(
         sae=sae, d_model=d_model, batch=train.batch, data=data, feature=feature,
         dead=round(dead_fraction * sae.n_latents), steps=train.n_steps, init_rows=train.init_rows, lanes=order.lanes,
-        window=order.window, slice_rows=slice_rows, stored_bytes=stored_bytes, store_rows=store_rows, state=state,
+        window=order.window, slice_rows=slice_rows, stored_bytes=stored_bytes, store_rows=store_rows,
+        masked=train.cross_layer, state=state,
     )  # fmt: skip

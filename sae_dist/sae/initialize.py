@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_dist.sae.blocks import Blocks
+
 BLOCK = 1024  # latents whose initial decoder rows come from one random generator
 
 
@@ -92,6 +94,7 @@ def initialize(
     total: Callable[[Tensor], Tensor] = lambda part: part,
     norm: float = 1.0,
     data_weight: float = 0.0,
+    blocks: Blocks | None = None,
 ) -> Initialization:
     """Tied initialisation: random unit decoder rows, W_enc = c W_dec^T, b_enc = 0, b_dec = geometric median of x.
 
@@ -105,6 +108,7 @@ def initialize(
     row's largest values to the k-th largest over all parts, and `total` sums a tensor over all parts.
     Decoder rows get that `norm`, and the encoder what makes up for it. With a `data_weight` p, the direction of a row
     is p times that of a random row of the sample, centred, + 1 - p times a random one (Circuits Update, October 2025).
+    With `blocks`, rows have norm 1 in what their latents read and write, and are 0 elsewhere.
     """
     latents, wanted = range(n_latents) if latents is None else latents, x if target is None else target
     # The same rows on every device.
@@ -116,6 +120,10 @@ def initialize(
         of_data = random_numbers("data", latents, below=len(x), seed=seed).to(x.device)
         W_dec = _blended(W_dec, wanted[of_data] - b_dec, weight=data_weight)
         enc = W_dec if target is None else _blended(enc, x[of_data] - b_in, weight=data_weight)
+    if blocks is not None:
+        numbers = torch.arange(latents.start, latents.stop, device=x.device)
+        enc = torch.nn.functional.normalize(blocks.enc_(enc.clone(), numbers), dim=1)
+        W_dec = torch.nn.functional.normalize(blocks.dec_(W_dec.clone(), numbers), dim=1)
     every = slice(None, None, max(len(x) // 512, 1))
     sample = (x[every] - b_in).double()  # the ratio of two mean norms: 512 rows give it to a few per cent
     size = (wanted[every] - b_dec).double().norm(dim=-1).mean()

@@ -56,6 +56,7 @@ class RunConfig:
         if self.out is not None:
             local_folder("out", self.out)
         _check_cache(self.train, self.store_uri)
+        _check_layers(self, self.hooks, self.hooks)
         _ = self.members  # a wrong entry is refused here
         ahead, round_units = self.harvest.ahead_units, self.order.round_units
         per_unit = self.harvest.unit_sequences * (self.harvest.context - self.harvest.rows.drop_first)
@@ -183,6 +184,7 @@ class TrainJob:
     def __post_init__(self) -> None:
         local_folder("out", self.out)
         _check_cache(self.train, absolute_uri(self.store))
+        _check_layers(self, names(self.hook or ()), names(self.target_hook or self.hook or ()))
         if self.target_hook is not None and self.hook is not None and names(self.target_hook) == names(self.hook):
             raise ValueError(
                 f"target_hook={'+'.join(names(self.target_hook))} is hook itself; leave it out: an autoencoder "
@@ -263,6 +265,22 @@ def evaluation_digest(config: RunConfig) -> str:
     return digest([to_dict(config)[part] for part in ("evaluate", "pages")])
 
 
+def _check_layers(job: RunConfig | TrainJob, reads: tuple[str, ...], writes: tuple[str, ...]) -> None:
+    """ValueError where a cross-layer dictionary has no layers, or a layer has no latents."""
+    if not job.train.cross_layer:
+        return
+    if len(reads) < 2 or len(reads) != len(writes):
+        raise ValueError(
+            f"train.cross_layer=true with {len(reads)} hook points that are read and {len(writes)} that are rebuilt; "
+            "give hook and target_hook as many, two or more, in the order of layers"
+        )
+    least = min(member.sae.n_latents for member in job.members)
+    if least < len(reads):
+        raise ValueError(
+            f"sae.n_latents={least} for {len(reads)} layers of train.cross_layer=true; give each a latent at least"
+        )
+
+
 def _members(job: RunConfig | TrainJob, *, transcodes: bool = False) -> tuple[Member, ...]:
     if job.train.skip and not transcodes:
         raise ValueError(
@@ -272,5 +290,5 @@ def _members(job: RunConfig | TrainJob, *, transcodes: bool = False) -> tuple[Me
     more = [*job.more_dictionaries, *twin_entries(job.twins, seed=job.seed)]
     return members(
         more, sae=job.sae, seed=job.seed, lr=job.train.lr, parameters=job.train.parameters, moments=job.train.moments,
-        transcodes=transcodes, skip=job.train.skip,
+        transcodes=transcodes, skip=job.train.skip, cross_layer=job.train.cross_layer,
     )  # fmt: skip

@@ -16,6 +16,7 @@ def identity(member: Member) -> dict[str, Any]:
         "train.parameters": member.parameters,
         "train.moments": member.moments,
         "train.skip": member.skip,
+        "train.cross_layer": member.cross_layer,
     }
 
 

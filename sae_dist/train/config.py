@@ -29,6 +29,9 @@ class TrainConfig:
     init_data_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     # with target_hook: a linear map from what is read to what is rebuilt, beside the latents (a skip-transcoder)
     skip: bool = False
+    # with as many hook points in hook as in target_hook: latents of layer l read the l-th alone, and write the l-th and
+    # all after it (a cross-layer transcoder); matrices are stored whole
+    cross_layer: bool = False
     # after these steps, dead latents begin anew at rows that are badly rebuilt (Bricken et al. 2023)
     resample_after: tuple[Annotated[int, Field(ge=1)], ...] = ()
     checkpoint_every: Annotated[int, Field(ge=1)] = 500  # steps

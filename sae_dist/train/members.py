@@ -50,6 +50,7 @@ class Member(NamedTuple):
     transcodes: bool = False  # what is rebuilt is not the input
     frozen: Frozen = "nothing"
     skip: bool = False  # a linear map from what is read to what is rebuilt
+    cross_layer: bool = False  # latents of layer l read hook point l, and write it and all after it
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -76,10 +77,10 @@ class Member(NamedTuple):
 def members(
     more: Sequence[Mapping[str, Any]], *, sae: SAEConfig, seed: int, lr: float | None = None,
     parameters: ParameterFormat = "float32", moments: MomentFormat = "float32", transcodes: bool = False,
-    skip: bool = False,
+    skip: bool = False, cross_layer: bool = False,
 ) -> tuple[Member, ...]:  # fmt: skip
     """The main dictionary and `more`, checked. UserError names the entry, the value and the cure."""
-    found = [Member(MAIN, sae, seed, lr, parameters, moments, transcodes, skip=skip)]
+    found = [Member(MAIN, sae, seed, lr, parameters, moments, transcodes, skip=skip, cross_layer=cross_layer)]
     for number, entry in enumerate(more):
         place = f"more_dictionaries.{number}"
         member = _member(place, entry, found[0])
@@ -147,4 +148,4 @@ def _member(place: str, entry: Mapping[str, Any], main: Member) -> Member:
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     given = (own.name, sae, own.seed, own.lr, own.parameters, own.moments)
-    return Member(*given, main.transcodes, own.frozen, main.skip)
+    return Member(*given, main.transcodes, own.frozen, main.skip, main.cross_layer)

@@ -9,6 +9,7 @@ from sae_kernels.shard import Shard
 from torch import Tensor
 
 from sae_dist.config import UserError, load
+from sae_dist.sae.blocks import Blocks
 from sae_dist.sae.config import resolved_k_aux
 from sae_dist.sae.initialize import initialize
 from sae_dist.sae.scale import Scale, Scales, latent_scale, scale_of
@@ -66,7 +67,8 @@ def initial_state(
         target, of_target, variance = _scaled(target, sides[-1])
     scales = Scales(scale, of_target, latent_scale(of_target))
     learners = tuple(
-        Learner(m, _step(_initial(x, target, m, config, mesh), m, config, mesh, scales), Guard()) for m in members
+        Learner(m, _step(_initial(x, target, m, config, mesh, scales), m, config, mesh, scales), Guard())
+        for m in members
     )
     return TrainState(0, learners, scales, variance, 0, 0, source, 0.0)
 
@@ -168,7 +170,7 @@ def _transposed(tensors: Mapping[str, Tensor], member: Member) -> dict[str, Tens
 
 def _initial(
     x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"] | None, member: Member, config: TrainConfig,
-    mesh: Mesh,
+    mesh: Mesh, scales: Scales,
 ) -> dict[str, Tensor]:  # fmt: skip
     """This rank's part of a dictionary's initial tensors, from scaled rows."""
     sae, k = member.sae, member.sae.k
@@ -183,6 +185,7 @@ def _initial(
         x, target=target, n_latents=sae.n_latents, k=k, seed=member.seed, latents=mesh.latents(sae.n_latents), kth=kth,
         total=lambda part: ordered_sum(mesh, mesh.feature, part, name="initialize"),
         norm=spec_of(sae, "W_dec").initial_norm, data_weight=config.init_data_weight,
+        blocks=_blocks(member, scales),
     )  # fmt: skip
     own = sae.start(level) if isinstance(sae, Elementwise) else {}
     tensors = parameters._asdict() | {name: torch.full_like(parameters.b_enc, value) for name, value in own.items()}
@@ -190,6 +193,11 @@ def _initial(
         return tensors
     skip = {W_SKIP.name: b_in.new_zeros(len(b_in), len(parameters.b_dec))} if member.skip else {}
     return tensors | {"b_in": b_in} | skip
+
+
+def _blocks(member: Member, scales: Scales) -> Blocks | None:
+    """What the latents of a cross-layer dictionary read and write."""
+    return Blocks(scales.x.widths, scales.target.widths, member.sae.n_latents) if member.cross_layer else None
 
 
 def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, mesh: Mesh, scales: Scales) -> MeshStep:
@@ -206,5 +214,6 @@ def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, me
     return MeshStep(
         shard, mesh, sae=sae, k_aux=k_aux, micro_batch=config.micro_batch, clip_norm=config.clip_norm,
         resamples=bool(config.resample_after), sites=len(scales.target.widths),
+        blocks=_blocks(member, scales),
         skip=Skip(own[W_SKIP.name], centre=own["b_in"]) if member.skip else None,
     )  # fmt: skip

@@ -36,7 +36,7 @@ def write_dictionary(
         "skipped_steps": learner.guard.skipped,
         "kernels": learner.sae.shard.backend_used,
         "trained_as": {"parameters": member.parameters, "moments": member.moments},  # the file is fp32
-    } | ({"skip": True} if member.skip else {})
+    } | {name: True for name in ("skip", "cross_layer") if getattr(member, name)}
     reasons = []
     for saved in [folder for folder in folders(storage, run_id) if step_of(folder) == step]:
         try:

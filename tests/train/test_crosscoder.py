@@ -38,9 +38,7 @@ def rows_of(unit: int) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("store")
+def full_store(place: Path) -> Path:
     meta = StoreMeta(
         model="made", hooks=HOOKS, n_units=UNITS, heldout_units=1, unit_rows=ROWS, slice_rows=128, dtype="float32"
     )
@@ -48,6 +46,11 @@ def store(tmp_path_factory) -> Path:
     for unit in range(UNITS):
         write_unit(made, unit, rows_of(unit), doc=ids, pos=ids, token=ids)
     return place
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return full_store(tmp_path_factory.mktemp("store"))
 
 
 def train(store: Path, out: Path, *more: str) -> int:

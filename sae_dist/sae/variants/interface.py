@@ -69,10 +69,21 @@ class TensorSpec(NamedTuple):
         """
         part = part if self.minimum is None else part.clamp_min(self.minimum)
         s, t, c = scales.x.by_dim(part.device), scales.target.by_dim(part.device), scales.z
-        if self.units == "target / x" and isinstance(s, Tensor):
-            s = s[first : first + len(part), None]
-        units = {"1": 1.0, "x": s, "target": t, "z": c, "z / x": c / s, "target / z": t / c, "target / x": t / s}
-        unit = units[self.units]
+        match self.units:
+            case "1":
+                return part
+            case "x":
+                unit = s
+            case "target":
+                unit = t
+            case "z":
+                unit = c
+            case "z / x":
+                unit = c / s
+            case "target / z":
+                unit = t / c
+            case "target / x":
+                unit = t / (s[first : first + len(part), None] if isinstance(s, Tensor) else s)
         return part if isinstance(unit, float) and unit == 1 else part / unit
 
 

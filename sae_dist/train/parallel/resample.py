@@ -38,8 +38,12 @@ def resample_(
     mine = drawn[before : before + len(dead)].to(x.device)
     target = target if step.skip is None else target - step.skip.of(x)
     centre = shard.b_dec if shard.b_in is None else shard.b_in
-    enc = torch.nn.functional.normalize(x[mine] - centre, dim=1) * (ENCODER * enc_norm)
-    dec = torch.nn.functional.normalize(target[mine] - shard.b_dec, dim=1) * dec_norm
+    enc, dec = x[mine] - centre, target[mine] - shard.b_dec
+    if step.blocks is not None:
+        numbers = dead + step.latents.start
+        enc, dec = step.blocks.enc_(enc, numbers), step.blocks.dec_(dec, numbers)
+    enc = torch.nn.functional.normalize(enc, dim=1) * (ENCODER * enc_norm)
+    dec = torch.nn.functional.normalize(dec, dim=1) * dec_norm
     step.begin_anew_(dead, enc=enc, dec=dec)
     return n_dead
 

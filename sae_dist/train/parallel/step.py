@@ -36,6 +36,7 @@ from sae_kernels.shard import Shard, is_finite
 from sae_kernels.stages import LinearGradients, RowGradients
 from torch import Tensor
 
+from sae_dist.sae.blocks import Blocks
 from sae_dist.sae.variants.interface import (
     NORM,
     CostlySilence,
@@ -72,7 +73,8 @@ class MeshStep:
 
     `k_aux` is the whole dictionary's. `micro_batch`: rows encoded at once. `clip_norm`: the largest norm of the whole
     gradient. `resamples`: dead latents are to begin anew some time (resample.py). `sites`: hook points that are rebuilt
-    side by side, of equal widths where decoder norms are priced. `skip`: of a dictionary that has one.
+    side by side, of equal widths where decoder norms are priced. `skip`, `blocks`: of a dictionary that has
+    them.
     All ranks call `forward`, `update_`, `dead_fraction` and `gradients_are_finite` together.
     """
 
@@ -90,15 +92,16 @@ class MeshStep:
         resamples: bool = False,
         sites: int = 1,
         skip: Skip | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
         self.shard, self.mesh, self.sae, self.n_latents, self.k_aux = shard, mesh, sae, sae.n_latents, k_aux
-        self._sites, self.skip, self._d_skip = sites, skip, None
+        self._sites, self.skip, self._d_skip, self.blocks = sites, skip, None, blocks
         self.latents = mesh.latents(sae.n_latents)
         assert len(self.latents) == shard.n_latents, f"{shard.n_latents} latents, not {len(self.latents)}"
         self.clip_norm = clip_norm
         self._fused = (
             mesh.world.size == 1 and micro_batch is None and isinstance(sae.rule, Top) and not sae.rule.signed
-            and not isinstance(sae, Elementwise | Nested) and shard.b_in is None and not resamples
+            and not isinstance(sae, Elementwise | Nested) and shard.b_in is None and not resamples and blocks is None
         )  # fmt: skip
         self._chooser = Chooser(
             shard, mesh, latents=self.latents, n_latents=sae.n_latents, at_once=micro_batch, two_rounds=two_rounds,
@@ -193,17 +196,28 @@ class MeshStep:
             self.shard.update_(gradients, lr=lr)
             return
         stages, hyper, factor = self.shard.stages, self.shard.begin_update_(lr), 1.0
-        if self.clip_norm is None:
+        if self.clip_norm is None and self.blocks is None:
             d_b_dec = self._d_b_dec(stages.update_latents_(None, hyper))
         else:
-            gradients = stages.row_gradients()
+            gradients = self.row_gradients()
             d_b_dec = self._d_b_dec(gradients.through_centre)
-            factor = self._clip(*gradients[:3], d_b_dec, *self._whole_gradients(), own=self._d_own.values())
-            stages.update_latents_(RowGradients(*(g * factor for g in gradients)), hyper)
+            if self.clip_norm is not None:
+                factor = self._clip(*gradients[:3], d_b_dec, *self._whole_gradients(), own=self._d_own.values())
+                gradients = RowGradients(*(g * factor for g in gradients))
+            stages.update_latents_(gradients, hyper)
         stages.update_b_dec_(d_b_dec * factor, hyper)
         if self.skip is not None and self._d_skip is not None:
             self.skip.update_(self._d_skip * factor, hyper)
         self.shard.update_vectors_({name: d * factor for name, d in self._d_own.items()}, hyper, rates=self._rates)
+
+    def row_gradients(self) -> RowGradients:
+        """The dense gradients of this rank's rows, from the last `forward`."""
+        gradients = self.shard.stages.row_gradients()
+        if self.blocks is not None:
+            latents = torch.arange(self.latents.start, self.latents.stop, device=gradients.enc.device)
+            enc, dec = self.blocks.enc_(gradients.enc, latents), self.blocks.dec_(gradients.dec, latents)
+            gradients = gradients._replace(enc=enc, dec=dec)
+        return gradients
 
     def count_(self, fired: Int[Tensor, " n_latents"], *, tokens: int) -> None:
         """Adds the batch's tokens to the silence of every latent of this rank that fired on no row."""

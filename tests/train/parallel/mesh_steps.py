@@ -17,6 +17,7 @@ import torch.distributed as dist
 from sae_kernels.reference import StepStatistics, unit_norm
 from sae_kernels.shard import Backend, Shard
 
+from sae_dist.sae.blocks import Blocks
 from sae_dist.sae.config import (
     AbsTopK,
     BatchTopK,
@@ -63,6 +64,7 @@ class Case:
     backend: Backend = "auto"
     variance: float = 3.0
     sites: int = 1  # hook points that are rebuilt side by side
+    blocks: Blocks | None = None  # of a cross-layer dictionary
     skip: bool = False  # a linear map from x to the target, beside the latents
 
     @property
@@ -101,6 +103,9 @@ CASES = (
         "transcoder": EXACT,
         "transcoder_batch": replace(EXACT, kind=BatchTopK, width=3),
         "transcoder_jump": replace(EXACT, kind=JumpReLU),
+        "cross_layer": replace(EXACT, blocks=Blocks((8, 4, 4), (4, 4, 4), 24)),
+        "cross_layer_batch": replace(EXACT, kind=BatchTopK, blocks=Blocks((8, 8), (6, 6), 24), skip=True),
+        "cross_layer_long": Case(steps=12, dead_after_tokens=100, clip_norm=0.5, blocks=Blocks((8, 8), (8, 8), 97)),
         "skip": replace(EXACT, skip=True),
         "skip_nested": replace(EXACT_KINDS["matryoshka_topk"], skip=True),
         "skip_clipped": Case(steps=12, d_out=11, dead_after_tokens=100, clip_norm=0.5, skip=True),
@@ -144,6 +149,18 @@ CASES = (
 
 
 def parameters(case: Case) -> dict[str, torch.Tensor]:
+    """Before the first step; of a cross-layer dictionary, 0 outside of its blocks."""
+    given = _dense_parameters(case)
+    if case.blocks is not None:
+        latents = torch.arange(case.n_latents)
+        given["W_enc"] = case.blocks.enc_(given["W_enc"].t().clone(), latents).t()
+        given["W_dec"] = case.blocks.dec_(given["W_dec"], latents)
+        if case.data != "integers":
+            given["W_dec"] = unit_norm(given["W_dec"])
+    return given
+
+
+def _dense_parameters(case: Case) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     W_dec = unit_norm(torch.randn(case.n_latents, case.d_model, generator=generator))
     b_enc = 0.05 * torch.randn(case.n_latents, generator=generator)
@@ -211,7 +228,7 @@ def target_of(case: Case, step: int) -> torch.Tensor | None:
 
 def gradients(step: MeshStep) -> dict[str, torch.Tensor]:
     """Those of the last forward pass, of this rank's part."""
-    enc, dec, b_enc, through = step.shard.stages.row_gradients()
+    enc, dec, b_enc, through = step.row_gradients()
     return {"W_enc": enc.t(), "W_dec": dec, "b_enc": b_enc, "b_dec": step._d_b_dec(through), **step._d_own} | (
         {} if step._d_skip is None else {"W_skip": step._d_skip}
     )
@@ -248,6 +265,7 @@ def train(case: Case, mesh: Mesh) -> dict[str, object]:
         shard, mesh, sae=case.sae, k_aux=case.k_aux,
         micro_batch=case.micro_batch, clip_norm=case.clip_norm, two_rounds=case.two_rounds, width=case.width,
         sites=case.sites, skip=Skip(whole["W_skip"], centre=whole["b_in"]) if case.skip else None,
+        blocks=case.blocks,
     )  # fmt: skip
     if case.data == "integers":
         shard.tokens_since_fired[::2] = 10

@@ -26,14 +26,18 @@ def by_autograd(case: Case) -> dict[str, Tensor]:
     target = x if target is None else target.double()
     leaves = {name: tensor.requires_grad_() for name, tensor in given.items()}
     centre = leaves["b_dec"] if b_in is None else b_in
+    p, latents = dict(leaves), torch.arange(case.n_latents)
+    if case.blocks is not None:  # what is outside does not exist
+        p["W_enc"] = p["W_enc"] * case.blocks.enc_(torch.ones(case.n_latents, x.shape[1]), latents).t()
+        p["W_dec"] = p["W_dec"] * case.blocks.dec_(torch.ones(case.n_latents, target.shape[1]), latents)
     if case.skip:
         assert b_in is not None
         target = target - (x - b_in) @ leaves["W_skip"]
-    z = reference.pre_activations(x, leaves["W_enc"], leaves["b_enc"], centre)
-    squared, residual, cost = errors_and_cost(case, z, target, leaves)
+    z = reference.pre_activations(x, p["W_enc"], p["b_enc"], centre)
+    squared, residual, cost = errors_and_cost(case, z, target, p)
     aux, dead = torch.zeros(()), torch.arange(case.n_latents) % 2 == 0
     if case.data == "integers":
-        aux = reference.aux_k(residual, z, leaves["W_dec"], dead, k_aux=case.k_aux)
+        aux = reference.aux_k(residual, z, p["W_dec"], dead, k_aux=case.k_aux)
     loss = (squared + aux / 32) / (case.batch * case.variance) + cost
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 

@@ -14,7 +14,8 @@ from tests.train.parallel.mesh_steps import CASES, EXACT, EXACT_KINDS, OTHER_KIN
 from tests.train.parallel.plain_losses import by_autograd
 from tests.train.parallel.test_step import on_mesh, whole
 
-ONE = ["skip", "skip_nested", "transcoder", "transcoder_batch", "transcoder_jump", *EXACT_KINDS, *OTHER_KINDS]
+TRANSCODERS = ["transcoder", "transcoder_batch", "transcoder_jump", "skip", "skip_nested"]
+ONE = ["cross_layer", "cross_layer_batch", *TRANSCODERS, *EXACT_KINDS, *OTHER_KINDS]
 
 
 def check(found: dict[str, torch.Tensor], case: Case) -> None:
