@@ -22,7 +22,7 @@ CONFIG, WEIGHTS, VERSION = (
     "cfg.json",
     "sae_weights.safetensors",
     "6.54.12",
-)  # the version whose reader this was tried on
+)  # the version whose layout this is
 PLAIN = ("W_enc", "W_dec", "b_enc", "b_dec")
 GATED = ("W_enc", "W_dec", "b_gate", "b_mag", "r_mag", "b_dec")
 KINDS = {  # architecture: (our kind, tensors)
