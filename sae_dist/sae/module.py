@@ -83,7 +83,7 @@ class DictionaryModule(nn.Module):
         rebuilt = f.to(self.W_dec) @ self.W_dec + self.b_dec
         if self.W_skip is None:
             return rebuilt
-        if x is None:
+        if x is None or self.b_in is None:
             raise UserError("this dictionary has a skip connection: give decode(f, x) the x that was encoded, too")
         return rebuilt + (x.to(self.W_skip) - self.b_in) @ self.W_skip
 

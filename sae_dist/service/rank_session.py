@@ -50,7 +50,9 @@ def chosen_hooks(store: Store, job: TrainJob) -> Hooks:
             if name not in there:
                 raise UserError(f"{key}={name} of store={store.storage.uri}; choose one of {', '.join(there)}")
     if hooks.writes and hooks.rebuilds_input:
-        raise UserError(f"target_hook={there[0]} is the only hook point of store={store.storage.uri}; leave it out")
+        raise UserError(
+            f"target_hook={job.target_hook} is the only hook point of store={store.storage.uri}; leave it out"
+        )
     check(hooks, store.meta, store.storage.uri)
     return hooks
 
