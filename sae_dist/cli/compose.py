@@ -20,7 +20,7 @@ from sae_dist.config import CONF_DIR, UserError
 from sae_dist.text.detect import detect
 
 COLUMN = 26  # where comments begin in --help
-PATH_KEYS = ("out", "store", "path", "to", "follow", "stop")  # keys that are always a name, of a place or of a job
+PATH_KEYS = ("out", "run", "store", "path", "to", "follow", "stop", "prompt")  # always text: a place, a job, a prompt
 
 
 def options(group: str, config: type | None = None) -> list[str]:

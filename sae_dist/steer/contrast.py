@@ -47,10 +47,11 @@ class Told(NamedTuple):
     tested: int
     toward: Float[Tensor, " n_latents"]  # mean over tokens
     away: Float[Tensor, " n_latents"]
+    share: Float[Tensor, " n_latents"]  # of the difference in means; they sum to 1 less what no latent explains
 
     def best(self, n: int, *, q: float = 0.05) -> list[int]:
-        """At most `n` latents that stand for TOWARD, by their AUC, at this false discovery rate."""
-        score = torch.where((self.q <= q) & (self.auc > 0.5), self.auc, -1.0)
+        """At most `n` latents that stand for TOWARD at this false discovery rate, by their share of the difference."""
+        score = torch.where((self.q <= q) & (self.auc > 0.5), self.share, -1.0)
         order = score.argsort(descending=True, stable=True)[:n]
         return [int(latent) for latent in order if score[latent] > 0]
 
@@ -97,7 +98,7 @@ def _summed(keys: Int[Tensor, " n"], values: Float[Tensor, " n"]) -> tuple[Int[T
     return once, values.new_zeros(len(once)).index_add_(0, place, values)
 
 
-def tell_apart(found: Contrast) -> Told:
+def tell_apart(found: Contrast, W_dec: Float[Tensor, "n_latents d_out"]) -> Told:
     """Tests every latent that is active at all; documents need not be equally long."""
     n, n_docs = found.n_latents, len(found.side)
     auc, p = torch.full((n,), 0.5), torch.ones(n, dtype=torch.float64)
@@ -115,7 +116,9 @@ def tell_apart(found: Contrast) -> Told:
         for side in (TOWARD, AWAY)
         for here in [found.side[found.document] == side]
     ]
-    return Told(auc, p, q, len(alive), *by_side)
+    difference = found.difference_in_means
+    share = (by_side[0] - by_side[1]) * (W_dec.cpu() @ difference) / difference.square().sum()
+    return Told(auc, p, q, len(alive), *by_side, share)
 
 
 def _mann_whitney(

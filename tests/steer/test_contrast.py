@@ -16,7 +16,8 @@ LATENTS = torch.rand(len(DOC), N_LATENTS, generator=G) * (torch.rand(len(DOC), N
 LATENTS[:, 3] *= 1 + 2 * SIDE  # a latent of one kind, and one of the other
 LATENTS[:, 4] *= 3 - 2 * SIDE
 LATENTS[:, 9] = 0.0
-X = torch.randn(len(DOC), 8, generator=G) + SIDE[:, None]
+W_DEC = torch.nn.functional.normalize(torch.randn(N_LATENTS, 8, generator=G), dim=1)
+X = LATENTS @ W_DEC
 
 
 def encode(latents: torch.Tensor) -> Active:
@@ -31,7 +32,7 @@ def batches(size: int):
 
 
 FOUND = contrast(batches(len(DOC)), encode, n_latents=N_LATENTS)
-TOLD = tell_apart(FOUND)
+TOLD = tell_apart(FOUND, W_DEC)
 
 
 def test_each_latent_is_tested_as_mann_and_whitney_do_with_a_document_as_one_observation():
@@ -52,7 +53,7 @@ def test_the_planted_latent_is_found_and_chance_is_not():
     LATENTS_ = LATENTS.clone()
     LATENTS_[:, 3:5] = 0
     chance = contrast([(LATENTS_, X, DOC, shuffled)], encode, n_latents=N_LATENTS)
-    assert tell_apart(chance).best(10) == []
+    assert tell_apart(chance, W_DEC).best(10) == []
 
 
 def test_rates_are_those_of_benjamini_and_hochberg():
@@ -64,8 +65,13 @@ def test_it_does_not_depend_on_the_batches():
     other = contrast(batches(77), encode, n_latents=N_LATENTS)
     for one, another in zip(FOUND[:-1], other[:-1], strict=True):
         torch.testing.assert_close(one, another)
+
+
+def test_where_latents_explain_all_their_shares_of_the_difference_in_means_sum_to_one():
     wanted = X[SIDE == 1].mean(0) - X[SIDE == 0].mean(0)
     torch.testing.assert_close(FOUND.difference_in_means, wanted)
+    assert float(TOLD.share.sum()) == pytest.approx(1, abs=1e-4)
+    assert TOLD.share[3:5].sum() > 0.5
 
 
 def test_a_side_without_text_is_refused():

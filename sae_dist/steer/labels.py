@@ -1,0 +1,22 @@
+"""Short labels of latents: the tokens that they fire on, from the feature pages."""
+
+from pathlib import Path
+
+from sae_dist.interpret import site
+
+
+def labels(pages: Path) -> dict[int, str]:
+    """Of every latent that has a page; empty where there are no pages."""
+    if not (pages / "index.html").is_file():
+        return {}
+    index, tokens = site.read(pages, "index"), site.read(pages, "tokens")
+    latents = range(len(index["count"])) if index["paged"] is None else index["paged"]
+    return {
+        latent: " ".join(_shown(tokens[place]) for place in places)
+        for latent, places in zip(latents, index["tokens"], strict=True)
+        if places
+    }
+
+
+def _shown(token: str | list[str]) -> str:
+    return token.strip() or repr(token)[1:-1] if isinstance(token, str) else token[1]
