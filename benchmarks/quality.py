@@ -1,6 +1,6 @@
 """Quality of every kind of dictionary in worlds whose features are known.
 
-    python -m benchmarks.quality [--worlds independent,hierarchy] [--steps 3000] [--seeds 1]
+    python -m benchmarks.quality [--worlds independent,hierarchy] [--steps 3000] [--seeds 1] [--data-weight 0.8]
 
 All kinds of a world learn in one pass over the same rows, by the code of `sae-dist store import` and `sae-dist train`.
 Kinds whose number of active latents follows from a coefficient are trained with several; the table has the one whose
@@ -57,24 +57,27 @@ def entries() -> list[dict[str, Any]]:
     ]
 
 
-def train(store: Path, out: Path, steps: int, *, seed: int) -> None:
+def train(store: Path, out: Path, steps: int, *, seed: int, data_weight: float) -> None:
     values = {
         "out": str(out), "store": str(store), "seed": seed, "more_dictionaries": entries(), "order": {},
         "sae": {"kind": "topk", "n_latents": N_LATENTS, "k": K, "dead_after_tokens": 200_000},
-        "train": {"tokens": None, "steps": steps, "batch": BATCH, "checkpoint_every": 10_000, "threads": 1},
+        "train": {"tokens": None, "steps": steps, "batch": BATCH, "checkpoint_every": 10_000, "threads": 1,
+                  "init_data_weight": data_weight},
         "wandb": {"mode": "disabled"},
     }  # fmt: skip
     assert train_and_evaluate(load(TrainJob, values), stop=lambda: False) is not None
 
 
-def of_world(name: str, steps: int, *, seed: int, folder: Path) -> dict[str, dict[str, float | None]]:
+def of_world(
+    name: str, steps: int, *, seed: int, data_weight: float, folder: Path
+) -> dict[str, dict[str, float | None]]:
     """The figures of every kind, by name."""
     known = world(name)
     np.save(folder / "rows.npy", known.rows(ROWS, seed=100 + seed).x.numpy())
     store, out = folder / "store", folder / "run"
     source = ImportConfig(path=str(folder / "rows.npy"), heldout_fraction=0.02)
     imports.import_store(storage.open(str(store)), source)
-    train(store, out, steps, seed=seed)
+    train(store, out, steps, seed=seed, data_weight=data_weight)
     heldout = known.rows(HELDOUT, seed=1)
     found = {kind: _nearest(known, heldout, out, kind) for kind in KINDS}
     for kind, one in found.items():
@@ -102,18 +105,22 @@ def main() -> None:
     parser.add_argument("--worlds", default=",".join(WORLDS))
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--data-weight", type=float, default=0.0, help="train.init_data_weight")
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "quality_worlds.json")
     given, began = parser.parse_args(), time.monotonic()
     about = {
         "command": "python -m benchmarks.quality", "n_true": 256, "d_model": 64, "n_latents": N_LATENTS, "k": K,
-        "steps": given.steps, "batch": BATCH, "rows": ROWS, "machine": processor(), "cores": os.cpu_count(),
+        "steps": given.steps, "init_data_weight": given.data_weight,
+        "batch": BATCH, "rows": ROWS, "machine": processor(), "cores": os.cpu_count(),
         "python": platform.python_version(), "torch": torch.__version__,
     }  # fmt: skip
     found: dict[str, Any] = {}
     for name in given.worlds.split(","):
         for seed in range(given.seeds):
             with tempfile.TemporaryDirectory() as folder:
-                for kind, one in of_world(name, given.steps, seed=seed, folder=Path(folder)).items():
+                place = Path(folder)
+                figures = of_world(name, given.steps, seed=seed, data_weight=given.data_weight, folder=place)
+                for kind, one in figures.items():
                     found.setdefault(name, {}).setdefault(kind, []).append(one)
         seconds = round(time.monotonic() - began)  # what is done is kept
         given.result.write_text(json.dumps({"about": about | {"seconds": seconds}, "worlds": found}, indent=1) + "\n")
