@@ -70,7 +70,7 @@ def evaluate(
             LOSS, "a crosscoder rebuilds several hook points from all of them: none can be replaced alone"
         )
         return {name: merged(own, none) for name, own in zip(names, rebuilt, strict=True)}
-    hook = config.hooks[0]
+    hook = next(iter(config.hooks))
     mean = torch.as_tensor(store.statistics(hook, store.meta.train_units).mean, dtype=torch.float32)
     losses = evaluate_loss(
         dictionaries, language_model, hook, stream=stream, mean=mean, config=config.evaluate,
