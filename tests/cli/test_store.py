@@ -27,7 +27,7 @@ def store(tmp_path, monkeypatch, capsys):
     return tmp_path / "stores" / "mine"
 
 
-@pytest.mark.parametrize("variant", ["topk", "batchtopk"])
+@pytest.mark.parametrize("variant", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)])
 def test_train_on_activations_made_elsewhere(store, capsys, variant):
     command = ["train", "store=stores/mine", f"sae={variant}", "sae.n_latents=64", "sae.k=4", "train.steps=300",
                "train.batch=256", "train.lr=0.003", "wandb.mode=disabled", "out=runs/mine"]  # fmt: skip

@@ -34,7 +34,13 @@ def check(data, feature, kind, state=StateOptions()):  # noqa: B008  immutable
 
 @pytest.mark.parametrize(
     ("data", "feature", "kind"),
-    [(1, 64, TopK), (8, 128, TopK), (2, 64, BatchTopK), (8, 128, BatchTopK), (8, 128, JumpReLU)],
+    [
+        (1, 64, TopK),
+        (2, 64, BatchTopK),
+        (8, 128, JumpReLU),
+        pytest.param(8, 128, TopK, marks=pytest.mark.slow),
+        pytest.param(8, 128, BatchTopK, marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_of_34_million_latents_does_what_the_plan_says(data, feature, kind):
     check(data, feature, kind)

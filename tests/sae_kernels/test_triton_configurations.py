@@ -56,7 +56,9 @@ def dictionary(n_latents, d_model, device):
     return [t.to(device) for t in (W_dec.t().contiguous(), W_dec, torch.zeros(n_latents), torch.zeros(d_model))]
 
 
-@pytest.mark.parametrize("d_model", [1, 3, 16, 64, 100, 256, 1000, 8192])
+@pytest.mark.parametrize(
+    "d_model", [3, 64, 1000, *(pytest.param(d, marks=pytest.mark.slow) for d in (1, 16, 100, 256, 8192))]
+)
 def test_a_step_launches_what_is_listed(device, launched, listed, d_model):
     W_enc, W_dec, b_enc, b_dec = dictionary(8, d_model, device)
     x = torch.randn(2, d_model, generator=torch.Generator().manual_seed(1)).to(device)

@@ -39,7 +39,8 @@ def test_the_selection_is_the_references_bit_for_bit(device, batch, n_latents, d
     assert_same(selected, reference.topk(x @ W.T + b, k))
 
 
-@pytest.mark.parametrize("resident", [pytest.param(0, marks=pytest.mark.slow), 1])  # 1: as on a GPU that has it
+@pytest.mark.slow
+@pytest.mark.parametrize("resident", [0, 1])  # 1: as on a GPU that has it
 def test_operands_that_the_copy_engine_reads_give_the_same_selection(device, resident):
     tile = tile_for(torch.empty(1, 64, dtype=torch.bfloat16, device=device))._replace(bulk=True, resident=resident)
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
@@ -116,6 +117,7 @@ def test_the_buffers_grow_with_k_and_not_with_n_latents(device):
     assert sizes == [256, 512, 1024, 8192, 8192]
 
 
+@pytest.mark.slow
 def test_nothing_as_large_as_the_pre_activations_is_ever_allocated(device):
     batch, n_latents, d_model, k = 32, 1500, 8, 3
     x, W = integers((batch, d_model), device), integers((n_latents, d_model), device, seed=1)

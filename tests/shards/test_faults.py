@@ -57,6 +57,13 @@ def assert_whole(store, units: int = 6) -> None:
     assert list(store.storage.leftovers()) == []
 
 
+# The real S3 server answers as its double does; that it does is tested in test_storage.
+ON_S3_SLOW = pytest.mark.parametrize(
+    "durable", ["file", "double", pytest.param("seaweedfs", marks=pytest.mark.slow)], indirect=True
+)
+
+
+@ON_S3_SLOW
 @pytest.mark.parametrize("point", POINTS)
 def test_a_producer_killed_anywhere_leaves_whole_units_only(durable, point):
     store = writer.create(durable, predictable.meta())
@@ -88,7 +95,7 @@ def test_a_writer_of_files_killed_anywhere_leaves_no_half_file(tmp_path, point, 
 @pytest.mark.parametrize(
     "rule", [("storage.upload_begun", 1), ("storage.part_uploaded", 1), ("storage.part_uploaded", 2)]
 )
-@pytest.mark.parametrize("server", ["double", "seaweedfs"])
+@pytest.mark.parametrize("server", ["double", pytest.param("seaweedfs", marks=pytest.mark.slow)])
 def test_a_producer_killed_within_an_upload_leaves_nothing_that_can_be_seen(request, rule, server, tmp_path):
     place = open_place(server, request, tmp_path)
     settings = dict(hooks={HOOK: 32_768}, n_units=2, heldout_units=0)  # 6 MiB a shard: two parts
@@ -118,6 +125,7 @@ def test_a_producer_that_hung_loses_and_cleans_up_after_itself(durable, tmp_path
     assert len(list(durable.list("data/"))) == 2 * len(store.meta.hooks)  # the loser deleted its own
 
 
+@ON_S3_SLOW
 def test_duplicate_producers_commit_each_unit_once(durable, tmp_path):
     store = writer.create(durable, predictable.meta())
     jobs = [children.start(children.produce, durable.uri, list(range(6)), str(tmp_path / f"{i}")) for i in range(3)]
@@ -188,6 +196,7 @@ def test_a_bit_flipped_in_a_record_on_the_way_is_read_again(double, key):
     assert rule.done == 1
 
 
+@ON_S3_SLOW
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_damage_at_rest_reaches_the_consumer(durable, damage):
     store = predictable.filled(durable)

@@ -94,6 +94,7 @@ def test_a_cache_that_would_be_of_no_use_is_refused(tmp_path, capsys, keys, word
     assert words in said and len(said.strip().splitlines()) == 1, said
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache_and_read_each_slice_once(remote, double, tmp_path):
     reports = [str(tmp_path / name) for name in ("a", "b")]
     cache = str(tmp_path / "cache")

@@ -77,7 +77,7 @@ def test_it_learns_with_about_as_many_active_latents_as_asked(store, tmp_path):
     assert float(left) == pytest.approx(last["fvu"], rel=0.25)
 
 
-@pytest.mark.parametrize("at", [1, 37])
+@pytest.mark.parametrize("at", [37, pytest.param(1, marks=pytest.mark.slow)])
 def test_stopped_and_repeated_it_ends_in_the_same_dictionary(store, tmp_path, at):
     train(store, tmp_path / "whole", sae=SAE)
     done = iter(range(10_000))

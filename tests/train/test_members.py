@@ -65,7 +65,7 @@ def test_members_differ(together):
     assert len({weights(member, together[0]) for member in GIVEN}) == len(GIVEN)
 
 
-@pytest.mark.parametrize("at", [1, 20, 33])
+@pytest.mark.parametrize("at", [20, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 33))])
 def test_stopped_and_repeated_all_are_as_if_never_stopped(store, together, tmp_path, at):
     seen = iter(range(1, 1000))
     with pytest.raises(Stopped, match=f"step {at} of 60 is saved"):

@@ -11,7 +11,7 @@ from tests.processes import PROCESSES
 from tests.train.parallel import mesh_steps
 from tests.train.parallel.mesh_steps import CASES, train
 
-SLOW = ["long", "batch_long"]
+SLOW = ["long", "batch_long", "cross_layer_long", "skip_clipped", "transcoder_long", "two_rounds_owned"]
 FAST = [  # a bf16 product rounds what 1e-8 has moved
     name for name, case in CASES.items() if name not in SLOW and case.product_dtype == torch.float32
 ]
