@@ -111,14 +111,14 @@ def tell_apart(found: Contrast, W_dec: Float[Tensor, "n_latents d_out"]) -> Told
         auc[part], p[part] = _mann_whitney(dense, found.side == TOWARD)
     q = torch.ones(n, dtype=torch.float64)
     q[alive] = false_discovery_rates(p[alive])
-    by_side = [
+    toward, away = (
         torch.zeros(n).index_add_(0, found.latent[here], found.total[here]) / found.rows[side]
         for side in (TOWARD, AWAY)
         for here in [found.side[found.document] == side]
-    ]
+    )
     difference = found.difference_in_means
-    share = (by_side[0] - by_side[1]) * (W_dec.cpu() @ difference) / difference.square().sum()
-    return Told(auc, p, q, len(alive), *by_side, share)
+    share = (toward - away) * (W_dec.cpu() @ difference) / difference.square().sum()
+    return Told(auc, p, q, len(alive), toward, away, share)
 
 
 def _mann_whitney(
