@@ -6,7 +6,6 @@ All dictionaries of a hook point are evaluated together: the clean model runs on
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -35,8 +34,7 @@ def evaluate_loss(
     """Each one's figures that need the model: its cross-entropy clean, spliced, zero-ablated and mean-ablated."""
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        n = min(config.ce_sequences, stream.n_sequences)  # evenly over the stream: neighbours are of one document
-        ids = np.linspace(0, stream.n_sequences - 1, n).round().astype(np.int64)
+        ids = stream.spread(config.ce_sequences)
         for start in range(0, len(ids), config.batch_sequences):
             found = stream.sequences(ids[start : start + config.batch_sequences])
             yield torch.as_tensor(found.tokens), torch.as_tensor(found.counted)

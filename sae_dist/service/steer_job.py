@@ -84,9 +84,7 @@ class SteeredRun:
 
     def sequences(self, n: int) -> Tensor:
         """Held-out sequences, evenly over the text."""
-        n = min(n, self.heldout.n_sequences)
-        ids = torch.linspace(0, self.heldout.n_sequences - 1, n).round().long().numpy()
-        return torch.as_tensor(self.heldout.sequences(ids).tokens)
+        return torch.as_tensor(self.heldout.sequences(self.heldout.spread(n)).tokens)
 
     def batches(self, config: SteerConfig) -> Iterator[Batch]:
         """Rows of `toward` and `away`: of example texts, and of the store by the category of their document."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from sae_dist.config import UserError, digest, frozen
+from sae_dist.text.document import Document
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -58,6 +59,12 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     counted: list[bool]
+
+
+def document(record: object, source: str, category: str | None) -> Document:
+    """The document of a record's conversation."""
+    messages = parsed(record, source)
+    return Document(as_text(messages), source, category, messages=messages)
 
 
 def parsed(record: object, source: str) -> Messages:

@@ -47,8 +47,7 @@ def documents(config: HuggingfaceText, seed: int | None) -> Iterator[Document]:
         label = row.get(config.category) if config.category else None
         category = None if label is None else str(label)
         if config.messages:
-            messages = chat.parsed(row.get(config.messages), source)
-            yield Document(chat.as_text(messages), source, category, messages=messages)
+            yield chat.document(row.get(config.messages), source, category)
             continue
         text = row.get(config.field, 0)
         if not isinstance(text, str | None):

@@ -38,8 +38,7 @@ def documents(config: JsonlText, seed: int | None) -> Iterator[Document]:
             record = _parse(line, source)
             category = _category(record, config)
             if config.messages:
-                messages = chat.parsed(record.get(config.messages), source)
-                yield Document(chat.as_text(messages), source, category, messages=messages)
+                yield chat.document(record.get(config.messages), source, category)
             else:
                 yield Document(_text(record, config, source), source, category)
 

@@ -46,8 +46,7 @@ def documents(config: ParquetText, seed: int | None) -> Iterator[Document]:
             for content, label in zip(found, labels, strict=True):
                 source, category = f"{name}:{row}", None if label is None else str(label)
                 if config.messages:
-                    messages = chat.parsed(content, source)
-                    yield Document(chat.as_text(messages), source, category, messages=messages)
+                    yield chat.document(content, source, category)
                 else:
                     yield Document(content or "", source, category)
                 row += 1

@@ -69,6 +69,10 @@ class TokenStream:
     def n_sequences(self) -> int:
         return len(self.tokens) // self.context
 
+    def spread(self, n: int) -> Int64[np.ndarray, " m"]:
+        """The ids of at most `n` sequences, evenly over the stream: neighbours are of one document."""
+        return np.linspace(0, self.n_sequences - 1, min(n, self.n_sequences)).round().astype(np.int64)
+
     def sequences(self, ids: Int[np.ndarray, " m"]) -> Sequences:
         """The sequences `ids`, each token with its document and its position in it."""
         ids = np.asarray(ids, dtype=np.int64)
