@@ -37,7 +37,7 @@ from sae_dist.service.summary import alert_entry, read_summary
 from sae_dist.shards import reader
 from sae_dist.shards.hooks import Hooks, said_by
 from sae_dist.shards.reader import Store, unit_rows
-from sae_dist.shards.retention import retired
+from sae_dist.shards.retention import present_units
 from sae_dist.text.stream import TokenStream
 from sae_dist.text.tokenize import separator
 from sae_dist.train.members import MAIN, folder
@@ -93,7 +93,7 @@ def pages(
     assert config.pages is not None
     dictionary = dictionary_file.load(config.folder / "dictionary")
     tokenizer = language_model.tokenizer
-    present = sorted(set(range(store.meta.train_units)) - retired(store))
+    present = present_units(store)
     if not present:
         raise UserError(f"harvest.retention has deleted all of store={config.store_uri}; set pages=null, or keep units")
 

@@ -22,7 +22,7 @@ from sae_dist.service.prepare import prepare
 from sae_dist.service.run_folder import read_config
 from sae_dist.shards import reader
 from sae_dist.shards.reader import Store, unit_rows
-from sae_dist.shards.retention import retired
+from sae_dist.shards.retention import present_units
 from sae_dist.steer import activity, study
 from sae_dist.steer.attach import on_device, sites
 from sae_dist.steer.config import CATEGORY, SteerConfig, as_list
@@ -109,7 +109,7 @@ class SteeredRun:
 
     def _stored(self, tokens: int, side_of: Mapping[str, int], others: int) -> Iterator[Batch]:
         of_doc: dict[int, int] = {}
-        for unit in sorted(set(range(self.store.meta.train_units)) - retired(self.store)):
+        for unit in present_units(self.store):
             for part in unit_rows(self.store, self.hook, unit, _BATCH_ROWS):
                 x, docs = part.x[:tokens].float(), part.doc[:tokens]
                 for doc in set(docs.tolist()) - of_doc.keys():

@@ -41,6 +41,11 @@ def retired(store: Store) -> set[int]:
     return {int(match[1]) for match in found if match}
 
 
+def present_units(store: Store) -> list[int]:
+    """The training units whose data is there, in order."""
+    return sorted(set(range(store.meta.train_units)) - retired(store))
+
+
 def retire(store: Store, policy: Keep | Ring | UntilConsumed) -> list[int]:
     """Deletes the data of units as the policy says, oldest first, and returns them; commits and statistics stay.
 

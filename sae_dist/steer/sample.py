@@ -10,6 +10,7 @@ from torch import Tensor
 from sae_dist.config import UserError
 from sae_dist.model.load import LanguageModel
 from sae_dist.model.logits import next_token_loss
+from sae_dist.text.tokenize import encode
 
 _BATCH = 8  # sequences a pass of the loss
 
@@ -21,14 +22,14 @@ class Sample(NamedTuple):
 
 def prompt_tokens(language_model: LanguageModel, prompt: str, separator: int | None) -> Int[Tensor, " n"]:
     """The prompt as a harvest tokenises a document: the separator, where there is one, and the text."""
-    (ids,) = language_model.tokenizer([prompt], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    (ids,) = encode(language_model.tokenizer, [prompt])
     head = [] if separator is None else [separator]
     return torch.tensor([*head, *ids], dtype=torch.long, device=language_model.device)
 
 
 def one_token(language_model: LanguageModel, text: str) -> int:
     """The token that `text` is; UserError where it is several."""
-    (ids,) = language_model.tokenizer([text], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    (ids,) = encode(language_model.tokenizer, [text])
     if len(ids) != 1:
         pieces = " ".join(repr(language_model.tokenizer.decode([token])) for token in ids)
         raise UserError(

@@ -65,10 +65,10 @@ def separator(tokenizer: Tokenizer) -> int | None:
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Digest of the vocabulary, the separators and the tokens of a few probe texts."""
-    return digest([tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id, _encode(tokenizer, PROBES)])
+    return digest([tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id, encode(tokenizer, PROBES)])
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """The tokens of plain texts: "<|endoftext|>" in a document must not become that special token."""
     return [list(ids) for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
 
@@ -204,13 +204,13 @@ def _encoded(
 ) -> Iterator[Encoded | None]:
     """The tokens of each document; None for a conversation that is left out."""
     if template is None:
-        for ids in _encode(tokenizer, [item.document.text for item in batch]):
+        for ids in encode(tokenizer, [item.document.text for item in batch]):
             yield Encoded(ids, [True] * len(ids))
         return
     for item in batch:
         document = item.document
         if document.messages is None:  # of a mixture of texts and conversations
-            (ids,) = _encode(tokenizer, [document.text])
+            (ids,) = encode(tokenizer, [document.text])
             yield Encoded(ids, [True] * len(ids))
         else:
             yield template.encode(document.messages, document.source)

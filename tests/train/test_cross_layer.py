@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from sae_dist import storage
-from sae_dist.config import Stopped
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import BatchTopK
 from sae_dist.shards import reader
 from sae_dist.shards.hooks import Hooks
-from sae_dist.train import loop
 from sae_dist.train.members import MAIN, Member
 from sae_dist.train.task import Task
+from tests.train.stops import train_with_stops
 from tests.train.test_crosscoder import HOOKS, UNITS, full_store, rows_of, train
 from tests.train.test_loop import CONFIG, ORDER
 
@@ -62,11 +61,7 @@ def test_stopped_and_repeated_it_ends_in_the_same_dictionary(store, tmp_path):
             reader.open(storage.open(str(store))), Hooks(READS, WRITES), config=CONFIG, order=ORDER, seed=0, out=out,
             members=[Member(MAIN, sae, 0, transcodes=True, skip=True, cross_layer=True)],
         )  # fmt: skip
-        for at in stops:
-            done = iter(range(10_000))
-            with pytest.raises(Stopped):
-                loop.train(task, log=lambda *_: None, stop=lambda at=at, done=done: next(done) >= at)
-        loop.train(task, log=lambda *_: None)
+        train_with_stops(task, *stops)
         return (out / "dictionary" / "dictionary.safetensors").read_bytes()
 
     assert weights(tmp_path / "parts", 3, 30) == weights(tmp_path / "whole")

@@ -9,16 +9,15 @@ import torch
 
 from sae_dist import storage
 from sae_dist.cli.main import main
-from sae_dist.config import Stopped
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import KINDS, TopK
 from sae_dist.shards import reader
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.writer import create, write_unit
-from sae_dist.train import loop
 from sae_dist.train.members import MAIN, Member, folder
 from sae_dist.train.task import Task
+from tests.train.stops import train_with_stops
 from tests.train.test_loop import CONFIG, ORDER
 
 HOOKS = {"resid_post.10": 16, "resid_post.3": 16, "mlp_out.3": 12}
@@ -108,11 +107,7 @@ def test_stopped_and_repeated_alone_it_is_the_dictionary_of_the_pass_with_others
             reader.open(storage.open(str(store))), Hooks(("resid_post.3", "resid_post.10")), members=members,
             config=CONFIG, order=ORDER, seed=0, out=out,
         )  # fmt: skip
-        for at in stops:
-            done = iter(range(10_000))
-            with pytest.raises(Stopped):
-                loop.train(task, log=lambda *_: None, stop=lambda at=at, done=done: next(done) >= at)
-        loop.train(task, log=lambda *_: None)
+        train_with_stops(task, *stops)
         return (folder(out, name) / "dictionary.safetensors").read_bytes()
 
     sizes = {"n_latents": 96, "k": 4, "dead_after_tokens": 1000}

@@ -9,7 +9,6 @@ import torch
 
 from sae_dist import storage
 from sae_dist.cli.main import main
-from sae_dist.config import Stopped
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import TopK
 from sae_dist.sae.module import DictionaryModule
@@ -17,9 +16,9 @@ from sae_dist.shards import reader
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.writer import create, write_unit
-from sae_dist.train import loop
 from sae_dist.train.members import MAIN, Member
 from sae_dist.train.task import Task
+from tests.train.stops import train_with_stops
 from tests.train.test_loop import CONFIG, ORDER
 
 HOOKS = {"resid_pre.3": 24, "mlp_out.3": 20}
@@ -105,11 +104,7 @@ def test_stopped_and_repeated_it_ends_in_the_same_dictionary(store, tmp_path, sk
             members=(Member(MAIN, TopK(n_latents=96, k=4), 0, transcodes=True, skip=skip),), config=CONFIG,
             order=ORDER, seed=0, out=out,
         )  # fmt: skip
-        for at in stops:
-            done = iter(range(10_000))
-            with pytest.raises(Stopped):
-                loop.train(task, log=lambda *_: None, stop=lambda at=at, done=done: next(done) >= at)
-        loop.train(task, log=lambda *_: None)
+        train_with_stops(task, *stops)
         return (out / "dictionary" / "dictionary.safetensors").read_bytes()
 
     assert weights(tmp_path / "parts", 3, 30) == weights(tmp_path / "whole")
