@@ -58,6 +58,9 @@ def environment(tool: str) -> Path:
             [uv, "pip", "install", "-q", "--python", folder / "venv/bin/python", *where, "-c", folder / "torch.txt",
              *TOOLS[tool]], check=True, timeout=1800,
         )  # fmt: skip
+        # torchvision's wheel on the index is for a torch with CUDA, and does not load beside one for CPUs.
+        python = folder / "venv/bin/python"
+        subprocess.run([uv, "pip", "uninstall", "-q", "--python", python, "torchvision"], check=True)
         (folder / "ready").touch()
     return folder / "venv/bin/python"
 
