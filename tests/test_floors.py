@@ -35,7 +35,7 @@ ONLY_IN = {  # a heavy dependency has one home
     "vllm": "sae_dist/model/vllm.py",
     "datasets": "sae_dist/text/",
 }
-WITHOUT_A_MODEL = ("train", "sweep", "status", "sync", "store", "submit", "jobs")  # commands
+WITHOUT_A_MODEL = ("train", "sweep", "status", "serve", "sync", "store", "submit", "jobs")  # commands
 SOURCES = sorted((ROOT / "sae_dist").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 
 

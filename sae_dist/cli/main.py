@@ -28,6 +28,7 @@ COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "steer": "clamp latents while the model writes; attribute logits to latents; find latents by example text",
     "sweep": "many configurations of a command, each trained once, in shared passes; resumes, adds points",
     "status": "what a run is doing, from its files alone",
+    "serve": "runs, members, sweeps and pages for a team, on the loopback unless told",
     "sync": "a run's W&B history rebuilt from metrics.jsonl",
     "plan": "memory, traffic, tokens/s, storage and price of a run before it is started",
     "submit": "a command as a job on a Ray cluster, Slurm, Kubernetes, SkyPilot or torchrun",
