@@ -1,19 +1,16 @@
 """`sae_dist.load`: a dictionary from wherever it lies."""
 
-import re
-import tempfile
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sae_dist import formats, storage
+from sae_dist import formats
 from sae_dist.config import UserError
 from sae_dist.config import load as load_config
 from sae_dist.formats import Told
 from sae_dist.sae import dictionary
+from sae_dist.sae.find import dictionary_folder
 from sae_dist.sae.module import DictionaryModule
-
-FILES = ("config.json", "dictionary.safetensors")
 
 
 def load(where: str | PathLike[str], *, format: str | None = None, **told: Any) -> DictionaryModule:
@@ -28,21 +25,5 @@ def load(where: str | PathLike[str], *, format: str | None = None, **told: Any) 
         return DictionaryModule(formats.read(Path(place).expanduser(), format=format, told=load_config(Told, told)))
     if told:
         raise UserError(f"{next(iter(told))} is for the files of another tool; say which with format=")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place):
-        with tempfile.TemporaryDirectory(prefix="sae_dist_") as copy:
-            _fetch(place, Path(copy))
-            return DictionaryModule(dictionary.load(Path(copy)))
-    folder = Path(place).expanduser()
-    inner = folder / "dictionary"
-    return DictionaryModule(dictionary.load(inner if inner.is_dir() else folder))
-
-
-def _fetch(uri: str, folder: Path) -> None:
-    """Copies the two files of a dictionary, of a run or its own, at `uri`."""
-    there = storage.open(uri)
-    prefix = "dictionary/" if there.exists(f"dictionary/{FILES[0]}") else ""
-    for name in FILES:
-        try:
-            (folder / name).write_bytes(there.read(prefix + name))
-        except FileNotFoundError:
-            raise UserError(f"{uri} has no {name}; give a run's folder or its dictionary/") from None
+    with dictionary_folder(place) as folder:
+        return DictionaryModule(dictionary.load(folder))

@@ -11,6 +11,7 @@ from typing import Any
 from sae_dist import formats
 from sae_dist.config import frozen, load, local_folder
 from sae_dist.sae import dictionary
+from sae_dist.sae.find import dictionary_folder
 
 POSITIONAL = ("out",)
 
@@ -32,8 +33,9 @@ CONFIG = ExportJob
 
 def main(values: Mapping[str, Any]) -> int:
     job = load(ExportJob, values)
-    folder, to = Path(local_folder("out", job.out)), Path(local_folder("to", job.to))
-    own = dictionary.load(folder / "dictionary" if (folder / "dictionary").is_dir() else folder)
+    to = Path(local_folder("to", job.to))
+    with dictionary_folder(local_folder("out", job.out)) as folder:
+        own = dictionary.load(folder)
     written = formats.export(
         own, to, format=job.format, model_name=job.model_name, hook_name=job.hook_name,
         hook_name_out=job.hook_name_out,

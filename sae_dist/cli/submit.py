@@ -24,7 +24,8 @@ from sae_dist.service.config import absolute_uri
 from sae_dist.service.submit.job import Job
 from sae_dist.service.submit.schedulers import Scheduler, render, submit
 
-PLACES = ("out", "store", "text.path", "text.template", "train.checkpoints", "train.cache")  # folders, files or URIs
+PLACES = ("out", "store", "text.path", "text.template", "train.checkpoints", "train.cache",
+          "train.start_from")  # folders, files or URIs  # fmt: skip
 
 
 @frozen

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ import torch
 import xxhash
 from jaxtyping import Float
 from sae_kernels.reference import Active
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_dist.config import UserError, digest
@@ -196,22 +195,27 @@ def _xxh3_128(path: Path) -> str:
     return state.hexdigest()
 
 
-def load(folder: Path) -> Dictionary:
-    """The dictionary in `folder`; UserError where it is missing, damaged or of another format."""
+def load(folder: Path, part: Callable[[int], range] | None = None) -> Dictionary:
+    """The dictionary in `folder`; UserError where it is missing, damaged or of another format.
+
+    `part` says which of so many latents are wanted; None: all. No others are read into memory.
+    """
     config, weights = folder / "config.json", folder / "dictionary.safetensors"
     info = check(folder)
-    try:
-        own = load_file(weights)
-    except SafetensorError as error:
-        raise UserError(f"{weights} is damaged ({error}); {CURE}") from error
     variant = info.get("variant")
     if variant not in KINDS:
         raise UserError(f"{config} says variant={variant}; this program knows {', '.join(KINDS)}")
-    if names := {spec.name for spec in _specs(info)} ^ own.keys():
-        raise UserError(
-            f"{weights} and variant={variant} in {config} do not agree on {', '.join(sorted(names))}; repeat the "
-            "command of the run with another out="
-        )
+    specs = {spec.name: spec for spec in _specs(info)}
+    try:
+        with safe_open(weights, "pt") as file:
+            if names := specs.keys() ^ set(file.keys()):
+                raise UserError(
+                    f"{weights} and variant={variant} in {config} do not agree on {', '.join(sorted(names))}; repeat "
+                    "the command of the run with another out="
+                )
+            own = {name: _read(file, spec, part) for name, spec in specs.items()}
+    except SafetensorError as error:
+        raise UserError(f"{weights} is damaged ({error}); {CURE}") from error
     W_enc = own["W_enc"].T.contiguous().T
     parameters = Parameters(W_enc, own["W_dec"], own["b_enc"], own["b_dec"])
     b_in, (n_latents, d_out) = own.get("b_in"), parameters.W_dec.shape
@@ -220,3 +224,13 @@ def load(folder: Path) -> Dictionary:
     assert all(t.dtype == torch.float32 for t in parameters)
     more = {name: own.get(name) for name in ("threshold", "W_skip")}
     return Dictionary(parameters=parameters, k=info["k"], info=info, b_in=b_in, **more)
+
+
+def _read(file: Any, spec: TensorSpec, part: Callable[[int], range] | None) -> Tensor:
+    """One tensor of an open file, or of one with an entry per latent what belongs to these latents."""
+    if part is None or not spec.per_latent:
+        return file.get_tensor(spec.name)
+    stored, at = file.get_slice(spec.name), spec.dims.index("n_latents")
+    latents = part(stored.get_shape()[at])
+    here = slice(latents.start, latents.stop)
+    return stored[:, here] if at else stored[here]

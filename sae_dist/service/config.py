@@ -36,8 +36,9 @@ class RunConfig:
     store: str | None = None  # folder or URI of the activation store; null: <out>/store
     harvest: HarvestConfig
     sae: SAEConfig
-    # more dictionaries in the same pass, each by its keys of sae, seed, lr, parameters, moments (of train) and name
-    # that differ: 'more_dictionaries=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'; pages show the main one
+    # more dictionaries in the same pass, each by what differs of its keys of sae, of seed, lr, parameters, moments,
+    # start_from (of train) and of name: 'more_dictionaries=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]';
+    # pages show the main one
     more_dictionaries: tuple[dict[str, Any], ...] = ()
     # dictionaries of another seed that the main one is compared to in summary.json, trained in the same pass: like it,
     # with a decoder that stays random, or as before step 0
@@ -108,6 +109,8 @@ class RunConfig:
             mirror=_absolute(self.mirror),
             store=store,
             model=self.model.with_absolute_paths(),
+            train=dataclasses.replace(self.train, start_from=_absolute(self.train.start_from)),
+            more_dictionaries=_absolute_starts(self.more_dictionaries),
         )
 
     def train_job(self) -> "TrainJob":
@@ -166,8 +169,8 @@ class TrainJob:
     # null: what is read is rebuilt (an autoencoder); else others of the store, rebuilt from it (a transcoder)
     target_hook: str | tuple[str, ...] | None = None
     sae: SAEConfig
-    # more dictionaries in the same pass, each by its keys of sae, seed, lr, parameters, moments (of train) and name
-    # that differ: 'more_dictionaries=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'
+    # more dictionaries in the same pass, each by what differs of its keys of sae, of seed, lr, parameters, moments,
+    # start_from (of train) and of name: 'more_dictionaries=[{n_latents: 8192}, {k: 64, seed: 1, name: denser}]'
     more_dictionaries: tuple[dict[str, Any], ...] = ()
     # dictionaries of another seed that the main one is compared to in summary.json, trained in the same pass: like it,
     # with a decoder that stays random, or as before step 0
@@ -203,7 +206,10 @@ class TrainJob:
         cache = None if self.train.cache is None else str(Path(self.train.cache).absolute())
         return dataclasses.replace(
             self, out=str(Path(self.out).absolute()), mirror=_absolute(self.mirror), store=absolute_uri(self.store),
-            train=dataclasses.replace(self.train, checkpoints=checkpoints, cache=cache),
+            train=dataclasses.replace(
+                self.train, checkpoints=checkpoints, cache=cache, start_from=_absolute(self.train.start_from)
+            ),
+            more_dictionaries=_absolute_starts(self.more_dictionaries),
         )  # fmt: skip
 
 
@@ -219,6 +225,14 @@ def absolute_uri(place: str) -> str:
 
 def _absolute(place: str | None) -> str | None:
     return None if place is None else absolute_uri(place)
+
+
+def _absolute_starts(more: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """Entries of `more_dictionaries` with absolute places."""
+    key = "start_from"
+    return tuple(
+        {**entry, key: absolute_uri(entry[key])} if isinstance(entry.get(key), str) else entry for entry in more
+    )
 
 
 def _check_cache(train: TrainConfig, store_uri: str) -> None:
@@ -290,5 +304,5 @@ def _members(job: RunConfig | TrainJob, *, transcodes: bool = False) -> tuple[Me
     more = [*job.more_dictionaries, *twin_entries(job.twins, seed=job.seed)]
     return members(
         more, sae=job.sae, seed=job.seed, lr=job.train.lr, parameters=job.train.parameters, moments=job.train.moments,
-        transcodes=transcodes, skip=job.train.skip, cross_layer=job.train.cross_layer,
+        transcodes=transcodes, skip=job.train.skip, cross_layer=job.train.cross_layer, start_from=job.train.start_from,
     )  # fmt: skip

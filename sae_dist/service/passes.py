@@ -57,7 +57,11 @@ def pass_job(record: PassRecord, out: Path) -> TrainJob | RunConfig:
     """The configuration that trains all points of a pass into `out`."""
     (first, values), *others = record["points"].items()
     more = [
-        {**own["sae"], "name": point, **{key: own["train"][key] for key in ("lr", "parameters", "moments")}}
+        {
+            **own["sae"],
+            "name": point,
+            **{key: own["train"][key] for key in ("lr", "parameters", "moments", "start_from")},
+        }
         for point, own in others
     ]
     train = dict(values["train"])

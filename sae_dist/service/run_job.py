@@ -35,6 +35,7 @@ from sae_dist.shards import reader
 from sae_dist.shards.hooks import Hooks
 from sae_dist.train.loop import Trained
 from sae_dist.train.members import MAIN
+from sae_dist.train.warm_start import check_starts
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         if (finished := _finished(config, folder.path)) is not None:
             folder.done(finished)
             return finished
+        check_starts(config.members, config.train.checkpoints or folder.path / "checkpoints")
         check_address(config.cluster)
         with Display(str(folder.path)) as display:
             folder.status("preparing")

@@ -31,6 +31,7 @@ from sae_dist.train.parallel.collectives import broadcast_number
 from sae_dist.train.parallel.heartbeat import START_S
 from sae_dist.train.parallel.mesh_session import MeshSession, mesh_session
 from sae_dist.train.parallel.rendezvous import torchrun_rendezvous
+from sae_dist.train.warm_start import check_starts
 
 logger = logging.getLogger(__name__)
 Stop = Callable[[], bool]
@@ -176,6 +177,7 @@ def _run_once(
             if (finished := read_finished(out, hashed, job.members)) is not None:
                 folder.done(finished)
                 return finished
+            check_starts(job.members, job.train.checkpoints or out / "checkpoints")
             folder.status("preparing")
             if not job.live:
                 check_heldout(store)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sae_dist.config import digest
 
-OWN = ("sae", "train.lr", "train.parameters", "train.moments")
+OWN = ("sae", "train.lr", "train.parameters", "train.moments", "train.start_from")
 
 
 class Candidate(NamedTuple):

@@ -25,6 +25,9 @@ class TrainConfig:
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02  # of the steps; the learning rate rises from 0
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the steps, at the end; it falls to 0
     init_rows: Annotated[int, Field(ge=2)] = 16_384  # rows that b_dec, W_enc and the input scale are estimated from
+    # where a dictionary lies that the training begins from: the folder of a run, or of a dictionary (an imported one
+    # too), or either at s3://; null: it begins at random
+    start_from: str | None = None
     # of a random row's direction in each initial decoder row, the rest is random; 0.8: Circuits Update, October 2025
     init_data_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     # with target_hook: a linear map from what is read to what is rebuilt, beside the latents (a skip-transcoder)
@@ -64,6 +67,11 @@ class TrainConfig:
             local_folder("train.cache", self.cache)
         elif self.cache_gb is not None:
             raise ValueError(f"train.cache_gb={self.cache_gb} without train.cache; give train.cache a local folder")
+        if self.start_from is not None and self.init_data_weight:
+            raise ValueError(
+                f"train.init_data_weight={self.init_data_weight} is for latents that begin at random, and "
+                f"train.start_from={self.start_from} is set; leave one of them out"
+            )
         if self.tokens is None and self.steps is None:
             raise ValueError("train.tokens and train.steps are both null; set one of them")
         if self.warmup_fraction + self.decay_fraction > 1:

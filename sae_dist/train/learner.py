@@ -15,6 +15,7 @@ from sae_dist.train.members import MAIN, Member
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.resample import resample_
 from sae_dist.train.parallel.step import MeshStep
+from sae_dist.train.warm_start import StartedFrom
 
 
 class Learner(NamedTuple):
@@ -23,6 +24,7 @@ class Learner(NamedTuple):
     member: Member
     sae: MeshStep
     guard: Guard
+    started_from: StartedFrom | None = None  # where it did not begin at random
 
 
 class StepOutcome(NamedTuple):

@@ -8,7 +8,7 @@ shared, so each member is the dictionary that training it alone would give.
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -20,7 +20,15 @@ from sae_dist.sae.variants.interface import TensorSpec, tensors
 from sae_dist.train.schedule import base_lr
 
 MAIN = "main"
-OWN = ("name", "seed", "lr", "parameters", "moments", "frozen")  # keys of an entry that are not keys of `sae`
+OWN = (
+    "name",
+    "seed",
+    "lr",
+    "parameters",
+    "moments",
+    "start_from",
+    "frozen",
+)  # keys of an entry that are not keys of `sae`
 Frozen = Literal["nothing", "decoder", "all"]  # what keeps its values of before step 0
 Twin = Literal["seed", "frozen_decoder", "untrained"]
 TWINS: dict[Twin, dict[str, Any]] = {"frozen_decoder": {"frozen": "decoder"}, "untrained": {"frozen": "all"}}
@@ -35,6 +43,7 @@ class _Own:
     lr: Annotated[float, Field(gt=0)] | None
     parameters: ParameterFormat
     moments: MomentFormat
+    start_from: str | None
     frozen: Frozen
 
 
@@ -51,6 +60,7 @@ class Member(NamedTuple):
     frozen: Frozen = "nothing"
     skip: bool = False  # a linear map from what is read to what is rebuilt
     cross_layer: bool = False  # latents of layer l read hook point l, and write it and all after it
+    start_from: str | None = None  # where the dictionary lies that it begins from; None: it begins at random
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -77,10 +87,11 @@ class Member(NamedTuple):
 def members(
     more: Sequence[Mapping[str, Any]], *, sae: SAEConfig, seed: int, lr: float | None = None,
     parameters: ParameterFormat = "float32", moments: MomentFormat = "float32", transcodes: bool = False,
-    skip: bool = False, cross_layer: bool = False,
+    skip: bool = False, cross_layer: bool = False, start_from: str | None = None,
 ) -> tuple[Member, ...]:  # fmt: skip
     """The main dictionary and `more`, checked. UserError names the entry, the value and the cure."""
-    found = [Member(MAIN, sae, seed, lr, parameters, moments, transcodes, skip=skip, cross_layer=cross_layer)]
+    main = Member(MAIN, sae, seed, lr, parameters, moments, transcodes, skip=skip, cross_layer=cross_layer)
+    found = [main._replace(start_from=start_from)]
     for number, entry in enumerate(more):
         place = f"more_dictionaries.{number}"
         member = _member(place, entry, found[0])
@@ -107,9 +118,11 @@ def _shared(main: SAEConfig, kind: object) -> dict[str, Any]:
 def twin_entries(twins: Sequence[Twin], *, seed: int) -> list[dict[str, Any]]:
     """Entries of `more_dictionaries` for dictionaries that the main one is compared to.
 
-    All begin from another seed: from the same, what is not trained would still be like the main one's beginning.
+    All begin from another seed: from the same, what is not trained would still be like the main one's beginning. So
+    they begin at random where the main one begins from a dictionary.
     """
-    return [{"name": twin_name(twin), "seed": seed + 1, **TWINS.get(twin, {})} for twin in dict.fromkeys(twins)]
+    other = {"seed": seed + 1, "start_from": None}
+    return [{"name": twin_name(twin), **other, **TWINS.get(twin, {})} for twin in dict.fromkeys(twins)]
 
 
 def twin_name(twin: Twin) -> str:
@@ -138,7 +151,7 @@ def _member(place: str, entry: Mapping[str, Any], main: Member) -> Member:
         raise UserError(
             f"{place}={dict(entry)} changes nothing; give it n_latents, k, seed, lr, moments or another key of sae"
         )
-    named = "-".join(str(value) if key == "kind" else f"{key}{value}" for key, value in changed.items())
+    named = "-".join(_in_name(key, value) for key, value in changed.items())
     given = {name: value for name, value in main._asdict().items() if name in OWN}
     given["name"] = re.sub(r"[^A-Za-z0-9._-]+", "-", named).strip("-.")[:100]
     try:
@@ -148,4 +161,11 @@ def _member(place: str, entry: Mapping[str, Any], main: Member) -> Member:
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     given = (own.name, sae, own.seed, own.lr, own.parameters, own.moments)
-    return Member(*given, main.transcodes, own.frozen, main.skip, main.cross_layer)
+    return Member(*given, main.transcodes, own.frozen, main.skip, main.cross_layer, own.start_from)
+
+
+def _in_name(key: str, value: object) -> str:
+    """What an entry's key and value are in the name of its folder."""
+    if key == "start_from" and isinstance(value, str):
+        return f"from-{PurePosixPath(value).name}"
+    return str(value) if key == "kind" else f"{key}{value}"

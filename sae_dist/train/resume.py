@@ -14,6 +14,7 @@ from sae_dist.train.checkpoint import Checkpoint
 from sae_dist.train.parallel.collectives import broadcast_number
 from sae_dist.train.parallel.mesh_checkpoints import Checkpoints
 from sae_dist.train.state import RowSource, TrainState, from_checkpoint, initial_state, owned_rows
+from sae_dist.train.warm_start import StartedFrom
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,10 @@ def resume(batches: Batches, checkpoints: Checkpoints) -> StartPoint:
         manifest = broadcast_number(mesh, version, name="manifest")
     x, target = batches.sample(manifest)
     source, sides = task.source(manifest), task.sides
-    return StartPoint(initial_state(x, target, task.members, task.config, mesh, source=source, sides=sides))
+    model = task.store.meta.model
+    return StartPoint(
+        initial_state(x, target, task.members, task.config, mesh, source=source, sides=sides, model=model)
+    )
 
 
 class _Facts(NamedTuple):
@@ -77,6 +81,8 @@ def _check_facts(saved: Checkpoint, checkpoints: Checkpoints) -> None:
             guards.from_facts(facts.pop(name))
         for name in [name for name in facts if name.endswith("identity")]:
             load(dict[str, str | int], facts.pop(name))
+        for name in [name for name in facts if name.endswith("started_from")]:
+            load(StartedFrom, facts.pop(name))
         load(_Facts, facts)
     except UserError as error:
         raise CorruptData(

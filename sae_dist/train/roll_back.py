@@ -79,7 +79,9 @@ def _earlier(learner: Learner, state: TrainState, batches: Batches, checkpoints:
         logger.warning("%sgoing back to %s", task.named(member), to)
     if earlier is None:
         x, target = batches.sample(state.source.manifest)
-        begun = initial_state(x, target, [member], task.config, mesh, source=state.source, sides=task.sides)
+        begun = initial_state(
+            x, target, [member], task.config, mesh, source=state.source, sides=task.sides, model=task.store.meta.model
+        )
         return learner._replace(sae=begun.learners[0].sae)
     learner.sae.load_state_dict_(local_tensors(earlier, member))
     return learner

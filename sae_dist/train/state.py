@@ -26,6 +26,7 @@ from sae_dist.train.parallel.collectives import all_gather, ordered_sum
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.skip import Skip
 from sae_dist.train.parallel.step import MeshStep
+from sae_dist.train.warm_start import StartedFrom, warm_start
 
 MIN_VARIANCE = 1e-9  # of the mean squared norm: below it, rows that are all the same differ by rounding only
 
@@ -54,23 +55,27 @@ class TrainState(NamedTuple):
 
 def initial_state(
     x: Float[Tensor, "rows d_in"], target: Float[Tensor, "rows d_out"] | None, members: Sequence[Member],
-    config: TrainConfig, mesh: Mesh, *, source: RowSource, sides: Sequence[Mapping[str, int]],
+    config: TrainConfig, mesh: Mesh, *, source: RowSource, sides: Sequence[Mapping[str, int]], model: str,
 ) -> TrainState:  # fmt: skip
     """The state before step 0, from a sample of raw rows: scales, variance, this rank's initial parameters.
 
     `target` is what is to be rebuilt, None: x. `sides`: the widths of the hook points of x, and of the target if there
-    is one. UserError where all rows of a hook point are the same.
+    is one; `model`: whose they are. UserError where all rows of a hook point are the same, and where a dictionary to
+    begin from does not fit.
     """
     x, scale, variance = _scaled(x, sides[0])
     of_target = scale
     if target is not None:
         target, of_target, variance = _scaled(target, sides[-1])
     scales = Scales(scale, of_target, latent_scale(of_target))
-    learners = tuple(
-        Learner(m, _step(_initial(x, target, m, config, mesh, scales), m, config, mesh, scales), Guard())
-        for m in members
-    )
-    return TrainState(0, learners, scales, variance, 0, 0, source, 0.0)
+    learners = []
+    for member in members:
+        if member.start_from is not None:
+            tensors, started_from = warm_start(member, mesh, scales, sides=sides, model=model)
+        else:
+            tensors, started_from = _initial(x, target, member, config, mesh, scales), None
+        learners.append(Learner(member, _step(tensors, member, config, mesh, scales), Guard(), started_from))
+    return TrainState(0, tuple(learners), scales, variance, 0, 0, source, 0.0)
 
 
 def _scaled(x: Float[Tensor, "rows width"], hooks: Mapping[str, int]) -> tuple[Tensor, Scale, float]:
@@ -92,12 +97,14 @@ def to_checkpoint(state: TrainState) -> Checkpoint:
     """This rank's part of the state as it is; the tensors share memory with it. OwnedRows are latents, in W_enc too."""
     facts = {name: value for name, value in state._asdict().items() if name not in ("step", "learners")}
     tensors: dict[str, Tensor | OwnedRows] = {}
-    for member, sae, guard in state.learners:
+    for member, sae, guard, started_from in state.learners:
         for name, tensor in _transposed(sae.state_dict(), member).items():
             rows = OwnedRows(tensor, sae.latents.start, sae.n_latents) if _is_split(name, member) else tensor
             tensors[member.prefix + name] = rows
         facts[f"{member.prefix}guard"] = guards.to_facts(guard)
         facts[f"{member.prefix}identity"] = identity(member)
+        if started_from is not None:
+            facts[f"{member.prefix}started_from"] = started_from._asdict()
     return Checkpoint(state.step, tensors, facts)
 
 
@@ -114,7 +121,9 @@ def from_checkpoint(saved: Checkpoint, members: Sequence[Member], config: TrainC
         facts.pop(f"{member.prefix}identity")
         step = _step(tensors, member, config, mesh, scales)
         step.load_state_dict_(tensors)
-        learners.append(Learner(member, step, guards.from_facts(facts.pop(f"{member.prefix}guard"))))
+        guard, began = facts.pop(f"{member.prefix}guard"), facts.pop(f"{member.prefix}started_from", None)
+        started_from = None if began is None else load(StartedFrom, began)
+        learners.append(Learner(member, step, guards.from_facts(guard), started_from))
     return TrainState(saved.step, tuple(learners), scales, source=source, **facts)
 
 

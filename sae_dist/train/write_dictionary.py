@@ -37,6 +37,8 @@ def write_dictionary(
         "kernels": learner.sae.shard.backend_used,
         "trained_as": {"parameters": member.parameters, "moments": member.moments},  # the file is fp32
     } | {name: True for name in ("skip", "cross_layer") if getattr(member, name)}
+    if learner.started_from is not None:
+        own["started_from"] = learner.started_from._asdict()
     reasons = []
     for saved in [folder for folder in folders(storage, run_id) if step_of(folder) == step]:
         try:

@@ -53,6 +53,10 @@ def test_pages_null_is_no_pages_also_where_a_preset_has_keys_of_it(preset):
         (["run", "sae.n_latents=16", "sae.k=32"], "k=32 exceeds n_latents=16"),
         (["run", "train.batch=0"], "train.batch=0: give 1 or more"),
         (["run", "harvest.rows.drop_first=128"], "drops all of harvest.context=128"),
+        (
+            ["run", "train.start_from={tmp}/no", "out={tmp}/a"],
+            "train.start_from={tmp}/no: no dictionary is there; give a",
+        ),
         (["run", "text=/nowhere/at/all.txt", "out={tmp}/a", "model=tiny-llama"], "/nowhere/at/all.txt"),
         (["run", "hook=resid_post.99", "out={tmp}/b", "model=tiny-llama"], "hook='resid_post.99'"),
         (["run", "model=/nowhere/model", "out={tmp}/c"], "model.name=/nowhere/model"),

@@ -1,16 +1,19 @@
 """A cross-layer transcoder: latents of layer l read hook point l alone, and write the l-th target and all after it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from sae_dist import storage
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import BatchTopK
 from sae_dist.shards import reader
 from sae_dist.shards.hooks import Hooks
+from sae_dist.train.config import TrainConfig
 from sae_dist.train.members import MAIN, Member
 from sae_dist.train.task import Task
 from tests.train.stops import train_with_stops
@@ -55,16 +58,22 @@ def test_it_learns_within_its_blocks_whatever_the_kind_and_the_format_of_its_sta
 
 
 def test_stopped_and_repeated_it_ends_in_the_same_dictionary(store, tmp_path):
-    def weights(out: Path, *stops: int) -> bytes:
+    def weights(out: Path, *stops: int, config: TrainConfig = CONFIG, start_from: str | None = None) -> bytes:
         sae = BatchTopK(n_latents=96, k=4, dead_after_tokens=1000)
+        member = Member(MAIN, sae, 0, config.lr, transcodes=True, skip=True, cross_layer=True, start_from=start_from)
         task = Task(
-            reader.open(storage.open(str(store))), Hooks(READS, WRITES), config=CONFIG, order=ORDER, seed=0, out=out,
-            members=[Member(MAIN, sae, 0, transcodes=True, skip=True, cross_layer=True)],
+            reader.open(storage.open(str(store))), Hooks(READS, WRITES), config=config, order=ORDER, seed=0, out=out,
+            members=[member],
         )  # fmt: skip
         train_with_stops(task, *stops)
         return (out / "dictionary" / "dictionary.safetensors").read_bytes()
 
     assert weights(tmp_path / "parts", 3, 30) == weights(tmp_path / "whole")
+    still = dataclasses.replace(CONFIG, steps=1, lr=1e-12)  # begins from it, and learns nothing
+    there = load(weights(tmp_path / "whole"))
+    here = load(weights(tmp_path / "still", config=still, start_from=str(tmp_path / "whole")))
+    del there["threshold"], here["threshold"]  # that of one batch
+    torch.testing.assert_close(here, there, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Every kind of dictionary, from a real store: it learns, it resumes, and it is the same alone and among others."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from sae_dist.config import Stopped
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import KINDS
+from sae_dist.sae.variants.interface import tracks_threshold
 from sae_dist.shards.reader import Store
 from sae_dist.train.members import MAIN, Member, folder
-from tests.train.test_loop import UNITS, full_store, rows_of, train, weights
+from tests.train.test_loop import CONFIG, UNITS, full_store, rows_of, train, weights
 
 CHOSEN = {"matryoshka": {"random_prefixes": True, "prefixes": (0.25, 0.5, 1.0)}, "topk": {"k_start": 12}}
 SAES = {kind: KINDS[kind](n_latents=96, k=4, dead_after_tokens=1000, **CHOSEN.get(kind, {})) for kind in KINDS}
@@ -47,3 +49,24 @@ def test_a_finished_one_does_on_raw_rows_what_was_trained_on_scaled_ones(togethe
     left = (x - learned.decode(active)).square().sum() / (x - x.mean(0)).square().sum()
     assert float(left) < 0.9 and 0 < len(active.values) / len(x) < 12  # 60 steps from about 0.75 and 4
     assert learned.signed == bool((active.values < 0).any()) == (kind == "abs_topk")
+
+
+@pytest.fixture(scope="module")
+def again(store, together, tmp_path_factory) -> Path:
+    """A pass that begins from all of them, with other scales, and learns nothing."""
+    out, config = tmp_path_factory.mktemp("again"), dataclasses.replace(CONFIG, steps=1, lr=1e-12, init_rows=100)
+    names = {kind: MAIN if kind == "topk" else kind for kind in KINDS}
+    members = (
+        Member(names[kind], sae, 1, config.lr, start_from=str(folder(together, names[kind])))
+        for kind, sae in SAES.items()
+    )
+    train(store, out, config=config, members=tuple(members))
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_that_begins_from_it_begins_with_its_weights(together, again, kind):
+    there, here = (dictionary.load(folder(out, MAIN if kind == "topk" else kind)) for out in (together, again))
+    for name, tensor in (there.parameters._asdict() | there.more).items():
+        if name != "threshold" or not tracks_threshold(SAES[kind]):  # of the first batch, not learned
+            torch.testing.assert_close((here.parameters._asdict() | here.more)[name], tensor, rtol=2e-6, atol=1e-7)

@@ -68,23 +68,30 @@ class TensorSpec(NamedTuple):
         What W_skip adds to T y_hat, (S x - b_in) W_skip, is (x - b_in / S) S W_skip / T in y_hat.
         """
         part = part if self.minimum is None else part.clamp_min(self.minimum)
+        unit = self._unit(part, scales, first)
+        return part if isinstance(unit, float) and unit == 1 else part / unit
+
+    def unfolded(self, part: Tensor, scales: Scales) -> Tensor:
+        """The inverse of `folded`: the tensor for scaled rows, from the one for raw rows."""
+        return part * self._unit(part, scales, 0)
+
+    def _unit(self, part: Tensor, scales: Scales, first: int) -> float | Tensor:
         s, t, c = scales.x.by_dim(part.device), scales.target.by_dim(part.device), scales.z
         match self.units:
             case "1":
-                return part
+                return 1.0
             case "x":
-                unit = s
+                return s
             case "target":
-                unit = t
+                return t
             case "z":
-                unit = c
+                return c
             case "z / x":
-                unit = c / s
+                return c / s
             case "target / z":
-                unit = t / c
+                return t / c
             case "target / x":
-                unit = t / (s[first : first + len(part), None] if isinstance(s, Tensor) else s)
-        return part if isinstance(unit, float) and unit == 1 else part / unit
+                return t / (s[first : first + len(part), None] if isinstance(s, Tensor) else s)
 
 
 AUTOENCODER = (

@@ -80,8 +80,15 @@ def check_equal(folder: Path, scenario: Scenario, ranks: list[dict], reference: 
         torch.testing.assert_close(weights(folder, scenario.name)[parameter], tensor, rtol=1e-6, atol=1e-6)
 
 
+def from_alone(folder: Path, name: str, **more) -> Scenario:
+    """A training that begins from the dictionary of one process."""
+    begun = Member("begun", SMALL, 0, start_from=str(folder / "alone"))
+    return Scenario(name, sae=SMALL, steps=20, micro_batch=64, more=(begun,), **more)
+
+
 @pytest.fixture(scope="module")
-def two(folder) -> dict[str, list[dict]]:
+def two(folder, reference) -> dict[str, list[dict]]:
+    del reference  # makes "alone"
     return on_mesh(
         folder,
         Scenario("1x2", feature=2, sae=SMALL),
@@ -94,6 +101,7 @@ def two(folder) -> dict[str, list[dict]]:
         Scenario("broken off", feature=2, sae=SMALL, more=MORE),
         *(Scenario(m.name, feature=2, sae=m.sae, seed=m.seed, lr=m.lr) for m in MORE),
         Scenario("batches", feature=2, sae=BATCHES, stop_at=33),
+        from_alone(folder, "begun-1x2", feature=2),
     )
 
 
@@ -133,6 +141,16 @@ def test_batchtopk_on_two_ranks_and_then_on_one_is_a_run_of_one(folder, two):
     for name, tensor in weights(folder, "of one").items():
         torch.testing.assert_close(weights(folder, "batches")[name], tensor, rtol=1e-6, atol=1e-6)
     assert "threshold" in weights(folder, "batches")
+
+
+def test_from_a_dictionary_two_feature_ranks_begin_as_one_does(folder, two, reference):
+    alone(folder, from_alone(folder, "begun-alone"))
+    here, there = (
+        load_file(folder / name / "dictionaries/begun/dictionary.safetensors") for name in ("begun-1x2", "begun-alone")
+    )
+    for name, tensor in there.items():
+        torch.testing.assert_close(here[name], tensor, rtol=1e-6, atol=1e-6)
+    assert two["begun-1x2"][0]["lines"][0][1]["begun/fvu"] == pytest.approx(reference["lines"][-1][1]["fvu"], rel=0.1)
 
 
 def test_a_flaw_on_one_rank_is_skipped_by_all_and_then_they_go_back_to_the_last_checkpoint(folder, two):
