@@ -8,7 +8,7 @@ row, evenly over the parts; no row is selected twice, and no values tie at the c
 from typing import Literal, NamedTuple
 
 from sae_dist.plan.workload import Workload
-from sae_dist.sae.variants.interface import Elementwise, TopOfBatch
+from sae_dist.sae.variants.interface import Elementwise, Rescaled, TopOfBatch
 from sae_dist.train.parallel.batch_select import DIGIT, VALUE_BITS
 from sae_dist.train.parallel.batch_select import NAME as THRESHOLD
 from sae_dist.train.parallel.row_select import pays_two_rounds
@@ -33,7 +33,8 @@ def exchanges(work: Workload) -> list[Exchange]:
     extra = 1 + work.vectors if isinstance(work.sae, Elementwise) else 0  # numbers that each pair has besides
     found = _in_lines(work, extra) if work.in_lines else _use(work, work.k, work.latents, "candidates", extra)
     if extra and work.ranks > 1:
-        found.append(Exchange("cost", "world", 1, SUM * (work.ranks - 1)))
+        sums = 2 if isinstance(work.sae, Rescaled) else 1
+        found.append(Exchange("cost", "world", 1, sums * SUM * (work.ranks - 1)))
     if work.k_aux and work.dead:
         k = min(work.k_aux, work.dead)
         found += _use(work, k, -(-work.dead // work.feature), "aux_candidates")

@@ -14,13 +14,14 @@ from sae_dist.sae.variants.jumprelu import JumpReLU
 from sae_dist.sae.variants.jumprelu_tanh import JumpReLUTanh
 from sae_dist.sae.variants.matryoshka import Matryoshka, MatryoshkaTopK
 from sae_dist.sae.variants.multi_topk import MultiTopK
+from sae_dist.sae.variants.p_anneal import PAnneal
 from sae_dist.sae.variants.relu import ReLU
 from sae_dist.sae.variants.relu_norm import ReLUNorm
 from sae_dist.sae.variants.topk import TopK
 
 AnyKind = (
     TopK | BatchTopK | JumpReLU | MultiTopK | AbsTopK | Matryoshka | MatryoshkaTopK | ReLU | ReLUNorm | Gated
-    | JumpReLUTanh
+    | JumpReLUTanh | PAnneal
 )  # fmt: skip
 KINDS = {kind.kind: kind for kind in get_args(AnyKind)}
 SAEConfig = Annotated[AnyKind, Field(discriminator="kind")]

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from sae_kernels.reference import Selected
 from torch import Tensor
 
-from sae_dist.sae.variants.interface import CostlySilence, Elementwise
+from sae_dist.sae.variants.interface import CostlySilence, Elementwise, Rescaled
 
 OwnVectors = Mapping[str, Float[Tensor, "..."]]  # the latents' own vectors, at each pair's latent
 
@@ -27,7 +27,7 @@ class PairValues(NamedTuple):
     """What the decoder multiplies, and what activity costs."""
 
     values: Float[Tensor, "lines places"]  # 0 at empty places
-    cost: Float[Tensor, ""]  # the sum of all costs, fp64
+    cost: Float[Tensor, " sums"]  # the sum of all costs and, where the kind has it, that of what they are worth; fp64
     frozen: Float[Tensor, "lines places"] | None = None  # of the second reconstruction
 
 
@@ -43,11 +43,12 @@ def pair_values(maths: Elementwise, z: Selected, own: OwnVectors) -> PairValues:
     """The value at every place, and the sum of all costs, in one call of the kind's mathematics."""
     with torch.no_grad():
         values, cost, frozen = maths.activate(z.values, own)
-    total = values.new_zeros((), dtype=torch.float64)
-    if cost is not None:
-        total = torch.where(z.there, cost, 0.0).double().sum()
+        summed = [torch.zeros_like(values) if cost is None else cost]
+        if isinstance(maths, Rescaled):
+            summed.append(maths.worth(z.values, own))
+    totals = torch.stack([torch.where(z.there, each, 0.0).double().sum() for each in summed])
     return PairValues(
-        torch.where(z.there, values, 0.0), total, None if frozen is None else torch.where(z.there, frozen, 0.0)
+        torch.where(z.there, values, 0.0), totals, None if frozen is None else torch.where(z.there, frozen, 0.0)
     )
 
 

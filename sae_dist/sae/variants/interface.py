@@ -214,6 +214,19 @@ class Elementwise(Protocol):
 
 
 @runtime_checkable
+class Rescaled(Protocol):
+    """What a kind also defines if its penalty is a function of something else than costs.
+
+    Costs then say how its gradient is shared out among pairs; all of them are multiplied by one factor, a constant,
+    with which their sum over the batch is that of `worth`.
+    """
+
+    def worth(self, z: Float[Tensor, "..."], own: Mapping[str, Float[Tensor, "..."]]) -> Float[Tensor, "..."]:
+        """Of pairs with these pre-activations; the penalty is a function of its mean over rows."""
+        ...
+
+
+@runtime_checkable
 class CostlySilence(Protocol):
     """What a kind also defines if latents that were not chosen cost something that is linear in their z.
 

@@ -26,7 +26,7 @@ class LocalTerm(NamedTuple):
     errors: Float[Tensor, "mine d_out"]
     selected: Selected  # z of every row, or of every line
     lines: Lines | None = None  # where rows have different numbers of latents
-    cost: Float[Tensor, ""] | None = None  # of these pairs, for kinds whose pairs are worth something else than z
+    cost: Float[Tensor, " sums"] | None = None  # `PairValues.cost`, for kinds whose pairs have values of their own
     # Of nested reconstructions: the weighted sum of the errors of number p and all after it
     nested: Float[Tensor, "mine reconstructions d_out"] | None = None
     frozen: Float[Tensor, "mine d_out"] | None = None  # errors of a second reconstruction, which trains no decoder

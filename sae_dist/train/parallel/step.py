@@ -11,7 +11,7 @@ dimensions on D x F ranks:
                                                   for a value that is not z, and for each of the latents' own vectors
     b_dec            4 d (F - 1)                  its gradient through the encoder
     columns          16 d (F - 1)                 factored moments: sums of squared gradients by dimension
-    cost             8 (D F - 1)                  of activity, where the kind has a penalty
+    cost             8 (D F - 1)                  of activity, where the kind has a penalty; 8 more for its worth
     counts           40 (D F - 1)                 active values, dead latents, flaws; the loss, equal on all ranks
 
 The data axis reduces no gradients, which would be 8 d n_latents / F bytes twice; errors and pairs are 4 d B + 12 k B.
@@ -43,6 +43,7 @@ from sae_dist.sae.variants.interface import (
     Elementwise,
     Nested,
     Penalty,
+    Rescaled,
     Scheduled,
     Top,
     Variant,
@@ -65,6 +66,7 @@ from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.reconstruct import Decoder
 from sae_dist.train.parallel.skip import Skip
 
+LEAST_COST = 1e-30  # of a row, where it divides
 THRESHOLD_EMA = 0.1  # weight of a batch in the running mean of thresholds, at first 1 / steps; 0.01 lags behind
 
 
@@ -276,10 +278,13 @@ class MeshStep:
         if silence is not None and self.mesh.data.rank == 0:  # every data rank has the same
             cost = cost + batch * silence.cost
         mean = ordered_sum(self.mesh, self.mesh.world, cost, name="cost") / batch
-        self.penalty = penalty = sae.penalty(mean, variance=variance, width=self.shard.W_dec.shape[1])
+        self.penalty = penalty = sae.penalty(mean[-1], variance=variance, width=self.shard.W_dec.shape[1])
+        slope = penalty.slope
+        if isinstance(sae, Rescaled):
+            slope = slope * mean[1] / mean[0].clamp_min(LEAST_COST)
 
         def backward(z: Selected, d_values: Tensor, d_frozen: Tensor | None) -> PairGradients:
-            return pair_gradients(sae, z, decoder.own_at(z), d_values, d_frozen, price=penalty.slope / batch)
+            return pair_gradients(sae, z, decoder.own_at(z), d_values, d_frozen, price=slope / batch)
 
         return backward
 

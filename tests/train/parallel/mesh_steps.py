@@ -27,6 +27,7 @@ from sae_dist.sae.config import (
     Matryoshka,
     MatryoshkaTopK,
     MultiTopK,
+    PAnneal,
     ReLU,
     ReLUNorm,
     SAEConfig,
@@ -96,6 +97,7 @@ OTHER_KINDS = {
     ),
 }
 OTHER_KINDS |= {f"crosscoder_{name}": replace(case, sites=2) for name, case in OTHER_KINDS.items()}
+OTHER_KINDS["p_anneal"] = Case(kind=PAnneal, k=8, steps=3, options={"l1_coefficient": 0.5, "p_end": 0.5})
 CASES = (
     EXACT_KINDS
     | OTHER_KINDS

@@ -13,9 +13,11 @@ from sae_dist.sae.config import (
     Matryoshka,
     MatryoshkaTopK,
     MultiTopK,
+    PAnneal,
     ReLU,
     ReLUNorm,
 )
+from sae_dist.sae.variants.p_anneal import LEAST
 from tests.train.parallel.mesh_steps import Case, batch_of, parameters, target_of, vectors
 
 
@@ -57,6 +59,10 @@ def errors_and_cost(case: Case, z: Tensor, target: Tensor, p: dict[str, Tensor])
         case JumpReLU():
             values, gate = reference.jumprelu(z, p["threshold"], bandwidth=sae.bandwidth)
             cost = sae.l0_coefficient * (gate.sum() / case.batch / case.k - 1).square()
+        case PAnneal():
+            values = z.relu()
+            powers = torch.where(z > 0, (values + LEAST).pow(sae.p_end) - LEAST**sae.p_end, 0.0).sum()
+            cost = sae.l1_coefficient * l1(values).detach() * powers / powers.detach()
         case ReLU():
             values = z.relu()
             norm = norms if isinstance(sae, ReLUNorm) else 1.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sae_kernels.shard import Shard
 
-from sae_dist.sae.config import ReLU, ReLUNorm
+from sae_dist.sae.config import PAnneal, ReLU, ReLUNorm
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.step import MeshStep
 from tests.sae_kernels.test_shard import BACKENDS
@@ -71,3 +71,19 @@ def test_the_norm_weighted_price_alone_does_not_change_when_a_latent_is_scaled(k
     (error, price), (error_scaled, price_scaled) = found
     assert error_scaled == pytest.approx(error, rel=1e-5)
     assert price_scaled == pytest.approx(price if costs_the_same else 4 * price, rel=1e-5)
+
+
+def test_while_p_falls_the_price_stays_that_of_l1_and_moves_to_small_values():
+    case = Case(kind=PAnneal, k=8, k_aux=0, options={"l1_coefficient": 0.5})
+    x, prices, slopes = batch_of(case, 0), [], []
+    for p_end in (1.0, 0.2):
+        sae = dataclasses.replace(case.sae, p_end=p_end)
+        keys = dict(k=case.k, k_aux=0, aux_coefficient=0.0, dead_after_tokens=100, product_dtype=torch.float32)
+        step = MeshStep(Shard(**parameters(case), **keys), Mesh.single(), sae=sae, k_aux=0)
+        step.forward(x, variance=case.variance, progress=1.0)
+        assert step.penalty is not None
+        prices.append(float(step.penalty.value))
+        z = torch.tensor([0.1, 5.0], requires_grad=True)
+        slopes.append(torch.autograd.grad(sae.activate(z, {}).cost.sum(), z)[0])
+    assert prices[1] == pytest.approx(prices[0], rel=1e-6) and prices[0] > 0
+    assert float(slopes[0][0] / slopes[0][1]) == pytest.approx(1) and float(slopes[1][0] / slopes[1][1]) > 10
