@@ -262,6 +262,16 @@ class Scheduled(Protocol):
         ...
 
 
+@runtime_checkable
+class RowsFirst(Protocol):
+    """What a kind also defines if its first steps choose the k largest of every row, and later ones by its rule."""
+
+    @property
+    def rows_fraction(self) -> float:
+        """The share of all steps that these are."""
+        ...
+
+
 def tensors(variant: Variant, *, transcodes: bool, skip: bool = False) -> tuple[TensorSpec, ...]:
     """All tensors of a dictionary of that kind, which perhaps rebuilds something else than its input, with a skip."""
     return (*variant.tensors, *([B_IN] if transcodes else []), *([W_SKIP] if skip else []))

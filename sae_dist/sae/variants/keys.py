@@ -44,6 +44,18 @@ class FallingK(Sized):
 
 
 @frozen
+class ByRowsFirst(Sized):
+    """First steps that choose within rows.
+
+    While latents are nearly random, the largest pre-activations of a batch are those of a few rows. The features of all
+    other rows are then learned by nobody, and the latents that could learn them are not dead, so AuxK does not help.
+    """
+
+    # of the steps, first: the k largest of every row are active, not those of the batch
+    rows_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+
+
+@frozen
 class AboveLevel(Sized):
     """All latents above a level, of which about k are active before step 0."""
 

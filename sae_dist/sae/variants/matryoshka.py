@@ -19,19 +19,18 @@ from sae_dist.sae.variants.interface import (
     Top,
     TopOfBatch,
 )
-from sae_dist.sae.variants.keys import Sized
+from sae_dist.sae.variants.keys import ByRowsFirst, Sized
 
 
 @frozen
-class Matryoshka(Sized):
-    """Matryoshka over BatchTopK: the mean of the squared errors of reconstructions from the first latents only.
+class MatryoshkaTopK(Sized):
+    """Matryoshka over TopK: the mean of the squared errors of reconstructions from the first latents only.
 
-    Latents are chosen as by BatchTopK; reconstruction p reads those of prefix p. So the first latents learn what is
-    general, and cannot leave a part of it to more special ones (absorption).
+    The k largest pre-activations of every token are active; reconstruction p reads those of prefix p. So the first
+    latents learn what is general, and cannot leave a part of it to more special ones (absorption).
     """
 
-    kind: Literal["matryoshka"] = "matryoshka"
-    k: Annotated[int, Field(ge=1)] = 32  # latents a token, in the mean
+    kind: Literal["matryoshka_topk"] = "matryoshka_topk"
     prefixes: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)  # shares
     random_prefixes: bool = False  # drawn anew at every step, as many as `prefixes`, log-uniformly from its first on
 
@@ -42,11 +41,11 @@ class Matryoshka(Sized):
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        return (*AUTOENCODER, THRESHOLD)
+        return AUTOENCODER
 
     @property
     def rule(self) -> TopOfBatch | Top:
-        return TopOfBatch(self.k)
+        return Top(self.k)
 
     @property
     def nesting(self) -> Nesting:
@@ -67,15 +66,16 @@ class Matryoshka(Sized):
 
 
 @frozen
-class MatryoshkaTopK(Matryoshka):
-    """Matryoshka over TopK: the k largest pre-activations of every token are active."""
+class Matryoshka(MatryoshkaTopK, ByRowsFirst):
+    """Matryoshka over BatchTopK: the batch * k largest pre-activations of a batch are active."""
 
-    kind: Literal["matryoshka_topk"] = "matryoshka_topk"  # type: ignore[assignment]
+    kind: Literal["matryoshka"] = "matryoshka"  # type: ignore[assignment]
+    k: Annotated[int, Field(ge=1)] = 32  # latents a token, in the mean
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        return AUTOENCODER
+        return (*AUTOENCODER, THRESHOLD)
 
     @property
-    def rule(self) -> Top:
-        return Top(self.k)
+    def rule(self) -> TopOfBatch:
+        return TopOfBatch(self.k)

@@ -44,6 +44,7 @@ from sae_dist.sae.variants.interface import (
     Nested,
     Penalty,
     Rescaled,
+    RowsFirst,
     Scheduled,
     Top,
     Variant,
@@ -150,7 +151,7 @@ class MeshStep:
         decoder = Decoder(self.shard, self.mesh, sae, self._chooser, sites=self._sites)
         if self.skip is not None:
             target = target - self.skip.of(x)
-        main = decoder.local_term(self._choose(rows, sae, decoder.own), target)
+        main = decoder.local_term(self._choose(rows, sae, decoder.own, progress), target)
         row, silence = None, None
         if isinstance(sae, CostlySilence):
             row, mean_z = stages.mean_z(rows)
@@ -187,8 +188,10 @@ class MeshStep:
     def update_(self, *, lr: float) -> None:
         """The update from the last `forward`."""
         if self.threshold is not None and self._smallest is not None:
-            # A running mean over batches (Bussmann et al. 2024, sec. 3).
-            self.threshold += max(1 / (self.shard.steps + 1), THRESHOLD_EMA) * (self._smallest - self.threshold)
+            # A running mean over batches (Bussmann et al. 2024, sec. 3), from the first one that counts a batch on.
+            weight = self.threshold.new_tensor(max(1 / (self.shard.steps + 1), THRESHOLD_EMA))
+            weight.masked_fill_(self.threshold == 0, 1.0)
+            self.threshold += weight * (self._smallest - self.threshold)
         if self._fused:
             gradients = None
             if self.clip_norm is not None:
@@ -259,12 +262,15 @@ class MeshStep:
         self.shard.load_state_dict_(rest)
         self._dead = None
 
-    def _choose(self, rows: Tensor, sae: Variant, own: Mapping[str, Tensor]) -> Choice:
+    def _choose(self, rows: Tensor, sae: Variant, own: Mapping[str, Tensor], progress: float) -> Choice:
         """The active pairs of this rank's rows and latents."""
-        if isinstance(sae.rule, Top):
-            return self._chooser.of_rows(rows, k=sae.rule.k, width=self.shard.W_dec.shape[1], signed=sae.rule.signed)
+        rule = sae.rule
+        if isinstance(sae, RowsFirst) and progress < sae.rows_fraction:
+            rule = Top(rule.k)
+        if isinstance(rule, Top):
+            return self._chooser.of_rows(rows, k=rule.k, width=self.shard.W_dec.shape[1], signed=rule.signed)
         level = sae.level(own) if isinstance(sae, Elementwise) else None
-        choice = self._chooser.of_batch(rows, sae.rule, level)
+        choice = self._chooser.of_batch(rows, rule, level)
         self._smallest, self.widened = choice.smallest, self.widened + choice.widened
         return choice
 

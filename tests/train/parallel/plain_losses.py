@@ -85,8 +85,8 @@ def errors_and_cost(case: Case, z: Tensor, target: Tensor, p: dict[str, Tensor])
             few, many = (torch.where(ranks(z.relu()) < k, z.relu(), 0.0) for k in (sae.k, sae.rule.k))
             residual = left(few)
             return residual.square().sum() + sae.wide_weight * left(many).square().sum(), residual, free
-        case MatryoshkaTopK() | Matryoshka():
-            values = top(case, z, over_batch=not isinstance(sae, MatryoshkaTopK))
+        case MatryoshkaTopK():
+            values = top(case, z, over_batch=isinstance(sae, Matryoshka))
             ends = [int(share * sae.n_latents) for share in sae.prefixes]
             residuals = [left(values * (torch.arange(sae.n_latents) < end)) for end in ends]
             return sum((r.square().sum() for r in residuals), free) / len(ends), residuals[-1], free

@@ -14,13 +14,14 @@ from tests.train.parallel.mesh_steps import one_step
 
 
 def step_of(
-    n_latents: int, d_model: int, k: int, *, backend="auto", product_dtype=torch.bfloat16, **settings
+    n_latents: int, d_model: int, k: int, *, backend="auto", product_dtype=torch.bfloat16, rows_fraction=0.0, **settings
 ) -> MeshStep:
+    sae = BatchTopK(n_latents=n_latents, k=k, k_aux=3, rows_fraction=rows_fraction)
     shard = Shard(
         k=k, k_aux=3, aux_coefficient=1 / 32, dead_after_tokens=100, backend=backend, product_dtype=product_dtype,
         **dictionary(n_latents, d_model),
     )  # fmt: skip
-    return MeshStep(shard, Mesh.single(), sae=BatchTopK(n_latents=n_latents, k=k, k_aux=3), k_aux=3, **settings)
+    return MeshStep(shard, Mesh.single(), sae=sae, k_aux=3, **settings)
 
 
 def inputs(kind: str, batch: int, d_model: int) -> torch.Tensor:
@@ -90,6 +91,25 @@ def test_a_step_is_gradient_projection_adam_and_unit_norm(backend):
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):  # Adam divides by |gradient|, which may be near rounding
         torch.testing.assert_close(state[name], twin[name], rtol=1e-4, atol=3e-5)
     assert float(state["threshold"]) == pytest.approx(sum(smallest) / 3, rel=1e-4)
+
+
+def test_the_first_steps_choose_within_rows_and_the_threshold_begins_with_the_others():
+    step, x = step_of(200, 24, 5, rows_fraction=0.5), inputs("one row has the best", 40, 24)
+    z = reference.pre_activations(
+        x, *(tensor.clone() for tensor in (step.shard.W_enc, step.shard.b_enc, step.shard.b_dec)),
+        product_dtype=torch.bfloat16,
+    )  # fmt: skip
+    by_row = torch.bincount(reference.topk(z, 5).indices.flatten(), minlength=200)
+    assert torch.equal(step.forward(x, variance=2.0, progress=0.49).fired, by_row)
+    step.update_(lr=0.0)
+    assert float(step.threshold) == 0
+    best = reference.batch_topk(z, 5)
+    by_batch = torch.bincount(best.indices, minlength=200)
+    assert torch.equal(step.forward(x, variance=2.0, progress=0.5).fired, by_batch) and not torch.equal(
+        by_row, by_batch
+    )
+    step.update_(lr=0.0)
+    assert float(step.threshold) == pytest.approx(float(best.values.min()), rel=1e-3)
 
 
 def test_a_step_that_is_left_out_or_looked_at_leaves_the_threshold_alone():
