@@ -14,6 +14,8 @@ DEFAULTS = ("encode", "tighten-512", "rank-32", "decode-512", "gather-dot-512", 
 SPILLS = {
     ("sm_100", "rescan-8192"),  # k above 1,024: 16 bytes in a kernel that a row in 10^15 needs
     ("sm_90", "rescan-1024/fp32"),  # 8 bytes there too
+    ("sm_90", "gather-dot-512/source"),  # 8 bytes, of dictionaries that rebuild another hook point
+    ("sm_90", "update-encoder-2048/linear"),  # 8 bytes, of kinds whose silent latents pay
 }
 
 
