@@ -41,9 +41,9 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "matryoshka_topk": [{}],
     "jumprelu": [{}],
     "relu": [{"l1_coefficient": c} for c in (0.5, 1.0, 2.0)],
-    "relu_norm": [{"l1_coefficient": c} for c in (0.5, 1.0, 2.0)],
+    "relu_norm": [{"l1_coefficient": c} for c in (2.0, 4.0, 8.0)],
     "gated": [{"l1_coefficient": c} for c in (1.0, 2.0, 4.0)],
-    "jumprelu_tanh": [{"tanh_coefficient": c} for c in (0.5, 1.0, 2.0, 4.0)],
+    "jumprelu_tanh": [{"tanh_coefficient": c} for c in (2.0, 4.0, 8.0)],
 }
 
 

@@ -85,7 +85,10 @@ def tracked_runs(job: Job, *, out: str, config_hash: str, main: str = MAIN) -> l
         return main if member.name == MAIN else member.name
 
     def add(job_type: JobType, of: Member | None, *ends: str) -> None:
-        own = {} if of is None else {"sae": to_dict(of.sae), "seed": of.seed, "member": of.name, "lr": of.peak_lr}
+        own = {}
+        if of is not None and not isinstance(job, HarvestJob):
+            lr = of.peak_lr(job.train.n_steps)
+            own = {"sae": to_dict(of.sae), "seed": of.seed, "member": of.name, "lr": lr}
         hashed = run_id(out=out, config_hash=config_hash, job_type=job_type, member="" if of is None else called(of))
         prefix = "" if of is None else of.prefix
         found.append(TrackedRun(hashed, "-".join([name, *ends]), group, job_type, prefix, values | own))

@@ -33,7 +33,6 @@ from sae_dist.train.parallel.rendezvous import Rendezvous
 from sae_dist.train.task import Task
 
 logger = logging.getLogger(__name__)
-SHORT_STEPS = 5_000  # below which the learning rate of the law is too low to come far
 
 
 def chosen_hooks(store: Store, job: TrainJob) -> Hooks:
@@ -124,20 +123,8 @@ def _logs(job: TrainJob, out: Path, first: bool, watch: Log | None) -> Iterator[
     if not first:
         yield tee()
         return
-    log_default_rate(job)
     with closing(JsonLines(out / "metrics.jsonl")) as lines:
         yield alerting(lines if watch is None else tee(lines, watch), job)
-
-
-def log_default_rate(job: TrainJob) -> None:
-    """Logs that the default learning rate is meant for long runs: a short run may learn more with a higher one."""
-    lawful = [member for member in job.members if member.lr is None]
-    if lawful and job.train.n_steps < SHORT_STEPS:
-        logger.info(
-            "train.lr is null: the law gives %s, which is for runs of %d steps and more; this one has %d, and may "
-            "learn more at a multiple of that rate (train.lr=...)",
-            ", ".join(f"{member.peak_lr:.2g}" for member in lawful), SHORT_STEPS, job.train.n_steps,
-        )  # fmt: skip
 
 
 def alerting(log: Log, job: TrainJob) -> Log:

@@ -179,7 +179,7 @@ def summarize(
             "n_latents": member.sae.n_latents,
             "k": member.sae.k,
             "seed": member.seed,
-            "lr": member.peak_lr,
+            "lr": member.peak_lr(job.train.n_steps),
             "eval": figures[member.name],
         }
         for member in others

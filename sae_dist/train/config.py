@@ -11,6 +11,7 @@ from sae_dist.train.guard import GuardConfig
 
 # Who starts the processes of a mesh. auto: this one for a mesh of 1, torchrun's where torchrun started it, else actors.
 Launcher = Literal["auto", "process", "actors", "torchrun", "ray_train"]
+DATA_WEIGHT = 0.8  # of `init_data_weight`, where there is a row for every latent
 
 
 @frozen
@@ -21,15 +22,16 @@ class TrainConfig:
     tokens: Annotated[int, Field(ge=1)] | None = 10_000_000
     steps: Annotated[int, Field(ge=1)] | None = None  # instead of tokens
     batch: Annotated[int, Field(ge=1)] = 4_096  # rows a step
-    lr: Annotated[float, Field(gt=0)] | None = None  # null: 2e-4 / sqrt(n_latents / 2^14)
+    lr: Annotated[float, Field(gt=0)] | None = None  # null: 2e-4 / sqrt(n_latents / 2^14), more in short runs
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02  # of the steps; the learning rate rises from 0
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the steps, at the end; it falls to 0
     init_rows: Annotated[int, Field(ge=2)] = 16_384  # rows that b_dec, W_enc and the input scale are estimated from
     # where a dictionary lies that the training begins from: the folder of a run, or of a dictionary (an imported one
     # too), or either at s3://; null: it begins at random
     start_from: str | None = None
-    # of a random row's direction in each initial decoder row, the rest is random; 0.8: Circuits Update, October 2025
-    init_data_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    # of a random row's direction in each initial decoder row, the rest is random; null: 0.8 (Circuits Update, October
+    # 2025), but 0 for a dictionary with more latents than init_rows, many of which would begin alike
+    init_data_weight: Annotated[float, Field(ge=0, le=1)] | None = None
     # with target_hook: a linear map from what is read to what is rebuilt, beside the latents (a skip-transcoder)
     skip: bool = False
     # with as many hook points in hook as in target_hook: latents of layer l read the l-th alone, and write the l-th and
@@ -82,6 +84,12 @@ class TrainConfig:
     @property
     def cache_bytes(self) -> int:
         return round((64.0 if self.cache_gb is None else self.cache_gb) * 1e9)
+
+    def data_weight(self, *, n_latents: int, rows: int) -> float:
+        """`init_data_weight`, of a dictionary that begins from so many rows."""
+        if self.init_data_weight is not None:
+            return self.init_data_weight
+        return DATA_WEIGHT if n_latents <= rows else 0.0
 
     @property
     def n_steps(self) -> int:

@@ -38,11 +38,11 @@ class StepOutcome(NamedTuple):
     fired: Int[Tensor, " here"]  # rows of the batch on which each latent of this rank was active
     gradient_norm: float | None  # if it was asked for, and the step was taken
 
-    def cure(self, step: int) -> str:
-        """The message when the guard stops this dictionary."""
+    def cure(self, step: int, *, n_steps: int) -> str:
+        """The message when the guard stops this dictionary at `step` of `n_steps`."""
         member = self.learner.member
         rate = "train.lr" if member.name == MAIN else "its lr"
-        return f"{self.alert}, up to step {step}; lower {rate}={member.peak_lr:g}, in another out="
+        return f"{self.alert}, up to step {step}; lower {rate}={member.peak_lr(n_steps):g}, in another out="
 
 
 def check_member(member: Member, rebuilt: Mapping[str, int], mesh: Mesh) -> None:

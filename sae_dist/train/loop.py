@@ -117,8 +117,8 @@ def _take_steps(
             step, last = state.step + 1, state.step + 1 == config.n_steps
             outcomes = [
                 train_step(
-                    one, config, x, target=target, lr=one.member.peak_lr * factor, variance=state.variance,
-                    progress=state.step / config.n_steps, measure=report.is_due(step),
+                    one, config, x, target=target, lr=one.member.peak_lr(config.n_steps) * factor,
+                    variance=state.variance, progress=state.step / config.n_steps, measure=report.is_due(step),
                     resample=step in config.resample_after,
                 )
                 for one in state.learners

@@ -53,7 +53,7 @@ class Member(NamedTuple):
     name: str
     sae: SAEConfig
     seed: int  # of its initial weights and roundings; the order of rows does not depend on it
-    lr: float | None = None  # the peak; None: base_lr of its size
+    lr: float | None = None  # the peak; None: base_lr
     parameters: ParameterFormat = "float32"
     moments: MomentFormat = "float32"
     transcodes: bool = False  # what is rebuilt is not the input
@@ -71,9 +71,9 @@ class Member(NamedTuple):
     def prefix(self) -> str:
         return prefix_of(self.name)
 
-    @property
-    def peak_lr(self) -> float:
-        return self.lr or base_lr(self.sae.n_latents)
+    def peak_lr(self, n_steps: int) -> float:
+        """The learning rate after the warm-up, in a training of so many steps."""
+        return self.lr or base_lr(self.sae.n_latents, n_steps)
 
     @property
     def state(self) -> StateOptions:

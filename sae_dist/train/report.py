@@ -33,14 +33,15 @@ class Report:
         lr_factor: float, more: Callable[[], dict[str, Any]],
     ) -> None:  # fmt: skip
         """Counts a step that led to `state`; writes a line when one is due, with the metrics of `more()` added."""
-        task = self._task
+        task, n_steps = self._task, self._task.config.n_steps
         self._sums = [w.add(one, task.config.batch) for w, one in zip(self._sums, outcomes, strict=True)]
         alerts = {one.learner.member: f"step {state.step}: {one.alert}" for one in outcomes if one.alert}
         if alerts or self.is_due(state.step):
             starved_s = loader.starved_s()
             line = {"epoch": batch.epoch} | run_metrics(state, self._start, task.config.batch, starved_s, self._mesh)
             for sums, own in zip(self._sums, state.learners, strict=True):
-                line |= dictionary_metrics(sums, own, state, lr=own.member.peak_lr * lr_factor, tokens=line["tokens"])
+                lr = own.member.peak_lr(n_steps) * lr_factor
+                line |= dictionary_metrics(sums, own, state, lr=lr, tokens=line["tokens"])
             line |= {f"{member.prefix}alert": alert for member, alert in alerts.items()}
             line |= {"shuffle_inflation": shuffle.inflation(batch.docs().numpy())}  # at best 1 + batch m / rows
             line |= {"x_norm": float(batch.x.float().norm(dim=1).mean())}  # in the units of the store

@@ -55,7 +55,8 @@ def roll_back(
     """`state` after the guards' decisions on its last step; UserError once one has rolled back too often."""
     task = batches.task
     if given_up := [one for one in outcomes if one.decision == "stop"]:
-        raise UserError(f"{task.named(given_up[0].learner.member)}{given_up[0].cure(state.step)}")
+        cure = given_up[0].cure(state.step, n_steps=task.config.n_steps)
+        raise UserError(f"{task.named(given_up[0].learner.member)}{cure}")
     return state._replace(
         learners=tuple(
             _earlier(one.learner, state, batches, checkpoints) if one.decision == "roll_back" else one.learner

@@ -2,10 +2,18 @@
 
 from sae_dist.train.config import TrainConfig
 
+LONG_STEPS = 50_000  # from which on the rate does not depend on the number of steps
+MOST_FASTER, MOST_LR = 4.0, 5e-3
 
-def base_lr(n_latents: int) -> float:
-    """lr = 2e-4 / sqrt(n_latents / 2^14): wider dictionaries want smaller steps (Gao et al. 2024, App. A.3)."""
-    return 2e-4 / (n_latents / 2**14) ** 0.5
+
+def base_lr(n_latents: int, n_steps: int) -> float:
+    """The peak where none is given: 2e-4 / sqrt(n_latents / 2^14), times up to 4 for runs of fewer than 50,000 steps.
+
+    Wider dictionaries want smaller steps (Gao et al. 2024, App. A.3), and few steps have to be large ones: the factor
+    is sqrt(50,000 / n_steps). No rate is above 5e-3. docs/quality.md has what was measured.
+    """
+    faster = min(max((LONG_STEPS / n_steps) ** 0.5, 1.0), MOST_FASTER)
+    return min(faster * 2e-4 / (n_latents / 2**14) ** 0.5, MOST_LR)
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:

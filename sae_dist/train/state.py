@@ -190,11 +190,12 @@ def _initial(
         everybody = all_gather(mesh, mesh.feature, padded, name="initialize").permute(1, 0, 2).flatten(1)
         return everybody.topk(k).values[:, -1]
 
+    trained = member.frozen == "nothing"  # the rows of other twins stay random: data's are features already
     parameters, level, b_in = initialize(
         x, target=target, n_latents=sae.n_latents, k=k, seed=member.seed, latents=mesh.latents(sae.n_latents), kth=kth,
         total=lambda part: ordered_sum(mesh, mesh.feature, part, name="initialize"),
-        norm=spec_of(sae, "W_dec").initial_norm, data_weight=config.init_data_weight,
-        blocks=_blocks(member, scales),
+        norm=spec_of(sae, "W_dec").initial_norm, blocks=_blocks(member, scales),
+        data_weight=config.data_weight(n_latents=sae.n_latents, rows=len(x)) if trained else 0.0,
     )  # fmt: skip
     own = sae.start(level) if isinstance(sae, Elementwise) else {}
     tensors = parameters._asdict() | {name: torch.full_like(parameters.b_enc, value) for name, value in own.items()}

@@ -157,12 +157,3 @@ def test_too_little_memory_is_one_line(finished, tmp_path):
     assert starved.returncode == 2, starved.stderr
     assert "error: too little memory" in starved.stderr.splitlines()[-1]
     assert "lower sae.n_latents" in starved.stderr.splitlines()[-1]
-
-
-def test_a_short_run_is_told_that_the_law_for_the_rate_is_for_long_ones(finished, tmp_path, caplog):
-    caplog.set_level("INFO")
-    assert main([*finished[1], f"out={tmp_path / 'a'}"]) == 0
-    assert "train.lr is null: the law gives" in caplog.text
-    caplog.clear()
-    assert main([*finished[1], "train.lr=0.001", f"out={tmp_path / 'b'}"]) == 0
-    assert "train.lr is null" not in caplog.text

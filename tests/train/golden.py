@@ -33,13 +33,14 @@ from tests.train.test_loop import CONFIG, ORDER, full_store
 
 KINDS: dict[str, SAEConfig] = {
     "topk": TopK(n_latents=97, k=4, dead_after_tokens=1000),
-    "batchtopk": BatchTopK(n_latents=97, k=4, dead_after_tokens=1000),
+    "batchtopk": BatchTopK(n_latents=97, k=4, dead_after_tokens=1000, rows_fraction=0.0),
 }
+PLAIN = dataclasses.replace(CONFIG, init_data_weight=0.0)  # what follows from no default that is tuned
 MORE = (
     Member("wide", TopK(n_latents=131, k=6, dead_after_tokens=1000), seed=1, lr=1e-3),
-    Member("batches", BatchTopK(n_latents=64, k=3, dead_after_tokens=500), seed=2),
+    Member("batches", BatchTopK(n_latents=64, k=3, dead_after_tokens=500, rows_fraction=0.0), seed=2),
     Member("compact", TopK(n_latents=97, k=4, dead_after_tokens=1000), 0, None, "bfloat16_stochastic", "int8"),
-    Member("factored", BatchTopK(n_latents=97, k=4, dead_after_tokens=1000), 0, None, "float32", "factored"),
+    Member("factored", KINDS["batchtopk"], 0, None, "float32", "factored"),
 )
 
 
@@ -54,16 +55,21 @@ class Golden(NamedTuple):
     more: tuple[Member, ...] = ()
 
 
+def given(member: Member) -> Member:
+    """The member with a rate of its own, so that a change of the default rate moves no bit."""
+    return member._replace(lr=member.lr or 2e-4 / (member.sae.n_latents / 2**14) ** 0.5)
+
+
 def trainings() -> list[Golden]:
     found = []
     for data, feature in ((1, 1), (1, 2), (2, 2)):
         for product in ("float32", "bfloat16"):
-            config = dataclasses.replace(CONFIG, product=product)
+            config = dataclasses.replace(PLAIN, product=product)
             for kind, sae in KINDS.items():
                 found.append(Golden(f"{kind}-{product}-{data}x{feature}", data, feature, sae, config))
-        several = dataclasses.replace(CONFIG, micro_batch=20, clip_norm=0.5)
+        several = dataclasses.replace(PLAIN, micro_batch=20, clip_norm=0.5)
         found.append(Golden(f"several-{data}x{feature}", data, feature, KINDS["topk"], several, MORE))
-    clipped = dataclasses.replace(CONFIG, clip_norm=0.05)
+    clipped = dataclasses.replace(PLAIN, clip_norm=0.05)
     return [*found, Golden("clipped-1x1", 1, 1, KINDS["topk"], clipped)]
 
 
@@ -75,9 +81,10 @@ def rank_of(golden: Golden, folder: Path, rank: int) -> None:
     config = MeshConfig(data=golden.data, feature=golden.feature, collective_timeout_s=120)
     meeting = None if world == 1 else dist.FileStore(str(folder / f"meeting-{golden.name}"), world)
     mesh = connect(config, rank=rank, world=world, device="cpu", store=meeting)
+    members = tuple(given(member) for member in (Member(MAIN, golden.sae, 0), *golden.more))
     task = Task(
         reader.open(storage.open(str(folder / "store"))), Hooks(("x",)), config=golden.config, order=ORDER, seed=0,
-        members=(Member(MAIN, golden.sae, 0), *golden.more), out=folder / golden.name,
+        members=members, out=folder / golden.name,
     )  # fmt: skip
     loop.train(task, mesh, log=lambda *_: None)
     mesh.close()

@@ -14,6 +14,7 @@ from sae_dist.shards.reader import Store
 from sae_dist.train import loop
 from sae_dist.train.guard import GuardConfig
 from sae_dist.train.members import MAIN, Member, members
+from sae_dist.train.schedule import base_lr
 from tests.train.test_loop import CONFIG, SAE, full_store, train
 
 MORE = (
@@ -198,7 +199,7 @@ def test_an_entry_changes_what_it_says_and_nothing_else():
     assert (inherited.lr, inherited.seed) == (0.1, 3)
     compact, plain = members([{"k": 8}, {"moments": "float32"}], sae=SAE, seed=0, moments="factored")[1:]
     assert (compact.state.moments, plain.state.plain) == ("factored", True)
-    assert law.peak_lr == 2e-4 / (96 / 2**14) ** 0.5
+    assert law.peak_lr(10**6) == base_lr(96, 10**6)
 
 
 @pytest.mark.parametrize(

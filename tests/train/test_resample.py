@@ -58,7 +58,7 @@ def test_a_dead_latent_gets_the_direction_of_a_row_and_forgets_its_moments(backe
 @pytest.mark.slow
 def test_it_revives_and_a_run_that_is_stopped_and_repeated_resamples_the_same(store, tmp_path):
     sae = ReLU(n_latents=256, k=2, l1_coefficient=6.0, k_aux=0, dead_after_tokens=1000)
-    longer = dataclasses.replace(CONFIG, steps=200, batch=128, lr=3e-3)
+    longer = dataclasses.replace(CONFIG, steps=200, batch=128, lr=3e-3, init_data_weight=0.0)
     _, lines = train(store, tmp_path / "none", sae=sae, config=longer)
     config = dataclasses.replace(longer, resample_after=(60, 120))
     _, revived = train(store, tmp_path / "whole", sae=sae, config=config)
