@@ -1,6 +1,6 @@
 """sae_dist: distributed training of sparse autoencoders on language-model activations.
 
-In Python: load, attach, Store, train, run, sweep (docs/python.md). Importing the package loads none of them.
+In Python: load, attach, Store, features, train, run, sweep (docs/python.md). Importing the package loads none of them.
 """
 
 import importlib
@@ -12,12 +12,19 @@ if TYPE_CHECKING:
     from sae_dist.api.jobs import run, sweep, train
     from sae_dist.api.load import load
     from sae_dist.api.store import Store
+    from sae_dist.interpret.read_features import features
     from sae_dist.steer.attach import attach
 
 __version__ = "0.1.0"
-__all__ = ["Store", "attach", "load", "run", "sweep", "train"]
+__all__ = ["Store", "attach", "features", "load", "run", "sweep", "train"]
 
-_HOMES = {"load": "api.load", "run": "api.jobs", "Store": "api.store", "attach": "steer.attach"}
+_HOMES = {
+    "load": "api.load",
+    "run": "api.jobs",
+    "Store": "api.store",
+    "attach": "steer.attach",
+    "features": "interpret.read_features",
+}
 
 
 class _Callable(ModuleType):

@@ -1,6 +1,8 @@
 """Write the feature pages of a run again, in this process: a static site that opens from disk.
 
-Example: sae-dist pages runs/quickstart pages.top_contexts=32
+With data=true, write instead what is known of every latent as Parquet, for any number of latents.
+Examples: sae-dist pages runs/quickstart pages.top_contexts=32
+          sae-dist pages runs/quickstart data=true
 """
 
 import dataclasses
@@ -10,7 +12,7 @@ from typing import Any
 
 from sae_dist.config import frozen, load, local_folder
 from sae_dist.interpret.collect import PagesConfig
-from sae_dist.service.evaluate_job import write_run_pages
+from sae_dist.service.evaluate_job import write_run_features, write_run_pages
 
 POSITIONAL = ("out",)
 
@@ -20,6 +22,7 @@ class PagesJob:
     """Which run's pages to write, and what they show."""
 
     out: str  # the run's folder
+    data: bool = False  # write features/, a Parquet table of all latents, instead of pages/
     pages: PagesConfig
 
     def with_absolute_paths(self) -> "PagesJob":
@@ -31,5 +34,9 @@ CONFIG = PagesJob
 
 def main(values: Mapping[str, Any]) -> int:
     job = load(PagesJob, values)
-    print(f"pages: {write_run_pages(Path(local_folder('out', job.out)), job.pages)}")
+    out = Path(local_folder("out", job.out))
+    if job.data:
+        print(f"features: {write_run_features(out, job.pages)}")
+    else:
+        print(f"pages: {write_run_pages(out, job.pages)}")
     return 0

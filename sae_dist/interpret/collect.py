@@ -105,9 +105,18 @@ def active_entries(
 
 
 def collect(
-    rows: RowBatches, encode: Encode, *, n_latents: int, category: Callable[[int], str | None], config: PagesConfig
+    rows: RowBatches,
+    encode: Encode,
+    *,
+    n_latents: int,
+    category: Callable[[int], str | None],
+    config: PagesConfig,
+    first: int = 0,
 ) -> Collected:
-    """Statistics, histograms, strongest and sampled contexts and categories of all latents, in one pass."""
+    """Statistics, histograms, strongest and sampled contexts and categories of all latents, in one pass.
+
+    `first` is the number that the first latent has in the dictionary, where the others are left out: it is drawn alike.
+    """
     paged = paged_latents(n_latents, config)
     slot_of = slots(paged, n_latents)
     count = torch.zeros(n_latents, dtype=torch.int64)
@@ -138,7 +147,7 @@ def collect(
         insert_(top, slot, key=~strength, value=value, doc=doc, pos=pos, block=block)
         if config.interval_contexts:
             cell = slot * SAMPLE_BINS + bin_ // (histogram.N_BINS // SAMPLE_BINS)
-            insert_(samples, cell, key=unsigned(mix(hashes + latent)), value=value, doc=doc, pos=pos)
+            insert_(samples, cell, key=unsigned(mix(hashes + latent + first)), value=value, doc=doc, pos=pos)
     return Collected(
         n_rows, count, total, maximum, exponent, counts, *categories.sorted(), paged=paged, top=top, samples=samples
     )

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from sae_dist import storage
-from sae_dist.config import UserError
+from sae_dist.config import UserError, digest
 from sae_dist.config import load as load_config
 from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.heldout_rows import evaluate_reconstruction
 from sae_dist.evaluate.heldout_text import evaluate_loss
 from sae_dist.evaluate.metrics import LOSS, merged, unmeasured
 from sae_dist.harvest.rows import eligible, row_mask
-from sae_dist.interpret.collect import PagesConfig
+from sae_dist.interpret.collect import PagesConfig, RowBatches
+from sae_dist.interpret.features import write_features
 from sae_dist.interpret.logit_effect import Unembedding
 from sae_dist.interpret.site import feature_pages
 from sae_dist.interpret.vocabulary import decoder
@@ -33,7 +34,7 @@ from sae_dist.service.mirror import Mirror
 from sae_dist.service.monitoring import tell_judged
 from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.run_folder import claim, read_config
-from sae_dist.service.summary import alert_entry, read_summary
+from sae_dist.service.summary import alert_entry, read_summary, weights_digest
 from sae_dist.shards import reader
 from sae_dist.shards.hooks import Hooks, said_by
 from sae_dist.shards.reader import Store, unit_rows
@@ -93,21 +94,46 @@ def pages(
     assert config.pages is not None
     dictionary = dictionary_file.load(config.folder / "dictionary")
     tokenizer = language_model.tokenizer
-    present = present_units(store)
-    if not present:
-        raise UserError(f"harvest.retention has deleted all of store={config.store_uri}; set pages=null, or keep units")
 
-    def rows() -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
-        for unit in present:
-            progress(unit=unit, of=store.meta.train_units)
-            for part in unit_rows(store, config.hooks, unit, 8192):
-                yield part.x.float(), part.doc, part.pos
+    def rows() -> RowBatches:
+        return _rows(config, store, progress)
 
     return feature_pages(
         config.folder, rows, encode=dictionary.encode, W_dec=dictionary.parameters.W_dec,
         outputs=_outputs(language_model, config.hooks), stream=stream, decode=decoder(tokenizer),
         special=tokenizer.all_special_ids, summary=summary, config=config.pages,
     )  # fmt: skip
+
+
+def features(
+    config: RunConfig, language_model: LanguageModel, *, store: Store, stream: TokenStream, pages: PagesConfig
+) -> Path:
+    """Writes the feature data of a run from its training rows; returns its folder."""
+    dictionary, tokenizer = dictionary_file.load(config.folder / "dictionary"), language_model.tokenizer
+    return write_features(
+        config.folder, lambda: _rows(config, store, lambda **_: None), encode=dictionary.encode,
+        W_dec=dictionary.parameters.W_dec, outputs=_outputs(language_model, config.hooks), stream=stream,
+        decode=decoder(tokenizer), vocabulary=sorted(tokenizer.get_vocab().values()),
+        about={
+            "model": config.model.name, "hooks": list(config.hooks),
+            "weights": weights_digest(config.folder / "dictionary"),
+            "store": digest([store.meta.digest, {unit: one.digest for unit, one in store.committed().items()}]),
+        },
+        config=pages,
+    )  # fmt: skip
+
+
+def _rows(
+    config: RunConfig, store: Store, progress: Callable[..., None]
+) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
+    """The training rows of a run, unit by unit: activations, documents, positions."""
+    present = present_units(store)
+    if not present:
+        raise UserError(f"harvest.retention has deleted all of store={config.store_uri}; set pages=null, or keep units")
+    for unit in present:
+        progress(unit=unit, of=store.meta.train_units)
+        for part in unit_rows(store, config.hooks, unit, 8192):
+            yield part.x.float(), part.doc, part.pos
 
 
 def _outputs(language_model: LanguageModel, hooks: Sequence[str]) -> Unembedding | str:
@@ -161,6 +187,17 @@ def write_run_pages(out: Path, pages_config: PagesConfig) -> Path:
         config = dataclasses.replace(config, pages=pages_config)
         prepared, store = _prepared(config)
         return pages(config, load_model(config.model), store=store, stream=prepared.split.train, summary=summary)
+
+
+def write_run_features(out: Path, pages_config: PagesConfig) -> Path:
+    """Writes the feature data of a finished run; returns its folder."""
+    with _claimed(out) as (_, config):
+        if config is None:
+            raise UserError(
+                f"out={out} is a run of `sae-dist train`: it has no text and no model to describe latents by"
+            )
+        prepared, store = _prepared(config)
+        return features(config, load_model(config.model), store=store, stream=prepared.split.train, pages=pages_config)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from transformers import LlamaForCausalLM
 
+import sae_dist
 from sae_dist.cli.main import main
 from sae_dist.model import tiny
 from sae_dist.sae import dictionary
@@ -78,6 +79,9 @@ def test_a_run_that_was_copied_is_judged_by_what_is_in_the_copy(uninterrupted, t
     assert main(["evaluate", str(copy)]) == 0
     assert json.loads((copy / "summary.json").read_text())["eval"]["fvu"] > 1.5 * summary["eval"]["fvu"]
     assert json.loads((uninterrupted / "summary.json").read_text()) == summary
+    assert main(["pages", str(copy), "data=true"]) == 0
+    described = sae_dist.features(copy)
+    assert 0 < sum(described.read(range(128), ["firings"])["firings"].to_pylist()) <= 8 * described.rows
     assert main(["pages", str(copy), "pages.max_latents=16"]) == 0
     assert (copy / "pages" / "index.html").is_file()
 

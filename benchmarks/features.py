@@ -1,0 +1,111 @@
+"""Feature data of a million latents: seconds, peak memory, and what reading one latent costs.
+
+`python -m benchmarks.features [--latents N] [--rows N] [--folder DIR]`. Activations, text and output weights are made
+up, so no model is needed; all else is what `sae-dist pages RUN data=true` does. Each size has a process of its own, so
+its peak memory is its own.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sae_kernels import Active
+from torch import Tensor
+
+from sae_dist.interpret.collect import PagesConfig
+from sae_dist.interpret.features import write_features
+from sae_dist.interpret.logit_effect import Unembedding
+from sae_dist.interpret.read_features import Features
+
+RESULT = Path(__file__).parent / "results/features.json"
+D_MODEL, VOCAB, K, CONTEXT, BATCH = 16, 4096, 32, 128, 8192
+READS = 50  # latents that are read, one at a time
+
+
+class MadeUp:
+    """Text: a hash of the document and the position says the token, one of the document the category."""
+
+    context = CONTEXT
+
+    def category(self, doc: int) -> str | None:
+        return f"kind {doc % 8}"
+
+    def locate(self, doc: int, pos: int) -> tuple[int, int]:
+        return doc, pos
+
+    def window(self, doc: int, pos: int, before: int, after: int) -> tuple[np.ndarray, int]:
+        first = max(0, pos - before)
+        return (doc * 7919 + np.arange(first, pos + after + 1) * 104729) % VOCAB, pos - first
+
+
+def stream(rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches whose x says where in the stream they are; `encode` makes activations of it."""
+    for start in range(0, rows, BATCH):
+        at = torch.arange(start, min(start + BATCH, rows))
+        yield at[:, None].float(), at // CONTEXT, at % CONTEXT
+
+
+def measure(latents: int, rows: int, folder: Path) -> dict[str, Any]:
+    """Writes the feature data and reads some of it."""
+
+    def encode(x: Tensor) -> Active:
+        """K latents a row, frequent ones of low number: densities as uneven as those of a real dictionary."""
+        chance = torch.Generator().manual_seed(int(x[0, 0]))
+        slots = torch.rand(len(x), K, generator=chance).pow(2)
+        indices = ((slots + torch.arange(K)) * (latents // K)).long()
+        values = 1 + torch.randn(len(x), K, generator=chance).abs()
+        return Active(values.flatten(), indices.flatten(), torch.arange(len(x) + 1) * K)
+
+    chance = torch.Generator().manual_seed(0)
+    W_dec, W_U = torch.randn(latents, D_MODEL, generator=chance), torch.randn(D_MODEL, VOCAB, generator=chance)
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    out = write_features(
+        folder, lambda: stream(rows), encode=encode, W_dec=W_dec, outputs=Unembedding(W_U, torch.arange(VOCAB)),
+        stream=MadeUp(), decode=lambda token: f" {token}", vocabulary=range(VOCAB), about={},
+        config=PagesConfig(tokens=rows),
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found, files = Features(out), [path.stat().st_size for path in out.iterdir()]
+    began = time.perf_counter()
+    for latent in range(0, latents, latents // READS):
+        found.read([latent])
+    return {
+        "latents": latents, "rows": rows, "firings": rows * K, "seconds": round(seconds, 1),
+        "peak_bytes": peak * 1024, "peak_before_bytes": before * 1024, "files": len(files), "bytes": sum(files),
+        "read_one_ms": round((time.perf_counter() - began) / READS * 1e3, 2),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--latents", type=int, nargs="+", default=[1 << 14, 1 << 20])
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--folder", type=Path, help="on a disk with room; removed at the end")
+    options = parser.parse_args()
+    results = []
+    for latents in options.latents:
+        folder = Path(tempfile.mkdtemp(prefix="features-", dir=options.folder))
+        try:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                results.append(pool.apply(measure, (latents, options.rows, folder)))
+        finally:
+            shutil.rmtree(folder)
+        print(json.dumps(results[-1]), flush=True)
+    about = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
+    RESULT.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
