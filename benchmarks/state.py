@@ -1,13 +1,17 @@
 """What each way of storing weights and moments costs: held-out FVU, seconds of a step, bytes a parameter.
 
     python -m benchmarks.state --cache ~/.cache/sae_dist/bench [--latents 8192] [--batch 1024] [--steps 200]
+    python -m benchmarks.state --cache ~/.cache/sae_dist/bench --times 16384 65536 --batch 4096
 
 Trains all six (train.parameters x train.moments) in one pass of `sae-dist train` over real activations
 (activations.py): the same rows, seed, rates and steps, each bit for bit what training it alone gives. A seventh, of
-fp32 with another seed, says how far two dictionaries differ anyway. FVU is on units that training never reads. Seconds
-are those of single steps on one of the batches, in rounds that take all in turn, after the first; fp32 is timed in the
-kernels and in plain torch, which is what computes the others. Bytes are those of the tensors that are held from one
-step to the next, without the silence counters. Writes results/state.json.
+fp32 with another seed, says how far two dictionaries differ anyway. FVU is on units that training never
+reads. Writes results/state.json.
+
+With `--times`, single steps of dictionaries of those sizes instead, on one batch, in rounds that take all six in turn:
+medians over rounds, after the first, of seconds and of each round's ratio to fp32, in wall seconds and in processor
+seconds of all threads, which other programs on the machine disturb less. Bytes are those of the tensors that are held
+from one step to the next, without the silence counters. Writes results/state_times.json.
 """
 
 import argparse
@@ -20,14 +24,15 @@ import tempfile
 import time
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from sae_kernels.row_state import MomentFormat, ParameterFormat, StateOptions
-from sae_kernels.shard import Backend, Shard
+from sae_kernels.shard import Shard
 
 from benchmarks.activations import HOOK, load
+from benchmarks.kernels import features
 from sae_dist import storage
 from sae_dist.config import load as load_config
 from sae_dist.service.config import TrainJob
@@ -59,33 +64,45 @@ def trained(rows: Path, folder: Path, given: argparse.Namespace) -> dict[str, di
     return {of: own["eval"] for of, own in zip(names, [summary, *summary["also"]], strict=True)}
 
 
-def step_of(x: torch.Tensor, n_latents: int, state: StateOptions, backend: Backend) -> Shard:
+class Seconds(NamedTuple):
+    wall: float
+    processor: float
+
+
+def step_of(x: torch.Tensor, n_latents: int, state: StateOptions) -> Shard:
     W_dec = torch.nn.functional.normalize(torch.randn(n_latents, x.shape[1]), dim=1)
     return Shard(
         W_dec.t(), W_dec, b_enc=torch.zeros(n_latents), b_dec=x.mean(0), k=K, k_aux=0, aux_coefficient=0.0,
-        dead_after_tokens=1 << 40, state=state, backend=backend,
+        dead_after_tokens=1 << 40, state=state,
     )  # fmt: skip
 
 
-def timed(x: torch.Tensor, given: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of a step, and bytes a parameter between two, of every option; of fp32 in plain torch too."""
-    cases: list[tuple[str, StateOptions, Backend]] = [(name(state), state, "auto") for state in OPTIONS]
-    cases.append((f"{name(PLAIN)}, plain torch", PLAIN, "torch"))
-    steps = {of: step_of(x, given.latents, state, backend) for of, state, backend in cases}
-    seconds: dict[str, list[float]] = {of: [] for of in steps}
+def held(step: Shard) -> float:
+    """Bytes a parameter between two steps."""
+    tensors = step.state_dict()
+    numbers = sum(tensors[parameter].numel() for parameter in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    counters = ("tokens_since_fired", "steps")
+    return sum(tensor.nbytes for own, tensor in tensors.items() if own not in counters) / numbers
+
+
+def timed(x: torch.Tensor, n_latents: int, *, rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds of a step of every option, what they are of fp32's, and the backend."""
+    steps = {name(state): step_of(x, n_latents, state) for state in OPTIONS}
+    seconds: dict[str, list[Seconds]] = {of: [] for of in steps}
     variance = float(x.var(0).sum())
-    for _ in range(given.rounds + 1):
+    for _ in range(rounds + 1):
         for of, step in steps.items():
-            started = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             step.step(x, lr=1e-4, variance=variance)
-            seconds[of].append(time.perf_counter() - started)
-    held = {}
-    for of, step in steps.items():
-        tensors = step.state_dict()
-        numbers = sum(tensors[parameter].numel() for parameter in ("W_enc", "W_dec", "b_enc", "b_dec"))
-        counters = ("tokens_since_fired", "steps")
-        held[of] = sum(tensor.nbytes for own, tensor in tensors.items() if own not in counters) / numbers
-    return {of: statistics.median(own[1:]) for of, own in seconds.items()}, held
+            seconds[of].append(Seconds(time.perf_counter() - wall, time.process_time() - processor))
+    found: dict[str, dict[str, Any]] = {}
+    for of, own in seconds.items():
+        found[of] = {"backend": steps[of].backend_used, "bytes_a_parameter": held(steps[of])}
+        for place, clock in enumerate(Seconds._fields):
+            each = [(now[place], fp32[place]) for now, fp32 in zip(own[1:], seconds[name(PLAIN)][1:], strict=True)]
+            found[of][clock] = statistics.median(now for now, _ in each)
+            found[of][f"{clock}_over_float32"] = statistics.median(now / fp32 for now, fp32 in each)
+    return found
 
 
 def main() -> int:
@@ -95,34 +112,33 @@ def main() -> int:
     parser.add_argument("--latents", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--times", type=int, nargs="+", help="numbers of latents whose steps are timed, instead")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "state.json")
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     rows = load(given.cache, given.rows)
     x = torch.from_numpy(np.load(rows, mmap_mode="r")[: given.batch].astype(np.float32))
-    seconds, held = timed(x, given)
-    sys.stderr.write(f"seconds of a step: {seconds}\n")
-    with tempfile.TemporaryDirectory() as place:
-        judged = trained(rows, Path(place), given)
-    base = name(PLAIN)
-    result = {
-        "machine": {"cores": len(os.sched_getaffinity(0)), "kernel": platform.release(), "cpu": _cpu()},
+    result: dict[str, Any] = {
+        "machine": {"cores": len(os.sched_getaffinity(0)), "kernel": platform.release(), "cpu": _cpu(),
+                    "features": features(), "load": os.getloadavg()[0]},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "activations": {"model": "SmolLM2-135M", "hook": HOOK, "rows": given.rows, "heldout_fraction": HELDOUT},
-        "n_latents": given.latents, "d_model": x.shape[1], "k": K, "batch": given.batch, "steps": given.steps,
-        "options": {
-            of: {
-                key: own[of]
-                for key, own in (("step_seconds", seconds), ("bytes_a_parameter", held))
-                if of in own
-            }
-            | ({key: judged[of][key] for key in ("fvu", "l0", "dead_fraction", "tokens")} if of in judged else {})
-            | ({"fvu_over_float32": judged[of]["fvu"] / judged[base]["fvu"]} if of in judged else {})
-            | ({"step_over_float32": seconds[of] / seconds[base]} if of in seconds else {})
-            for of in dict.fromkeys([*judged, *seconds])
-        },
+        "activations": {"model": "SmolLM2-135M", "hook": HOOK, "rows": given.rows}, "d_model": x.shape[1], "k": K,
+        "batch": given.batch,
     }  # fmt: skip
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    if given.times:
+        result["rounds"] = given.rounds
+        result["by_latents"] = {n: timed(x, n, rounds=given.rounds) for n in given.times}
+    else:
+        with tempfile.TemporaryDirectory() as place:
+            judged = trained(rows, Path(place), given)
+        keys, base = ("fvu", "l0", "dead_fraction", "tokens"), judged[name(PLAIN)]["fvu"]
+        result |= {"n_latents": given.latents, "steps": given.steps, "heldout_fraction": HELDOUT}
+        result["options"] = {
+            of: {key: own[key] for key in keys} | {"fvu_over_float32": own["fvu"] / base}
+            for of, own in judged.items()
+        }  # fmt: skip
+    out = given.out or Path(__file__).parent / "results" / ("state_times.json" if given.times else "state.json")
+    out.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
     return 0
 

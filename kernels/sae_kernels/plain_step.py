@@ -47,7 +47,7 @@ class PlainStep:
         self.enc, self.dec, self.unit, self.product_dtype = enc, dec, unit, product_dtype
         (self.b_enc, self.b_dec), self.first, self.second = biases, first, second
         self.centre = self.b_dec if centre is None else centre
-        self.n_latents = len(enc.value)  # of the whole dictionary, of which this may be a part
+        self.all_latents = len(enc.value)  # of the whole dictionary, of which this may be a part
         self.total: Callable[[Tensor], Tensor] = _alone  # over the parts
         self._rows, self._pairs, self._through_decoder = torch.empty(0), list[_SortedPairs](), torch.empty(0)
         self._linear = LinearGradients()
@@ -110,7 +110,7 @@ class PlainStep:
         for matrix, gradient_of, unit in ((self.enc, enc, False), (self.dec, dec, self.unit)):
             squares = matrix.update_(gradient_of, hyper, unit=unit)
             if squares is not None:
-                matrix.update_column_(self.total(squares), hyper, n_latents=self.n_latents)
+                matrix.update_column_(self.total(squares), hyper, n_latents=self.all_latents)
         adam_(self.b_enc, d_bias, self.first[0], self.second[0], **hyper._asdict())
         self._rows, self._pairs = torch.empty(0), []  # freed before the next step's selection
         return through

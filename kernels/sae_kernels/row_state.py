@@ -8,7 +8,8 @@
 | moments: int8 | 2.03 | both moments in blocks of eight-bit codes (eight_bit.py) |
 | moments: factored | 1.02 | the first so; of the second, a number a latent and one a dimension (Shazeer & Stern 2018) |
 
-Within an update, one block of values, gradients and moments is fp32.
+Within an update, one block of values, gradients and moments is fp32. Compact state is updated by the arithmetic of
+ordered.py, to the same bits by plain torch here and by the CPU kernels (compact.h).
 """
 
 from collections.abc import Callable
@@ -18,10 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_kernels import eight_bit
+from sae_kernels import eight_bit, ordered, reference
 from sae_kernels.eight_bit import Coded
-from sae_kernels.reference import adam_, remove_parallel, unit_norm
-from sae_kernels.stochastic import random_bits, round_bfloat16
+from sae_kernels.ordered import CHUNK, chunk_sums, factored_adam_, row_means, sum_of_chunks
+from sae_kernels.stochastic import key_of, random_bits, round_bfloat16
 
 IN_CACHE = 1 << 18  # elements updated at once by a CPU: 1 MiB of each stays in its cache
 IN_MEMORY = 1 << 24  # by an accelerator: 64 MiB of each, for which a launch is short
@@ -40,7 +41,7 @@ class StateOptions(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether everything is fp32, the only state that the compiled kernels support."""
+        """Whether everything is fp32, the only state that the Triton kernels support."""
         return self.parameters == "float32" and self.moments == "float32"
 
 
@@ -82,35 +83,39 @@ class RowState:
         all shards' sums. Otherwise returns None.
         """
         n_latents, d_model = self.value.shape
-        rows_at_once = max((IN_CACHE if self.value.device.type == "cpu" else IN_MEMORY) // d_model, 1)
-        squares = torch.zeros(d_model, dtype=torch.float64, device=self.value.device)
+        at_once = (IN_CACHE if self.value.device.type == "cpu" else IN_MEMORY) // d_model
+        rows_at_once = max(at_once // CHUNK, 1) * CHUNK
+        squares = []
+        arithmetic = reference if self.options.plain else ordered
         for start in range(0, n_latents, rows_at_once):
             rows = slice(start, min(start + rows_at_once, n_latents))
             value, gradient = self.value[rows].float(), gradient_of(rows)
             if unit:
-                gradient = remove_parallel(gradient, value)
+                gradient = arithmetic.remove_parallel(gradient, value)
             match self.options.moments:
                 case "float32":
-                    adam_(value, gradient, self.moments["first"][rows], self.moments["second"][rows], **hyper._asdict())
+                    arithmetic.adam_(
+                        value, gradient, self.moments["first"][rows], self.moments["second"][rows], **hyper._asdict()
+                    )
                 case "int8":
                     first = eight_bit.decode_signed(self._coded("first", rows))
                     second = eight_bit.decode_unsigned(self._coded("second", rows))
-                    adam_(value, gradient, first, second, **hyper._asdict())
+                    arithmetic.adam_(value, gradient, first, second, **hyper._asdict())
                     self._store_("first", rows, eight_bit.encode_signed(first, self._bits(rows, hyper.step, 1)))
                     self._store_("second", rows, eight_bit.encode_unsigned(second, self._bits(rows, hyper.step, 2)))
                 case "factored":
                     first = eight_bit.decode_signed(self._coded("first", rows))
-                    row, column = self.moments["second_row"][rows], self.moments["second_column"]
-                    squares += gradient.double().square().sum(0)
-                    factored_adam_(value, gradient, first, row, column, **hyper._asdict())
+                    squares.append(chunk_sums(gradient.double().square()))
+                    row, profile = self.moments["second_row"][rows], self.profile()
+                    factored_adam_(value, gradient, first, row, profile, **hyper._asdict())
                     self._store_("first", rows, eight_bit.encode_signed(first, self._bits(rows, hyper.step, 1)))
             if unit:
-                value = unit_norm(value)
+                value = arithmetic.unit_norm(value)
             if self.options.parameters == "float32":
                 self.value[rows].copy_(value)
             else:
                 self.value[rows].copy_(round_bfloat16(value, self._bits(rows, hyper.step, 0)))
-        return squares if self.options.moments == "factored" else None
+        return sum_of_chunks(torch.cat(squares)) if squares else None
 
     def begin_anew_(self, latents: Int[Tensor, " some"], value: Float[Tensor, "some d_model"]) -> None:
         """Gives some rows a new value and the moments of before the first step."""
@@ -125,6 +130,17 @@ class RowState:
         column = self.moments["second_column"]
         column.lerp_((squares / n_latents).to(column.dtype), 1 - hyper.betas[1])
 
+    def profile(self) -> Float[Tensor, " d_model"]:
+        """Factored moments: each dimension's share of the mean square, 1 where all are equal, as before any step."""
+        column = self.moments["second_column"]
+        mean = row_means(column[None])[0]
+        return torch.where(mean > 0, column / mean, 1.0).clamp_min(LEAST_PROFILE)
+
+    def keys(self, step: int) -> tuple[int, int, int]:
+        """`stochastic.key_of` the roundings of one step: of the values, the first and the second moments."""
+        value, first, second = (key_of(**self._use(step, use)) for use in range(3))
+        return value, first, second
+
     def _coded(self, name: str, rows: slice) -> Coded:
         return Coded(self.moments[name][rows], self.moments[f"{name}_scale"][rows])
 
@@ -134,31 +150,10 @@ class RowState:
 
     def _bits(self, rows: slice, step: int, use: int) -> Tensor:
         latents = torch.arange(rows.start, rows.stop, device=self.value.device) + self.first_latent
-        return random_bits(
-            latents, self.value.shape[1], seed=self.options.seed, step=step, stream=4 * self.stream + use
-        )
+        return random_bits(latents, self.value.shape[1], **self._use(step, use))
 
-
-def factored_adam_(
-    parameter: Float[Tensor, "rows d_model"], gradient: Float[Tensor, "rows d_model"],
-    first: Float[Tensor, "rows d_model"], second_row: Float[Tensor, " rows"], second_column: Float[Tensor, " d_model"],
-    *, step: int, lr: float, betas: tuple[float, float], eps: float,
-) -> None:  # fmt: skip
-    """One Adam step in place with v[j, i] = row[j] column[i] / mean(column) (Adafactor; Shazeer & Stern 2018, alg. 4).
-
-    row[j] averages a latent's squared gradient over dimensions and steps; column[i] that of a dimension over latents
-    and the steps before this one, so that one pass over the rows is enough; at step 1 it is flat. As there, a row's
-    update is cut back to a root mean square of 1 (sec. 6): a factored v can be far too small for one element.
-    """
-    beta1, beta2 = betas
-    first.lerp_(gradient, 1 - beta1)
-    second_row.lerp_(gradient.square().mean(-1), 1 - beta2)
-    mean = second_column.mean()
-    profile = torch.where(mean > 0, second_column / mean, 1.0).clamp_min(LEAST_PROFILE)
-    root = (second_row / (1 - beta2**step))[:, None].mul(profile).sqrt_().add_(eps)
-    update = (first / (1 - beta1**step)).div_(root)
-    update /= update.square().mean(-1, keepdim=True).sqrt_().clamp_min_(1)
-    parameter.sub_(update, alpha=lr)
+    def _use(self, step: int, use: int) -> dict[str, int]:
+        return {"seed": self.options.seed, "step": step, "stream": 4 * self.stream + use}
 
 
 def _moments(kind: MomentFormat, n_latents: int, d_model: int, device: torch.device) -> dict[str, Tensor]:

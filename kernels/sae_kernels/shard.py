@@ -45,8 +45,8 @@ class Shard:
     Pre-activations are fp32 sums of products of operands rounded to `product_dtype`. The CPU kernels add in the order
     of `reference.ordered_pre_activations`, and their results do not depend on the number of threads.
 
-    `state` says how matrices and moments are stored; states other than fp32 are computed by plain torch on every
-    device. `first_latent` is the number of this shard's first latent in the whole dictionary; stochastic rounding
+    `state` says how matrices and moments are stored; states other than fp32 are computed by plain torch on a GPU.
+    `first_latent` is the number of this shard's first latent in the whole dictionary; stochastic rounding
     depends on it.
     """
 
@@ -105,20 +105,24 @@ class Shard:
             )
         if backend == "triton" and product_dtype != torch.bfloat16:
             raise ValueError(f"backend=triton computes products in bfloat16, not {product_dtype}; use auto or torch")
-        if not state.plain and backend not in ("auto", "torch"):
-            raise ValueError(f"backend={backend} stores fp32 only; for {state} use auto or torch")
-        own = [[self._enc.value, self._dec.value, *biases]]
-        for moment, of_biases in (("first", self._first), ("second", self._second)):
-            own.append([*(m.moments[moment] for m in (self._enc, self._dec) if moment in m.moments), *of_biases])
+        if not state.plain and backend == "triton":
+            raise ValueError(f"backend=triton stores fp32 only; for {state} use auto or torch")
         self._kernels: PlainStep | CpuStep | TritonStep
         if state.plain and (
             backend == "triton" or (backend == "auto" and W_dec.is_cuda and product_dtype == torch.bfloat16)
         ):
             from sae_kernels import triton_step  # imports Triton, which only a GPU needs
 
-            self._kernels = triton_step.TritonStep(*own, centre=self.b_in, unit=unit)
-        elif state.plain and backend != "torch" and on_cpu and library():
-            self._kernels = CpuStep(*own, centre=self.b_in, unit=unit, screen=screen)
+            values = [self._enc.value, self._dec.value, *biases]
+            first, second = (
+                [self._enc.moments[kind], self._dec.moments[kind], *of_biases]
+                for kind, of_biases in (("first", self._first), ("second", self._second))
+            )
+            self._kernels = triton_step.TritonStep(values, first, second, centre=self.b_in, unit=unit)
+        elif backend != "torch" and on_cpu and library():
+            self._kernels = CpuStep(
+                self._enc, self._dec, biases, self._first, self._second, centre=self.b_in, unit=unit, screen=screen
+            )
         else:
             self._kernels = PlainStep(
                 self._enc, self._dec, biases, self._first, self._second, centre=self.b_in, unit=unit,
@@ -143,8 +147,8 @@ class Shard:
 
         Only factored second moments need it: their column is a mean over the whole dictionary.
         """
-        if isinstance(self._kernels, PlainStep):
-            self._kernels.n_latents, self._kernels.total = n_latents, total
+        if isinstance(self._kernels, PlainStep | CpuStep):
+            self._kernels.all_latents, self._kernels.total = n_latents, total
 
     @property
     def stages(self) -> Stages:

@@ -20,7 +20,7 @@ def random_bits(
 
     `latents` are numbers in the whole dictionary, not in a shard; `stream` keeps several uses of one step apart.
     """
-    base = _mix(_mix(_mix(seed) ^ step) ^ stream)
+    base = key_of(seed=seed, step=step, stream=stream)
     keys = _mix_rows(latents.long() ^ (base if base < 1 << 63 else base - (1 << 64)))
     bits = keys[:, None] ^ (torch.arange(d_model, dtype=torch.int32, device=latents.device) * _GOLDEN)
     bits ^= (bits >> 16).bitwise_and_(_LOW_16)
@@ -29,6 +29,11 @@ def random_bits(
     bits *= _SECOND
     bits ^= (bits >> 16).bitwise_and_(_LOW_16)
     return bits
+
+
+def key_of(*, seed: int, step: int, stream: int) -> int:
+    """What all `random_bits` of one use have in common: 64 bits."""
+    return _mix(_mix(_mix(seed) ^ step) ^ stream)
 
 
 def round_bfloat16(

@@ -4,10 +4,12 @@ The phases of a step do not overlap, so only the phase with the most memory coun
 `train.parallel.step` and its kernels; `parallel.simulate` counts them in the program itself.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from sae_kernels.eight_bit import block_of
+from sae_kernels.ordered import CHUNK
 
 from sae_dist.plan.machine import Holding
 from sae_dist.plan.workload import Workload
@@ -25,7 +27,6 @@ MOMENTS = {
     "factored": "Adam's moments, factored",
 }
 OF_A_PAIR = 8  # z, value, cost, their gradients and masks, where a value is not z itself
-CHUNK = 64  # latents of one partial sum of b_dec's gradient (sae_kernels.cpu)
 
 
 class MemoryItem(NamedTuple):
@@ -50,8 +51,7 @@ def memory(work: Workload, machine: Holding) -> list[MemoryItem]:
     if work.masked:  # gradients of both matrices, dense
         phase = max(phase, max(8 * member.latents * d_model for member in work.members))
     largest = max(member.latents for member in work.members)
-    kernels = [member for member in work.members if member.kernels(machine.backend) != "torch"]
-    copies = 2 * sum(member.latents for member in kernels) * d_model
+    copies = sum(map(functools.partial(copy_bytes, machine=machine), work.members))
     start = 8 * largest * d_model - batch  # initial weights until they are freed, when there is no batch
     return [
         MemoryItem("program and libraries", machine.runtime),
@@ -93,6 +93,13 @@ def moment_bytes(work: Workload) -> float:
     return 2 * (row * work.latents + column) + 8 * ((1 + work.vectors) * work.latents + work.d_model)
 
 
+def copy_bytes(work: Workload, machine: Holding) -> float:
+    """Bytes of W_enc's copy in bf16, of an even number of dimensions, which kernels read unless W_enc itself is so."""
+    padded = work.d_model + work.d_model % 2
+    is_itself = work.state.parameters == "bfloat16_stochastic" and padded == work.d_model
+    return 0 if work.kernels(machine.backend) == "torch" or is_itself else 2 * work.latents * padded
+
+
 def step_bytes(work: Workload, machine: Holding) -> tuple[float, float]:
     """For one dictionary: bytes that live until its update ends, and bytes of the largest phase beside them."""
     d, batch, rows, k, kernels = work.d_model, work.batch, work.rows, work.k, work.kernels(machine.backend)
@@ -122,7 +129,8 @@ def step_bytes(work: Workload, machine: Holding) -> tuple[float, float]:
             room = width + max(width, 64)
             buffers = 2 * rows * d + 8 * rows * room + 12 * batch * places + 16 * batch * places
             rounded = 2 * batch * d + (0 if after else 4 * batch * d)  # and fp32 rows in the fused step
-            partial_sums = 4 * work.latents * d / CHUNK
+            # of b_dec's gradient, and of both matrices' squared gradients in fp64
+            partial_sums = (4 + (16 if work.state.moments == "factored" else 0)) * work.latents * d / CHUNK
             return read + scaled + rounded + errors + buffers, max(exchange, after) + 8 * work.latents + partial_sums
         case "triton":  # keys above the bound, 16 k a row; pairs are sorted as (latent, place)
             keys = 8 * 16 * width * rows + 3 * 16 * batch * places

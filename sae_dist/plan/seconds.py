@@ -54,8 +54,9 @@ def amounts(work: Workload, backend: Backend) -> dict[Kind, float]:
 
     product: 2 rows d_model latents, one dense product, which is what exact selection costs. gather: decode reads k rows
     of W_dec, d_z again, both gradients k rows of errors and of x; a feature rank does so for its own latents, k / F of
-    a row's in the mean. stream: the optimiser's passes over this rank's weights. A compact state is computed by plain
-    torch: on an accelerator that is a product of FP32_PRODUCT times the FLOP, and its search for the top k in memory.
+    a row's in the mean. stream: the optimiser's passes over this rank's weights. Compact state moves fewer bytes and
+    takes about as long on a CPU; on an accelerator plain torch computes it: a product of FP32_PRODUCT times the FLOP,
+    and the search for the top k in memory.
     """
     if work.others:
         each = [amounts(member, backend) for member in work.members]

@@ -85,8 +85,8 @@ class Workload(NamedTuple):
         return sum(spec.size(sizes) for spec in self.sae.tensors if spec.role == "learned")
 
     def kernels(self, backend: Backend) -> Backend:
-        """The backend of its steps on a machine with `backend`: plain torch unless all state is fp32."""
-        return backend if self.state.plain else "torch"
+        """The backend of its steps on a machine with `backend`: on a GPU plain torch, unless all state is fp32."""
+        return "torch" if backend == "triton" and not self.state.plain else backend
 
     def on_mesh(self, *, data: int, feature: int) -> "Workload":
         """The same on another mesh."""

@@ -54,8 +54,8 @@ class TrainConfig:
     product: Literal["bfloat16", "float32"] = "bfloat16"  # the encoder's operands are rounded to it; float32 is slower
     # 4 bytes each; bfloat16_stochastic: 2, rounded at random without bias, no masters
     parameters: ParameterFormat = "float32"
-    # Adam's, 8 bytes a parameter; int8: 2, both coded; factored: 1, the second a product of two vectors. Anything but
-    # float32 is computed by plain torch, which is slower than the kernels
+    # Adam's, 8 bytes a parameter; int8: 2, both coded; factored: 1, the second a product of two vectors. On a GPU plain
+    # torch computes what is not float32, there or in parameters: slower than the kernels
     moments: MomentFormat = "float32"
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # the most that the whole gradient may measure; null: any
     guard: GuardConfig = GuardConfig()

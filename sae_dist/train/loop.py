@@ -7,7 +7,7 @@ mesh runs this code in lockstep. Rank 0 does whatever must happen once.
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from sae_dist.shards.lease import Lease
 from sae_dist.train.batches import Batches
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.consumer import Consumer, consumer_name
-from sae_dist.train.learner import check_member, train_step
+from sae_dist.train.learner import Learner, check_member, train_step
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.mesh_checkpoints import Checkpoints
 from sae_dist.train.report import Report
@@ -67,8 +67,6 @@ def train(
     mesh, n_steps = mesh or Mesh.single(), task.config.n_steps
     for member in task.members:
         check_member(member, task.sides[-1], mesh)
-    if mesh.is_rank_0:
-        _warn_of_slow_states(task)
     with ExitStack() as held:
         place, lease = task.checkpoints, None
         if mesh.is_rank_0:
@@ -77,6 +75,8 @@ def train(
         checkpoints = Checkpoints(mesh, place, task.run_id, timeout_s=task.checkpoint_timeout_s)
         set_phase(0, "reading")
         start = resume(batches, checkpoints)
+        if mesh.is_rank_0:
+            _warn_of_slow_states(task, start.state.learners)
         state, told = start.state, task.store.storage if task.live and mesh.is_rank_0 else None
         consumer = held.enter_context(closing(Consumer(told, consumer_name(task.out), taken=state.units_done)))
         if state.step < n_steps:
@@ -154,11 +154,12 @@ def _is_due(step: int, config: TrainConfig) -> bool:
     return step % config.checkpoint_every == 0 or step == config.n_steps
 
 
-def _warn_of_slow_states(task: Task) -> None:
-    for member in task.members:
-        if not member.state.plain:
+def _warn_of_slow_states(task: Task, learners: Iterable[Learner]) -> None:
+    for learner in learners:
+        member = learner.member
+        if not member.state.plain and learner.sae.shard.backend_used == "torch":
             logger.warning(
-                "%sparameters=%s moments=%s: computed by plain torch, slower than the float32 kernels",
+                "%sparameters=%s moments=%s: computed by plain torch, slower than the kernels",
                 task.named(member), member.parameters, member.moments,
             )  # fmt: skip
 

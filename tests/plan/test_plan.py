@@ -58,7 +58,7 @@ def test_a_rank_holds_what_its_tensors_are():
     assert parts["W_enc, bf16 copy"] == 2 * 250 * 64
 
 
-def test_a_compact_state_is_what_its_tensors_are_and_plain_torch_keeps_no_copy():
+def test_a_compact_state_is_what_its_tensors_are_and_bf16_weights_need_no_copy():
     """Of 512 dimensions two blocks of 256 have a scale each."""
     plain = Workload(sae=TopK(n_latents=1000, k=4, k_aux=0), d_model=512, batch=128, feature=4)
     rows, biases = 2 * 250, 250 + 512
@@ -74,6 +74,11 @@ def test_a_compact_state_is_what_its_tensors_are_and_plain_torch_keeps_no_copy()
         assert parts["parameters, bf16"] == 2 * rows * 512 + 4 * biases
         assert parts[named] == by_hand + 8 * biases
         assert "W_enc, bf16 copy" not in parts
+        on_cpu, odd = (
+            {part.name: part.bytes for part in memory(plain._replace(state=state, d_model=d), machine(backend="cpu"))}
+            for d in (512, 511)
+        )
+        assert "W_enc, bf16 copy" not in on_cpu and odd["W_enc, bf16 copy"] == 2 * 250 * 512
         assert parts["checkpoint: copy while written"] == parts["parameters, bf16"] + parts[named] + 8 * 250
     mixed = plain._replace(state=StateOptions("bfloat16_stochastic"), others=(plain,))
     parts = {part.name: part.bytes for part in memory(mixed, machine())}

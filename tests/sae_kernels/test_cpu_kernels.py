@@ -5,15 +5,17 @@ import logging
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 import torch
 from sae_kernels import reference
 from sae_kernels.cpu import build, kernels
-from sae_kernels.row_state import StateOptions
+from sae_kernels.row_state import MomentFormat, ParameterFormat, StateOptions
 from sae_kernels.shard import Shard
-from sae_kernels.stages import LossTerm
+from sae_kernels.stages import LossTerm, RowGradients
 
 BACKENDS = ["auto"] if build.library() else []  # without the kernels there is nothing to compare
 SCREENS: list[kernels.Screen] = ["none", "int16"] if BACKENDS else []
@@ -192,13 +194,16 @@ def test_rounding_to_bf16_is_torchs():
 
 @pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("dead", [10, 900])  # AuxK dense, AuxK sparse
-def test_any_number_of_threads_gives_the_same_step_bitwise(dead, screen):
+@pytest.mark.parametrize("options", [StateOptions(), StateOptions("bfloat16_stochastic", "factored")])
+def test_any_number_of_threads_gives_the_same_step_bitwise(options, dead, screen):
     g = torch.Generator().manual_seed(0)
     threads, states = torch.get_num_threads(), []
     W_enc, x = torch.randn(24, 1000, generator=g), torch.randn(700, 24, generator=g)
     for n in (1, 2, 5):
         torch.set_num_threads(n)
-        sae = sae_of(W_enc, torch.zeros(1000), torch.zeros(24), 8, k_aux=16, aux_coefficient=0.1, screen=screen)
+        sae = sae_of(
+            W_enc, torch.zeros(1000), torch.zeros(24), 8, k_aux=16, aux_coefficient=0.1, screen=screen, state=options
+        )
         sae.tokens_since_fired[:dead] = 1000
         for _ in range(2):
             sae.step(x, lr=1e-2, variance=1.0)
@@ -207,6 +212,42 @@ def test_any_number_of_threads_gives_the_same_step_bitwise(dead, screen):
     for other in states[1:]:
         for name, tensor in other.items():
             assert torch.equal(tensor, states[0][name]), name
+
+
+COMPACT = [StateOptions(*both, seed=5) for both in product(get_args(ParameterFormat), get_args(MomentFormat))][1:]
+
+
+@pytest.mark.skipif(not BACKENDS, reason="no kernels")
+@pytest.mark.parametrize("options", COMPACT)
+@pytest.mark.parametrize("n_latents, d_model, unit", [(130, 24, True), (70, 97, False), (5, 1, True), (4200, 33, True)])
+def test_compact_rows_are_updated_to_the_bits_of_plain_torch(n_latents, d_model, unit, options):
+    """From gradients over six decades, a third of them zero; every tensor of the state, on any number of threads."""
+
+    def updated(backend: Literal["cpu", "torch"], threads: int) -> dict[str, torch.Tensor]:
+        g = torch.Generator().manual_seed(d_model)
+        W_enc = torch.randn(d_model, n_latents, generator=g)
+        sae = sae_of(
+            W_enc, torch.zeros(n_latents), torch.zeros(d_model), 1, state=options, unit=unit, first_latent=7,
+            backend=backend,
+        )  # fmt: skip
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            size = 10.0 ** torch.randint(-6, 1, (2, n_latents, 1), generator=g)
+            size *= torch.rand(2, n_latents, 1, generator=g) > 1 / 3
+            enc, dec = torch.randn(2, n_latents, d_model, generator=g) * size
+            hyper = sae.begin_update_(1e-2)
+            sae.stages.update_latents_(RowGradients(enc, dec, enc.sum(1), enc.sum(0)), hyper)
+            sae.stages.update_b_dec_(dec.sum(0), hyper)
+        return sae.state_dict()
+
+    threads = torch.get_num_threads()
+    try:
+        expected = updated("torch", 1)
+        for n in (1, 3):
+            for name, tensor in updated("cpu", n).items():
+                assert torch.equal(tensor, expected[name]), name
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -254,7 +295,7 @@ def test_adams_other_share_is_not_rounded():
     [
         ({"backend": "triton", "product_dtype": torch.float32}, "use auto or torch"),
         ({"backend": "torch", "screen": "int16"}, "use auto"),
-        ({"state": StateOptions("float32", "int8"), "screen": "int16"}, "use auto"),
+        ({"state": StateOptions("float32", "int8"), "backend": "triton"}, "use auto or torch"),
     ],
 )
 def test_what_a_backend_would_not_do_is_refused(settings, cure):

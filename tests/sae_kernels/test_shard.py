@@ -34,9 +34,11 @@ def batch_of(batch: int, d_model: int, seed: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch, n_latents, d_model, k", SHAPES)
 @pytest.mark.parametrize("dead_share", [0.0, 0.02, 0.5, 1.0])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_match_autograd_in_double_precision(batch, n_latents, d_model, k, dead_share, backend):
-    sae, x = state(n_latents, d_model, k, backend=backend), batch_of(batch, d_model)
+@pytest.mark.parametrize(
+    ("backend", "parameters"), [("torch", "float32"), ("auto", "float32"), ("auto", "bfloat16_stochastic")]
+)
+def test_gradients_match_autograd_in_double_precision(batch, n_latents, d_model, k, dead_share, backend, parameters):
+    sae, x = state(n_latents, d_model, k, backend=backend, state=StateOptions(parameters)), batch_of(batch, d_model)
     n_dead = round(dead_share * n_latents)
     sae.tokens_since_fired[torch.randperm(n_latents, generator=torch.Generator().manual_seed(2))[:n_dead]] = 100
     gradients, statistics = sae.gradients(x, variance=1.7)
@@ -181,7 +183,7 @@ def trained(options: StateOptions, steps: range, sae: Shard | None = None, *, lr
 def test_gradients_made_a_block_of_latents_at_a_time_are_the_dense_ones(dead_share):
     batch, x = 70, batch_of(70, 33)
     theirs = state(5000, 33, 7, backend="torch")
-    ours = state(5000, 33, 7, state=StateOptions("float32", "int8"))
+    ours = state(5000, 33, 7, backend="torch", state=StateOptions("float32", "int8"))
     for sae in (theirs, ours):
         sae.tokens_since_fired[: round(dead_share * 5000)] = 100
     (expected, expected_statistics), (found, statistics) = (s.gradients(x, variance=1.7) for s in (theirs, ours))
@@ -191,9 +193,10 @@ def test_gradients_made_a_block_of_latents_at_a_time_are_the_dense_ones(dead_sha
     torch.testing.assert_close(statistics.aux_squared_error, expected_statistics.aux_squared_error)
 
 
-def test_a_step_from_blocks_is_the_step_from_dense_gradients():
-    options = StateOptions("float32", "int8")
-    ours, theirs = state(300, 24, 5, state=options), state(300, 24, 5, state=options)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", COMPACT[1:])
+def test_a_step_from_pairs_is_the_step_from_dense_gradients(options, backend):
+    ours, theirs = (state(300, 24, 5, state=options, backend=backend) for _ in range(2))
     for seed in range(1, 4):
         x = batch_of(40, 24, seed)
         ours.step(x, lr=1e-3, variance=2.0)

@@ -120,8 +120,10 @@ def test_a_state_that_is_rounded_at_random_is_so_by_the_seed_of_its_dictionary(s
     assert (other.folder(tmp_path / "a") / "dictionary.safetensors").read_bytes() != weights(tmp_path / "a")
 
 
-def test_the_run_says_that_plain_torch_computes_a_compact_state(store, tmp_path, caplog):
-    train(store, tmp_path, config=SHORT, members=[MEMBERS[0], MEMBERS[1]])
+def test_the_run_says_where_plain_torch_computes_a_compact_state(store, tmp_path, caplog):
+    """Here because of fp32 products, for which there is no kernel."""
+    config = dataclasses.replace(SHORT, steps=2, product="float32")
+    train(store, tmp_path, config=config, members=[MEMBERS[0], MEMBERS[1]])
     said = [record.getMessage() for record in caplog.records if "plain torch" in record.getMessage()]
     assert len(said) == 1
     assert said[0].startswith("float32-int8: parameters=float32 moments=int8: computed by plain torch")
@@ -141,7 +143,7 @@ def test_a_checkpoint_of_another_state_is_refused_with_what_differs(store, tmp_p
     compact = Member(MAIN, SAE, 0, None, "bfloat16_stochastic", "int8")
     with pytest.raises(Stopped):
         train(store, tmp_path, config=SHORT, members=[compact], stop=lambda: next(seen) == 3)
-    with pytest.raises(UserError, match="^the checkpoint of step 3 holds another dictionary ") as refused:
+    with pytest.raises(UserError, match=r"^the checkpoint of step \d holds another dictionary ") as refused:
         train(store, tmp_path, config=SHORT, members=[member])
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -16,9 +16,9 @@ struct Aux {
     const float* error;         // [batch, d]
     const uint16_t* rows;       // [batch, padded]: x as the encoder saw it
     const float* values; const int* indices;  // [batch, k], indices among the dead
-    const float* W_dec;         // [n_latents, d]
+    const void* W_dec;          // [n_latents, d], fp32 or bf16
     const long* places;         // [n_dead] latents
-    long batch, k, n_dead, d, padded;
+    long bf16, batch, k, n_dead, d, padded;
     float scale;                // d loss / d e_hat = scale * r
     float *squares, *d_dec, *d_enc, *d_bias;  // [batch], [n_dead, d], [n_dead, d], [n_dead]
 };
@@ -71,7 +71,9 @@ inline void aux_dense(const Aux& a, long threads) {
             const bool both = 2 * p + 1 < a.n_dead;
             uint16_t* own = dead_rows.data() + 2 * p * a.padded;
             for (long j = 2 * p; j < 2 * p + 1 + both; j++)
-                round_row(a.W_dec + a.places[j] * a.d, nullptr, dead_rows.data() + j * a.padded, a.d, a.padded);
+                typed(a.W_dec, a.bf16, [&](const auto* W_dec) {
+                    round_row(W_dec + a.places[j] * a.d, nullptr, dead_rows.data() + j * a.padded, a.d, a.padded);
+                });
             interleave(own, both ? own + a.padded : nullptr, a.d, dead_pairs, p, dead_panels.data());
         }
     });

@@ -1,7 +1,7 @@
 """The steps of training in C++: tensors and the buffers that a step reuses."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from sae_kernels import plain
 from sae_kernels.cpu.build import library
-from sae_kernels.cpu.calls import Aux, Chosen, Dense, Linear, Tensors, adam, call
-from sae_kernels.reference import Gradients, Selected, StepStatistics
-from sae_kernels.row_state import Hyper
+from sae_kernels.cpu.calls import Aux, Chosen, Dense, Linear, Tensors, adam, call, is_bf16, matrix
+from sae_kernels.ordered import CHUNK, sum_of_chunks
+from sae_kernels.reference import Gradients, Selected, StepStatistics, adam_
+from sae_kernels.row_state import Hyper, RowState
 from sae_kernels.stages import AuxK, LinearGradients, LossTerm, RowGradients
 
 Screen = Literal["auto", "none", "int16"]
 
 _PANEL = 64  # rows of the product's register tile, at most
-_CHUNK = 64  # latents of one partial sum
 _LANES = 16
 _SCREEN_FROM = 64  # times k latents: the screen's candidates cost more than their share of the product
 _DENSE = 8  # AuxK takes dense products up to this many times k_aux dead latents (aux.h)
@@ -39,19 +39,27 @@ def screen_pays() -> bool:
 class CpuStep:
     """The kernels bound to one dictionary's tensors, with the buffers of a step: made once, grown when a batch grows.
 
-    `parameters` are W_enc as [n_latents, d_in], W_dec, b_enc and b_dec; `first` and `second` Adam's moments of them.
-    x - `centre` goes into the encoder, None: x - b_dec.
+    `enc` and `dec` store the rows of W_enc^T and W_dec, `biases` are b_enc and b_dec, `first` and `second` their Adam
+    moments. x - `centre` goes into the encoder, None: x - b_dec. Rows that are not fp32 throughout are updated to the
+    bits of `RowState.update_`, subnormal numbers aside (compact.h), and the biases with them by `adam_`.
     """
 
     def __init__(
-        self, parameters: list[Tensor], first: list[Tensor], second: list[Tensor], *, centre: Tensor | None = None,
-        unit: bool = True, screen: Screen = "auto",
+        self, enc: RowState, dec: RowState, biases: list[Tensor], first: list[Tensor], second: list[Tensor], *,
+        centre: Tensor | None = None, unit: bool = True, screen: Screen = "auto",
     ) -> None:  # fmt: skip
-        self.parameters, self.first, self.second, self.unit = parameters, first, second, int(unit)
-        self.centre = parameters[3] if centre is None else centre
-        (self.n_latents, self.d_out), self.d_in = parameters[1].shape, parameters[0].shape[1]
+        self.enc, self.dec, self.first, self.second, self.unit = enc, dec, first, second, int(unit)
+        self.b_enc, self.b_dec = biases
+        self.centre = self.b_dec if centre is None else centre
+        (self.n_latents, self.d_out), self.d_in = dec.value.shape, enc.value.shape[1]
+        self.all_latents = self.n_latents  # of the whole dictionary, of which this may be a part
+        self.total: Callable[[Tensor], Tensor] = lambda part: part  # over the parts
         self.padded = self.d_in + self.d_in % 2
-        self.rounded = torch.empty(self.n_latents, self.padded, dtype=torch.bfloat16)
+        self._compact = not enc.options.plain
+        if is_bf16(enc) and self.padded == self.d_in:
+            self.rounded = enc.value
+        else:
+            self.rounded = torch.zeros(self.n_latents, self.padded, dtype=torch.bfloat16)
         self._buffers: dict[str, Tensor] = {}
         self._none = torch.zeros(self.d_in)
         self._sources: tuple[Tensor, Tensor] | None = None  # of the pairs: errors, rounded rows
@@ -67,7 +75,10 @@ class CpuStep:
 
     def refresh_(self) -> None:
         """Rounds W_enc again after it was written from outside."""
-        self._round(self.parameters[0], self._none, self.rounded)
+        if not is_bf16(self.enc):
+            self._round(self.enc.value, self._none, self.rounded)
+        elif self.rounded is not self.enc.value:
+            self.rounded[:, : self.d_in] = self.enc.value
 
     def encode(self, x: Tensor, *, k: int) -> Selected:
         return self.select(self.rows(x), k=k)
@@ -78,7 +89,7 @@ class CpuStep:
         return out
 
     def select(self, rows: Tensor, *, k: int, latents: Tensor | None = None, level: Tensor | None = None) -> Selected:
-        rounded, b_enc = self.rounded, self.parameters[2] if level is None else self.parameters[2] - level
+        rounded, b_enc = self.rounded, self.b_enc if level is None else self.b_enc - level
         if latents is not None:
             rounded, b_enc = rounded[latents], b_enc[latents]
         values, indices = self._select("stage", rounded, b_enc, rows=rows, k=k, sorted_=True)
@@ -89,7 +100,7 @@ class CpuStep:
         values, indices = selected.values.contiguous(), selected.indices.int().contiguous()
         out = torch.empty(len(values), self.d_out)
         sizes = (*values.shape, self.d_out)
-        call("sae_partial", values, indices, self.parameters[1], *sizes, out, torch.get_num_threads())
+        call("sae_partial", values, indices, *self._W_dec, *sizes, out, torch.get_num_threads())
         return out
 
     def d_z(self, errors: Tensor, selected: Selected, *, scale: float, source: Tensor | None = None) -> Tensor:
@@ -97,13 +108,13 @@ class CpuStep:
         out, sizes = torch.empty(indices.shape), (*indices.shape, self.d_out)
         call(
             "sae_dots", errors.contiguous(), None if source is None else source.int().contiguous(), indices,
-            self.parameters[1], *sizes, float(scale), out, torch.get_num_threads(),
+            *self._W_dec, *sizes, float(scale), out, torch.get_num_threads(),
         )  # fmt: skip
         return out
 
     def mean_z(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         row = self._sum_rows(rows[:, : self.d_in].float().contiguous()) / len(rows)
-        return row, plain.mean_z(row, self.parameters[0], self.parameters[2], product_dtype=torch.bfloat16)
+        return row, plain.mean_z(row, self.enc.value, self.b_enc, product_dtype=torch.bfloat16)
 
     def save_for_backward_(
         self, rows: Tensor, terms: Sequence[LossTerm], linear: LinearGradients | None = None
@@ -127,41 +138,52 @@ class CpuStep:
     def row_gradients(self) -> RowGradients:
         d_enc, d_dec = torch.empty(self.n_latents, self.d_in), torch.empty(self.n_latents, self.d_out)
         d_bias = torch.empty(self.n_latents)
-        self._latents(None, d_enc, d_dec, d_bias)
+        self._latents(self._described(0), None, d_enc, d_dec, d_bias)
         return RowGradients(d_enc, d_dec, d_bias, self._sum_rows(self._buffers["through_centre"]))
 
     def update_latents_(self, gradients: RowGradients | None, hyper: Hyper) -> Tensor:
+        tensors = self._described(hyper.step)
         if gradients is None:
-            self._latents(hyper, None, None, None)
-            return self._sum_rows(self._buffers["through_centre"])
-        d_enc, d_dec, d_b_enc = (g.contiguous() for g in gradients[:3])
-        call(
-            "sae_update", d_enc, d_dec, d_b_enc, self._described(), self.n_latents, self.d_in, self.d_out,
-            self.padded, adam(hyper), self.unit, torch.get_num_threads(),
-        )  # fmt: skip
-        return gradients.through_centre
+            d_b_enc = self._buffer("d_b_enc", (self.n_latents,)) if self._compact else None
+            self._latents(tensors, hyper, None, None, d_b_enc)
+            through = self._sum_rows(self._buffers["through_centre"])
+        else:
+            d_enc, d_dec, d_b_enc = (g.contiguous() for g in gradients[:3])
+            call(
+                "sae_update", d_enc, d_dec, d_b_enc, tensors, self.n_latents, self.padded, adam(hyper), self.unit,
+                torch.get_num_threads(),
+            )  # fmt: skip
+            through = gradients.through_centre
+        if self._compact and d_b_enc is not None:
+            adam_(self.b_enc, d_b_enc, self.first[0], self.second[0], **hyper._asdict())
+        for rows in (self.enc, self.dec):
+            if rows.options.moments == "factored":
+                squares = self.total(sum_of_chunks(self._buffers[f"squares.{rows.stream}"]))
+                rows.update_column_(squares, hyper, n_latents=self.all_latents)
+        return through
 
     def update_b_dec_(self, gradient: Tensor, hyper: Hyper) -> None:
-        call(
-            "sae_adam", self.parameters[3], gradient.contiguous(), self.first[3], self.second[3], self.d_out,
-            adam(hyper),
-        )  # fmt: skip
+        own = (self.b_dec, gradient.contiguous(), self.first[1], self.second[1])
+        if self._compact:
+            adam_(*own, **hyper._asdict())
+        else:
+            call("sae_adam", *own, self.d_out, adam(hyper))
 
     def forward(self, x: Tensor, *, k: int, scale: float, aux: AuxK | None) -> StepStatistics:
         """Selection, reconstruction, errors, AuxK, and the pairs by latent that `gradients` and `update_` take."""
         batch = len(x)
         few, k_dead = aux is None or len(aux.places) <= _DENSE * aux.k, min(aux.k, len(aux.places)) if aux else 0
         rows = self._rows(x)
-        chosen = self._select("alive", self.rounded, self.parameters[2], rows=self._buffers["rounded_rows"], k=k)
+        chosen = self._select("alive", self.rounded, self.b_enc, rows=self._buffers["rounded_rows"], k=k)
         errors = self._buffer("errors", (batch if few else 2 * batch, self.d_out))
         self._sources = (errors, self._buffers["rounded_rows"])
         squares = self._buffer("squares", (2, batch)).zero_()
         described = (Chosen * (1 if few else 2))(
-            self._reconstruct("alive", rows, self.parameters[3], chosen, scale, errors, squares, 0)
+            self._reconstruct("alive", rows, self.b_dec, chosen, scale, errors, squares, 0)
         )
         self._dense = self._linear = None
         if aux is not None:
-            rounded, b_enc = self.rounded[aux.places], self.parameters[2][aux.places]
+            rounded, b_enc = self.rounded[aux.places], self.b_enc[aux.places]
             dead_chosen = self._select("dead", rounded, b_enc, rows=self._buffers["rounded_rows"], k=k_dead)
             if few:
                 self._aux(aux.places, dead_chosen, aux.scale, errors, squares[1])
@@ -189,7 +211,7 @@ class CpuStep:
         batch, k = chosen.values.shape
         d_z = self._buffer(f"d_z.{name}", (batch, k))
         call(
-            "sae_rows", target[:batch], b_dec, *chosen, self.parameters[1], batch, k, self.d_out, float(scale),
+            "sae_rows", target[:batch], b_dec, *chosen, *self._W_dec, batch, k, self.d_out, float(scale),
             errors[kind * batch :], squares[kind], d_z, torch.get_num_threads(),
         )  # fmt: skip
         return Chosen(*(t.data_ptr() for t in (*chosen, d_z)), None, None, k, kind * batch, scale)
@@ -201,9 +223,9 @@ class CpuStep:
         slots[places] = torch.arange(len(places), dtype=torch.int32)
         dec, enc = torch.empty(2, len(places), self.d_in)
         bias = torch.empty(len(places))
-        inputs = (errors, self._buffers["rounded_rows"], *chosen, self.parameters[1], places)
+        inputs = (errors, self._buffers["rounded_rows"], *chosen, self.dec.value, places)
         aux = Aux(
-            *(t.data_ptr() for t in inputs), batch, k, len(places), self.d_in, self.padded, scale,
+            *(t.data_ptr() for t in inputs), is_bf16(self.dec), batch, k, len(places), self.d_in, self.padded, scale,
             *(t.data_ptr() for t in (squares, dec, enc, bias)),
         )  # fmt: skip
         call("sae_aux_dense", aux, torch.get_num_threads())
@@ -227,18 +249,20 @@ class CpuStep:
         self.update_latents_(RowGradients(enc.t(), dec, b_enc, torch.zeros_like(d_b_dec)), hyper)
         self.update_b_dec_(d_b_dec, hyper)
 
-    def _latents(self, hyper: Hyper | None, d_enc: Tensor | None, d_dec: Tensor | None, d_bias: Tensor | None) -> None:
+    def _latents(
+        self, tensors: Tensors, hyper: Hyper | None, d_enc: Tensor | None, d_dec: Tensor | None, d_bias: Tensor | None
+    ) -> None:
         dense = Dense(*(t.data_ptr() for t in self._dense)) if self._dense else None
         linear = self._linear and Linear(
             *(None if t is None else t.data_ptr() for t in self._linear),
             1 if self._linear.dec is None else self._linear.dec.shape[1],
         )
-        through_centre = self._buffer("through_centre", (-(-self.n_latents // _CHUNK), self.d_in))
+        through_centre = self._buffer("through_centre", (-(-self.n_latents // CHUNK), self.d_in))
         assert self._sources is not None, "no step was begun"
         call(
             "sae_latents", self._buffers["offsets"], self._buffers["pairs"], *self._sources, dense, linear,
-            self._described(), self.n_latents, self.d_in, self.d_out, self.padded, hyper and adam(hyper), self.unit,
-            d_enc, d_dec, d_bias, through_centre, torch.get_num_threads(),
+            tensors, self.n_latents, self.padded, hyper and adam(hyper), self.unit, d_enc, d_dec, d_bias,
+            through_centre, torch.get_num_threads(),
         )  # fmt: skip
 
     def _through_decoder_sum(self) -> Tensor:
@@ -280,9 +304,22 @@ class CpuStep:
         )  # fmt: skip
         return Selected(values, indices)
 
-    def _described(self) -> Tensors:
-        own = [*self.parameters[:3], *self.first[:3], *self.second[:3], self.rounded]
-        return Tensors(*(tensor.data_ptr() for tensor in own))
+    @property
+    def _W_dec(self) -> tuple[Tensor, int]:
+        return self.dec.value, is_bf16(self.dec)
+
+    def _described(self, step: int) -> Tensors:
+        """The tensors of an update; of factored moments with their profiles, and room for sums of squared gradients."""
+        matrices = []
+        for rows in (self.enc, self.dec):
+            profile, squares, d_model = None, None, rows.value.shape[1]
+            if rows.options.moments == "factored":
+                profile = self._buffer(f"profile.{rows.stream}", (d_model,)).copy_(rows.profile())
+                chunks = -(-self.n_latents // CHUNK)
+                squares = self._buffer(f"squares.{rows.stream}", (chunks, d_model), torch.float64)
+            matrices.append(matrix(rows, step, profile=profile, squares=squares))
+        vectors = (self.b_enc, self.first[0], self.second[0], self.rounded)
+        return Tensors(*matrices, *(tensor.data_ptr() for tensor in vectors), int(self._compact))
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         buffer = self._buffers.get(name)

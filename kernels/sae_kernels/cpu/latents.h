@@ -13,7 +13,8 @@
 namespace sae {
 
 // out += c a
-inline void add_scaled(float* out, float c, const float* a, long d) {
+template <class T>
+inline void add_scaled(float* out, float c, const T* a, long d) {
     for (long i = 0; i < d; i += LANES) {
         const Lanes m = lanes(d - i);
         store(out + i, m, fma(splat(c), load(a + i, m), load(out + i, m)));
@@ -45,7 +46,8 @@ struct Linear {
 
     float bias(long j) const { return enc ? enc[j] : 0; }
 
-    void add(long j, float* g_enc, float* g_dec, const float* W_dec, long d_in, long d_out) const {
+    template <class T>
+    void add(long j, float* g_enc, float* g_dec, const T* W_dec, long d_in, long d_out) const {
         if (enc) add_scaled(g_enc, enc[j], row, d_in);
         const long d = d_out / (dec ? sites : 1);
         for (long s = 0; dec && s < sites; s++)
@@ -87,8 +89,8 @@ inline void pairs_by_latent(const Chosen* chosen, int kinds, long batch, long n_
 }
 
 struct Adam {
-    // new = 1 - beta, which is not rounded from beta in fp32; unbias = 1 / (1 - beta^step)
-    float lr, beta2, new1, new2, eps, unbias1, unbias2;
+    // new = 1 - beta, which is not rounded from beta in fp32; bias = 1 - beta^step, unbias = 1 / bias
+    float lr, beta2, new1, new2, eps, bias1, bias2, unbias1, unbias2;
 
     V operator()(V p, V g, float* first, float* second, Lanes mask) const {
         const V m0 = load(first, mask), v0 = load(second, mask);

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "aux.h"
+#include "compact.h"
 #include "latents.h"
 #include "parallel.h"
 #include "rows.h"
@@ -67,33 +68,41 @@ void sae_select(const uint32_t* x, const uint32_t* w, const float* b_enc, long b
 }
 
 // error [batch, d] = target - decode(values, indices) (- b_dec), squares [batch], d_z [batch, k] = scale error . W_dec.
-void sae_rows(const float* target, const float* b_dec, const float* values, const int* indices, const float* W_dec,
-              long batch, long k, long d, float scale, float* error, float* squares, float* d_z, long threads) {
-    parallel(blocks(batch, 16), threads, [&](long task) {
-        for (long r = task * 16; r < batch && r < (task + 1) * 16; r++) {
-            float* e = error + r * d;
-            squares[r] = row_error(target + r * d, b_dec, values + r * k, indices + r * k, k, W_dec, e, d);
-            row_d_z(e, nullptr, nullptr, indices + r * k, k, W_dec, scale, d_z + r * k, d);
-        }
+// W_dec, here and below, is bf16 or fp32.
+void sae_rows(const float* target, const float* b_dec, const float* values, const int* indices, const void* W_dec,
+              long bf16, long batch, long k, long d, float scale, float* error, float* squares, float* d_z,
+              long threads) {
+    typed(W_dec, bf16, [&](const auto* W) {
+        parallel(blocks(batch, 16), threads, [&](long task) {
+            for (long r = task * 16; r < batch && r < (task + 1) * 16; r++) {
+                float* e = error + r * d;
+                squares[r] = row_error(target + r * d, b_dec, values + r * k, indices + r * k, k, W, e, d);
+                row_d_z(e, nullptr, nullptr, indices + r * k, k, W, scale, d_z + r * k, d);
+            }
+        });
     });
 }
 
 // out [batch, d] = sum_i values_i W_dec[indices_i], without b_dec.
-void sae_partial(const float* values, const int* indices, const float* W_dec, long batch, long k, long d, float* out,
-                 long threads) {
-    parallel(blocks(batch, 16), threads, [&](long task) {
-        for (long r = task * 16; r < batch && r < (task + 1) * 16; r++)
-            row_partial(values + r * k, indices + r * k, k, W_dec, out + r * d, d);
+void sae_partial(const float* values, const int* indices, const void* W_dec, long bf16, long batch, long k, long d,
+                 float* out, long threads) {
+    typed(W_dec, bf16, [&](const auto* W) {
+        parallel(blocks(batch, 16), threads, [&](long task) {
+            for (long r = task * 16; r < batch && r < (task + 1) * 16; r++)
+                row_partial(values + r * k, indices + r * k, k, W, out + r * d, d);
+        });
     });
 }
 
 // d_z [batch, k] = scale error . W_dec[indices], 0 at empty places; with the errors that `source` says, or a row's own.
-void sae_dots(const float* errors, const int* source, const int* indices, const float* W_dec, long batch, long k,
-              long d, float scale, float* d_z, long threads) {
-    parallel(blocks(batch, 16), threads, [&](long task) {
-        for (long r = task * 16; r < batch && r < (task + 1) * 16; r++)
-            row_d_z(errors + r * d, errors, source ? source + r * k : nullptr, indices + r * k, k, W_dec, scale,
-                    d_z + r * k, d);
+void sae_dots(const float* errors, const int* source, const int* indices, const void* W_dec, long bf16, long batch,
+              long k, long d, float scale, float* d_z, long threads) {
+    typed(W_dec, bf16, [&](const auto* W) {
+        parallel(blocks(batch, 16), threads, [&](long task) {
+            for (long r = task * 16; r < batch && r < (task + 1) * 16; r++)
+                row_d_z(errors + r * d, errors, source ? source + r * k : nullptr, indices + r * k, k, W, scale,
+                        d_z + r * k, d);
+        });
     });
 }
 
@@ -111,10 +120,10 @@ void sae_pairs(const Chosen* chosen, int kinds, long batch, long n_latents, long
 }
 
 struct Tensors {
-    float *enc, *dec, *bias;                         // [n_latents, d_in], [n_latents, d_out], [n_latents]
-    float *enc_first, *dec_first, *bias_first;       // Adam's moments
-    float *enc_second, *dec_second, *bias_second;
-    uint16_t* rounded;                               // bf16 of enc, [n_latents, padded]
+    Matrix enc, dec;                           // [n_latents, d_in], [n_latents, d_out]
+    float *bias, *bias_first, *bias_second;    // [n_latents], and Adam's moments
+    uint16_t* rounded;                         // bf16 of enc, [n_latents, padded]; perhaps enc itself
+    long compact;                              // how the matrices are updated; the caller then updates the bias
 };
 
 // Of dense gradients that AuxK gave for some latents: slots [n_latents] is their row, or -1.
@@ -124,27 +133,38 @@ struct Dense {
 };
 
 // Latent j learns from its gradient, of which `any` says whether it may differ from zero.
-static void update(const Tensors& p, long j, const float* g_enc, const float* g_dec, float g_bias, long d_in,
-                   long d_out, long padded, const Adam& adam, long unit, bool any) {
-    float *dec = p.dec + j * d_out, *first = p.dec_first + j * d_out, *second = p.dec_second + j * d_out;
-    if (unit)
-        decoder_row(dec, g_dec, first, second, d_out, adam, any);
-    else
-        adam.row(dec, g_dec, first, second, d_out);
-    adam.row(p.enc + j * d_in, g_enc, p.enc_first + j * d_in, p.enc_second + j * d_in, d_in);
-    adam.row(p.bias + j, &g_bias, p.bias_first + j, p.bias_second + j, 1);
-    round_row(p.enc + j * d_in, nullptr, p.rounded + j * padded, d_in, padded);
+static void update(const Tensors& p, long j, const float* g_enc, const float* g_dec, float g_bias, long padded,
+                   const Adam& adam, long unit, bool any, Workspace& workspace) {
+    if (p.compact) {
+        compact_row(p.dec, j, g_dec, adam, unit, any, workspace);
+        compact_row(p.enc, j, g_enc, adam, false, any, workspace);
+    } else {
+        auto row = [&](const Matrix& a, void* of) { return (float*)of + j * a.d; };
+        float *dec = row(p.dec, p.dec.value), *first = row(p.dec, p.dec.first), *second = row(p.dec, p.dec.second);
+        if (unit)
+            decoder_row(dec, g_dec, first, second, p.dec.d, adam, any);
+        else
+            adam.row(dec, g_dec, first, second, p.dec.d);
+        adam.row(row(p.enc, p.enc.value), g_enc, row(p.enc, p.enc.first), row(p.enc, p.enc.second), p.enc.d);
+        adam.row(p.bias + j, &g_bias, p.bias_first + j, p.bias_second + j, 1);
+    }
+    if (p.rounded == p.enc.value) return;
+    typed(p.enc.value, p.enc.bf16, [&](const auto* enc) {
+        round_row(enc + j * p.enc.d, nullptr, p.rounded + j * padded, p.enc.d, padded);
+    });
 }
 
 // The gradient of every latent from its pairs and, where given, from AuxK and `linear`; `through_centre` [blocks(n_latents, 64), d_in]
 // gets rounded enc * d_bias, summed over a chunk. Then the gradient is stored (d_enc given) or the update is made, which
-// keeps decoder rows at norm 1 where they are `unit`.
+// keeps decoder rows at norm 1 where they are `unit`. d_bias may be asked for with either.
 void sae_latents(const long* offsets, const Pair* pairs, const float* errors, const uint16_t* rows, const Dense* dense,
-                 const Linear* linear, const Tensors* parameters, long n_latents, long d_in, long d_out, long padded, const Adam* adam,
-                 long unit, float* d_enc, float* d_dec, float* d_bias, float* through_centre, long threads) {
+                 const Linear* linear, const Tensors* parameters, long n_latents, long padded, const Adam* adam, long unit,
+                 float* d_enc, float* d_dec, float* d_bias, float* through_centre, long threads) {
     const Tensors& p = *parameters;
+    const long d_in = p.enc.d, d_out = p.dec.d;
     parallel(blocks(n_latents, CHUNK), threads, [&](long chunk) {
         std::vector<float> scratch(d_in + d_out), biases(CHUNK);
+        Workspace workspace(p.compact ? std::max(d_in, d_out) : 0);
         const long first = chunk * CHUNK, last = first + CHUNK < n_latents ? first + CHUNK : n_latents;
         auto slot = [&](long j) { return dense ? dense->slots[j] : -1; };
         for (long j = first; j < last; j++) {
@@ -168,13 +188,12 @@ void sae_latents(const long* offsets, const Pair* pairs, const float* errors, co
                 add_row(g_dec, dense->dec + s * d_out, d_out);
                 add_row(g_enc, dense->enc + s * d_in, d_in);
             }
-            if (linear) linear->add(j, g_enc, g_dec, p.dec, d_in, d_out);
-            if (d_dec) {
-                d_bias[j] = biases[j - first];
-                continue;
-            }
-            update(p, j, g_enc, g_dec, biases[j - first], d_in, d_out, padded, *adam, unit,
-                   n > 0 || s >= 0 || linear);
+            if (linear)
+                typed(p.dec.value, p.dec.bf16,
+                      [&](const auto* W_dec) { linear->add(j, g_enc, g_dec, W_dec, d_in, d_out); });
+            if (d_bias) d_bias[j] = biases[j - first];
+            if (d_dec) continue;
+            update(p, j, g_enc, g_dec, biases[j - first], padded, *adam, unit, n > 0 || s >= 0 || linear, workspace);
         }
     });
 }
@@ -183,12 +202,12 @@ void sae_aux_dense(const Aux* aux, long threads) { aux_dense(*aux, threads); }
 
 // The update from a dense gradient.
 void sae_update(const float* d_enc, const float* d_dec, const float* d_bias, const Tensors* parameters,
-                long n_latents, long d_in, long d_out, long padded, const Adam* adam, long unit, long threads) {
+                long n_latents, long padded, const Adam* adam, long unit, long threads) {
     const Tensors& p = *parameters;
     parallel(blocks(n_latents, CHUNK), threads, [&](long chunk) {
-        for (long j = chunk * CHUNK; j < n_latents && j < (chunk + 1) * CHUNK; j++) {
-            update(p, j, d_enc + j * d_in, d_dec + j * d_out, d_bias[j], d_in, d_out, padded, *adam, unit, true);
-        }
+        Workspace workspace(p.compact ? std::max(p.enc.d, p.dec.d) : 0);
+        for (long j = chunk * CHUNK; j < n_latents && j < (chunk + 1) * CHUNK; j++)
+            update(p, j, d_enc + j * p.enc.d, d_dec + j * p.dec.d, d_bias[j], padded, *adam, unit, true, workspace);
     });
 }
 

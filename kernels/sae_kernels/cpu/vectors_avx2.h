@@ -40,6 +40,11 @@ inline I load_words(const uint16_t* p, Lanes m) {
     memcpy(words, p, m.n * sizeof(uint16_t));
     return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)words));
 }
+inline I load_bytes(const uint8_t* p, Lanes m) {
+    uint64_t bytes = 0;
+    memcpy(&bytes, p, m.all() ? LANES : m.n);
+    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes));
+}
 inline V load(const uint16_t* p, Lanes m) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_words(p, m), 16)); }
 
 inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
@@ -48,6 +53,14 @@ inline void store(int* p, I v) { _mm256_storeu_si256((__m256i*)p, v); }
 inline void store_words(void* p, Lanes m, __m128i v) {
     if (m.all()) _mm_storeu_si128((__m128i*)p, v);
     else memcpy(p, &v, m.n * sizeof(uint16_t));
+}
+inline void store_low_words(uint16_t* p, Lanes m, I v) {  // of words below 2^16
+    store_words(p, m, _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+}
+inline void store_bytes(uint8_t* p, Lanes m, I v) {  // of words below 2^8
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    const long long bytes = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+    memcpy(p, &bytes, m.all() ? LANES : m.n);
 }
 // To bf16: to nearest, ties to even; subnormal numbers become zero, NaN stays NaN.
 inline void store_bf16(uint16_t* p, Lanes m, V v) {
@@ -58,8 +71,7 @@ inline void store_bf16(uint16_t* p, Lanes m, V v) {
     I out = _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, splat(0x00400000)), nan);
     const I tiny = _mm256_cmpeq_epi32(_mm256_and_si256(bits, exponent), _mm256_setzero_si256());
     out = _mm256_blendv_epi8(out, _mm256_and_si256(bits, splat((int)0x80000000)), tiny);
-    out = _mm256_srli_epi32(out, 16);
-    store_words(p, m, _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1)));
+    store_low_words(p, m, _mm256_srli_epi32(out, 16));
 }
 
 inline V add(V a, V b) { return _mm256_add_ps(a, b); }
@@ -69,6 +81,7 @@ inline V div(V a, V b) { return _mm256_div_ps(a, b); }
 inline V sqrt(V a) { return _mm256_sqrt_ps(a); }
 inline V abs(V a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline V larger(V a, V b) { return _mm256_max_ps(a, b); }
+inline V smaller(V a, V b) { return _mm256_min_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }    // a b + c
 inline V fnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
 inline V masked(V a, Lanes m) { return m.all() ? a : _mm256_and_ps(a, _mm256_castsi256_ps(m.mask())); }
@@ -84,6 +97,20 @@ inline float largest(V a) {
 }
 
 inline I add(I a, I b) { return _mm256_add_epi32(a, b); }
+inline I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+inline I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
+inline I larger(I a, I b) { return _mm256_max_epi32(a, b); }
+inline I smaller(I a, I b) { return _mm256_min_epi32(a, b); }
+inline I both(I a, I b) { return _mm256_and_si256(a, b); }
+inline I exclusive(I a, I b) { return _mm256_xor_si256(a, b); }
+template <int N> inline I up(I a) { return _mm256_slli_epi32(a, N); }
+template <int N> inline I down(I a) { return _mm256_srli_epi32(a, N); }  // zeros come in
+inline I bits(V a) { return _mm256_castps_si256(a); }
+inline V from_bits(I a) { return _mm256_castsi256_ps(a); }
+inline I truncated(V a) { return _mm256_cvttps_epi32(a); }
+// a < b ? x : y, lane by lane; integers are signed.
+inline I where_less(V a, V b, I x, I y) { return _mm256_blendv_epi8(y, x, bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ))); }
+inline I where_less(I a, I b, I x, I y) { return _mm256_blendv_epi8(y, x, _mm256_cmpgt_epi32(b, a)); }
 inline I either(I a, I b) { return _mm256_or_si256(a, b); }
 inline I high_words(I a) { return _mm256_slli_epi32(a, 16); }
 inline V to_float(I a) { return _mm256_cvtepi32_ps(a); }

@@ -27,11 +27,16 @@ inline V load(const float* p) { return _mm512_loadu_ps(p); }
 inline V load(const float* p, Lanes m) { return _mm512_maskz_loadu_ps(m, p); }
 inline I load(const int* p) { return _mm512_loadu_si512(p); }
 inline I load_words(const uint16_t* p, Lanes m) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)); }
+inline I load_bytes(const uint8_t* p, Lanes m) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, p)); }
 inline V load(const uint16_t* p, Lanes m) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_words(p, m), 16)); }
 
 inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 inline void store(float* p, Lanes m, V v) { _mm512_mask_storeu_ps(p, m, v); }
 inline void store(int* p, I v) { _mm512_storeu_si512(p, v); }
+inline void store_low_words(uint16_t* p, Lanes m, I v) {  // of words below 2^16
+    _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(v));
+}
+inline void store_bytes(uint8_t* p, Lanes m, I v) { _mm_mask_storeu_epi8(p, m, _mm512_cvtepi32_epi8(v)); }
 // To bf16: to nearest, ties to even; subnormal numbers become zero.
 inline void store_bf16(uint16_t* p, Lanes m, V v) { _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(v)); }
 
@@ -42,6 +47,7 @@ inline V div(V a, V b) { return _mm512_div_ps(a, b); }
 inline V sqrt(V a) { return _mm512_sqrt_ps(a); }
 inline V abs(V a) { return _mm512_abs_ps(a); }
 inline V larger(V a, V b) { return _mm512_max_ps(a, b); }
+inline V smaller(V a, V b) { return _mm512_min_ps(a, b); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
 inline V fnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
 inline V masked(V a, Lanes m) { return _mm512_maskz_mov_ps(m, a); }
@@ -49,6 +55,20 @@ inline float sum(V a) { return _mm512_reduce_add_ps(a); }
 inline float largest(V a) { return _mm512_reduce_max_ps(a); }
 
 inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+inline I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
+inline I larger(I a, I b) { return _mm512_max_epi32(a, b); }
+inline I smaller(I a, I b) { return _mm512_min_epi32(a, b); }
+inline I both(I a, I b) { return _mm512_and_si512(a, b); }
+inline I exclusive(I a, I b) { return _mm512_xor_si512(a, b); }
+template <int N> inline I up(I a) { return _mm512_slli_epi32(a, N); }
+template <int N> inline I down(I a) { return _mm512_srli_epi32(a, N); }  // zeros come in
+inline I bits(V a) { return _mm512_castps_si512(a); }
+inline V from_bits(I a) { return _mm512_castsi512_ps(a); }
+inline I truncated(V a) { return _mm512_cvttps_epi32(a); }
+// a < b ? x : y, lane by lane; integers are signed.
+inline I where_less(V a, V b, I x, I y) { return _mm512_mask_mov_epi32(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x); }
+inline I where_less(I a, I b, I x, I y) { return _mm512_mask_mov_epi32(y, _mm512_cmplt_epi32_mask(a, b), x); }
 inline I either(I a, I b) { return _mm512_or_si512(a, b); }
 inline I high_words(I a) { return _mm512_slli_epi32(a, 16); }
 inline V to_float(I a) { return _mm512_cvtepi32_ps(a); }
