@@ -11,7 +11,7 @@ FLOORS = (  # lowest first; packages on one floor do not know each other
     {"sae_kernels"},
     {"config"},
     {"faults", "allocator", "cache_folder", "checksums", "locks", "network", "parallel", "progress", "system_errors"},
-    {"storage", "monitor", "run_files"},
+    {"storage", "monitor", "run_files", "hub"},
     {"text", "model", "shards", "sae"},
     {"harvest", "train", "evaluate", "interpret", "formats"},
     {"plan", "sweep", "steer"},

@@ -1,7 +1,6 @@
 """`sae_dist.load`: a dictionary from wherever it lies."""
 
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from sae_dist import formats
@@ -14,7 +13,7 @@ from sae_dist.sae.module import DictionaryModule
 
 
 def load(where: str | PathLike[str], *, format: str | None = None, **told: Any) -> DictionaryModule:
-    """The dictionary in `where`: the folder of a finished run, a dictionary's own folder, or either at s3://.
+    """The dictionary in `where`: the folder of a finished run, a dictionary's own folder, or either at s3:// or hf://.
 
     Of a run of several dictionaries that is the main one; the others have folders of their own,
     RUN/dictionaries/NAME. With `format`, it is another tool's file or folder (docs/formats.md), of which `told` says
@@ -22,7 +21,8 @@ def load(where: str | PathLike[str], *, format: str | None = None, **told: Any) 
     """
     place = str(where)
     if format is not None:
-        return DictionaryModule(formats.read(Path(place).expanduser(), format=format, told=load_config(Told, told)))
+        path, _ = formats.on_disk("where", place, format=format)
+        return DictionaryModule(formats.read(path.expanduser(), format=format, told=load_config(Told, told)))
     if told:
         raise UserError(f"{next(iter(told))} is for the files of another tool; say which with format=")
     with dictionary_folder(place) as folder:

@@ -33,8 +33,8 @@ COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "plan": "memory, traffic, tokens/s, storage and price of a run before it is started",
     "submit": "a command as a job on a Ray cluster, Slurm, Kubernetes, SkyPilot or torchrun",
     "jobs": "the jobs that were submitted: list, follow, stop",
-    "export": "a dictionary as another tool's files: SAELens, sparsify, dictionary_learning, circuit-tracer, ...",
-    "import": "a dictionary from another tool's files: those, Gemma Scope, Llama Scope, Qwen-Scope, OpenAI",
+    "export": "a dictionary as another tool's files: SAELens, sparsify, circuit-tracer, ...; onto the Hugging Face Hub",
+    "import": "a dictionary from another tool's files: those, Gemma Scope, Llama Scope, ...; from the Hugging Face Hub",
     "store": "ls, stats, verify, gc, import, copy of activation stores",
 }
 BAD_INPUT, STOPPED = 2, 75
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes share cores: spinning threads would steal them
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for chatty in ("httpx", "urllib3", "filelock", "fsspec", "botocore", "aiobotocore"):
+    for chatty in ("httpx", "httpx2", "urllib3", "filelock", "fsspec", "botocore", "aiobotocore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     on_signals(_stop, (signal.SIGTERM, signal.SIGHUP))
     try:

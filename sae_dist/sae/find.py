@@ -1,4 +1,4 @@
-"""Where a dictionary lies: in the folder of a run, in its own, or in either on object storage."""
+"""Where a dictionary lies: in the folder of a run, in its own, in either on object storage, or on the Hub."""
 
 import re
 import tempfile
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from sae_dist import storage
 from sae_dist.config import UserError
+from sae_dist.hub import address
+from sae_dist.hub.pull import pull
 from sae_dist.storage import Storage
 
 FILES = ("config.json", "dictionary.safetensors")
@@ -20,6 +22,8 @@ def is_uri(where: str) -> bool:
 
 def is_there(where: str) -> bool:
     """Whether a dictionary lies at `where`, sound or not."""
+    if address.is_address(where):
+        return bool(_pulled(where))
     if is_uri(where):
         there = storage.open(where)
         return there.exists(_prefix(there) + FILES[0])
@@ -28,11 +32,14 @@ def is_there(where: str) -> bool:
 
 @contextmanager
 def dictionary_folder(where: str) -> Iterator[Path]:
-    """The folder with the two files of the dictionary at `where`: a run's folder, its own, or either at s3://.
+    """The folder with the two files of the dictionary at `where`: a run's folder, its own, either at s3://, or hf://.
 
     Of a run of several dictionaries that is the main one. What lies on object storage is copied to a temporary folder
     for as long as this is open. UserError where a file is missing there.
     """
+    if address.is_address(where):
+        yield _pulled(where)
+        return
     if not is_uri(where):
         yield _own_folder(where)
         return
@@ -44,6 +51,10 @@ def dictionary_folder(where: str) -> Iterator[Path]:
                 raise UserError(f"{where} has no {name}; give a run's folder or its dictionary/")
             _copy(there, prefix + name, Path(copy) / name)
         yield Path(copy)
+
+
+def _pulled(where: str) -> Path:
+    return pull(address.parse("dictionary", where), FILES).path
 
 
 def _own_folder(where: str) -> Path:

@@ -27,7 +27,7 @@ class TrainConfig:
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the steps, at the end; it falls to 0
     init_rows: Annotated[int, Field(ge=2)] = 16_384  # rows that b_dec, W_enc and the input scale are estimated from
     # where a dictionary lies that the training begins from: the folder of a run, or of a dictionary (an imported one
-    # too), or either at s3://; null: it begins at random
+    # too), either at s3://, or hf://; null: it begins at random
     start_from: str | None = None
     # of a random row's direction in each initial decoder row, the rest is random; null: 0.8 (Circuits Update, October
     # 2025), but 0 for a dictionary with more latents than init_rows, many of which would begin alike
