@@ -76,7 +76,7 @@ class Nodes:
 
     def close(self) -> None:
         self.cluster.shutdown()
-        del os.environ["SAE_DIST_FAULTS"]
+        os.environ.pop("SAE_DIST_FAULTS", None)
 
 
 @pytest.fixture
@@ -196,7 +196,8 @@ def stop_and_go(process: psutil.Process, ending: threading.Event) -> None:
 
 def test_a_killed_driver_a_second_driver_and_a_killed_head(nodes: Nodes, model: Path, tmp_path: Path):
     """P8, P7: the second driver is refused; the same command goes on, on the same cluster and on a new one."""
-    out, store, log, tokens = tmp_path / "out", str(tmp_path / "store"), tmp_path / "log", 256 * 200
+    units = 400  # far more than are done while commands start and Ray waits for its head
+    out, store, log, tokens = tmp_path / "out", str(tmp_path / "store"), tmp_path / "log", 256 * units
 
     def command(out: Path, at: Nodes) -> list[str]:
         return stores.overrides(model, store, out, *TWO, f"cluster={at.cluster.address}", tokens=tokens)
@@ -219,7 +220,7 @@ def test_a_killed_driver_a_second_driver_and_a_killed_head(nodes: Nodes, model: 
     assert driver.wait(timeout=DEADLINE_S) != 0
     nodes.close()
     before = committed(store)
-    assert before < 202  # the driver goes on for as long as Ray waits for its head
+    assert before < units  # the driver goes on for as long as Ray waits for its head
     other = Nodes(tmp_path / "harm")
     try:
         driver = drive(command(out, other), log)
@@ -230,7 +231,6 @@ def test_a_killed_driver_a_second_driver_and_a_killed_head(nodes: Nodes, model: 
         assert tokens_of == {"000001", "000002", "000003"}  # who held the store, in every commit
     finally:
         other.close()
-        os.environ["SAE_DIST_FAULTS"] = "[]"  # the fixture takes it away
     print(json.dumps({"seconds to the next units": {"driver killed": round(again, 1), "head killed": round(anew, 1)}}))
 
 
