@@ -189,13 +189,17 @@ def test_a_copy_on_object_storage_is_judged_by_its_age(finished, copy, s3, capsy
 @pytest.mark.slow
 def test_a_real_run_is_watched_and_killed_and_resumed_by_the_command_that_is_shown(finished, tmp_path, s3, capsys):
     out, place = tmp_path / "run", f"{s3}/killed"
-    command = [*finished[1], "train.steps=6000", "train.log_every=5", "train.checkpoint_every=50", f"out={out}",
+    command = [*finished[1], "train.steps=2000", "train.log_every=5", "train.checkpoint_every=50", f"out={out}",
                f"mirror={place}"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "sae_dist", *command], stderr=subprocess.DEVNULL)
+    slowly = json.dumps([{"point": "train.step", "action": "sleep", "seconds": 0.1, "nth": 0}])  # to be looked at
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sae_dist", *command], stderr=subprocess.DEVNULL,
+        env=os.environ | {"SAE_DIST_FAULTS": slowly},
+    )  # fmt: skip
     try:
         wait_until(lambda: (run := read_run(storage.open(place))) is not None and run.state == "training", process)
         said = status(capsys, out)
-        assert said.startswith("run: training\n") and " of 6,000 steps" in said and "tokens/s  ETA " in said
+        assert said.startswith("run: training\n") and " of 2,000 steps" in said and "tokens/s  ETA " in said
         assert "run: training" in watched(out, width=80)
         assert process.poll() is None
     finally:
