@@ -1,6 +1,10 @@
 """What tests share: shapes that are checked, threads that do not spin, property tests that are the same each time."""
 
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job, and in all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
