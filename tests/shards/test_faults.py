@@ -233,7 +233,9 @@ def test_a_writer_on_a_full_disk_says_so_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "durable", ["file", pytest.param("double", marks=pytest.mark.slow), "seaweedfs"], indirect=True
+    "durable",
+    ["file", *(pytest.param(each, marks=pytest.mark.slow) for each in ("double", "seaweedfs"))],
+    indirect=True,
 )
 def test_ranks_in_processes_killed_and_resized_see_one_order(durable, tmp_path):
     """Worlds of 4, 2 and 3 processes over one store that grows meanwhile; one of them is killed and starts anew."""

@@ -35,9 +35,7 @@ def device() -> torch.device:
 @pytest.mark.parametrize(
     "data, feature, case",
     [
-        pytest.param(
-            data, feature, case, marks=() if NATIVE or (data, feature, case) == (1, 2, "triton") else pytest.mark.slow
-        )
+        pytest.param(data, feature, case, marks=() if NATIVE else pytest.mark.slow)
         for case in NAMES
         for data, feature in ((1, 2), (2, 1))
     ],

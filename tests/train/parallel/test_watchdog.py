@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -59,6 +60,7 @@ def test_a_rank_ends_with_the_name_of_the_one_that_its_gpu_waits_for():
     assert time.monotonic() - began < 3.0 + 3.0
 
 
+@pytest.mark.slow
 def test_a_rank_that_has_left_in_peace_is_not_missed():
     served = serve("127.0.0.1")
     other = Heartbeat(connect_store(Rendezvous(served.address, "attempt1"), 10), 1)
