@@ -78,12 +78,15 @@ def test_while_p_falls_the_price_stays_that_of_l1_and_moves_to_small_values():
     x, prices, slopes = batch_of(case, 0), [], []
     for p_end in (1.0, 0.2):
         sae = dataclasses.replace(case.sae, p_end=p_end)
+        assert isinstance(sae, PAnneal)
         keys = dict(k=case.k, k_aux=0, aux_coefficient=0.0, dead_after_tokens=100, product_dtype=torch.float32)
         step = MeshStep(Shard(**parameters(case), **keys), Mesh.single(), sae=sae, k_aux=0)
         step.forward(x, variance=case.variance, progress=1.0)
         assert step.penalty is not None
         prices.append(float(step.penalty.value))
         z = torch.tensor([0.1, 5.0], requires_grad=True)
-        slopes.append(torch.autograd.grad(sae.activate(z, {}).cost.sum(), z)[0])
+        cost = sae.activate(z, {}).cost
+        assert cost is not None
+        slopes.append(torch.autograd.grad(cost.sum(), z)[0])
     assert prices[1] == pytest.approx(prices[0], rel=1e-6) and prices[0] > 0
     assert float(slopes[0][0] / slopes[0][1]) == pytest.approx(1) and float(slopes[1][0] / slopes[1][1]) > 10
