@@ -40,8 +40,9 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "matryoshka": [{}],
     "matryoshka_topk": [{}],
     "jumprelu": [{}],
-    "relu": [{"l1_coefficient": c} for c in (0.5, 1.0, 2.0)],
+    "relu": [{"l1_coefficient": c} for c in (1.0, 2.0, 4.0)],
     "relu_norm": [{"l1_coefficient": c} for c in (2.0, 4.0, 8.0)],
+    "p_anneal": [{"l1_coefficient": c} for c in (0.5, 1.0, 2.0)],
     "gated": [{"l1_coefficient": c} for c in (1.0, 2.0, 4.0)],
     "jumprelu_tanh": [{"tanh_coefficient": c} for c in (2.0, 4.0, 8.0)],
 }
@@ -57,7 +58,7 @@ def entries() -> list[dict[str, Any]]:
     ]
 
 
-def train(store: Path, out: Path, steps: int, *, seed: int, data_weight: float) -> None:
+def train(store: Path, out: Path, steps: int, *, seed: int, data_weight: float | None) -> None:
     values = {
         "out": str(out), "store": str(store), "seed": seed, "more_dictionaries": entries(), "order": {},
         "sae": {"kind": "topk", "n_latents": N_LATENTS, "k": K, "dead_after_tokens": 200_000},
@@ -69,7 +70,7 @@ def train(store: Path, out: Path, steps: int, *, seed: int, data_weight: float) 
 
 
 def of_world(
-    name: str, steps: int, *, seed: int, data_weight: float, folder: Path
+    name: str, steps: int, *, seed: int, data_weight: float | None, folder: Path
 ) -> dict[str, dict[str, float | None]]:
     """The figures of every kind, by name."""
     known = world(name)
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--worlds", default=",".join(WORLDS))
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--data-weight", type=float, default=0.0, help="train.init_data_weight")
+    parser.add_argument("--data-weight", type=float, help="train.init_data_weight, if not the default")
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "quality_worlds.json")
     given, began = parser.parse_args(), time.monotonic()
     about = {
