@@ -26,7 +26,7 @@ from sae_dist.interpret import spool
 from sae_dist.interpret.collect import UNLABELLED, Encode, PagesConfig, RowBatches, collect, document_id
 from sae_dist.interpret.contexts import choose, shade
 from sae_dist.interpret.feature_table import SCHEMA, table
-from sae_dist.interpret.logit_effect import Unembedding, logit_effects, no_effects
+from sae_dist.interpret.logit_effect import Unembedding, logit_effects
 from sae_dist.interpret.records import Stream, context_text, labels
 from sae_dist.interpret.vocabulary import Decode
 from sae_dist.progress import logged
@@ -168,7 +168,7 @@ def _describe(
         first, rows=total, squares=_squares(parts, first, last), collected=collected, intervals=intervals,
         contexts=contexts, shading=shading, text=text, fires_on=labels(contexts, text, decode, n_paged=n),
         category_firings=category_firings, category_share=share / collected.total.clamp(min=1e-300)[:, None],
-        effects=no_effects(n) if isinstance(outputs, str) else logit_effects(W_dec, outputs, n_tokens=config.logits),
+        effects=logit_effects(W_dec, outputs, n_tokens=config.logits),
     )  # fmt: skip
 
 

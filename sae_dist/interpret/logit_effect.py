@@ -25,12 +25,16 @@ class Unembedding(NamedTuple):
 
 @torch.no_grad()
 def logit_effects(
-    W_dec: Float[Tensor, "n_latents d_model"], outputs: Unembedding, *, n_tokens: int = 10, chunk: int = 256
+    W_dec: Float[Tensor, "n_latents d_model"], outputs: Unembedding | str, *, n_tokens: int = 10, chunk: int = 256
 ) -> LogitEffects:
     """W_dec (W_U - mean over the vocabulary): the logits that one unit of activation adds through the direct path.
 
-    A shift of all logits changes no probability, hence the mean (Bricken et al. 2023, "logit weights").
+    A shift of all logits changes no probability, hence the mean (Bricken et al. 2023, "logit weights"). Instead of the
+    unembedding, a reason why a hook point has no direct path to the logits gives empty effects.
     """
+    if isinstance(outputs, str):
+        ids, values = torch.zeros(len(W_dec), 0, dtype=torch.int64), torch.zeros(len(W_dec), 0)
+        return LogitEffects(ids, values, ids, values)
     W_U = outputs.W_U.float()
     W_U = W_U - W_U.mean(dim=1, keepdim=True)
     n_tokens = min(n_tokens, W_U.shape[1])
@@ -41,9 +45,3 @@ def logit_effects(
         parts.append((up.indices.cpu(), up.values.cpu(), down.indices.cpu(), down.values.cpu()))
     raised, raised_by, lowered, lowered_by = (torch.cat(column) for column in zip(*parts, strict=True))
     return LogitEffects(outputs.tokens[raised], raised_by, outputs.tokens[lowered], lowered_by)
-
-
-def no_effects(n_latents: int) -> LogitEffects:
-    """Empty effects, for hook points without a direct path to the logits."""
-    ids, values = torch.zeros(n_latents, 0, dtype=torch.int64), torch.zeros(n_latents, 0)
-    return LogitEffects(ids, values, ids, values)

@@ -21,7 +21,7 @@ from sae_dist import checksums
 from sae_dist.config import UserError
 from sae_dist.interpret.collect import Collected, Encode, PagesConfig, RowBatches, collect
 from sae_dist.interpret.contexts import Contexts, Intervals, Shading, choose, shade
-from sae_dist.interpret.logit_effect import LogitEffects, Unembedding, logit_effects, no_effects
+from sae_dist.interpret.logit_effect import LogitEffects, Unembedding, logit_effects
 from sae_dist.interpret.records import Stream, context_text, index_columns, labels, latent_records, token_dtype
 from sae_dist.interpret.similar import Similar, similar_latents
 from sae_dist.interpret.vocabulary import Decode
@@ -57,9 +57,7 @@ def feature_pages(
         contexts=contexts,
         intervals=intervals,
         shading=shade(rows(), encode, collected=collected, contexts=contexts, config=config),
-        effects=no_effects(len(collected.paged))
-        if isinstance(outputs, str)
-        else logit_effects(W_dec[collected.paged], outputs, n_tokens=config.logits),
+        effects=logit_effects(W_dec[collected.paged], outputs, n_tokens=config.logits),
         no_outputs=outputs if isinstance(outputs, str) else None,
         similar=similar_latents(W_dec, n_nearest=config.similar),
         stream=stream,

@@ -20,15 +20,8 @@ from sae_dist.sae.variants.interface import TensorSpec, tensors
 from sae_dist.train.schedule import base_lr
 
 MAIN = "main"
-OWN = (
-    "name",
-    "seed",
-    "lr",
-    "parameters",
-    "moments",
-    "start_from",
-    "frozen",
-)  # keys of an entry that are not keys of `sae`
+# Keys of an entry that are not keys of `sae`.
+OWN = ("name", "seed", "lr", "parameters", "moments", "start_from", "frozen")
 Frozen = Literal["nothing", "decoder", "all"]  # what keeps its values of before step 0
 Twin = Literal["seed", "frozen_decoder", "untrained"]
 TWINS: dict[Twin, dict[str, Any]] = {"frozen_decoder": {"frozen": "decoder"}, "untrained": {"frozen": "all"}}
