@@ -24,8 +24,9 @@ quickstart: venv
 test: venv
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-test-all: venv
-	$(BIN)/python -m pytest
+# The fast tests first, side by side; then the slow ones, one after another: they kill, wait and use every core.
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 check: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
