@@ -31,7 +31,7 @@ import torch
 import xxhash
 
 from sae_dist import storage
-from sae_dist.shards import reader, verify, writer
+from sae_dist.shards import stores, verify, writer
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
@@ -127,7 +127,7 @@ def raw_ways(folder: Path, units: int) -> dict[str, Callable[[], object]]:
 
 
 def read_all(folder: Path, units: int, repeats: int) -> dict[str, object]:
-    store = reader.open(storage.open(folder / "ours"))
+    store = stores.open(storage.open(folder / "ours"))
     target = torch.empty(BATCH, WIDTH, dtype=torch.int16)
 
     def copied() -> None:
@@ -179,7 +179,7 @@ def read_all(folder: Path, units: int, repeats: int) -> dict[str, object]:
 
 def read_disk(folder: Path, units: int, repeats: int) -> dict[str, object]:
     """Raw files and the loader with cold files: what the disk lets through."""
-    store = reader.open(storage.open(folder / "ours"))
+    store = stores.open(storage.open(folder / "ours"))
 
     def loader() -> None:
         steps = units * UNIT_ROWS // BATCH  # every row once, as the plain files are read
@@ -203,7 +203,7 @@ def read_disk(folder: Path, units: int, repeats: int) -> dict[str, object]:
 
 def memory_over(folder: Path, n_bytes: int) -> dict[str, object]:
     """Resident and private memory of this process while a loader reads `n_bytes`, epoch after epoch."""
-    store, process, samples = reader.open(storage.open(folder / "ours")), psutil.Process(), []
+    store, process, samples = stores.open(storage.open(folder / "ours")), psutil.Process(), []
     every = 1 << 30
     with Loader(store, hooks=Hooks((HOOK,)), batch=BATCH, seed=0, reuse_buffers=True) as batches:
         read = 0

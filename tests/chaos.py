@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from sae_dist import storage
-from sae_dist.shards import gc, reader, verify, writer
+from sae_dist.shards import gc, reader, stores, verify, writer
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.storage import Storage
@@ -117,8 +117,8 @@ def _episode(place: Storage, server: S3Double, rng: random.Random, folder: Path,
         _spoil_a_cached_file(folder / "cache", rng, done)
     assert [told[s] for s in range(STEPS)] == calm, "the order is not that of a calm run"
     deadline = time.monotonic() + 120
-    while len(reader.open(place).committed()) < UNITS or any(p.is_alive() for p in producers):
-        _keep_producing(place, producers, rng, done, revive=len(reader.open(place).committed()) < UNITS)
+    while len(stores.open(place).committed()) < UNITS or any(p.is_alive() for p in producers):
+        _keep_producing(place, producers, rng, done, revive=len(stores.open(place).committed()) < UNITS)
         assert time.monotonic() < deadline, "producers do not finish"
         time.sleep(0.05)
     server.rules, rules = [], server.rules
@@ -183,7 +183,7 @@ def _spoil_a_cached_file(cache: Path, rng: random.Random, done: Counter[str]) ->
 
 
 def _nothing_is_amiss(place: Storage) -> None:
-    store = reader.open(place)
+    store = stores.open(place)
     commits = store.committed()
     assert sorted(commits) == list(range(UNITS)), f"units {sorted(commits)}"
     found = verify.verify(store)

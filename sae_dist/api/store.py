@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from sae_dist import storage
 from sae_dist.config import UserError
-from sae_dist.shards import reader
+from sae_dist.shards import reader, stores
 from sae_dist.shards.hooks import Hooks, check
 from sae_dist.shards.loader import Batch, Loader
 from sae_dist.shards.order import OrderConfig
@@ -34,7 +34,7 @@ class Store(IterableDataset[Batch]):
         """
         if batch < 1:
             raise UserError(f"batch={batch} rows; give 1 or more")
-        self._store = reader.open(storage.open(str(where)))
+        self._store = stores.open(storage.open(str(where)))
         self._given = {"batch": batch, "seed": seed, "rank": rank, "world": world, "order": order or OrderConfig()}
         self.batch, self.step, self.order_hash = batch, 0, 0
         if hook is None and len(self.hooks) > 1:

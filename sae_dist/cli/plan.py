@@ -25,7 +25,7 @@ from sae_dist.plan.workload import Workload, workload
 from sae_dist.service.config import RunConfig
 from sae_dist.service.gpu_shares import describe_shares, share_gpus
 from sae_dist.service.placement import Node
-from sae_dist.shards import hooks, reader
+from sae_dist.shards import hooks, stores
 from sae_dist.shards.format import ELEMENTS
 from sae_dist.shards.hooks import Hooks
 
@@ -82,7 +82,7 @@ def _workload(run: RunConfig, job: PlanJob) -> tuple[Workload, HarvestedModel | 
     d_model, parameters = job.d_model, job.subject_parameters
     rows, stored = _rows(run), ELEMENTS[run.harvest.dtype].stored.itemsize
     if run.store is not None and storage.open(run.store).exists("store.json"):
-        meta = reader.open(storage.open(run.store)).meta
+        meta = stores.open(storage.open(run.store)).meta
         hooks.check(Hooks(run.hooks), meta, f"store={run.store}")
         d_model, rows, stored = (
             hooks.width(meta, run.hooks),

@@ -6,6 +6,7 @@ sae-dist store verify  store=S            read every byte against its checksum; 
 sae-dist store gc      store=S            objects that no commit names; delete=true deletes them
 sae-dist store import  path=X store=S     a store of activations made elsewhere
 sae-dist store copy    store=S to=T       between folders and s3://, resumable and verified
+sae-dist store join    store=S 'parts={base: A, chat: B}'   one store over several of the same tokens
 """
 
 import dataclasses
@@ -20,8 +21,10 @@ from sae_dist import storage
 from sae_dist.config import UserError, frozen, load
 from sae_dist.service.display import quantity
 from sae_dist.shards import copy as copying
-from sae_dist.shards import gc, imports, reader, summary, verify
+from sae_dist.shards import gc, imports, stores, summary, verify
 from sae_dist.shards.imports import ImportConfig
+from sae_dist.shards.join import join
+from sae_dist.shards.joined import JoinedStore
 from sae_dist.shards.reader import Store
 
 POSITIONAL = ("action", "store")
@@ -34,12 +37,13 @@ BAD_INPUT = 2
 class StoreJob:
     """One action on one store; keys of other actions are ignored."""
 
-    action: Literal["ls", "stats", "verify", "gc", "import", "copy"]
+    action: Literal["ls", "stats", "verify", "gc", "import", "copy", "join"]
     store: str
     to: str | None = None
     withdraw: bool = False
     delete: bool = False
     age_hours: Annotated[float, Field(ge=0)] = 48.0
+    parts: dict[str, str] | None = None
 
     def needed_to(self) -> str:
         """Where a copy goes."""
@@ -56,7 +60,7 @@ def main(values: Mapping[str, Any]) -> int:
             _ls(imports.import_store(storage.open(job.store), load(ImportConfig, given)))
         case "copy":
             target = storage.open(job.needed_to())
-            done = copying.copy(_open(job), target)
+            done = copying.copy(_with_own_rows(job), target)
             print(f"{target.uri}: {done.units} units, {_size(done.bytes)} copied, {done.skipped} were there")
         case "ls":
             _ls(_open(job))
@@ -66,13 +70,27 @@ def main(values: Mapping[str, Any]) -> int:
             return _verify(job)
         case "gc":
             _gc(job)
+        case "join":
+            parts = {name: stores.open(storage.open(uri)) for name, uri in (job.parts or {}).items()}
+            _ls(join(storage.open(job.store), parts))
         case _:
             assert_never(job.action)
     return 0
 
 
 def _open(job: StoreJob) -> Store:
-    return reader.open(storage.open(job.store))
+    return stores.open(storage.open(job.store))
+
+
+def _with_own_rows(job: StoreJob) -> Store:
+    """The store; UserError where it is a join, which holds nothing to copy, verify or collect."""
+    store = _open(job)
+    if isinstance(store, JoinedStore):
+        places = ", ".join(part.storage.uri for part in store.parts.values())
+        raise UserError(
+            f"store={job.store} is a join and holds no rows; {job.action} the stores that it joins: {places}"
+        )
+    return store
 
 
 def _ls(store: Store) -> None:
@@ -103,7 +121,7 @@ def _stats(store: Store) -> None:
 
 
 def _verify(job: StoreJob) -> int:
-    store = _open(job)
+    store = _with_own_rows(job)
     found = verify.verify(store)
     print(f"{store.storage.uri}: {found.units} units, {_size(found.bytes)} read")
     for bad in found.bad:
@@ -123,7 +141,7 @@ def _verify(job: StoreJob) -> int:
 
 
 def _gc(job: StoreJob) -> None:
-    store = _open(job)
+    store = _with_own_rows(job)
     found = gc.collect(store, age_s=job.age_hours * HOUR_S, delete=job.delete)
     for orphan in found.orphans:
         print(f"  {orphan.key}  {_size(orphan.size)}")

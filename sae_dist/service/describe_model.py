@@ -14,7 +14,7 @@ from sae_dist.service.gpu_shares import share_gpus
 from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.replica_handle import ReplicaHandle, ReplicaLost
 from sae_dist.service.replica_pool import check_harvest_capacity, replica_shape
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 
 
 def describe_on_cluster(
@@ -35,7 +35,7 @@ def _by_store_or_replica(
     """
     place = storage.open(store_uri)
     if place.exists("store.json"):
-        meta = reader.open(place).meta
+        meta = stores.open(place).meta
         if meta.hooks.keys() == set(hooks):
             return Description(meta.model, meta.model_fingerprint, dict(meta.hooks))
     config = ReplicaConfig(to_dict(model), to_dict(harvest), hooks, None, None)

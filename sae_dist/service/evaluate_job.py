@@ -35,7 +35,7 @@ from sae_dist.service.monitoring import tell_judged
 from sae_dist.service.prepare import Prepared, prepare
 from sae_dist.service.run_folder import claim, read_config
 from sae_dist.service.summary import alert_entry, read_summary, weights_digest
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.shards.hooks import Hooks, said_by
 from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.shards.retention import present_units
@@ -156,7 +156,7 @@ def evaluate_run(out: Path, evaluate_config: EvaluateConfig) -> dict[str, Any]:
         summary.pop("alerts", None)
         judged = {MAIN: summary} | {one["name"]: one for one in summary.get("also", [])}
         if config is None:
-            store = reader.open(storage.open(summary["store"]))
+            store = stores.open(storage.open(summary["store"]))
             if not store.meta.heldout_units:
                 raise UserError(
                     f"store={summary['store']} has no held-out units to judge on; import it with heldout_fraction"
@@ -219,7 +219,7 @@ def _claimed(out: Path) -> Iterator[tuple[dict[str, Any], RunConfig | None]]:
 
 
 def _prepared(config: RunConfig) -> tuple[Prepared, Store]:
-    store = reader.open(storage.open(config.store_uri))  # an existing one: UserError where the run was moved without it
+    store = stores.open(storage.open(config.store_uri))  # an existing one: UserError where the run was moved without it
     prepared = prepare(
         model=config.model, hook_points=config.hooks, text=config.text, harvest=config.harvest,
         folder=config.folder / "text", store_uri=config.store_uri, progress=lambda _: None,

@@ -19,7 +19,7 @@ from sae_dist.service.prepare import prepare
 from sae_dist.service.replica import ReplicaConfig
 from sae_dist.service.replica_pool import ReplicaPool, check_harvest_capacity
 from sae_dist.service.run_folder import RunFolder
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def harvest_store(job: HarvestJob) -> dict[str, Any]:
                 describe_on_cluster=describe_on_cluster(job.model, job.harvest, job.hooks, job.store, job.cluster),
             )  # fmt: skip
             display.update("text", prepared.facts, now=True)
-            store = reader.open(storage.open(job.store))
+            store = stores.open(storage.open(job.store))
             replica = ReplicaConfig(values["model"], values["harvest"], job.hooks, job.store, prepared.split)
             with (
                 cluster(job.cluster, cpus=job.harvest.most_processes) as request,

@@ -30,7 +30,7 @@ from sae_dist.service.monitoring import last_start
 from sae_dist.service.rank_session import chosen_hooks
 from sae_dist.service.signals import catch_signals
 from sae_dist.service.summary import read_summary, summarize
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.train.members import MAIN, folder
 
 CONFIGS: Mapping[str, type[TrainJob] | type[RunConfig]] = {"train": TrainJob, "run": RunConfig}  # what can be swept
@@ -136,7 +136,7 @@ def _place(
     figures: dict[str, Any], share: float,
 ) -> None:  # fmt: skip
     """The run folder of the dictionary `name` of a pass, as training it alone would have left it."""
-    store = reader.open(storage.open(summary["store"]))
+    store = stores.open(storage.open(summary["store"]))
     hashed = config_hash(config, store.meta.digest)
     job = config.train_job() if isinstance(config, RunConfig) else config
     tokens = summary["tokens_trained"]

@@ -21,7 +21,7 @@ from sae_dist.service.devices import device_of_actor
 from sae_dist.service.parent_watch import exit_with_parent
 from sae_dist.service.placement import Bundle
 from sae_dist.service.summary import alerts
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.shards.hooks import Hooks, check
 from sae_dist.shards.reader import Store
 from sae_dist.shards.slice_cache import SliceCache
@@ -101,7 +101,7 @@ def run_rank(
     """
     torch.set_num_threads(job.train.threads or max(usable_cores() // ranks_on_this_machine(rank.mesh), 1))
     cache = None if job.train.cache is None else SliceCache(Path(job.train.cache), limit_bytes=job.train.cache_bytes)
-    out, store = Path(job.out), reader.open(storage.open(job.store), cache=cache)
+    out, store = Path(job.out), stores.open(storage.open(job.store), cache=cache)
     out.mkdir(parents=True, exist_ok=True)
     meta = store.meta
     origin = {"model": meta.model, "model_fingerprint": meta.model_fingerprint, "tokenizer": meta.tokenizer}

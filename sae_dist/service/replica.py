@@ -24,7 +24,7 @@ from sae_dist.parallel.key_value import StoreAddress, StoreServer
 from sae_dist.service import evaluate_job
 from sae_dist.service.config import RunConfig
 from sae_dist.service.parent_watch import exit_with_parent
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.text.tokenize import TokenSplit
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Replica:
     def _open_store(self, uri: str, *, leads: bool) -> None:
         assert self._config.split is not None
         self._split = self._config.split
-        self._store = reader.open(storage.open(uri))
+        self._store = stores.open(storage.open(uri))
         if self._engine.fingerprint != self._store.meta.model_fingerprint:
             raise UserError(
                 f"model.name={self._engine.name} is here in {self._engine.dtype} or with other weights "

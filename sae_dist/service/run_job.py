@@ -31,7 +31,7 @@ from sae_dist.service.replica_pool import ReplicaPool, check_harvest_capacity
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.signals import StopRequest
 from sae_dist.service.summary import read_finished, read_phase, summarize, weights_digest
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.shards.hooks import Hooks
 from sae_dist.train.loop import Trained
 from sae_dist.train.members import MAIN
@@ -97,7 +97,7 @@ def _finished(config: RunConfig, out: Path) -> dict[str, Any] | None:
     """The summary, if the run has finished with these settings on this store and all its results are sound."""
     if not (out / "summary.json").is_file():
         return None
-    store = reader.open(storage.open(config.store_uri))
+    store = stores.open(storage.open(config.store_uri))
     found = read_finished(out, config_hash(config, store.meta.digest), config.members)
     if found is None or found.get("judged") != evaluation_digest(config):
         return None
@@ -124,7 +124,7 @@ class _Run:
         self._config, self._values, self._hashed, self._request = config, to_dict(config), hashed, request
         self._shares = shares
         self._folder, self._out, self._display = folder, folder.path, display
-        self._store, self._text = reader.open(storage.open(config.store_uri)), prepared.facts
+        self._store, self._text = stores.open(storage.open(config.store_uri)), prepared.facts
         self._replica_config = ReplicaConfig(
             self._values["model"], self._values["harvest"], config.hooks, config.store_uri, prepared.split
         )

@@ -20,8 +20,8 @@ from sae_dist.sae.dictionary import Dictionary
 from sae_dist.service.config import RunConfig
 from sae_dist.service.prepare import prepare
 from sae_dist.service.run_folder import read_config
-from sae_dist.shards import reader
-from sae_dist.shards.reader import Store, unit_rows
+from sae_dist.shards import stores
+from sae_dist.shards.reader import Store, heldout, unit_rows
 from sae_dist.shards.retention import present_units
 from sae_dist.steer import activity, study
 from sae_dist.steer.attach import on_device, sites
@@ -58,7 +58,7 @@ class SteeredRun:
             raise UserError(f"dictionary={name} is not in run={out}; it has {', '.join(known)}")
         own = dictionary_file.load(folder(out, name))
         self.name = name
-        self.store: Store = reader.open(storage.open(self.config.store_uri))
+        self.store: Store = stores.open(storage.open(self.config.store_uri))
         self.model: LanguageModel = load_model(self.config.model)
         self.dictionary: Dictionary = on_device(own, self.model.device)
         self.hook = sites(own)[0]
@@ -79,7 +79,7 @@ class SteeredRun:
         if self.name == MAIN and (out / "pages" / "index.html").is_file():
             return activity.of_pages(out / "pages")
         logger.info("no feature pages of dictionary=%s: its latents are measured on held-out rows", self.name)
-        rows = (part.x for part in reader.heldout(self.store, self.hook, _BATCH_ROWS))
+        rows = (part.x for part in heldout(self.store, self.hook, _BATCH_ROWS))
         return activity.of_rows(rows, self.encode, n_latents=self.dictionary.n_latents, what="held-out rows")
 
     def sequences(self, n: int) -> Tensor:

@@ -23,7 +23,7 @@ from sae_dist.service.run_folder import is_claimed, read_status
 from sae_dist.service.sweep_points import Planned
 from sae_dist.service.sweep_room import Memory, Slot
 from sae_dist.service.sweep_stages import Stages
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.shards.reader import Store
 from sae_dist.sweep import group
 from sae_dist.sweep.config import SweepConfig
@@ -177,7 +177,7 @@ class Driver:
             return True
         place = storage.open(self._folder.store(name))
         if name not in self._filling and place.exists("store.json"):
-            self._filling[name] = reader.open(place)
+            self._filling[name] = stores.open(place)
         if (store := self._filling.get(name)) is not None and len(store.committed()) == store.meta.n_units:
             self._filled.add(name)
             return True

@@ -10,7 +10,7 @@ from sae_dist.sae.config import check_width
 from sae_dist.service.config import RunConfig, TrainJob, identity
 from sae_dist.service.rank_session import chosen_hooks
 from sae_dist.service.sweep_room import Sizes, sizes
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.shards.hooks import width
 from sae_dist.sweep import group
 from sae_dist.sweep.folder import SweepFolder
@@ -83,7 +83,7 @@ def _point(
     store_digest, own_store = None, None
     if isinstance(config, TrainJob):
         place = config.with_absolute_paths().store
-        store = reader.open(storage.open(place))
+        store = stores.open(storage.open(place))
         store_digest, sides = store.meta.digest, chosen_hooks(store, config).sides
         hooks = max(sides, key=lambda side: width(store.meta, side))  # the wider side decides what it needs
     else:

@@ -15,7 +15,7 @@ from sae_dist.plan.memory import memory
 from sae_dist.plan.workload import Workload, workload
 from sae_dist.service.config import RunConfig, TrainJob
 from sae_dist.service.devices import usable_gpus
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.shards.format import ELEMENTS
 from sae_dist.shards.hooks import width
 from sae_dist.sweep.config import SweepConfig
@@ -79,7 +79,7 @@ class Sizes(NamedTuple):
 def sizes(job: TrainJob | RunConfig, hooks: Sequence[str], store: str) -> Sizes:
     """Of the store, or before it is there of the model and the harvest that will fill it."""
     if storage.open(store).exists("store.json"):
-        meta = reader.open(storage.open(store)).meta
+        meta = stores.open(storage.open(store)).meta
         rows = meta.train_units * meta.unit_rows
         return Sizes(width(meta, hooks), rows, meta.element.stored.itemsize, meta.slice_rows)
     assert isinstance(job, RunConfig)

@@ -24,7 +24,7 @@ from sae_dist.service.monitoring import monitored, tell_result
 from sae_dist.service.rank_session import check_heldout, chosen_hooks, run_rank, wait_for_heldout
 from sae_dist.service.run_folder import RunFolder
 from sae_dist.service.summary import read_finished, summarize
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.train.config import Launcher
 from sae_dist.train.loop import Trained
 from sae_dist.train.parallel.collectives import broadcast_number
@@ -169,7 +169,7 @@ def _run_once(
     """Does once, in rank 0: folder, evaluation, summary. Always calls `begin` with whether there is training to do."""
     begun, out = False, Path(job.out)
     try:
-        store = reader.open(storage.open(job.store))
+        store = stores.open(storage.open(job.store))
         hooks = chosen_hooks(store, job)
         hashed = config_hash(job, store.meta.digest)
         folder = RunFolder(out, job)

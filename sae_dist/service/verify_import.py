@@ -9,7 +9,7 @@ from sae_dist.evaluate.heldout_rows import reconstruction_figures
 from sae_dist.evaluate.reconstruction import reconstruction
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.service.summary import alerts
-from sae_dist.shards import reader
+from sae_dist.shards import reader, stores
 from sae_dist.shards.hooks import Hooks, check, width
 
 ROWS, BATCH = 16_384, 2048
@@ -17,7 +17,7 @@ ROWS, BATCH = 16_384, 2048
 
 def verify(dictionary: Dictionary, store: str) -> dict[str, Any]:
     """FVU and L0 on held-out rows of `store`; UserError where they are absurd: then the file was misunderstood."""
-    rows, hook, target = reader.open(storage.open(store)), dictionary.info["hook"], dictionary.info.get("target_hook")
+    rows, hook, target = stores.open(storage.open(store)), dictionary.info["hook"], dictionary.info.get("target_hook")
     hooks = Hooks((hook,), () if target is None else (target,))
     check(hooks, rows.meta, store)
     for side, names in zip((dictionary.sizes.d_in, dictionary.sizes.d_out), (hooks.sides * 2)[:2], strict=True):

@@ -64,12 +64,17 @@ class Store:
         known = self._commits.get(unit)
         if known is not None:
             return known
-        try:
-            commit = commit_files.read(self.storage, unit, self.meta)
-        except FileNotFoundError:
+        commit = self._read_commit(unit)
+        if commit is None:
             return None
         with self._lock:
             return self._commits.setdefault(unit, commit)
+
+    def _read_commit(self, unit: int) -> Commit | None:
+        try:
+            return commit_files.read(self.storage, unit, self.meta)
+        except FileNotFoundError:
+            return None
 
     def committed(self) -> dict[int, Commit]:
         """All commits of now, by unit."""
@@ -150,10 +155,13 @@ class Store:
                 if not np.array_equal(getattr(part, name), getattr(found[first], name)):
                     raise CorruptData(
                         f"slice {index} of unit {unit} of {self.storage.uri}: the rows of hook={hook} and of "
-                        f"hook={first} differ in their {name}, so that they are not of the same tokens; harvest unit "
-                        f"{unit} again, both hook points in one pass"
+                        f"hook={first} differ in their {name}, so that they are not of the same tokens; "
+                        f"{self._cure_of_other_rows(unit)}"
                     )
         return found
+
+    def _cure_of_other_rows(self, unit: int) -> str:
+        return f"harvest unit {unit} again, both hook points in one pass"
 
     def _bytes(self, key: str, ref: SliceRef) -> UInt8[np.ndarray, " bytes"] | None:
         """The verified bytes of a slice; None if they are wrong in every try."""
@@ -194,26 +202,6 @@ class Store:
         found = record.get("statistics")
         own = found.get(hook) if isinstance(found, dict) else None
         return statistics.from_json(own or {}, width=self.meta.hooks[hook], what=what)
-
-
-def open(storage: Storage, *, cache: SliceCache | None = None) -> Store:
-    """The store at `storage`; `UserError` if there is none."""
-    try:
-        record = records.read(storage, "store.json", f"{storage.uri}/store.json")
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"store={storage.uri} holds no store.json; harvest or import into it first") from None
-    named = records.checked(StoreRecord, record, f"{storage.uri}/store.json")
-    if named.meta.digest != named.name:
-        raise CorruptData(f"{storage.uri}/store.json names itself {named.name} but its content is {named.meta.digest}")
-    return Store(storage, named.meta, cache=cache)
-
-
-class StoreRecord(NamedTuple):
-    """The record in store.json."""
-
-    name: str
-    meta: StoreMeta
-    digest: str
 
 
 def heldout(store: Store, hook: str, batch_rows: int) -> Iterator[StoredRows]:

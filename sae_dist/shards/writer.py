@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_dist import config, faults
 from sae_dist import storage as objects
 from sae_dist.config import UserError
-from sae_dist.shards import commits, format, permutation, quantize, reader, records, statistics
+from sae_dist.shards import commits, format, permutation, quantize, records, statistics, stores
 from sae_dist.shards.commits import Commit, ShardFile, SliceRef
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.reader import Store
@@ -39,7 +39,7 @@ def create(storage: Storage, meta: StoreMeta) -> Store:
     if not storage.exists("store.json"):
         objects.check_conditional_create(storage)
         storage.create("store.json", records.seal({"name": meta.digest, "meta": config.to_dict(meta)}))
-    store = reader.open(storage)
+    store = stores.open(storage)
     if store.meta.digest != meta.digest:
         there, here = config.to_dict(store.meta), config.to_dict(meta)
         names = [

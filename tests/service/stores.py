@@ -13,7 +13,7 @@ from sae_dist.harvest.units import sequences_of
 from sae_dist.model import tiny
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import LanguageModel, load
-from sae_dist.shards import gc, reader, verify
+from sae_dist.shards import gc, stores, verify
 from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.text.stream import TokenStream
 from sae_dist.text.tokenize import TokenSplit
@@ -96,4 +96,4 @@ def _check_unit(
 
 
 def opened(store: str) -> Store:
-    return reader.open(storage.open(store))
+    return stores.open(storage.open(store))

@@ -7,7 +7,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from sae_dist import storage
-from sae_dist.shards import copy, gc, reader, writer
+from sae_dist.shards import copy, gc, stores, writer
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
@@ -43,7 +43,7 @@ def produce(uri: str, units: list[int], report: str = "", part_bytes: int = 0) -
     place = storage.open(uri)
     if part_bytes and isinstance(place, S3Storage):
         place = S3Storage(place.bucket, place.prefix, S3Config(part_bytes=part_bytes))
-    store = reader.open(place)
+    store = stores.open(place)
     won = [predictable.write(store, unit).won for unit in units]
     if report:
         Path(report).write_text(str(sum(won)))
@@ -56,11 +56,11 @@ def make_and_produce(uri: str, units: list[int]) -> None:
 
 
 def copy_store(source: str, target: str) -> None:
-    copy.copy(reader.open(storage.open(source)), storage.open(target), threads=1)
+    copy.copy(stores.open(storage.open(source)), storage.open(target), threads=1)
 
 
 def collect_garbage(uri: str, now: float) -> None:
-    gc.collect(reader.open(storage.open(uri)), age_s=0, delete=True, now=now)
+    gc.collect(stores.open(storage.open(uri)), age_s=0, delete=True, now=now)
 
 
 def consume(
@@ -68,7 +68,7 @@ def consume(
 ) -> None:
     """Reads `steps` batches, checks every row, and appends a line of (step, share of the order hash) for each."""
     hook = "resid_post.2"
-    store = reader.open(storage.open(uri), cache=SliceCache(Path(cache), limit_bytes=1 << 30) if cache else None)
+    store = stores.open(storage.open(uri), cache=SliceCache(Path(cache), limit_bytes=1 << 30) if cache else None)
     with Loader(
         store,
         hooks=Hooks((hook,)),

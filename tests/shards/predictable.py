@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from sae_dist.shards import permutation, reader, writer
+from sae_dist.shards import permutation, stores, writer
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.reader import Store
 
@@ -50,7 +50,7 @@ def filled(storage, **changes: object) -> Store:
     store = writer.create(storage, meta(**changes))
     for unit in range(store.meta.n_units):
         write(store, unit, store.meta.unit_rows - 7 * unit)  # units of different sizes: the hard case of the order
-    return reader.open(storage)
+    return stores.open(storage)
 
 
 def is_true(hook: str, x: torch.Tensor, doc: np.ndarray, pos: np.ndarray) -> bool:

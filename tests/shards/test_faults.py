@@ -13,7 +13,7 @@ import pytest
 
 from sae_dist import faults, storage
 from sae_dist.config import UserError
-from sae_dist.shards import gc, reader, verify, writer
+from sae_dist.shards import gc, reader, stores, verify, writer
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.records import CorruptData
@@ -69,7 +69,7 @@ def test_a_producer_killed_anywhere_leaves_whole_units_only(durable, point):
     store = writer.create(durable, predictable.meta())
     rule = {"point": point, **KILL, "where": {"unit": 2}, "nth": 2 if "hook" in point else 1}
     joined(children.start(children.produce, durable.uri, list(range(6)), faults=[rule]), -signal.SIGKILL)
-    left = reader.open(durable)
+    left = stores.open(durable)
     there = sorted(left.committed())
     assert there == [0, 1, 2][: 3 if POINTS[point] else 2]
     assert verify.verify(left).bad == []
@@ -89,7 +89,7 @@ def test_a_writer_of_files_killed_anywhere_leaves_no_half_file(tmp_path, point, 
     joined(children.start(children.make_and_produce, place.uri, list(range(6)), faults=[rule]), -signal.SIGKILL)
     assert len(list(place.leftovers())) == 1
     joined(children.start(children.make_and_produce, place.uri, list(range(6))))
-    assert_whole(reader.open(place))
+    assert_whole(stores.open(place))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_producer_killed_within_an_upload_leaves_nothing_that_can_be_seen(requ
     fault = {"point": rule[0], **KILL, "nth": rule[1]}
     child = children.start(children.produce, place.uri, [0], "", 5 << 20, faults=[fault])
     joined(child, -signal.SIGKILL)
-    assert list(place.list("data/")) == [] and reader.open(place).committed() == {}
+    assert list(place.list("data/")) == [] and stores.open(place).committed() == {}
     assert len(list(place.leftovers())) == 1
     for unit in range(2):
         assert predictable.write(store, unit).won
@@ -121,7 +121,7 @@ def test_a_producer_that_hung_loses_and_cleans_up_after_itself(durable, tmp_path
     os.kill(child.pid, signal.SIGCONT)
     joined(child)
     assert other.won and report.read_text() == "1"
-    assert reader.open(durable).commit(1).attempt == other.commit.attempt
+    assert stores.open(durable).commit(1).attempt == other.commit.attempt
     assert len(list(durable.list("data/"))) == 2 * len(store.meta.hooks)  # the loser deleted its own
 
 
@@ -160,7 +160,7 @@ def test_a_storm_of_every_fault_changes_no_row_and_costs_half_as_much_again(doub
         double.fail(action, share=0.02 + 0.01 * (index % 3))
     assert read_all(predictable.filled(place)) == calm
     double.rules.clear()
-    assert verify.verify(reader.open(place)).bad == []
+    assert verify.verify(stores.open(place)).bad == []
     assert place.counts["retries"] <= 0.5 * place.counts["requests"]
 
 
@@ -168,9 +168,9 @@ def test_an_outage_within_the_budget_is_sat_out_and_beyond_it_is_told(double):
     store = predictable.filled(storage.open("s3://bucket/s"))
     patient = S3Storage("bucket", "s", S3Config(pause_s=0.05, longest_pause_s=0.2, retry_s=30))
     rule = double.fail("503", times=25)
-    assert read_all(reader.open(patient)) == read_all(store)
+    assert read_all(stores.open(patient)) == read_all(store)
     assert rule.done == 25
-    impatient = reader.open(S3Storage("bucket", "s", S3Config(pause_s=0.01, retry_s=0.1)))
+    impatient = stores.open(S3Storage("bucket", "s", S3Config(pause_s=0.01, retry_s=0.1)))
     impatient.committed()
     double.fail("503", key="s/data/")
     with pytest.raises(storage.StorageError, match="run again to resume"):
@@ -181,10 +181,10 @@ def test_a_bit_flipped_on_the_way_is_read_again_and_at_rest_is_told(double):
     place = storage.open("s3://bucket/s")
     expected = read_all(predictable.filled(place))
     double.fail("flip", method="GET", key="s/data/", nth=3)
-    assert read_all(reader.open(place)) == expected
+    assert read_all(stores.open(place)) == expected
     double.fail("flip", method="GET", key=f"s/data/{HOOK}/00000001/")
     with pytest.raises(CorruptData, match="unit 1 has to be harvested again"):
-        read_all(reader.open(place))
+        read_all(stores.open(place))
 
 
 @pytest.mark.parametrize("key", ["s/store.json", "s/commit/00000002.json", "s/manifest/"])
@@ -192,7 +192,7 @@ def test_a_bit_flipped_in_a_record_on_the_way_is_read_again(double, key):
     store = predictable.filled(storage.open("s3://bucket/s"))
     pinned = store.snapshot()
     rule = double.fail("flip", method="GET", key=key, nth=1)
-    assert reader.open(store.storage).pinned(pinned.version) == pinned
+    assert stores.open(store.storage).pinned(pinned.version) == pinned
     assert rule.done == 1
 
 
@@ -211,10 +211,10 @@ def test_damage_at_rest_reaches_the_consumer(durable, damage):
         case "gone":
             durable.delete(shard.key)
     with pytest.raises(CorruptData, match="unit 3"):
-        read_all(reader.open(durable))
+        read_all(stores.open(durable))
     assert verify.verify(store).harvest_again == [3]
     verify.withdraw(store, [3])
-    fresh = reader.open(durable)
+    fresh = stores.open(durable)
     predictable.write(fresh, 3, 96 - 7 * 3)
     assert verify.verify(fresh).bad == [] and len(read_all(fresh)) == 20
 
@@ -271,16 +271,16 @@ def test_copying_and_collecting_survive_being_killed(tmp_path, nth, double):
     rule = {"point": "copy.after_shard", **KILL, "nth": nth}
     joined(children.start(children.copy_store, str(tmp_path / "a"), "s3://bucket/b", faults=[rule]), -signal.SIGKILL)
     target = storage.open("s3://bucket/b")
-    assert verify.verify(reader.open(target)).bad == []
+    assert verify.verify(stores.open(target)).bad == []
     joined(children.start(children.copy_store, str(tmp_path / "a"), "s3://bucket/b"))
-    assert reader.open(target).committed() == source.committed()
+    assert stores.open(target).committed() == source.committed()
     for index in range(6):
         target.write(f"data/{HOOK}/0000000{index}/orphan.arrow", b"left")
     rule = {"point": "gc.before_delete", **KILL, "nth": nth}
     job = children.start(children.collect_garbage, target.uri, time.time() + 60, faults=[rule])
     joined(job, -signal.SIGKILL)
     joined(children.start(children.collect_garbage, target.uri, time.time() + 60))
-    assert verify.verify(reader.open(target)).bad == [] and len(list(target.list("data/"))) == 12
+    assert verify.verify(stores.open(target)).bad == [] and len(list(target.list("data/"))) == 12
 
 
 def test_fault_points_do_nothing_unless_switched_on(monkeypatch):

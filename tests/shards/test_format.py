@@ -18,7 +18,18 @@ from sae_dist.harvest.units import sequences_of
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import LanguageModel, load
 from sae_dist.service.prepare import prepare
-from sae_dist.shards import commits, consumers, format, lease, manifest, reader, records, retention, verify
+from sae_dist.shards import (
+    commits,
+    consumers,
+    format,
+    joined,
+    lease,
+    manifest,
+    records,
+    retention,
+    stores,
+    verify,
+)
 from sae_dist.shards.commits import Commit, ShardFile
 from sae_dist.shards.format import ELEMENTS, StoreMeta
 from sae_dist.shards.imports.config import ImportConfig
@@ -58,7 +69,7 @@ def harvested(tmp_path_factory) -> Harvested:
     model = load(settings)
     place = storage.open(folder / "store")
     fill(place, model, prepared.split)
-    store = reader.open(place)
+    store = stores.open(place)
     store.snapshot()
     consumers.report(place, consumers.ConsumerPosition("a", RETIRED + 1, RETIRED + 1))
     retention.retire(store, retention.UntilConsumed())
@@ -69,7 +80,7 @@ def harvested(tmp_path_factory) -> Harvested:
 
 def fill(place: storage.Storage, model: LanguageModel, split: TokenSplit) -> None:
     """Harvests the units that the store lacks."""
-    store = reader.open(place)
+    store = stores.open(place)
     with lease.lease(place, "runs/a", key="store", folder="producers") as held:
         harvester = Harvester(model, store, HOOKS, split=split, config=CONFIG)
         for attempt, unit in enumerate(sorted(set(range(store.meta.n_units)) - set(store.committed())), start=1):
@@ -87,7 +98,11 @@ def imported(tmp_path) -> Path:
 def test_every_field_is_in_the_specification_and_no_other():
     assert list(table("Field of meta")) == [field.name for field in dataclasses.fields(StoreMeta)]
     assert {*table("Field of a commit"), "digest"} == {*Commit._fields, "format_version", "statistics"}
-    sealed = {"a manifest": manifest.Manifest, "a store": reader.StoreRecord}
+    sealed = {
+        "a manifest": manifest.Manifest,
+        "a store": stores.StoreRecord,
+        "the places of parts": joined.PartsRecord,
+    }
     for name, fields in sealed.items():
         assert {*table(f"Field of {name}"), "digest"} == set(fields._fields)
     plain = {"a shard": ShardFile, "the statistics": Statistics, "a position": consumers.ConsumerPosition}
@@ -113,7 +128,7 @@ def test_the_limits_are_those_of_the_specification():
 
 
 def test_every_object_of_a_harvested_store_is_specified(harvested):
-    assert specification.objects(harvested.folder) == set(table("Key")) - {"probe/<random>"}
+    assert specification.objects(harvested.folder) == set(table("Key")) - {"probe/<random>", "parts.json"}
     meta = specification.record(harvested.folder, "store.json")["meta"]
     assert list(meta["extra"]) == list(table("Entry of extra in a harvest"))
     assert meta["extra"]["token_streams"] == harvested.split.digest
@@ -145,7 +160,7 @@ def test_a_unit_that_was_withdrawn_returns_with_the_same_rows_and_another_attemp
     }
     pinned = specification.record(harvested.folder, "manifest/v000001.json")["commits"]
     assert pinned[str(AGAIN)] == [before["rows"], specification.digest(before)]
-    store = reader.open(storage.open(harvested.folder))
+    store = stores.open(storage.open(harvested.folder))
     assert store.pinned(1).commits[AGAIN].digest != specification.digest(after)
 
 
@@ -181,4 +196,4 @@ def test_a_store_of_another_version_is_refused(tmp_path):
     record["meta"]["format_version"] = 2
     (tmp_path / "store.json").write_bytes(records.seal(record))
     with pytest.raises(config.UserError, match="format_version=2; this sae_dist reads version 1"):
-        reader.open(storage.open(tmp_path))
+        stores.open(storage.open(tmp_path))

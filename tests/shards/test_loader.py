@@ -11,7 +11,7 @@ import torch
 
 from sae_dist import storage
 from sae_dist.config import UserError
-from sae_dist.shards import commits, reader, writer
+from sae_dist.shards import commits, reader, stores, writer
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
@@ -120,7 +120,7 @@ def test_a_growing_store_gives_the_batches_of_the_finished_one(tmp_path):
 
     producer = threading.Thread(target=produce)
     producer.start()
-    with Loader(reader.open(store.storage), hooks=Hooks((HOOK,)), batch=32, seed=9, order=order, live=True) as loader:
+    with Loader(stores.open(store.storage), hooks=Hooks((HOOK,)), batch=32, seed=9, order=order, live=True) as loader:
         got = list(itertools.islice(loader, 20))
         assert loader.waits().uncommitted_s > 0
     producer.join()
@@ -144,7 +144,7 @@ def test_corruption_reaches_the_consumer_and_never_ends_the_stream_in_silence(st
     data = bytearray(path.read_bytes())
     data[shard.slices[0].offset + 600] ^= 1
     path.write_bytes(data)
-    loader = Loader(reader.open(store.storage), hooks=Hooks((HOOK,)), batch=32, seed=9)
+    loader = Loader(stores.open(store.storage), hooks=Hooks((HOOK,)), batch=32, seed=9)
     with pytest.raises(UserError, match="unit 2 has to be harvested again"):
         for _ in range(100):
             next(loader)
@@ -224,7 +224,7 @@ def test_hooks_whose_rows_are_of_other_tokens_are_refused(store, tmp_path):
     (tmp_path / shard["key"]).write_bytes((tmp_path / "other" / taken.key).read_bytes())
     record["shards"][second] = taken._asdict() | {"key": shard["key"], "slices": [s._asdict() for s in taken.slices]}
     (tmp_path / "commit" / "00000000.json").write_bytes(seal(record))
-    mixed = reader.open(store.storage)
+    mixed = stores.open(store.storage)
     assert len(batches(mixed, 13)) == 13  # each hook by itself is sound
     with pytest.raises(UserError, match=rf"unit 0 .* hook={second} and of hook={first} differ in their token"):
         batches(mixed, 13, hooks=Hooks((first,), (second,)))

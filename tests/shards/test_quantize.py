@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_dist import storage
-from sae_dist.shards import quantize, reader, writer
+from sae_dist.shards import quantize, stores, writer
 from tests.shards import predictable
 
 
@@ -52,7 +52,7 @@ def test_the_store_reports_the_error_that_its_rows_have(tmp_path, dtype):
     key = {pair: i for i, pair in enumerate(zip(rows["doc"].tolist(), rows["pos"].tolist(), strict=True))}
     error = 0.0
     for i in range(len(commit.shards["resid_post.1"].slices)):
-        part = reader.open(store.storage).read_slice("resid_post.1", 0, i)
+        part = stores.open(store.storage).read_slice("resid_post.1", 0, i)
         source = x[[key[int(d), int(p)] for d, p in zip(part.doc, part.pos, strict=True)]]
         stored = part.bits.view({"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8,
                                  "float8_e4m3": torch.float8_e4m3fn}[dtype]).float()  # fmt: skip

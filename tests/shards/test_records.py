@@ -9,7 +9,7 @@ import pytest
 
 from sae_dist import storage
 from sae_dist.config import UserError, digest
-from sae_dist.shards import consumers, format, reader, records, retention, summary, verify
+from sae_dist.shards import consumers, format, records, retention, stores, summary, verify
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.records import CorruptData
@@ -22,7 +22,7 @@ KEYS = ("store.json", "commit/00000002.json", "manifest/v000001.json", "consumer
 
 def use(place) -> None:
     """What commands do with a store."""
-    store = reader.open(place)
+    store = stores.open(place)
     store.snapshot()
     store.pinned(1)
     summary.summarize(store)
@@ -112,4 +112,4 @@ def test_a_slice_with_the_right_hash_and_senseless_bytes_is_one_line(tmp_path):
     part[3] = format.xxh3_128(bytes(data[ref.offset : ref.offset + ref.bytes]))
     place.write(format.commit_key(1), records.seal(record))
     with pytest.raises(CorruptData, match="slice 0 is no record batch of 20 rows"):
-        reader.open(place).read_slice("resid_post.1", 1, 0)
+        stores.open(place).read_slice("resid_post.1", 1, 0)

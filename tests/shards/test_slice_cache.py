@@ -11,7 +11,7 @@ import torch
 
 from sae_dist import storage
 from sae_dist.cli.main import main
-from sae_dist.shards import reader
+from sae_dist.shards import reader, stores
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.order import OrderConfig
@@ -29,7 +29,7 @@ def remote(double):
 
 
 def cached(remote, folder, limit: int = 1 << 30) -> reader.Store:
-    return reader.open(remote, cache=SliceCache(folder, limit_bytes=limit))
+    return stores.open(remote, cache=SliceCache(folder, limit_bytes=limit))
 
 
 def hashes(store, n: int = 14) -> list[int]:
@@ -52,7 +52,7 @@ def n_slices(store, *, heldout: bool = False) -> int:
 
 
 def test_each_slice_is_read_from_the_store_once_however_many_loaders_read_it(remote, double, tmp_path):
-    plain = hashes(reader.open(remote))
+    plain = hashes(stores.open(remote))
     double.log.clear()
     store = cached(remote, tmp_path)
     assert [hashes(store), hashes(cached(remote, tmp_path)), hashes(store)] == [plain] * 3
@@ -68,7 +68,7 @@ def train(store: str, out, *more: str) -> int:
 
 
 def test_later_epochs_of_a_training_read_nothing_from_the_store_and_its_result_is_the_same(remote, double, tmp_path):
-    slices, reads = n_slices(reader.open(remote), heldout=True), {}
+    slices, reads = n_slices(stores.open(remote), heldout=True), {}
     for name, keys in {"cached": [f"train.cache={tmp_path}/cache", "train.cache_gb=0.001"], "plain": []}.items():
         double.log.clear()
         assert train(remote.uri, tmp_path / name, *keys) == 0

@@ -11,7 +11,7 @@ import torch
 
 from sae_dist import storage
 from sae_dist.config import UserError
-from sae_dist.shards import format, manifest, permutation, reader, verify, writer
+from sae_dist.shards import format, manifest, permutation, reader, stores, verify, writer
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.loader import Loader
 from sae_dist.shards.records import CorruptData
@@ -64,7 +64,7 @@ def test_creating_twice_is_the_same_store_and_another_meta_is_refused(every_plac
     with pytest.raises(UserError, match=r"slice_rows: 20 there, 24 here"):
         writer.create(every_place, predictable.meta(slice_rows=24))
     with pytest.raises(UserError, match=r"holds no store\.json"):
-        reader.open(storage.open(tmp_path / "nothing"))
+        stores.open(storage.open(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("hook", ["../x", "a/b", "", ".hidden", "a..b", "a b", "x" * 300])
@@ -79,7 +79,7 @@ def test_of_many_writers_of_one_unit_one_wins_and_the_others_leave_nothing(every
     store = writer.create(every_place, predictable.meta())
     results = []
     threads = [
-        threading.Thread(target=lambda: results.append(predictable.write(reader.open(every_place), 1)))
+        threading.Thread(target=lambda: results.append(predictable.write(stores.open(every_place), 1)))
         for _ in range(6)
     ]
     for thread in threads:
@@ -151,22 +151,22 @@ def test_a_commit_or_manifest_that_was_changed_or_swapped_is_refused(tmp_path):
     good = first.read_bytes()
     first.write_bytes(good.replace(b'"rows":96', b'"rows":95'))
     with pytest.raises(CorruptData, match="does not match its own digest"):
-        reader.open(store.storage).committed()
+        stores.open(store.storage).committed()
     first.write_bytes(second.read_bytes())
     with pytest.raises(CorruptData, match="belongs to unit 1"):
-        reader.open(store.storage).committed()
+        stores.open(store.storage).committed()
     first.write_bytes((tmp_path / "b" / format.commit_key(0)).read_bytes())
     with pytest.raises(CorruptData, match=f"of store {other.meta.digest}"):
-        reader.open(store.storage).committed()
+        stores.open(store.storage).committed()
     first.unlink()
     with pytest.raises(UserError, match=r"1 units missing \(0\)"):
-        reader.open(store.storage).pinned(pinned.version)
-    predictable.write(reader.open(store.storage), 0)  # harvested again: another attempt, so not what was pinned
+        stores.open(store.storage).pinned(pinned.version)
+    predictable.write(stores.open(store.storage), 0)  # harvested again: another attempt, so not what was pinned
     with pytest.raises(UserError, match=r"1 with another commit \(0\)"):
-        reader.open(store.storage).pinned(pinned.version)
+        stores.open(store.storage).pinned(pinned.version)
     (tmp_path / "a" / manifest.manifest_key(1)).write_bytes((tmp_path / "b" / "store.json").read_bytes())
     with pytest.raises((CorruptData, KeyError)):
-        reader.open(store.storage).pinned(1)
+        stores.open(store.storage).pinned(1)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -175,7 +175,7 @@ def test_a_unit_that_was_withdrawn_and_made_again_is_pinned_still_if_its_rows_ar
     pinned = store.snapshot()
     old = store.commit(2)
     verify.withdraw(store, [2])
-    fresh = reader.open(place)
+    fresh = stores.open(place)
     rows = old.rows if same else old.rows - 1
     assert predictable.write(fresh, 2, rows).commit.digest != old.digest
     if same:
@@ -194,7 +194,7 @@ def test_a_store_that_may_only_be_read_is_pinned_at_the_readers_own_place(double
     with pytest.raises(storage.ReadOnlyError):
         store.snapshot()
     pinned = store.snapshot(own)
-    assert reader.open(place).pinned(pinned.version, own) == pinned
+    assert stores.open(place).pinned(pinned.version, own) == pinned
     assert [entry.key for entry in own.list()] == [manifest.manifest_key(1)] and not list(place.list("manifest/"))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from sae_dist import storage
 from sae_dist.config import UserError
-from sae_dist.shards import consumers, copy, format, gc, reader, records, retention, summary, verify, writer
+from sae_dist.shards import consumers, copy, format, gc, records, retention, stores, summary, verify, writer
 from sae_dist.shards.consumers import ConsumerPosition as Position
 from sae_dist.shards.consumers import FlowControl
 from sae_dist.shards.records import CorruptData
@@ -35,7 +35,7 @@ def test_verify_reads_every_byte_and_names_the_units(place):
     place.write(shards[3]["resid_post.2"].key, bytes(place.read(shards[3]["resid_post.2"].key))[:-1])
     place.delete(shards[4][HOOK].key)
     spoil(place, format.commit_key(5), at=40)
-    found = verify.verify(reader.open(place))
+    found = verify.verify(stores.open(place))
     assert found.harvest_again == [1, 3, 4, 5]
     problems = {bad.unit: bad.problem for bad in found.bad}
     assert problems[1].startswith("xxh3-128") and problems[3].endswith(f"instead of {shards[3]['resid_post.2'].bytes}")
@@ -46,7 +46,7 @@ def test_withdrawn_units_are_harvested_again(place):
     store = predictable.filled(place)
     spoil(place, store.commit(2).shards[HOOK].key)
     verify.withdraw(store, [2])
-    fresh = reader.open(place)
+    fresh = stores.open(place)
     assert fresh.commit(2) is None and len(list(place.list("withdrawn/"))) == 1
     assert predictable.write(fresh, 2).won
     assert verify.verify(fresh).bad == []
@@ -114,7 +114,7 @@ def test_a_copy_is_the_same_store_and_is_resumed(kinds, tmp_path, double):
     copy._copy_unit(source, target, source.commit(3))  # an earlier copy that was interrupted here
     assert copy.copy(source, target)[::2] == (5, 1)
     assert copy.copy(source, target)[::2] == (0, 6)
-    there = reader.open(target)
+    there = stores.open(target)
     assert there.committed() == source.committed() and there.pinned(pinned.version) == pinned
     assert verify.verify(half).bad == []
 
@@ -128,7 +128,7 @@ def test_a_copy_refuses_rotten_data_and_a_store_of_another_harvest(tmp_path):
     spoil(source.storage, source.commit(4).shards[HOOK].key)
     with pytest.raises(CorruptData, match="unit 4 has to be harvested again"):
         copy.copy(source, storage.open(tmp_path / "c"))
-    assert reader.open(storage.open(tmp_path / "c")).commit(4) is None
+    assert stores.open(storage.open(tmp_path / "c")).commit(4) is None
 
 
 def test_data_goes_only_when_every_consumer_has_saved_past_it(place):

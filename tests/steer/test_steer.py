@@ -17,7 +17,7 @@ from sae_dist.sae import dictionary
 from sae_dist.service.config import RunConfig
 from sae_dist.service.evaluate_job import pages
 from sae_dist.service.prepare import prepare
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.steer import sample, study
 from sae_dist.steer.activity import of_pages
 from tests.steer.worlds import LANGUAGE_MODEL, MODEL, random_dictionary
@@ -47,7 +47,7 @@ def run(tmp_path_factory) -> Path:
         model=config.model, hook_points=[config.hook], text=config.text, harvest=config.harvest, folder=out / "text",
         store_uri=config.store_uri, progress=lambda _: None,
     )  # fmt: skip
-    store = reader.open(storage.open(config.store_uri))
+    store = stores.open(storage.open(config.store_uri))
     harvester = Harvester(LANGUAGE_MODEL, store, [config.hook], split=prepared.split, config=config.harvest)
     for unit in range(store.meta.n_units):
         harvester.harvest(unit)

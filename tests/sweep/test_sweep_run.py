@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from sae_dist import storage
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.sweep.folder import SweepFolder, read_points
 from sae_dist.sweep.ledger import Ledger
 from tests.train.test_loop import full_store
@@ -93,7 +93,7 @@ def test_nine_points_from_text_killed_twice_are_each_trained_once_on_one_harvest
     assert len(tries) == 9 and all(own.count("done") == 1 and own[-1] == "done" for own in tries.values())
     assert len(list((out / "passes").iterdir())) == 1
     (place,) = (out / "stores").iterdir()
-    store = reader.open(storage.open(place))
+    store = stores.open(storage.open(place))
     assert len(store.committed()) == store.meta.n_units  # conditional commits: each unit once, whoever died
     hashes = {point.summary["order_hash"] for point in read_points(out)}
     assert len(hashes) == 1  # all saw the same rows

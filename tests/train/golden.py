@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from sae_dist import storage
 from sae_dist.sae.config import BatchTopK, SAEConfig, TopK
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.shards.hooks import Hooks
 from sae_dist.train import checkpoint, loop
 from sae_dist.train.checkpoint_folders import folders
@@ -83,7 +83,7 @@ def rank_of(golden: Golden, folder: Path, rank: int) -> None:
     mesh = connect(config, rank=rank, world=world, device="cpu", store=meeting)
     members = tuple(given(member) for member in (Member(MAIN, golden.sae, 0), *golden.more))
     task = Task(
-        reader.open(storage.open(str(folder / "store"))), Hooks(("x",)), config=golden.config, order=ORDER, seed=0,
+        stores.open(storage.open(str(folder / "store"))), Hooks(("x",)), config=golden.config, order=ORDER, seed=0,
         members=members, out=folder / golden.name,
     )  # fmt: skip
     loop.train(task, mesh, log=lambda *_: None)

@@ -11,7 +11,7 @@ from safetensors.torch import load
 from sae_dist import storage
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import BatchTopK
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.shards.hooks import Hooks
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.members import MAIN, Member
@@ -62,7 +62,7 @@ def test_stopped_and_repeated_it_ends_in_the_same_dictionary(store, tmp_path):
         sae = BatchTopK(n_latents=96, k=4, dead_after_tokens=1000)
         member = Member(MAIN, sae, 0, config.lr, transcodes=True, skip=True, cross_layer=True, start_from=start_from)
         task = Task(
-            reader.open(storage.open(str(store))), Hooks(READS, WRITES), config=config, order=ORDER, seed=0, out=out,
+            stores.open(storage.open(str(store))), Hooks(READS, WRITES), config=config, order=ORDER, seed=0, out=out,
             members=[member],
         )  # fmt: skip
         train_with_stops(task, *stops)

@@ -11,7 +11,7 @@ from sae_dist import storage
 from sae_dist.cli.main import main
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import KINDS, TopK
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.writer import create, write_unit
@@ -104,7 +104,7 @@ def test_stopped_and_repeated_alone_it_is_the_dictionary_of_the_pass_with_others
     def weights(out: Path, *saes: Any, stops: tuple[int, ...] = (), name: str = MAIN) -> bytes:
         members = [Member(MAIN if not i else sae.kind, sae, 0) for i, sae in enumerate(saes)]
         task = Task(
-            reader.open(storage.open(str(store))), Hooks(("resid_post.3", "resid_post.10")), members=members,
+            stores.open(storage.open(str(store))), Hooks(("resid_post.3", "resid_post.10")), members=members,
             config=CONFIG, order=ORDER, seed=0, out=out,
         )  # fmt: skip
         train_with_stops(task, *stops)

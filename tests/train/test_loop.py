@@ -10,7 +10,7 @@ from sae_dist import storage
 from sae_dist.config import Stopped, UserError
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import BatchTopK, SAEConfig, TopK
-from sae_dist.shards import consumers, lease, reader
+from sae_dist.shards import consumers, lease, stores
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.order import OrderConfig
@@ -337,7 +337,7 @@ def test_a_store_that_lost_a_commit_is_not_trained_on(store, tmp_path):
         train(other, tmp_path / "run", stop=lambda: next(seen) == 5)
     (tmp_path / "store" / "commit" / "00000003.json").unlink()
     with pytest.raises(UserError, match="3"):
-        train(reader.open(storage.open(str(tmp_path / "store"))), tmp_path / "run")
+        train(stores.open(storage.open(str(tmp_path / "store"))), tmp_path / "run")
 
 
 BATCHES = BatchTopK(n_latents=96, k=4, dead_after_tokens=1000)

@@ -10,7 +10,7 @@ from benchmarks.worlds import world
 from sae_dist import storage
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import BatchTopK, Matryoshka, TopK
-from sae_dist.shards import imports, reader
+from sae_dist.shards import imports, stores
 from sae_dist.shards.imports import ImportConfig
 from sae_dist.train.config import TrainConfig
 from sae_dist.train.members import MAIN, Member, folder
@@ -33,7 +33,7 @@ def found(tmp_path_factory) -> dict[str, Found]:
     np.save(place / "rows.npy", known.rows(200_000, seed=100).x.numpy())
     imports.import_store(storage.open(str(place / "store")), ImportConfig(path=str(place / "rows.npy"), hook="x"))
     config = TrainConfig(steps=1000, batch=512, checkpoint_every=1000, threads=1)
-    train(reader.open(storage.open(str(place / "store"))), place / "run", members=MEMBERS, config=config)
+    train(stores.open(storage.open(str(place / "store"))), place / "run", members=MEMBERS, config=config)
     heldout = known.rows(8192, seed=1)
     return {m.name: judge(dictionary.load(folder(Path(place / "run"), m.name)), known, heldout) for m in MEMBERS}
 

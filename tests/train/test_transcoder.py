@@ -12,7 +12,7 @@ from sae_dist.cli.main import main
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import TopK
 from sae_dist.sae.module import DictionaryModule
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.writer import create, write_unit
@@ -100,7 +100,7 @@ def test_a_skip_transcoder_has_a_linear_map_beside_its_latents(store, tmp_path):
 def test_stopped_and_repeated_it_ends_in_the_same_dictionary(store, tmp_path, skip):
     def weights(out: Path, *stops: int) -> bytes:
         task = Task(
-            reader.open(storage.open(str(store))), Hooks(("resid_pre.3",), ("mlp_out.3",)),
+            stores.open(storage.open(str(store))), Hooks(("resid_pre.3",), ("mlp_out.3",)),
             members=(Member(MAIN, TopK(n_latents=96, k=4), 0, transcodes=True, skip=skip),), config=CONFIG,
             order=ORDER, seed=0, out=out,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from sae_dist import storage
 from sae_dist.config import Stopped
 from sae_dist.sae.config import SAEConfig
-from sae_dist.shards import reader
+from sae_dist.shards import stores
 from sae_dist.shards.hooks import Hooks
 from sae_dist.train import loop, resume
 from sae_dist.train.config import MeshConfig, TrainConfig
@@ -91,7 +91,7 @@ def run(scenario: Scenario, mesh: Mesh, folder: Path, patch: Any) -> dict[str, A
 
     patch(loop, "train_step", watched)
     patch(resume, "initial_state", started)
-    store = reader.open(storage.open(str(folder / "store")))
+    store = stores.open(storage.open(str(folder / "store")))
     try:
         task = Task(store, Hooks(("x",)), scenario.members, scenario.config, ORDER, seed=0, out=folder / scenario.name)
         trained = loop.train(
