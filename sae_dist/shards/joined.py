@@ -20,7 +20,6 @@ from sae_dist.storage import Storage
 
 PARTS = "parts.json"
 PREFIX = "part."  # of the keys of StoreMeta.extra that name a part
-LAYOUT = ("n_units", "unit_rows", "heldout_units", "slice_rows", "dtype")
 
 
 class PartsRecord(NamedTuple):
@@ -47,8 +46,7 @@ class JoinedStore(Store):
 
     def committed(self) -> dict[int, Commit]:
         there = set.intersection(*(set(part.committed()) for part in self.parts.values()))
-        commits = {unit: self.commit(unit) for unit in sorted(there)}
-        return {unit: commit for unit, commit in commits.items() if commit is not None}
+        return {unit: commit for unit in sorted(there) if (commit := self.commit(unit)) is not None}
 
     def _read_commit(self, unit: int) -> Commit | None:
         """The commits of all parts as one; it keeps its digest where a unit is harvested again with the same rows."""
@@ -71,7 +69,7 @@ class JoinedStore(Store):
 
     def read_slice(self, hook: str, unit: int, index: int) -> Slice:
         if hook not in self._home:
-            raise UserError(f"hook={hook} is not in {self.storage.uri}; it has {', '.join(self.meta.hooks)}")
+            raise self._no_such(hook)
         part, own = self._home[hook]
         return part.read_slice(own, unit, index)
 

@@ -125,7 +125,7 @@ class Store:
         if commit is None:
             raise UserError(f"unit={unit} of {self.storage.uri} is not committed; harvest it first")
         if hook not in commit.shards:
-            raise UserError(f"hook={hook} is not in {self.storage.uri}; it has {', '.join(self.meta.hooks)}")
+            raise self._no_such(hook)
         shard = commit.shards[hook]
         ref = shard.slices[index]
         try:
@@ -177,6 +177,9 @@ class Store:
             if cache is not None:
                 cache.drop(ref)
         return None
+
+    def _no_such(self, hook: str) -> UserError:
+        return UserError(f"hook={hook} is not in {self.storage.uri}; it has {', '.join(self.meta.hooks)}")
 
     def _missing(self, unit: int, key: str) -> UserError:
         if self.storage.exists(format.retired_key(unit)):

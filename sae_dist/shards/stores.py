@@ -23,6 +23,16 @@ class StoreRecord(NamedTuple):
 
 def open(storage: Storage, *, cache: SliceCache | None = None) -> Store:
     """The store at `storage`; `UserError` if there is none."""
+    meta = _meta(storage)
+    if not joined.digests(meta):
+        return Store(storage, meta, cache=cache)
+    # parts have rows of their own: a join among them does not have the digest that was joined
+    places = {name: objects.open(uri) for name, uri in joined.addresses(storage, meta).items()}
+    return JoinedStore(storage, meta, {name: Store(place, _meta(place), cache=cache) for name, place in places.items()})
+
+
+def _meta(storage: Storage) -> StoreMeta:
+    """What store.json says, verified."""
     try:
         record = records.read(storage, "store.json", f"{storage.uri}/store.json")
     except (FileNotFoundError, NotADirectoryError):
@@ -30,12 +40,4 @@ def open(storage: Storage, *, cache: SliceCache | None = None) -> Store:
     named = records.checked(StoreRecord, record, f"{storage.uri}/store.json")
     if named.meta.digest != named.name:
         raise CorruptData(f"{storage.uri}/store.json names itself {named.name} but its content is {named.meta.digest}")
-    if not joined.digests(named.meta):
-        return Store(storage, named.meta, cache=cache)
-    parts = {name: _part(uri, cache) for name, uri in joined.addresses(storage, named.meta).items()}
-    return JoinedStore(storage, named.meta, parts)
-
-
-def _part(uri: str, cache: SliceCache | None) -> Store:
-    """A part of a joined store. A join of joins is refused when it is made."""
-    return open(objects.open(uri), cache=cache)
+    return named.meta

@@ -9,7 +9,7 @@ import torch
 
 from sae_dist import storage
 from sae_dist.cli.main import main
-from sae_dist.shards import stores
+from sae_dist.shards import records, stores
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.reader import unit_rows
 from sae_dist.shards.writer import create, write_unit
@@ -120,5 +120,9 @@ def test_what_a_join_has_not_is_said(two, capsys):
         assert "store=both is a join and holds no rows" in capsys.readouterr().err
     assert join({"a": "both", "b": two["base"]}, "again") == 2
     assert "is a join itself; name the stores that it joins" in capsys.readouterr().err
+    places = Path("both/parts.json")
+    places.write_bytes(records.seal({"uris": dict.fromkeys(two, str(places.parent.absolute()))}))
+    assert main(["store", "ls", "both"]) == 2  # a join that names itself
+    assert "part base of store=" in capsys.readouterr().err
     assert join({"base": two["base"]}, "again") == 2
     assert "parts names 1 stores; join two or more" in capsys.readouterr().err
