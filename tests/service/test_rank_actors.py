@@ -111,7 +111,7 @@ def test_jumprelu_on_two_by_two_ranks_is_killed_and_ends_the_same(store, tmp_pat
         for step, rank in ((13, 3), (34, 0))
     ]
     said = finish(start(command(store, tmp_path / "killed", *jumprelu), faults))
-    assert said.count("the trainer died; a new one") == 2
+    assert said.count("the trainer died; restarting it") == 2
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     config = json.loads((tmp_path / "whole" / "dictionary" / "config.json").read_text())
     assert config["variant"] == "jumprelu"
