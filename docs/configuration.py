@@ -18,7 +18,7 @@ PAGE = Path(__file__).with_suffix(".md")
 REQUIRED = {
     "harvest": ["store"], "train": ["store"], "evaluate": ["out"], "pages": ["out"], "sync": ["out"],
     "export": ["out", "format", "to"], "import": ["path", "format", "out"],
-    "steer": ["run"],
+    "label": ["run"], "steer": ["run"],
     "store": ["action", "store"], "submit": ["command", "scheduler.address"],
 }  # fmt: skip
 KINDS = {  # groups that hold keys, by the command that has them

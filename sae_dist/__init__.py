@@ -1,6 +1,7 @@
 """sae_dist: distributed training of sparse autoencoders on language-model activations.
 
-In Python: load, attach, Store, features, train, run, sweep (docs/python.md). Importing the package loads none of them.
+In Python: load, attach, Store, features, labels, train, run, sweep (docs/python.md). Importing the package loads none
+of them.
 """
 
 import importlib
@@ -13,10 +14,11 @@ if TYPE_CHECKING:
     from sae_dist.api.load import load
     from sae_dist.api.store import Store
     from sae_dist.interpret.read_features import features
+    from sae_dist.interpret.read_labels import labels
     from sae_dist.steer.attach import attach
 
 __version__ = "0.1.0"
-__all__ = ["Store", "attach", "features", "load", "run", "sweep", "train"]
+__all__ = ["Store", "attach", "features", "labels", "load", "run", "sweep", "train"]
 
 _HOMES = {
     "load": "api.load",
@@ -24,6 +26,7 @@ _HOMES = {
     "Store": "api.store",
     "attach": "steer.attach",
     "features": "interpret.read_features",
+    "labels": "interpret.read_labels",
 }
 
 

@@ -25,6 +25,7 @@ COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "train": "activation store -> dictionary",
     "evaluate": "FVU, L0, dead share, density, loss recovered; on held-out tokens",
     "pages": "feature pages: a static site that opens from disk",
+    "label": "a label for every latent, and how good they are on contexts that the labeller has not seen",
     "steer": "clamp latents while the model writes; attribute logits to latents; find latents by example text",
     "sweep": "many configurations of a command, each trained once, in shared passes; resumes, adds points",
     "status": "what a run is doing, from its files alone",

@@ -99,9 +99,9 @@ def build(
     (partial / "data").mkdir()
 
     facts = _facts(summary, collected, token_bytes=np.dtype(token_dtype(used)).itemsize)
-    _write(partial, "summary", facts | {"no_outputs": no_outputs})
-    _write(partial, "tokens", [_shown(decode(t), special=t in special) for t in used.tolist()])
-    _write(partial, "index", index_columns(collected, token_labels, effects, used))
+    write(partial, "summary", facts | {"no_outputs": no_outputs})
+    write(partial, "tokens", [_shown(decode(t), special=t in special) for t in used.tolist()])
+    write(partial, "index", index_columns(collected, token_labels, effects, used))
     records = latent_records(
         collected=collected,
         contexts=contexts,
@@ -113,7 +113,7 @@ def build(
         used=used,
     )
     for number, batch in enumerate(iter(lambda: list(itertools.islice(records, LATENTS_PER_FILE)), [])):
-        _write(partial, f"latents-{number}", batch)
+        write(partial, f"latents-{number}", batch)
     checksums.write(partial)
     if pages.exists():
         shutil.rmtree(pages)
@@ -154,7 +154,7 @@ def _shown(piece: str | bytes, *, special: bool) -> str | list[str]:
     return ["special", piece] if special else piece
 
 
-def _write(pages: Path, name: str, value: Any) -> None:
+def write(pages: Path, name: str, value: Any) -> None:
     """A script that hands `value` to the pages: ASCII, and no "<" that could end a script or begin a comment."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     (pages / "data" / f"{name}.js").write_text(f"{_head(name)}{text}{_TAIL}")

@@ -131,7 +131,7 @@ def steer_run(run: Path, name: str, config: SteerConfig, *, out: Path) -> dict[s
     before = _read_before(out, made_from)
     subject = Subject(
         of.model, of.dictionary, of.activity(run), of.separator, of.sequences(config.loss_sequences),
-        labels(run / "pages") if name == MAIN else {},
+        labels(run) if name == MAIN else {},
     )  # fmt: skip
     found["activity"] = subject.activity.source
     difference = None

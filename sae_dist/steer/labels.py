@@ -1,12 +1,18 @@
-"""Short labels of latents: the tokens that they fire on, from the feature pages."""
+"""Short labels of latents: those of `sae-dist label`, else the tokens that they fire on, from the feature pages."""
 
 from pathlib import Path
 
-from sae_dist.interpret import site
+from sae_dist.interpret import read_labels, site
 
 
-def labels(pages: Path) -> dict[int, str]:
-    """Of every latent that has a page; empty where there are no pages."""
+def labels(run: Path) -> dict[int, str]:
+    """Of every latent of the run that has a label or a page; empty where there are neither."""
+    written = run / "labels"
+    given = read_labels.labels(written) if (written / read_labels.SCORES).is_file() else {}
+    return _tokens(run / "pages") | dict(given)
+
+
+def _tokens(pages: Path) -> dict[int, str]:
     if not (pages / "index.html").is_file():
         return {}
     index, tokens = site.read(pages, "index"), site.read(pages, "tokens")

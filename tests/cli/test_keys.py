@@ -17,7 +17,10 @@ from sae_dist.config import UserError, load, to_dict
 from sae_dist.sae.config import KINDS
 
 ROOT = Path(__file__).parents[2]
-NEEDED = {"run": [], "harvest": ["store=s"], "train": ["store=s"], "evaluate": ["out=o"], "pages": ["out=o"]}
+NEEDED = {
+    "run": [], "harvest": ["store=s"], "train": ["store=s"], "evaluate": ["out=o"], "pages": ["out=o"],
+    "label": ["run=r"],
+}  # fmt: skip
 CONFIGS = {command: importlib.import_module(f"sae_dist.cli.{command}").CONFIG for command in NEEDED}
 
 
