@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_dist.sae.blocks import Blocks
 
 BLOCK = 1024  # latents whose initial decoder rows come from one random generator
+CANDIDATES = 2  # rows of data for each latent, half of which are left out as too much like others
 
 
 class Parameters(NamedTuple):
@@ -59,19 +60,35 @@ def random_rows(name: str, latents: range, *, width: int, seed: int) -> Float[Te
     return rows.div_(rows.norm(dim=-1, keepdim=True))
 
 
-def random_numbers(name: str, latents: range, *, below: int, seed: int) -> Int[Tensor, " latents"]:
-    """A random whole number from 0 on for each of some latents, a function of (name, seed, latent, below)."""
-    draw = lambda generator: torch.randint(below, (BLOCK,), generator=generator)  # noqa: E731
-    return torch.cat([torch.empty(0, dtype=torch.int64), *_by_block(name, latents, seed, draw)])
+def rows_of_data(
+    x: Float[Tensor, "rows width"], latents: range, *, n_latents: int, seed: int
+) -> Int[Tensor, " latents"]:
+    """The row of the sample from which each of some latents begins, a function of (x, seed, n_latents, latent).
+
+    Of two latents that begin alike one stays silent, and rows of language models are often alike. So of CANDIDATES
+    times as many rows as there are latents, in an order by chance, those serve that are least like one before them
+    (by the largest cosine). No row serves twice before all have served. x is centred.
+    """
+    order = torch.randperm(len(x), generator=_generator("data", seed, 0))[: CANDIDATES * n_latents].to(x.device)
+    unit = torch.nn.functional.normalize(x[order].double(), dim=1)  # fp64: which rows serve is the same on every rank
+    likeness = [
+        (unit[first : first + BLOCK] @ unit[: first + BLOCK].T).tril(first - 1).amax(1)
+        for first in range(0, len(unit), BLOCK)
+    ]
+    serve = torch.cat(likeness).argsort(stable=True)[:n_latents].sort().values
+    return order[serve[torch.arange(latents.start, latents.stop, device=x.device) % len(serve)]]
 
 
 def _by_block(name: str, latents: range, seed: int, draw: Callable[[torch.Generator], Tensor]) -> Iterator[Tensor]:
     """What `draw` gives for the latents of each block of 1,024, which has a generator of its own."""
     for block in range(latents.start // BLOCK, -(-latents.stop // BLOCK)):
-        key = hashlib.blake2b(f"{name} {seed} {block}".encode(), digest_size=8).digest()
-        generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(key, "little", signed=True))
         first = block * BLOCK
-        yield draw(generator)[max(latents.start - first, 0) : latents.stop - first]
+        yield draw(_generator(name, seed, block))[max(latents.start - first, 0) : latents.stop - first]
+
+
+def _generator(name: str, seed: int, block: int) -> torch.Generator:
+    key = hashlib.blake2b(f"{name} {seed} {block}".encode(), digest_size=8).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(key, "little", signed=True))
 
 
 def _blended(
@@ -107,7 +124,7 @@ def initialize(
     `latents` selects a part of the dictionary, with the same values as in the whole. For a part, `kth` maps each sample
     row's largest values to the k-th largest over all parts, and `total` sums a tensor over all parts.
     Decoder rows get that `norm`, and the encoder what makes up for it. With a `data_weight` p, the direction of a row
-    is p times that of a random row of the sample, centred, + 1 - p times a random one (Circuits Update, October 2025).
+    is p times that of a row of the sample, centred, + 1 - p times a random one (Circuits Update, October 2025).
     With `blocks`, rows have norm 1 in what their latents read and write, and are 0 elsewhere.
     """
     latents, wanted = range(n_latents) if latents is None else latents, x if target is None else target
@@ -117,7 +134,7 @@ def initialize(
     b_dec = geometric_median(wanted)
     b_in = b_dec if target is None else geometric_median(x)
     if data_weight:
-        of_data = random_numbers("data", latents, below=len(x), seed=seed).to(x.device)
+        of_data = rows_of_data(x - b_in, latents, n_latents=n_latents, seed=seed)
         W_dec = _blended(W_dec, wanted[of_data] - b_dec, weight=data_weight)
         enc = W_dec if target is None else _blended(enc, x[of_data] - b_in, weight=data_weight)
     if blocks is not None:

@@ -29,8 +29,8 @@ class TrainConfig:
     # where a dictionary lies that the training begins from: the folder of a run, or of a dictionary (an imported one
     # too), either at s3://, or hf://; null: it begins at random
     start_from: str | None = None
-    # of a random row's direction in each initial decoder row, the rest is random; null: 0.8 (Circuits Update, October
-    # 2025), but 0 for a dictionary with more latents than init_rows, many of which would begin alike
+    # of the direction of a row of data in each initial decoder row, the rest is random; null: 0.8 (Circuits Update,
+    # October 2025), but 0 for a dictionary with more latents than init_rows, many of which would begin alike
     init_data_weight: Annotated[float, Field(ge=0, le=1)] | None = None
     # with target_hook: a linear map from what is read to what is rebuilt, beside the latents (a skip-transcoder)
     skip: bool = False

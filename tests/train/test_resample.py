@@ -79,5 +79,18 @@ def test_rows_begin_at_data_as_much_as_asked_and_the_same_in_parts():
     nearest = (whole.W_dec @ directions.T).max(1)
     assert float(nearest.values.min()) > 1 - 1e-5 and len(nearest.indices.unique()) == 200
     assert 0.6 < float((half.W_dec @ directions.T)[torch.arange(3000), nearest.indices].mean()) < 0.8  # about 1/sqrt(2)
+    assert nearest.indices.bincount().tolist() == [15] * 200  # 3,000 latents, 200 rows: each serves as often
     part = initialize(x, n_latents=3000, k=4, seed=1, data_weight=0.5, latents=range(900, 2100)).parameters
     assert torch.equal(part.W_dec, half.W_dec[900:2100])
+
+
+def test_latents_begin_at_rows_of_data_that_are_least_alike():
+    """Of 400 rows 100 are nearly the same one; 100 latents begin at 200 rows by chance, some 150 of them distinct."""
+    x = torch.randn(400, D, generator=torch.Generator().manual_seed(0))
+    x[100:200] = x[100] + 1e-3 * x[100:200]
+    W_dec = initialize(x, n_latents=100, k=4, seed=1, data_weight=1.0).parameters.W_dec
+    alike = (W_dec @ W_dec.T).fill_diagonal_(0)
+    assert float(alike.max()) < 0.99
+    by_chance = x[torch.randperm(400, generator=torch.Generator().manual_seed(2))[:100]] - x.median(0).values
+    by_chance = torch.nn.functional.normalize(by_chance, dim=1)
+    assert int(((by_chance @ by_chance.T).fill_diagonal_(0).amax(1) > 0.99).sum()) > 10

@@ -65,6 +65,12 @@ def weights_file(folder: Path, name: str) -> bytes:
     return (folder / name / "dictionary" / "dictionary.safetensors").read_bytes()
 
 
+def check_equal_weights(folder: Path, name: str, other: str) -> None:
+    """Up to the order of sums, which Adam's division by small gradients makes larger."""
+    for parameter, tensor in weights(folder, other).items():
+        torch.testing.assert_close(weights(folder, name)[parameter], tensor, rtol=1e-5, atol=1e-5)
+
+
 def check_equal(folder: Path, scenario: Scenario, ranks: list[dict], reference: dict, name: str) -> None:
     chosen = torch.unique(torch.cat([rank["chosen"] for rank in ranks[: scenario.feature]]), dim=0)
     assert torch.equal(chosen, torch.unique(reference["chosen"], dim=0))
@@ -76,8 +82,7 @@ def check_equal(folder: Path, scenario: Scenario, ranks: list[dict], reference: 
         assert here["fvu"] == pytest.approx(there["fvu"], rel=2e-6)
         assert here["shuffle_inflation"] == there["shuffle_inflation"]
     assert all(not rank["lines"] for rank in ranks[1:])
-    for parameter, tensor in weights(folder, name).items():
-        torch.testing.assert_close(weights(folder, scenario.name)[parameter], tensor, rtol=1e-6, atol=1e-6)
+    check_equal_weights(folder, scenario.name, name)
 
 
 def from_alone(folder: Path, name: str, **more) -> Scenario:
@@ -138,19 +143,19 @@ def test_batchtopk_on_two_ranks_and_then_on_one_is_a_run_of_one(folder, two):
     for (_, here), (_, there) in zip(two["batches"][0]["lines"], reference["lines"], strict=False):
         assert (here["l0"], here["dead_fraction"]) == (there["l0"], there["dead_fraction"])
         assert here["threshold"] == pytest.approx(there["threshold"], rel=1e-6)
-    for name, tensor in weights(folder, "of one").items():
-        torch.testing.assert_close(weights(folder, "batches")[name], tensor, rtol=1e-6, atol=1e-6)
+    check_equal_weights(folder, "batches", "of one")
     assert "threshold" in weights(folder, "batches")
 
 
 def test_from_a_dictionary_two_feature_ranks_begin_as_one_does(folder, two, reference):
-    alone(folder, from_alone(folder, "begun-alone"))
+    ((_, line), *_) = alone(folder, from_alone(folder, "begun-alone"))["lines"]
     here, there = (
         load_file(folder / name / "dictionaries/begun/dictionary.safetensors") for name in ("begun-1x2", "begun-alone")
     )
     for name, tensor in there.items():
         torch.testing.assert_close(here[name], tensor, rtol=1e-6, atol=1e-6)
-    assert two["begun-1x2"][0]["lines"][0][1]["begun/fvu"] == pytest.approx(reference["lines"][-1][1]["fvu"], rel=0.1)
+    assert two["begun-1x2"][0]["lines"][0][1]["begun/fvu"] == pytest.approx(line["begun/fvu"], rel=2e-6)
+    assert line["begun/fvu"] < min(line["fvu"], 1.1 * reference["lines"][-1][1]["fvu"])  # a new one, and its start
 
 
 def test_a_flaw_on_one_rank_is_skipped_by_all_and_then_they_go_back_to_the_last_checkpoint(folder, two):
