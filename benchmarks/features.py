@@ -1,8 +1,8 @@
-"""Feature data of a million latents: seconds, peak memory, and what reading one latent costs.
+"""Feature data of a million latents: seconds, peak memory, and what reading one latent and serving them costs.
 
 `python -m benchmarks.features [--latents N] [--rows N] [--folder DIR]`. Activations, text and output weights are made
 up, so no model is needed; all else is what `sae-dist pages RUN data=true` does. Each size has a process of its own, so
-its peak memory is its own.
+its peak memory is its own. `sae-dist serve` is asked what a browser asks when it opens the list and a latent.
 """
 
 import argparse
@@ -12,8 +12,13 @@ import os
 import platform
 import resource
 import shutil
+import signal
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,13 @@ from sae_dist.interpret.read_features import Features
 RESULT = Path(__file__).parent / "results/features.json"
 D_MODEL, VOCAB, K, CONTEXT, BATCH = 16, 4096, 32, 128, 8192
 READS = 50  # latents that are read, one at a time
+OPENED = {  # what a browser asks, by what its user does
+    "first_list": ("facts", "overview", "selection?sort=max&dir=desc"),  # with an index that is not in memory yet
+    "list": ("facts", "overview", "selection?sort=max&dir=desc"),
+    "search": ("selection?q=12&sort=density&dir=desc",),
+    "whole_token": ("selection?q=%221234%22",),
+    "further_rows": ("rows?sort=max&dir=desc&from=5000&to=5100",),
+}
 
 
 class MadeUp:
@@ -84,8 +96,32 @@ def measure(latents: int, rows: int, folder: Path) -> dict[str, Any]:
     return {
         "latents": latents, "rows": rows, "firings": rows * K, "seconds": round(seconds, 1),
         "peak_bytes": peak * 1024, "peak_before_bytes": before * 1024, "files": len(files), "bytes": sum(files),
-        "read_one_ms": round((time.perf_counter() - began) / READS * 1e3, 2),
+        "read_one_ms": round((time.perf_counter() - began) / READS * 1e3, 2), "served": served(folder, latents),
     }  # fmt: skip
+
+
+def served(folder: Path, latents: int) -> dict[str, Any]:
+    """Milliseconds until all that is asked for has arrived, one question after another, and the server's memory."""
+    (folder / "status.json").write_text("{}")  # a run
+    command = [sys.executable, "-m", "sae_dist", "serve", str(folder), "port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip().rpartition(": ")[2].rstrip("/")
+
+        def took(*questions: str) -> float:
+            began = time.perf_counter()
+            for question in questions:
+                with urllib.request.urlopen(f"{url}/features/data/{question}") as answer:
+                    answer.read()
+            return (time.perf_counter() - began) * 1e3
+
+        found = {name: round(took(*questions), 1) for name, questions in OPENED.items()}
+        opened = [took("facts", f"latents/{latent}") for latent in range(0, latents, latents // READS)]
+        found |= {"latent": round(statistics.median(opened), 1), "slowest_latent": round(max(opened), 1)}
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        found["peak_bytes"] = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        server.send_signal(signal.SIGINT)
+    return {f"{name}_ms" if name != "peak_bytes" else name: value for name, value in found.items()}
 
 
 def main() -> None:

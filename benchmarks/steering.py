@@ -102,7 +102,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     of = SteeredRun(given.run, MAIN)
     classify = train(of.train, of.model.model.config.vocab_size)
-    named = labels(given.run / "pages")
+    named = labels(given.run)
     subject = study.Subject(of.model, of.dictionary, of.activity(given.run), of.separator, of.sequences(0), named)
     results: dict[str, Any] = {
         "model": of.model.name, "hook": of.hook, "prompt": given.prompt, "samples": given.samples,

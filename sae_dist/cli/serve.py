@@ -1,7 +1,7 @@
 """Runs, their members and sweeps for a team: one page in a browser that follows them, with links to pages and reports.
 
-It is on the loopback unless host= says otherwise, has no password, and shows feature pages, reports and figures alone:
-no configuration, checkpoint, dictionary or text can be read through it. Ctrl-C ends it.
+It is on the loopback unless host= says otherwise, has no password, and shows feature pages, feature data, reports and
+figures alone: no configuration, checkpoint, dictionary or text can be read through it. Ctrl-C ends it.
 Examples: sae-dist serve runs
           sae-dist serve s3://bucket/runs port=8000
 """
@@ -15,6 +15,7 @@ from pydantic import Field
 from sae_dist.cli.serve_view import STATIC, Snapshots
 from sae_dist.config import Stopped, frozen, load
 from sae_dist.interpret import site
+from sae_dist.service.shown_features import ShownFeatures
 from sae_dist.service.shown_folder import shown_folder
 from sae_dist.service.web_server import WebServer
 
@@ -43,9 +44,10 @@ def main(values: Mapping[str, Any]) -> int:
         "serve.css": (STATIC / "serve.css").read_bytes(),
         "serve.js": (STATIC / "serve.js").read_bytes(),
     }
-    page = Snapshots(folder, retry_s=RETRY_S)
+    features = ShownFeatures(folder)
+    page = Snapshots(folder, features, retry_s=RETRY_S)
     try:
-        with WebServer(config.host, config.port, folder=folder, page=page, beside=beside) as server:
+        with WebServer(config.host, config.port, folder=folder, page=page, beside=beside, made=features) as server:
             if not server.is_private:
                 print(NO_PASSWORD.format(host=config.host, url=server.url), file=sys.stderr)
             print(f"{folder.uri}: {server.url}\nCtrl-C ends it", flush=True)

@@ -17,6 +17,7 @@ from sae_dist.service.display import duration, quantity
 from sae_dist.service.findings import findings
 from sae_dist.service.run_progress import figures, progress
 from sae_dist.service.run_status import RunStatus, read_run
+from sae_dist.service.shown_features import ShownFeatures
 from sae_dist.service.shown_folder import ShownFolder
 from sae_dist.service.sweep_status import SweepStatus, read_sweep
 from sae_dist.storage import StorageError
@@ -27,23 +28,25 @@ LEAST_S = 2.0  # between two looks at the files, however many people ask
 SPARING = 5.0  # looking takes at most a part of the time: one second in so many
 COLUMNS = {key: JUDGED[key] for key in ("fvu", "l0", "dead_fraction", "loss_recovered")}
 COLOURS = {"green": "done", "yellow": "ended", "red": "failed", "cyan": "works"}
+MORE = {"features": "feature data", "labels": "labels"}  # folders of a run that are shown beside its pages
 FOUND = 2  # of what is to be known of a run
 
 
 class Shown(NamedTuple):
-    """A run or a sweep by its path in the folder, and whether its feature pages or its report are there."""
+    """A run or a sweep by its path in the folder, whether its pages or its report are there, and what else is."""
 
     name: str
     what: RunStatus | SweepStatus | str  # or why it cannot be read
     page: bool
+    more: Sequence[str] = ()  # of a run: keys of MORE
     pages: Sequence[str] = ()  # of a sweep: points with feature pages
 
 
 class Snapshots:
     """The page, made again when somebody asks and the last one is some seconds old. For several threads."""
 
-    def __init__(self, folder: ShownFolder, *, retry_s: float) -> None:
-        self._folder, self._retry_s, self._lock = folder, retry_s, threading.Lock()
+    def __init__(self, folder: ShownFolder, features: ShownFeatures, *, retry_s: float) -> None:
+        self._folder, self._features, self._retry_s, self._lock = folder, features, retry_s, threading.Lock()
         self._page, self._until = "", 0.0
 
     def __call__(self) -> str:
@@ -74,7 +77,9 @@ class Snapshots:
         return shown._replace(pages=[point for point in points if self._has(point, "pages")])
 
     def _shown(self, name: str, what: RunStatus | SweepStatus | None, page: str) -> Shown:
-        return Shown(name, "it is gone" if what is None else what, self._has(name, page))
+        has = {"features": self._features.has([*filter(None, name.split("/"))]), "labels": self._has(name, "labels")}
+        more = [kind for kind in MORE if has[kind]]
+        return Shown(name, "it is gone" if what is None else what, self._has(name, page), more)
 
     def _has(self, name: str, page: str) -> bool:
         with self._folder.open([*filter(None, name.split("/")), page, "index.html"]) as file:
@@ -199,10 +204,12 @@ def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _name(place: str, shown: Shown, page: str, said: str) -> str:
     """The cell with the name, which leads to the pages or the report."""
-    name = escape(shown.name or _last(place))
-    link = f'<a href="{_href(shown.name)}{"/" if shown.name else ""}{page}/">{name}</a>' if shown.page else name
-    note = said if shown.page else " · ".join(filter(None, [said, f"no {page}"]))
-    return f'<th scope="row"><b>{link}</b><span class="note">{escape(note)}</span></th>'
+    name, below = escape(shown.name or _last(place)), f"{_href(shown.name)}{'/' if shown.name else ''}"
+    link = f'<a href="{below}{page}/">{name}</a>' if shown.page else name
+    notes = [escape(said)] if said else []
+    notes += [] if shown.page else [f"no {page}"]
+    notes += [f'<a href="{below}{kind}/">{MORE[kind]}</a>' for kind in shown.more]
+    return f'<th scope="row"><b>{link}</b><span class="note">{" · ".join(notes)}</span></th>'
 
 
 def _broken(place: str, shown: Shown) -> str:

@@ -25,16 +25,18 @@ from sae_dist.config import to_dict
 from sae_dist.interpret import spool
 from sae_dist.interpret.collect import UNLABELLED, Encode, PagesConfig, RowBatches, collect, document_id
 from sae_dist.interpret.contexts import choose, shade
+from sae_dist.interpret.feature_index import write_index
 from sae_dist.interpret.feature_table import SCHEMA, table
 from sae_dist.interpret.logit_effect import Unembedding, logit_effects
 from sae_dist.interpret.records import Stream, context_text, labels
+from sae_dist.interpret.site import finite
 from sae_dist.interpret.vocabulary import Decode
 from sae_dist.progress import logged
 from sae_dist.run_files import write_json
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 ABOUT, TOKENS, BEGUN = "features.json", "tokens.parquet", "begun.json"
 AT_ONCE = 4096  # latents that are described together
 FILE_LATENTS = 256  # of one file
@@ -60,15 +62,18 @@ def write_features(
     stream: Stream,
     decode: Decode,
     vocabulary: Collection[int],
+    special: Collection[int] = (),
     about: Mapping[str, Any],
+    summary: Mapping[str, Any] | None = None,
     config: PagesConfig,
     at_once: int = AT_ONCE,
 ) -> Path:
     """Writes `<out>/features`, whole or not at all, and returns it; repeated after a stop it goes on.
 
     `about` tells one dictionary and stream from another; work on something else is removed. `outputs` may be a reason
-    why latents have no direct effect on the logits. `vocabulary` are the ids of all tokens. `at_once` latents are
-    described together, a multiple of FILE_LATENTS; the result does not depend on it.
+    why latents have no direct effect on the logits. `vocabulary` are the ids of all tokens, `special` those without
+    text of their own. `summary` are figures of the run, to be shown beside. `at_once` latents are described together,
+    a multiple of FILE_LATENTS; the result does not depend on it.
     """
     partial, folder, n_latents = out / "features.partial", out / "features", len(W_dec)
     about = {
@@ -90,8 +95,14 @@ def write_features(
             )  # fmt: skip
             for start in files:
                 _write(partial / file_name(start), found.slice(start - first, FILE_LATENTS))
-    _write(partial / TOKENS, _tokens(vocabulary, decode))
-    facts = {"rows": total, "categories": categories.names, "category_rows": categories.rows}
+    _write(partial / TOKENS, _tokens(vocabulary, special, decode))
+    write_index(partial, map(file_name, range(0, n_latents, FILE_LATENTS)))
+    facts = {
+        "rows": total,
+        "categories": categories.names,
+        "category_rows": categories.rows,
+        "summary": finite(summary or {}),
+    }
     write_json(partial / ABOUT, about | facts | {"file_latents": FILE_LATENTS, "group_latents": GROUP_LATENTS})
     shutil.rmtree(partial / SPOOL)
     (partial / BEGUN).unlink()
@@ -182,13 +193,14 @@ def _squares(parts: Sequence[spool.Part], first: int, last: int) -> Float[Tensor
     return torch.from_numpy(found)
 
 
-def _tokens(vocabulary: Collection[int], decode: Decode) -> pa.Table:
+def _tokens(vocabulary: Collection[int], special: Collection[int], decode: Decode) -> pa.Table:
     """Every token with its text, or with its bytes where these are no whole characters."""
     pieces = {token: decode(token) for token in sorted(vocabulary)}
     texts = [piece.encode(errors="replace").decode() if isinstance(piece, str) else None for piece in pieces.values()]
     raw = [piece if isinstance(piece, bytes) else None for piece in pieces.values()]
     columns = {"token": pa.array(pieces, pa.int32()), "text": pa.array(texts, pa.string())}
-    return pa.table(columns | {"bytes": pa.array(raw, pa.binary())})
+    marks = pa.array([token in special for token in pieces], pa.bool_())
+    return pa.table(columns | {"bytes": pa.array(raw, pa.binary()), "special": marks})
 
 
 def _write(path: Path, rows: pa.Table) -> None:

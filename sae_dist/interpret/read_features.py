@@ -1,19 +1,31 @@
-"""Reads feature data: rows of given latents, without the others."""
+"""Reads feature data: rows of given latents without the others, and which latents match a search."""
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int
 from typing_extensions import TypedDict
 
 from sae_dist.config import UserError
+from sae_dist.interpret.feature_index import INDEX, index_of
+from sae_dist.interpret.feature_labels import LABELS, labels_of
 from sae_dist.interpret.feature_table import SCHEMA
 from sae_dist.interpret.features import ABOUT, FORMAT, TOKENS, file_name
-from sae_dist.run_files import read_json
+from sae_dist.interpret.search import Query, Searched, select
+from sae_dist.run_files import parse_json
 
 CURE = "write it again with `sae-dist pages RUN data=true`"
+FEATURES = "features"  # folder of a run
+
+# (folder of the run, name) -> the open file; FileNotFoundError where there is none
+OpenFile = Callable[[str, str], AbstractContextManager[pa.NativeFile]]
 
 
 class About(TypedDict):
@@ -26,17 +38,37 @@ class About(TypedDict):
     category_rows: list[int]
     file_latents: int
     group_latents: int
+    no_outputs: str | None
+    summary: dict[str, Any]
+
+
+class Format(TypedDict):
+    """features.json of any format."""
+
+    format: int
 
 
 class Features:
     """Feature data in a folder. May be used from several threads."""
 
-    def __init__(self, folder: Path) -> None:
-        """UserError where there is none, or of another format."""
-        self.folder = folder
-        self.about = read_json(folder / ABOUT, About, cure=CURE)
-        if self.about["format"] != FORMAT:
-            raise UserError(f"{folder / ABOUT} has format {self.about['format']}, this version reads {FORMAT}; {CURE}")
+    def __init__(self, folder: Path, open_file: OpenFile | None = None) -> None:
+        """`open_file` opens the files of a run that is not on a disk; `folder` only names it then.
+
+        UserError where there is none, or of another format.
+        """
+        self.folder, self._open, self._lock = folder, open_file or _beside(folder), threading.Lock()
+        self._searched: Searched | None = None
+        try:
+            with self._open(FEATURES, ABOUT) as file:
+                text = file.read()
+        except OSError:
+            raise UserError(f"{folder / ABOUT} is missing; {CURE}") from None
+        if (found := self._parsed(text, Format)["format"]) != FORMAT:
+            raise UserError(f"{folder / ABOUT} has format {found}, this version reads {FORMAT}; {CURE}")
+        self.about = self._parsed(text, About)
+
+    def _parsed(self, text: bytes, shape: Any) -> Any:
+        return parse_json(text, shape, name=str(self.folder / ABOUT), cure=CURE)
 
     @property
     def n_latents(self) -> int:
@@ -72,20 +104,67 @@ class Features:
 
     def _of_file(self, first: int, latents: Sequence[int], columns: Sequence[str] | None) -> pa.Table:
         """The rows of a file's latents, of which the row groups with others alone are not read."""
-        path, size = self.folder / file_name(first), self.about["group_latents"]
+        size = self.about["group_latents"]
         groups = sorted({(latent - first) // size for latent in latents})
         at = {group: number * size for number, group in enumerate(groups)}
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                found = file.read_row_groups(groups, columns=columns or SCHEMA.names)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} is damaged or missing ({str(error).splitlines()[0]}); {CURE}") from None
+        found = self._table(file_name(first), lambda file: file.read_row_groups(groups, columns or SCHEMA.names))
         order = [at[(latent - first) // size] + (latent - first) % size for latent in latents]
         return found.take(order).cast(pa.schema([SCHEMA.field(name) for name in found.schema.names]))
 
+    def _table(self, name: str, read: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
+        """What `read` takes of a Parquet file; UserError where it is damaged or missing."""
+        try:
+            with (
+                self._open(FEATURES, name) as source,
+                pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True) as file,
+            ):
+                return read(file)
+        except (OSError, pa.ArrowException) as error:
+            place = self.folder / name
+            raise UserError(f"{place} is damaged or missing ({str(error).splitlines()[0]}); {CURE}") from None
+
     def tokens(self) -> pa.Table:
-        """Every token of the vocabulary: its id, and its text or its bytes."""
-        return pq.read_table(self.folder / TOKENS)
+        """Every token of the vocabulary: its id, its text or its bytes, and whether it is a special token."""
+        return self._table(TOKENS, lambda file: file.read())
+
+    def search(self, words: str, *, sort: str = "max", descending: bool = True) -> Int[np.ndarray, " n"]:
+        """Numbers of the latents that fired and have every word, the strongest first.
+
+        A word is part of a token that a latent fires on, of its category or label, or is its number; "quoted": a whole
+        token; cat:prose, label:name; promotes:ing is part of an output token that it promotes. `sort`: max, density,
+        mean, purity or latent.
+        """
+        return select(self.searched(), Query(words, sort, descending))
+
+    def searched(self) -> Searched:
+        """The index and what else words are looked for in, which are read once and kept."""
+        with self._lock:
+            if self._searched is None:
+                self._searched = Searched(
+                    index_of(self._table(INDEX, lambda file: file.read())), max(self.rows, 1), _texts(self.tokens()),
+                    self.categories, self.labels(range(self.n_latents)),
+                )  # fmt: skip
+            return self._searched
+
+    def labels(self, latents: Sequence[int]) -> pa.StringArray | None:
+        """The labels of `latents`, null where one has none; None for a run without labels."""
+        try:
+            with self._open(LABELS, f"{LABELS}.parquet") as file:
+                return labels_of(file, latents)
+        except FileNotFoundError:
+            return None
+
+
+def _beside(folder: Path) -> OpenFile:
+    """Files on a disk: of `folder`, and of other folders of the same run."""
+    return lambda kind, name: pa.OSFile(str((folder if kind == FEATURES else folder.parent / kind) / name))
+
+
+def _texts(tokens: pa.Table) -> pa.StringArray:
+    """Texts of tokens by their id, in lower case; "" for bytes and for ids without a token."""
+    texts = np.full(int(tokens["token"].to_numpy().max(initial=-1)) + 1, "", dtype=object)
+    texts[tokens["token"].to_numpy()] = [(text or "").lower() for text in tokens["text"].to_pylist()]
+    return pa.array(texts, pa.string())
 
 
 def features(where: str | PathLike[str]) -> Features:
@@ -93,4 +172,4 @@ def features(where: str | PathLike[str]) -> Features:
     if "://" in str(where):
         raise UserError(f"{where} is not on a disk; copy the folder features/ of that run to one")
     folder = Path(where).expanduser()
-    return Features(folder / "features" if (folder / "features").is_dir() else folder)
+    return Features(folder / FEATURES if (folder / FEATURES).is_dir() else folder)

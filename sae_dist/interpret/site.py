@@ -27,6 +27,7 @@ from sae_dist.interpret.similar import Similar, similar_latents
 from sae_dist.interpret.vocabulary import Decode
 
 STATIC = Path(__file__).parent / "static"
+SERVED = Path(__file__).parent / "served"  # what a server gives instead
 _TAIL = ");\n"  # of a script of data
 LATENTS_PER_FILE = 64  # about 0.3 MB: a page reads one file of latents
 
@@ -100,7 +101,7 @@ def build(
 
     facts = _facts(summary, collected, token_bytes=np.dtype(token_dtype(used)).itemsize)
     write(partial, "summary", facts | {"no_outputs": no_outputs})
-    write(partial, "tokens", [_shown(decode(t), special=t in special) for t in used.tolist()])
+    write(partial, "tokens", [shown_token(decode(t), special=t in special) for t in used.tolist()])
     write(partial, "index", index_columns(collected, token_labels, effects, used))
     records = latent_records(
         collected=collected,
@@ -124,7 +125,7 @@ def build(
 def _facts(summary: Mapping[str, Any], collected: Collected, *, token_bytes: int) -> dict[str, Any]:
     """The facts that all pages read."""
     return {
-        "summary": _finite(summary),
+        "summary": finite(summary),
         "rows": collected.rows,
         "n_latents": len(collected.firings),
         "categories": collected.categories,
@@ -134,20 +135,20 @@ def _facts(summary: Mapping[str, Any], collected: Collected, *, token_bytes: int
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: a figure that is none becomes null, which the pages show as not measured."""
     match value:
         case Mapping():
-            return {str(k): _finite(v) for k, v in value.items()}
+            return {str(k): finite(v) for k, v in value.items()}
         case list() | tuple():
-            return [_finite(v) for v in value]
+            return [finite(v) for v in value]
         case float() if not math.isfinite(value):
             return None
         case _:
             return value
 
 
-def _shown(piece: str | bytes, *, special: bool) -> str | list[str]:
+def shown_token(piece: str | bytes, *, special: bool) -> str | list[str]:
     """A token as the pages read it: its text, ["hex", its bytes] or ["special", its name]."""
     if isinstance(piece, bytes):
         return ["hex", piece.hex()]
@@ -155,9 +156,13 @@ def _shown(piece: str | bytes, *, special: bool) -> str | list[str]:
 
 
 def write(pages: Path, name: str, value: Any) -> None:
-    """A script that hands `value` to the pages: ASCII, and no "<" that could end a script or begin a comment."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    (pages / "data" / f"{name}.js").write_text(f"{_head(name)}{text}{_TAIL}")
+    """A script that hands `value` to the pages."""
+    (pages / "data" / f"{name}.js").write_text(f"{_head(name)}{as_json(value)}{_TAIL}")
+
+
+def as_json(value: Any) -> str:
+    """JSON in ASCII, with no "<" that could end a script or begin a comment."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def read(pages: Path, name: str) -> Any:

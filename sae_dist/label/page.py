@@ -19,7 +19,7 @@ from sae_dist.label.evidence import chance_of
 from sae_dist.run_files import write_whole
 
 STATIC = Path(__file__).parent / "static"
-FROM_PAGES = ("site.css", "data.js", "plots.js")
+FROM_PAGES = ("site.css", "data.js", "elements.js", "plots.js")
 BINS = 20  # of the plots
 LISTED = 20_000  # latents; with more, a sample by chance
 ABOUT = {

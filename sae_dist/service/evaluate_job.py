@@ -106,7 +106,13 @@ def pages(
 
 
 def features(
-    config: RunConfig, language_model: LanguageModel, *, store: Store, stream: TokenStream, pages: PagesConfig
+    config: RunConfig,
+    language_model: LanguageModel,
+    *,
+    store: Store,
+    stream: TokenStream,
+    summary: Mapping[str, Any],
+    pages: PagesConfig,
 ) -> Path:
     """Writes the feature data of a run from its training rows; returns its folder."""
     dictionary, tokenizer = dictionary_file.load(config.folder / "dictionary"), language_model.tokenizer
@@ -114,6 +120,7 @@ def features(
         config.folder, lambda: _rows(config, store, lambda **_: None), encode=dictionary.encode,
         W_dec=dictionary.parameters.W_dec, outputs=_outputs(language_model, config.hooks), stream=stream,
         decode=decoder(tokenizer), vocabulary=sorted(tokenizer.get_vocab().values()),
+        special=tokenizer.all_special_ids, summary=summary,
         about={
             "model": config.model.name, "hooks": list(config.hooks),
             "weights": weights_digest(config.folder / "dictionary"),
@@ -191,13 +198,16 @@ def write_run_pages(out: Path, pages_config: PagesConfig) -> Path:
 
 def write_run_features(out: Path, pages_config: PagesConfig) -> Path:
     """Writes the feature data of a finished run; returns its folder."""
-    with _claimed(out) as (_, config):
+    with _claimed(out) as (summary, config):
         if config is None:
             raise UserError(
                 f"out={out} is a run of `sae-dist train`: it has no text and no model to describe latents by"
             )
         prepared, store = _prepared(config)
-        return features(config, load_model(config.model), store=store, stream=prepared.split.train, pages=pages_config)
+        return features(
+            config, load_model(config.model), store=store, stream=prepared.split.train, summary=summary,
+            pages=pages_config,
+        )  # fmt: skip
 
 
 @contextmanager

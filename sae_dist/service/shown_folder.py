@@ -1,14 +1,15 @@
 """A folder of runs and sweeps that others may look at: what is in it, and which files of it they may read.
 
-Only files in `pages/` of a run and in `report/` of a sweep may be read. Configurations, checkpoints, dictionaries and
-text may not, and no link is followed, wherever it leads.
+Only files in `pages/` of a run and in `report/` of a sweep may be read, and answers from feature data
+(shown_features.py). Configurations, checkpoints, dictionaries and text may not, and no link is followed, wherever it
+leads.
 """
 
 import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -20,7 +21,8 @@ from sae_dist.sweep.folder import SWEEP
 
 DEPTH = 4  # folders below the one that is shown in which runs and sweeps are looked for
 RUN_FILES = ("status.json", "metrics.jsonl")  # every run has one of them
-MARKS = {"pages": RUN_FILES, "report": (SWEEP,)}  # folders that are shown: what must lie beside them
+Marks = Mapping[str, tuple[str, ...]]  # folders that are shown: what must lie beside them
+MARKS: Marks = {"pages": RUN_FILES, "labels": RUN_FILES, "report": (SWEEP,)}
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG, errno.ENXIO)
 STORE = "store.json"
 
@@ -49,8 +51,8 @@ class ShownFolder(Protocol):
         """The runs and sweeps in it. Folders of a run or sweep are not searched for others."""
         ...
 
-    def open(self, parts: Sequence[str]) -> contextlib.AbstractContextManager[ShownFile | None]:
-        """The file at this path; None where there is none that is shown."""
+    def open(self, parts: Sequence[str], marks: Marks = MARKS) -> contextlib.AbstractContextManager[ShownFile | None]:
+        """The file at this path; None where there is none in a folder of `marks`, which are what others may read."""
         ...
 
 
@@ -86,9 +88,9 @@ class _LocalFolder:
         return Found(sorted(runs), sorted(sweeps))
 
     @contextmanager
-    def open(self, parts: Sequence[str]) -> Iterator[ShownFile | None]:
+    def open(self, parts: Sequence[str], marks: Marks = MARKS) -> Iterator[ShownFile | None]:
         if not any(
-            any((self._root.joinpath(*parts[:at]) / mark).is_file() for mark in marks) for at, marks in _marks(parts)
+            any((self._root.joinpath(*parts[:at]) / mark).is_file() for mark in own) for at, own in _marks(parts, marks)
         ):
             yield None
             return
@@ -142,11 +144,11 @@ class _Prefix:
         return Found(sorted(runs & outer - sweeps), sorted(sweeps & outer))
 
     @contextmanager
-    def open(self, parts: Sequence[str]) -> Iterator[ShownFile | None]:
+    def open(self, parts: Sequence[str], marks: Marks = MARKS) -> Iterator[ShownFile | None]:
         try:
             key = checked_key("/".join(parts))
-            marks = ["/".join([*parts[:at], mark]) for at, own in _marks(parts) for mark in own]
-            shown = any(self._place.exists(mark) for mark in marks)
+            beside = ["/".join([*parts[:at], mark]) for at, own in _marks(parts, marks) for mark in own]
+            shown = any(self._place.exists(mark) for mark in beside)
         except UserError:  # no name that an object may have here
             shown, key = False, ""
         entry = next(iter(self._place.list(key)), None) if shown else None
@@ -162,7 +164,7 @@ def _is_in(folder: str, other: str) -> bool:
     return not other or folder.startswith(f"{other}/")
 
 
-def _marks(parts: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+def _marks(parts: Sequence[str], marks: Marks) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Where in a path a folder that is shown may begin, and what must lie beside it; nothing for a path with `..`."""
     if all(part and not part.startswith(".") and "/" not in part and "\0" not in part for part in parts):
-        yield from ((at, MARKS[part]) for at, part in enumerate(parts[:-1]) if part in MARKS)
+        yield from ((at, marks[part]) for at, part in enumerate(parts[:-1]) if part in marks)

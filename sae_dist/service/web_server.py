@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from sae_dist.config import UserError
@@ -48,16 +48,35 @@ HEADERS = {
 }
 
 
+class Made(NamedTuple):
+    """An answer that is no file."""
+
+    status: HTTPStatus
+    body: bytes
+    kind: str  # its content type
+
+
 class WebServer(ThreadingHTTPServer):
     """Listens once it is made; `serve_forever` answers, a thread a connection."""
 
     daemon_threads = True  # the process ends without waiting for those who look on
 
     def __init__(
-        self, host: str, port: int, *, folder: ShownFolder, page: Callable[[], str], beside: Mapping[str, bytes]
+        self,
+        host: str,
+        port: int,
+        *,
+        folder: ShownFolder,
+        page: Callable[[], str],
+        beside: Mapping[str, bytes],
+        made: Callable[[Sequence[str], str], Made | None],
     ) -> None:
-        """`page` makes the page at /, `beside` are files that it loads. UserError: nobody can listen there."""
-        self.folder, self.page, self.beside = folder, page, beside
+        """`page` makes the page at /, `beside` are files that it loads.
+
+        `made` gives answers to paths, in parts, and what is asked after `?`; None where a file of the folder is meant.
+        UserError: nobody can listen there.
+        """
+        self.folder, self.page, self.beside, self.made = folder, page, beside, made
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             self.address_family, _, _, _, address = found[0]
@@ -115,16 +134,16 @@ class _Handler(BaseHTTPRequestHandler):
                 "this server answers to localhost and 127.0.0.1 only; start it with host= to be reached by other names",
             )
             return
-        path = self.path.partition("?")[0].partition("#")[0]
+        path, _, asked = self.path.partition("#")[0].partition("?")
         parts = [unquote(part, errors="surrogateescape") for part in path.split("/")[1:]]
         if path == "/":
             self._page()
         elif len(parts) == 1 and parts[0] in self.server.beside:
             self._send(HTTPStatus.OK, self.server.beside[parts[0]], content_type(parts[0]))
-        elif len(parts) > 1 and parts[-1] in ("pages", "report"):  # relative links need the slash
+        elif len(parts) > 1 and parts[-1] in ("pages", "report", "features", "labels"):  # relative links need the slash
             self._send(HTTPStatus.MOVED_PERMANENTLY, b"", TYPES[".txt"], {"Location": f"{quote(parts[-1])}/"})
         else:
-            self._file([*parts[:-1], parts[-1] or "index.html"] if parts else [])
+            self._below(parts, asked)
 
     def _page(self) -> None:
         try:
@@ -134,8 +153,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._send(HTTPStatus.OK, page.encode(errors="replace"), TYPES[".html"], {"Cache-Control": "no-store"})
 
-    def _file(self, parts: Sequence[str]) -> None:
+    def _below(self, parts: Sequence[str], asked: str) -> None:
+        """What is below a run or sweep: made for this request, or a file."""
         try:
+            if (made := self.server.made(parts, asked)) is not None:
+                self._send(made.status, made.body, made.kind)
+                return
+            parts = [*parts[:-1], parts[-1] or "index.html"] if parts else []
             with self.server.folder.open(parts) as file:
                 if file is None:
                     self._say(HTTPStatus.NOT_FOUND, "there is no such page")

@@ -1,5 +1,6 @@
 """sae-dist serve: what the page lists, which files can be read and in which parts, and that nothing else can be."""
 
+import base64
 import http.client
 import json
 import os
@@ -12,16 +13,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from sae_dist import storage
 from sae_dist.cli.main import main
+from sae_dist.interpret import site
 from sae_dist.service.run_folder import claim
 from sae_dist.service.shown_folder import shown_folder
 from sae_dist.service.web_server import byte_range
 from sae_dist.sweep.folder import SweepFolder
+from tests.interpret import hostile
 from tests.shards.seaweedfs import KEYS
 
 DEADLINE_S = 600  # of a process that loads torch on a machine that has much else to do
@@ -64,11 +68,15 @@ def fill(root: Path, finished: Path) -> None:
     sweep.open("train", ["sae.k"], ["train", "sae.k=4,8"])
     (root / "sweeps" / "broken").mkdir()
     (root / "sweeps" / "broken" / "sweep.json").write_text("{")
+    hostile.write_data(done)
+    assert main(["label", str(done)]) == 0
     for folder in (done / "pages" / "data", sweep.report / "plots"):
         folder.mkdir(parents=True)
         (folder.parent / "index.html").write_text("<p>here</p>")
     (done / "pages" / "data" / "tokens.js").write_bytes(CONTENT)
     (sweep.report / "plots" / "law.svg").write_text("<svg/>")
+    hostile.write(root / "static")
+    (live / "features").symlink_to(done / "features")
     (root / "secret.txt").write_text("secret")
     (done / "pages" / "link.txt").symlink_to(root / "secret.txt")
     (done / "pages" / "inside.js").symlink_to(done / "pages" / "data" / "tokens.js")
@@ -106,6 +114,7 @@ def test_the_page_lists_runs_members_and_sweeps(served):
     page = served.get("/").body.decode()
     assert f'<a href="{RUN[1:]}/pages/">runs/run &lt;b&gt;&quot;1&quot; &amp; 2</a>' in page
     assert '<a href="sweeps/mine/report/">sweeps/mine</a>' in page
+    assert f'<a href="{RUN[1:]}/labels/">labels</a>' in page
     for part in ("2 runs", "1 at work", "2 sweeps", "10 of 10 steps", ">done<", ">training<", "k&lt;8&gt;", "0.250"):
         assert part in page, part
     assert "sweeps/broken/sweep.json is damaged" in page
@@ -125,11 +134,87 @@ def test_the_page_follows_what_the_run_says(served):
     assert script.about["Content-Type"] == "text/javascript; charset=utf-8"
 
 
+def value(served, what: str) -> Any:
+    """What the pages of the run's feature data are told."""
+    answer = served.get(f"{RUN}/features/data/{what}")
+    assert answer.status == 200 and answer.about["Content-Type"] == "application/json", answer.body
+    assert answer.body.isascii() and b"<" not in answer.body
+    return json.loads(answer.body)
+
+
+def told(answer: dict[str, Any], tokens: list[Any]) -> dict[str, Any]:
+    """A record with its tokens instead of their numbers."""
+    ids = np.frombuffer(base64.b64decode(answer["text"]), "<u2")
+    named = {key: [[tokens[i] for i in answer[key][0]], answer[key][1]] for key in ("promoted", "suppressed")}
+    return answer | named | {"text": [tokens[i] for i in ids], "similar": None}
+
+
+def test_a_latent_of_feature_data_is_that_of_the_static_pages(served):
+    pages = served.root / "static" / "pages"
+    index, tokens, facts = (site.read(pages, name) for name in ("index", "tokens", "summary"))
+    assert b'<a href="runs/run%20%3Cb%3E%221%22%20%26%202/features/">feature data</a>' in served.get("/").body
+    ours = value(served, "facts")
+    assert ours["summary"]["name"] == hostile.SUMMARY["name"] and ours["categories"] == facts["categories"]
+    shown = {**dict.fromkeys(map(json.dumps, tokens)), json.dumps("?"): None}  # no character: half of a pair
+    for latent in range(0, hostile.N_LATENTS, 7):
+        found = value(served, f"latents/{latent}")
+        record = site.read(pages, f"latents-{latent // site.LATENTS_PER_FILE}")[latent % site.LATENTS_PER_FILE]
+        lone = [("?" if token == "\udc80" else token) for token in tokens]
+        assert told(found["record"], found["tokens"]) == told(record, lone)
+        row = found["row"]
+        assert (row["count"], row["maximum"], row["mean"]) == tuple(
+            index[key][latent] for key in ("count", "maximum", "mean")
+        )
+        assert {json.dumps(token) for token in row["tokens"]} <= set(shown) and row == value(served, f"row/{latent}")
+
+
+def test_the_list_of_feature_data_is_searched_sorted_and_read_in_parts(served):
+    index = site.read(served.root / "static" / "pages", "index")
+    fired = [latent for latent in range(hostile.N_LATENTS) if index["count"][latent]]
+    overview = value(served, "overview")
+    assert overview["fired"] == len(fired) == sum(overview["bars"]) == len(overview["dots"]["latent"])
+    found = value(served, "selection?sort=max")
+    strongest = sorted(fired, key=lambda latent: -index["maximum"][latent])
+    assert found["total"] == found["listed"] == len(fired) and found["rows"][0]["latent"] == strongest[0]
+    assert [row["latent"] for row in value(served, "rows?sort=max&from=3&to=6")] == [
+        row["latent"] for row in found["rows"][3:6]
+    ]
+    at = [row["latent"] for row in found["rows"]].index(strongest[-1])
+    walk = value(served, f"walk/{strongest[0]}?sort=max")
+    assert walk == {"place": 0, "total": len(fired), "previous": None, "next": found["rows"][1]["latent"]} and at > 0
+    script = value(served, "selection?q=%22%3Cscript%3Ealert(1)%3C%2Fscript%3E%22")
+    assert 0 < script["total"] < len(fired)
+    assert all("<script>alert(1)</script>" in row["tokens"] for row in script["rows"])
+    silent = value(served, "selection?all=1&d=0..0")
+    assert silent["total"] == hostile.N_LATENTS - len(fired) and sum(silent["bars"]) == 0
+    one = value(served, f"selection?q=%23{fired[3]}&m=0..1e9&dir=desc")
+    assert fired[3] in [row["latent"] for row in one["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "said"),
+    [("latents/70", 404, "There is no latent 70: the dictionary has 0 to 69."), ("latents/007", 404, "no such page"),
+     ("row/70", 404, "no latent 70"), ("latents/-1", 404, "no such page"), ("latents/1/2", 404, "no such page"),
+     ("selection?sort=%3Cb%3E", 400, "sort=<b> is not known; choose of latent, max"),
+     ("selection?dir=up", 400, "dir=up is not known"), ("selection?d=1..x", 400, "d=1..x is no range; give"),
+     ("rows?from=0&to=501", 400, "from=0 to=501 are no rows of the list; ask for at most 500"),
+     ("rows?from=x&to=1", 400, "from=x is no number of a row"), ("../features.json", 404, "no such page"),
+     ("index.parquet", 404, "no such page")],
+)  # fmt: skip
+def test_what_feature_data_cannot_answer_is_one_line_of_text(served, what, status, said):
+    answer = served.get(f"{RUN}/features/data/{what}")
+    assert answer.status == status and said in answer.body.decode() and answer.body.count(b"\n") == 1
+    assert answer.about["Content-Type"] == "text/plain; charset=utf-8"
+
+
 @pytest.mark.parametrize(
     ("path", "kind"),
     [(f"{RUN}/pages/", "text/html; charset=utf-8"), (f"{RUN}/pages/data/tokens.js", "text/javascript; charset=utf-8"),
      ("/sweeps/mine/report/", "text/html; charset=utf-8"), ("/sweeps/mine/report/plots/law.svg", "image/svg+xml"),
-     ("/site.css", "text/css; charset=utf-8")],
+     ("/site.css", "text/css; charset=utf-8"), (f"{RUN}/features/", "text/html; charset=utf-8"),
+     (f"{RUN}/features/latent.html", "text/html; charset=utf-8"),
+     (f"{RUN}/features/source.js", "text/javascript; charset=utf-8"),
+     (f"{RUN}/labels/", "text/html; charset=utf-8")],
 )  # fmt: skip
 def test_files_have_their_types_and_may_be_read_by_no_other_site(served, path, kind):
     answer = served.get(path)
@@ -187,7 +272,8 @@ def test_a_part_is_of_the_file_that_the_reader_knows(served):
      f"{RUN}/pages/..%2fconfig.yaml", f"{RUN}/pages/data/../../../../secret.txt", f"{RUN}/pages//data/tokens.js",
      f"{RUN}/pages/link.txt", f"{RUN}/pages/inside.js", f"{RUN}/pages/run/config.yaml", f"{RUN}/pages/.hidden",
      f"{RUN}/pages/pipe", f"{RUN}/pages/data/", f"{RUN}/pages/%00", f"{RUN}/pages/{'a' * 4000}",
-     f"{RUN}/report/index.html",
+     f"{RUN}/report/index.html", f"{RUN}/features/features.json", f"{RUN}/features/index.parquet",
+     f"{RUN}/features/latents-000000000.parquet", "/runs/live/features/", "/runs/live/features/data/facts",
      "/elsewhere/pages/index.html", "/linked/pages/index.html", "/sweeps/mine/pages/", "/sweeps/mine/sweep.json",
      "//secret.txt", "/pages/", "/..", "/%ff/pages/x", "/sweeps/mine/report/index.html/x"],
 )  # fmt: skip

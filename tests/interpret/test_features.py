@@ -15,9 +15,12 @@ from sae_kernels.reference import EMPTY
 
 from sae_dist import checksums
 from sae_dist.config import UserError
+from sae_dist.interpret import feature_index
 from sae_dist.interpret import features as written
 from sae_dist.interpret.collect import PagesConfig, collect
 from sae_dist.interpret.contexts import choose, shade
+from sae_dist.interpret.feature_answers import FeatureAnswers
+from sae_dist.interpret.feature_index import SCHEMA as INDEX_SCHEMA
 from sae_dist.interpret.feature_table import SCHEMA
 from sae_dist.interpret.features import write_features
 from sae_dist.interpret.logit_effect import Unembedding
@@ -164,6 +167,63 @@ def test_latents_are_read_in_any_order_by_row_groups(found, folder):
     assert all((0 < len(own) <= 5) == (n > 0) for n, own in zip(*(column.to_pylist() for column in table), strict=True))
 
 
+def test_search_finds_what_the_columns_say(found):
+    rows = found.read(range(N_LATENTS)).to_pylist()
+    fired = [row for row in rows if row["firings"]]
+
+    def numbers(chosen) -> list[int]:
+        return [row["latent"] for row in sorted(chosen, key=lambda row: -row["max"])]
+
+    def best(row) -> str:
+        return CATEGORIES[int(np.argmax(row["category_share"]))]
+
+    assert found.search("").tolist() == numbers(fired)
+    assert found.search('"T8"').tolist() == numbers(row for row in fired if 8 in row["fires_on"])
+    eights = {8, 18, 28, 38, 48}
+    assert found.search("promotes:8").tolist() == numbers(row for row in fired if eights & set(row["promoted"]))
+    assert found.search('cat:"code" "t8"').tolist() == numbers(
+        row for row in fired if best(row) == "code" and 8 in row["fires_on"]
+    )
+    silent = next(row["latent"] for row in rows if not row["firings"])
+    assert silent not in found.search(f"{silent}") and fired[5]["latent"] in found.search(f"#{fired[5]['latent']}")
+    assert found.search("nowhere").tolist() == [] and found.search("label:x").tolist() == []
+    by_number = found.search("cod", sort="latent", descending=False)
+    assert by_number.tolist() == [row["latent"] for row in fired if best(row) == "code"]
+
+
+def test_labels_are_searched_and_shown_where_there_are_some(folder, found, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "features")
+    (tmp_path / "labels").mkdir()
+    one, other = sorted(found.search("")[:2].tolist())
+    labels = pa.table({"latent": pa.array([one, other], pa.int32()), "label": ["<b>Verbs</b>", "dates"]})
+    pq.write_table(labels, tmp_path / "labels" / "labels.parquet")
+    labelled = features(copy)
+    assert labelled.labels([other, one + 1 if one + 1 != other else 0, one]).to_pylist() == [
+        "dates",
+        None,
+        "<b>Verbs</b>",
+    ]
+    assert labelled.search("label:verb").tolist() == labelled.search("<b>verbs").tolist() == [one]
+    assert labelled.search('label:"dates"').tolist() == [other] and labelled.search('label:"date"').tolist() == []
+    answers = FeatureAnswers(labelled, "run")
+    assert answers.latent(one)["row"] == answers.row(one) and answers.row(one)["label"] == "<b>Verbs</b>"
+
+
+def test_the_index_is_the_same_in_any_grouping(folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "features")
+    monkeypatch.setattr(feature_index, "GROUP_LATENTS", 100)
+    feature_index.write_index(copy, sorted(path.name for path in copy.glob("latents-*")))
+    assert pq.ParquetFile(copy / "index.parquet").metadata.num_row_groups == 6
+    assert pq.read_table(copy / "index.parquet").equals(pq.read_table(folder / "index.parquet"))
+    (copy / "index.parquet").unlink()
+    with pytest.raises(UserError, match="index.parquet is damaged or missing .*; write it again with"):
+        features(copy).search("t8")
+    about = copy / "features.json"
+    about.write_text(about.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(UserError, match="has format 1, this version reads 2; write it again with"):
+        features(copy)
+
+
 @pytest.mark.parametrize(
     ("latents", "columns", "said"),
     [([600], None, "latent=600 is not there; the dictionary has 0 to 599"), ([-1], None, "latent=-1 is not there"),
@@ -247,5 +307,7 @@ def test_the_specification_names_every_column_with_its_type():
         return "struct" if pa.types.is_struct(kind) else plain.get(str(kind), str(kind))
 
     columns = {field.name: said(field.type) for field in SCHEMA}
+    index = {field.name: said(field.type) for field in INDEX_SCHEMA}
+    assert all(columns.get(name, kind) == kind for name, kind in index.items())
     columns |= {f"contexts.{field.name}": said(field.type) for field in SCHEMA.field("contexts").type.value_type}
-    assert named == columns | {"token": "int32", "text": "string", "bytes": "binary"}
+    assert named == columns | {"token": "int32", "text": "string", "bytes": "binary", "special": "bool"} | index

@@ -7,60 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from sae_kernels import Active, Selected, packed
-from sae_kernels.reference import EMPTY
 
 from sae_dist import checksums
-from sae_dist.interpret.collect import PagesConfig
-from sae_dist.interpret.logit_effect import Unembedding
-from sae_dist.interpret.site import STATIC, feature_pages
+from sae_dist.interpret.site import SERVED, STATIC
 from sae_dist.interpret.vocabulary import decoder
-
-HOSTILE = ["<script>alert(1)</script>", "</script>", "<!--", "\u2028", "\\", '"', "'", "`${1}", "]]>", "&lt;", "\u202e"]
-PIECES: list[str | bytes] = [*HOSTILE, b"\xe3\x81", b"\x82", "\n", "\t", " the", "\udc80"]
-N_LATENTS, D_MODEL, DOCS, CONTEXT, K = 70, 16, 30, 20, 4
-CONFIG = PagesConfig(top_contexts=5, tokens_before=4, tokens_after=2, interval_contexts=1)
-SUMMARY = {"name": "</script><script>alert(2)</script>", "eval": {"fvu": float("nan"), "loss_recovered": None}}
-
-
-class Stream:
-    context = CONTEXT
-    tokens = torch.randint(0, len(PIECES), (DOCS, CONTEXT), generator=torch.Generator().manual_seed(0))
-
-    def category(self, doc: int) -> str | None:
-        return ("prose", "<script>")[doc % 2]
-
-    def locate(self, doc: int, pos: int) -> tuple[int, int]:
-        return doc, pos
-
-    def window(self, doc: int, pos: int, before: int, after: int) -> tuple[list[int], int]:
-        first = max(0, pos - before)
-        return self.tokens[doc, first : pos + after + 1].tolist(), pos - first
-
-
-def write(out: Path, decode=PIECES.__getitem__, n_latents: int = N_LATENTS, no_outputs: str = "") -> Path:
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(DOCS * CONTEXT, D_MODEL, generator=g)
-    W_dec = torch.randn(n_latents, D_MODEL, generator=g)
-    at = torch.arange(DOCS * CONTEXT)
-
-    def encode(x: torch.Tensor) -> Active:
-        values, indices = (x @ W_dec.T).topk(K)
-        return packed(Selected(values, torch.where(values > 0, indices, EMPTY)))
-
-    return feature_pages(
-        out,
-        lambda: iter([(x, at // CONTEXT, at % CONTEXT)]),
-        encode=encode,
-        W_dec=W_dec,
-        outputs=no_outputs or Unembedding(torch.randn(D_MODEL, len(PIECES), generator=g), torch.arange(len(PIECES))),
-        stream=Stream(),
-        decode=decode,
-        special=(15,),
-        summary=SUMMARY,
-        config=CONFIG,
-    )
+from tests.interpret.hostile import CONTEXT, HOSTILE, N_LATENTS, PIECES, SUMMARY, Stream, write
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +63,7 @@ def test_no_text_can_leave_its_string(pages: Path):
 
 
 def test_pages_write_text_only_as_text():
-    for path in STATIC.glob("*.js"):
+    for path in [*STATIC.glob("*.js"), *SERVED.glob("*.js")]:
         script = path.read_text()
         for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "srcdoc"):
             assert way not in script, f"{path.name} uses {way}"

@@ -50,15 +50,16 @@ const COLUMNS = [
   { name: "Promotes", className: "c-promoted" },
 ];
 
+const fail = (error) => document.querySelector("main").prepend(make("p", { className: "message", role: "alert" }, error.message));
+
 (async () => {
-  const [facts, tokens, columns] = await Promise.all(["summary", "tokens", "index"].map(saePages.load));
-  const index = makeIndex(columns, facts, tokens);
-  const fired = columns.count.filter((n) => n > 0).length;
-  showHeader(facts, facts.n_latents - fired, columns.tokens.length);
+  const [facts, overview] = await Promise.all([source.facts(), source.overview()]);
+  const { fired } = overview;
+  showHeader(facts, facts.n_latents - fired, overview.pages);
   document.body.classList.toggle("unlabelled", facts.categories.length === 0);
 
   let query = readQuery(location.hash);
-  let order = [];
+  let view = { total: 0, listed: 0, chosen: [], dots: null, bars: overview.bars, rows: async () => [] };
   const input = document.getElementById("query");
   const sortBox = document.getElementById("sort");
   const silentBox = document.getElementById("all");
@@ -68,38 +69,26 @@ const COLUMNS = [
     if (key !== "purity" || facts.categories.length) sortBox.append(make("option", { value: key }, name));
 
   // The table: only the rows in sight exist.
-  const logDensity = columns.count.map((n) => (n > 0 ? Math.log10(n / facts.rows) : -Infinity));
-  const logMax = columns.maximum.map((x) => (x > 0 ? Math.log10(x) : -Infinity));
-  const finite = (values) => values.filter(Number.isFinite);
-  const span = (values) => {
-    const [low, high] = finite(values).reduce(([a, b], x) => [Math.min(a, x), Math.max(b, x)], [Infinity, -Infinity]);
-    if (low > high) return [-1, 0];
-    const room = Math.max(0.04 * (high - low), 0.05);
-    return [low - room, high + room];
-  };
-  const densityRange = span(logDensity);
-  const maxRange = span(logMax);
   const live = new Map();
 
-  function makeRow(latent, place) {
-    const page = index.slot[latent];
-    const count = columns.count[latent];
-    const category = columns.category[latent];
-    const link = page < 0 || count === 0 ? make("span", {}, `${latent}`) : make("a", { href: latentAddress(latent, query) }, `${latent}`);
-    const chips = (ids, className) => ids.map((id) => make("span", { className }, tokenAlone(tokens[id], { trim: className === "chip" })));
+  function makeRow(one, place) {
+    const { latent, count, category } = one;
+    const link = !one.page || count === 0 ? make("span", {}, `${latent}`) : make("a", { href: latentAddress(latent, query) }, `${latent}`);
+    const chips = (entries, className) => entries.map((entry) => make("span", { className }, tokenAlone(entry, { trim: className === "chip" })));
     const cell = (className, ...children) => make("div", { className: `cell ${className}`, role: "cell" }, ...children);
-    const share = (logDensity[latent] - densityRange[0]) / (densityRange[1] - densityRange[0]);
+    const [low, high] = overview.density;
+    const share = (Math.log10(count / facts.rows) - low) / (high - low);
     const bar = (value, className = "") => make("span", { className: `bar ${className}`, style: { "--v": Math.max(0, value).toFixed(3) } });
-    const row = make("div", { className: "row", role: "row", "aria-rowindex": `${place + 2}`, style: { top: `${place * height}px` } },
+    const called = one.label === null ? [] : [make("span", { className: "called" }, one.label)];
+    return make("div", { className: "row", role: "row", "aria-rowindex": `${place + 2}`, style: { top: `${place * height}px` } },
       cell("c-latent", link),
-      cell("c-tokens", ...(page < 0 ? [make("span", { className: "quiet" }, count ? "no page" : "")] : chips(columns.tokens[page], "chip"))),
+      cell("c-tokens", ...(one.page ? [...called, ...chips(one.tokens, "chip")] : [make("span", { className: "quiet" }, count ? "no page" : "")])),
       cell("c-density", ...(count ? [make("span", { className: "n" }, format.percent(count / facts.rows)), bar(share)] : [make("span", { className: "quiet" }, "silent")])),
-      cell("c-max", ...(count ? [make("span", { className: "n" }, format.number(columns.maximum[latent]))] : [])),
+      cell("c-max", ...(count ? [make("span", { className: "n" }, format.number(one.maximum))] : [])),
       cell("c-category", ...(count && category >= 0
-        ? [make("span", { className: columns.purity[latent] < 2 * chance(category) ? "name weak" : "name" }, facts.categories[category]), make("span", { className: "n" }, `${Math.round(100 * columns.purity[latent])} %`), bar(columns.purity[latent], "pure")]
+        ? [make("span", { className: one.purity < 2 * chance(category) ? "name weak" : "name" }, facts.categories[category]), make("span", { className: "n" }, `${Math.round(100 * one.purity)} %`), bar(one.purity, "pure")]
         : [])),
-      cell("c-promoted", ...(page < 0 || !count ? [] : chips(columns.promoted[page], "word"))));
-    return row;
+      cell("c-promoted", ...(count ? chips(one.promoted, "word") : [])));
   }
 
   function chance(category) {
@@ -111,71 +100,82 @@ const COLUMNS = [
   function paint() {
     const top = rows.getBoundingClientRect().top;
     const first = Math.max(0, Math.floor(-top / height) - 6);
-    const last = Math.min(order.length, Math.ceil((innerHeight - top) / height) + 6);
+    const last = Math.max(first, Math.min(view.listed, Math.ceil((innerHeight - top) / height) + 6));
     for (const [place, row] of live) if (place < first || place >= last) row.remove(), live.delete(place);
-    const added = document.createDocumentFragment();
-    for (let place = first; place < last; place++)
-      if (!live.has(place)) {
-        const row = makeRow(order[place], place);
-        live.set(place, row);
+    if (live.size === last - first) return;
+    const shown = view;
+    shown.rows(first, last).then((found) => {
+      if (shown !== view) return; // another question was asked meanwhile
+      const added = document.createDocumentFragment();
+      found.forEach((one, i) => {
+        if (live.has(first + i)) return;
+        const row = makeRow(one, first + i);
+        live.set(first + i, row);
         added.append(row);
-      }
-    rows.append(added);
+      });
+      rows.append(added);
+    }).catch(fail);
   }
 
   function refill() {
     height = parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--row"));
     live.clear();
     rows.replaceChildren();
-    rows.style.height = `${Math.max(1, order.length) * height}px`;
-    if (!order.length) rows.append(make("p", { className: "nothing" }, "No latent matches."));
+    rows.style.height = `${Math.max(1, view.listed) * height}px`;
+    if (!view.total) rows.append(make("p", { className: "nothing" }, "No latent matches."));
     paint();
   }
 
   // The distributions.
-  const N_BARS = 60;
-  const edges = Array.from({ length: N_BARS + 1 }, (_, i) => densityRange[0] + (i / N_BARS) * (densityRange[1] - densityRange[0]));
-  const histogram = (latents) => {
-    const counts = new Array(N_BARS).fill(0);
-    for (const latent of latents)
-      if (Number.isFinite(logDensity[latent]))
-        counts[Math.min(N_BARS - 1, Math.floor(((logDensity[latent] - edges[0]) / (edges[N_BARS] - edges[0])) * N_BARS))]++;
-    return counts;
-  };
-  const everything = histogram(columns.count.keys());
+  const edges = overview.bars.map((_, i, { length }) => overview.density[0] + (i / length) * (overview.density[1] - overview.density[0]));
+  edges.push(overview.density[1]);
   const densityBox = document.getElementById("density");
   const scatterBox = document.getElementById("scatter");
-  let densityScale, dots;
+  const sum = (counts) => counts.reduce((a, b) => a + b, 0);
+  let densityScale, dots, members; // members: latents of the dots
   const drawDensity = redraw(densityBox, () => {
-    const chosen = histogram(order);
     const brushBox = densityBox.querySelector(".brush");
     densityScale = bars(densityBox, {
-      edges, counts: everything, strong: order.length < fired ? chosen : null, marks: logTicks(...densityRange), scale: (n) => n, height: 220,
-      title: (i) => `${format.percent(10 ** edges[i])} – ${format.percent(10 ** edges[i + 1])} of tokens: ${format.count(everything[i])} latents`,
+      edges, counts: overview.bars, strong: sum(view.bars) < fired ? view.bars : null, marks: logTicks(...overview.density), scale: (n) => n, height: 220,
+      title: (i) => `${format.percent(10 ** edges[i])} – ${format.percent(10 ** edges[i + 1])} of tokens: ${format.count(overview.bars[i])} latents`,
       label: `Histogram of the density of ${fired} latents that fired`,
     });
     if (brushBox) densityBox.append(brushBox);
   });
   const drawScatter = redraw(scatterBox, () => {
+    const { density, maximum } = overview;
+    const both = (key) => (view.dots ? [...overview.dots[key], ...view.dots[key]] : overview.dots[key]);
+    members = both("latent");
     dots = scatter(scatterBox, {
-      xs: logDensity, ys: logMax, chosen: order, xMarks: logTicks(...densityRange), yMarks: logTicks(...maxRange),
-      xRange: densityRange, yRange: maxRange, height: 220, label: "Density against maximal activation",
+      xs: both("density"), ys: both("maximum"), chosen: view.chosen, xMarks: logTicks(...density), yMarks: logTicks(...maximum),
+      xRange: density, yRange: maximum, height: 220, label: "Density against maximal activation",
     });
   });
   tooltip(densityBox, ".target", (target) => [make("p", {}, target.dataset.title)]);
   const tip = tooltip(scatterBox, ".none", () => null);
+  let over = -1; // the latent under the pointer
   scatterBox.addEventListener("pointermove", (event) => {
     const frame = scatterBox.getBoundingClientRect();
-    const latent = dots.nearest(event.clientX - frame.left, event.clientY - frame.top);
+    const nearest = dots.nearest(event.clientX - frame.left, event.clientY - frame.top);
+    const latent = nearest < 0 ? -1 : members[nearest];
     scatterBox.classList.toggle("over", latent >= 0);
-    tip.box.hidden = latent < 0;
+    if (latent === over) {
+      if (!tip.box.hidden) tip.place(event.clientX, event.clientY);
+      return;
+    }
+    over = latent;
+    tip.box.hidden = true;
     if (latent < 0) return;
-    const page = index.slot[latent];
-    tip.box.replaceChildren(
-      make("p", {}, make("b", {}, `${latent}`), ` fires on ${format.percent(columns.count[latent] / facts.rows)}, up to ${format.number(columns.maximum[latent])}`),
-      make("p", {}, ...(page < 0 ? [] : columns.tokens[page].map((id) => make("span", { className: "chip" }, tokenAlone(tokens[id], { trim: true }))))));
-    tip.place(event.clientX, event.clientY);
+    source.row(latent).then((one) => {
+      if (over !== latent) return;
+      tip.box.hidden = false;
+      tip.box.replaceChildren(
+        make("p", {}, make("b", {}, `${latent}`), ` fires on ${format.percent(one.count / facts.rows)}, up to ${format.number(one.maximum)}`),
+        make("p", {}, ...one.tokens.map((entry) => make("span", { className: "chip" }, tokenAlone(entry, { trim: true })))));
+      tip.place(event.clientX, event.clientY);
+    }).catch(fail);
   });
+  scatterBox.addEventListener("pointerleave", () => (over = -1));
   brush(densityBox, {
     horizontal: true,
     done: ([x0, x1]) => change({ density: [10 ** densityScale.invert(x0), 10 ** densityScale.invert(x1)], max: null }),
@@ -184,15 +184,20 @@ const COLUMNS = [
     done: ([x0, x1], [y0, y1]) => change({
       density: [10 ** dots.invertX(x0), 10 ** dots.invertX(x1)], max: [10 ** dots.invertY(y1), 10 ** dots.invertY(y0)],
     }),
-    click: (x, y) => {
-      const latent = dots.nearest(x, y);
-      if (latent >= 0 && index.slot[latent] >= 0) location.href = latentAddress(latent, query);
+    click: async (x, y) => {
+      const nearest = dots.nearest(x, y);
+      if (nearest >= 0) open(await source.row(members[nearest]));
     },
   });
 
   // The state: one object, written to the address; everything is drawn from it.
-  function show() {
-    order = select(index, query);
+  function open({ latent, page }) {
+    if (page) location.href = latentAddress(latent, query);
+  }
+
+  let asked = 0;
+  async function show() {
+    const mine = ++asked;
     if (input.value !== query.q) input.value = query.q;
     sortBox.value = query.sort;
     silentBox.checked = query.all;
@@ -203,9 +208,6 @@ const COLUMNS = [
       query.max ? `max ${pair(query.max, (x) => format.number(x))}` : "",
     ].filter(Boolean).join(", "), make("span", { "aria-hidden": "true" }, " ×"));
     rangeChip.setAttribute("aria-label", "Remove the selected range");
-    document.getElementById("matches").textContent =
-      order.length === facts.n_latents ? `${format.count(order.length)} latents` : `${format.count(order.length)} of ${format.count(facts.n_latents)} latents`;
-    document.getElementById("table").setAttribute("aria-rowcount", `${order.length + 1}`);
     document.getElementById("head").replaceChildren(...COLUMNS.map(({ name, sort, className }) => {
       const sorted = sort === query.sort ? (query.descending ? "descending" : "ascending") : "none";
       const title = make("div", { className: `cell ${className}`, role: "columnheader" });
@@ -217,6 +219,15 @@ const COLUMNS = [
       }, name, arrow));
       return title;
     }));
+    const found = await source.select(query);
+    if (mine !== asked) return;
+    view = found;
+    const { total, listed } = view;
+    document.getElementById("matches").textContent = [
+      total === facts.n_latents ? `${format.count(total)} latents` : `${format.count(total)} of ${format.count(facts.n_latents)} latents`,
+      listed < total ? `the first ${format.count(listed)} listed` : "",
+    ].filter(Boolean).join(", ");
+    document.getElementById("table").setAttribute("aria-rowcount", `${listed + 1}`);
     refill();
     drawDensity();
     drawScatter();
@@ -225,22 +236,29 @@ const COLUMNS = [
   function change(part) {
     query = { ...query, ...part };
     history.replaceState(null, "", `#${writeQuery(query)}`);
-    show();
+    return show().catch(fail);
   }
 
-  input.addEventListener("input", () => change({ q: input.value }));
+  let waiting = 0;
+  input.addEventListener("input", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(() => change({ q: input.value }), source.patience);
+  });
   sortBox.addEventListener("change", () => change({ sort: sortBox.value, descending: SORTS[sortBox.value].descending }));
   silentBox.addEventListener("change", () => change({ all: silentBox.checked }));
   rangeChip.addEventListener("click", () => change({ density: null, max: null }));
-  addEventListener("hashchange", () => ((query = readQuery(location.hash)), show()));
+  addEventListener("hashchange", () => ((query = readQuery(location.hash)), show().catch(fail)));
   addEventListener("scroll", () => requestAnimationFrame(paint), { passive: true });
   addEventListener("resize", () => requestAnimationFrame(refill));
-  addEventListener("keydown", (event) => {
+  addEventListener("keydown", async (event) => {
     if (event.key === "/" && document.activeElement !== input) event.preventDefault(), input.focus(), input.select();
     if (event.key === "Escape" && document.activeElement === input) input.value ? change({ q: "" }) : input.blur();
-    if (event.key === "Enter" && document.activeElement === input && order.length && index.slot[order[0]] >= 0)
-      location.href = latentAddress(order[0], query);
+    if (event.key === "Enter" && document.activeElement === input) {
+      clearTimeout(waiting);
+      await change({ q: input.value });
+      for (const first of await view.rows(0, Math.min(1, view.listed))) open(first);
+    }
   });
-  show();
+  await show();
   document.body.classList.add("ready");
-})().catch((error) => document.querySelector("main").prepend(make("p", { className: "message", role: "alert" }, error.message)));
+})().catch(fail);

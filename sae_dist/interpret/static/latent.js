@@ -1,37 +1,38 @@
 "use strict";
 
 (async () => {
-  const [facts, tokens, columns] = await Promise.all(["summary", "tokens", "index"].map(saePages.load));
-  const index = makeIndex(columns, facts, tokens);
+  const facts = await source.facts();
   const element = (id) => document.getElementById(id);
+  const say = (error) => (element("message").textContent = error.message);
   document.body.classList.toggle("unlabelled", facts.categories.length === 0);
 
-  let latent, query, order, place, current;
+  let latent, query, row, current, tokens;
+  let walk = null; // once it is known
 
   function readAddress() {
     const [, number, fields] = location.hash.match(/^#?(\d*)&?(.*)$/s);
     latent = Number(number);
     query = readQuery(fields);
-    order = select(index, { ...query, all: false }).filter((i) => index.slot[i] >= 0);
-    place = order.indexOf(latent);
   }
 
   async function show() {
     readAddress();
-    const page = latent < index.n ? index.slot[latent] : -1;
+    const wanted = latent;
+    element("message").textContent = "";
+    walk = null;
     showWalk();
-    if (page < 0) {
-      element("message").textContent = latent < index.n ? `Latent ${latent} has no page: only a sample of the dictionary was looked at.` : `There is no latent ${latent}.`;
-      return;
-    }
-    const records = await saePages.load(`latents-${Math.floor(page / facts.latents_per_file)}`);
-    current = records[page % facts.latents_per_file];
-    showHead(page);
+    source.walk(latent, query).then((found) => {
+      if (wanted === latent) (walk = found), showWalk();
+    }, () => {}); // the latent itself says what is wrong
+    const found = await source.latent(latent);
+    if (wanted !== latent) return;
+    ({ row, record: current, tokens } = found);
+    showHead();
     showContexts();
     drawHistogram();
     showOutputs();
     showCategories();
-    showSimilar();
+    await showSimilar();
     document.body.classList.add("ready");
   }
 
@@ -39,31 +40,31 @@
   function showWalk() {
     const fields = writeQuery({ ...query, view: "aligned" });
     element("home").href = `index.html${fields ? "#" + fields : ""}`;
-    const link = (id, at) => {
-      const there = order[at];
-      if (there === undefined) element(id).removeAttribute("href");
+    const link = (id, there) => {
+      if (there === null) element(id).removeAttribute("href");
       else element(id).href = latentAddress(there, query);
     };
-    link("previous", place < 0 ? -1 : place - 1);
-    link("next", place + 1);
-    element("place").textContent = place < 0 ? "" :
-      `${format.count(place + 1)} of ${format.count(order.length)}${query.q ? ` for ${query.q}` : ""}, by ${SORTS[query.sort].name.toLowerCase()}`;
+    link("previous", walk?.previous ?? null);
+    link("next", walk?.next ?? null);
+    element("place").textContent = walk === null || walk.place < 0 ? "" :
+      `${format.count(walk.place + 1)} of ${format.count(walk.total)}${query.q ? ` for ${query.q}` : ""}, by ${SORTS[query.sort].name.toLowerCase()}`;
   }
 
-  function showHead(page) {
-    const count = columns.count[latent];
+  function showHead() {
+    const { count, category } = row;
     document.title = `Latent ${latent}`;
     element("kicker").textContent = [facts.summary.name, facts.summary.hook].filter((x) => typeof x === "string").join(" · ");
     element("number").textContent = `Latent ${latent}`;
-    element("label").replaceChildren(...columns.tokens[page].map((id) => make("span", { className: "chip" }, tokenAlone(tokens[id], { trim: true }))));
+    element("called").hidden = row.label === null;
+    element("called").textContent = row.label;
+    element("label").replaceChildren(...row.tokens.map((entry) => make("span", { className: "chip" }, tokenAlone(entry, { trim: true }))));
     const figures = [
       ["density", format.percent(count / facts.rows)],
       ["one token in", count ? format.count(facts.rows / count) : "–"],
-      ["max activation", format.number(columns.maximum[latent])],
-      ["mean when active", format.number(columns.mean[latent])],
+      ["max activation", format.number(row.maximum)],
+      ["mean when active", format.number(row.mean)],
     ];
-    const category = columns.category[latent];
-    if (category >= 0 && count) figures.push([facts.categories[category], `${Math.round(100 * columns.purity[latent])} %`]);
+    if (category >= 0 && count) figures.push([facts.categories[category], `${Math.round(100 * row.purity)} %`]);
     element("figures").replaceChildren(...figures.map(([name, text]) => make("div", {}, make("dt", {}, name), make("dd", {}, text))));
   }
 
@@ -76,7 +77,7 @@
   function showContexts() {
     const ids = readTokens(current.text);
     const [edges, counts] = current.intervals;
-    const total = columns.count[latent];
+    const total = row.count;
     const n = counts.length;
     const groups = new Map([[-1, []]]);
     for (let interval = n - 1; interval >= 0; interval--) if (counts[interval]) groups.set(interval, []);
@@ -113,7 +114,7 @@
   function makeToken({ text, loose }, entry, value, peak) {
     const token = make("span", { className: "token" });
     if (value > 0) {
-      const share = Math.min(1, value / columns.maximum[latent]);
+      const share = Math.min(1, value / row.maximum);
       token.classList.add("active");
       token.style.setProperty("--a", (0.1 + 0.9 * share).toFixed(3));
       token.dataset.value = value;
@@ -129,7 +130,7 @@
 
   tooltip(element("groups"), ".token", (token) => {
     const value = Number(token.dataset.value ?? 0);
-    const lines = [make("p", {}, value ? `${format.number(value, 4)}, ${format.percent(value / columns.maximum[latent])} of its maximum` : "not active")];
+    const lines = [make("p", {}, value ? `${format.number(value, 4)}, ${format.percent(value / row.maximum)} of its maximum` : "not active")];
     if (token.dataset.bytes) lines.push(make("p", { className: "note" }, `bytes ${token.dataset.bytes}, part of a character`));
     if (token.dataset.kind === "special") lines.push(make("p", { className: "note" }, "special token"));
     return lines;
@@ -163,7 +164,7 @@
       marks: ticks(0, edges[used], 5).map((v) => [v, format.short(v)]),
       fill: (i) => 0.25 + 0.75 * ((i + 0.5) / used),
       title: (i) => `${format.number(edges[i])} – ${format.number(edges[i + 1])}: ${format.count(counts[i])} tokens`,
-      label: `Histogram of ${columns.count[latent]} activations, counts on a logarithmic scale`,
+      label: `Histogram of ${row.count} activations, counts on a logarithmic scale`,
     });
   });
   tooltip(element("histogram"), ".target", (target) => [make("p", {}, target.dataset.title)]);
@@ -191,24 +192,26 @@
     }));
   }
 
-  function showSimilar() {
-    const [latents, cosines] = current.similar;
-    element("similar").replaceChildren(...latents.map((other, i) => {
-      const page = index.slot[other];
-      const words = page < 0 ? [] : columns.tokens[page].slice(0, 4).map((id) => make("span", { className: "chip" }, tokenAlone(tokens[id], { trim: true })));
-      return make("li", {}, page < 0 ? make("span", {}, `${other}`) : make("a", { href: latentAddress(other, query) }, `${other}`),
+  /** Feature data has no similar latents: null. */
+  async function showSimilar() {
+    element("alike").hidden = current.similar === null;
+    const [latents, cosines] = current.similar ?? [[], []];
+    const others = await Promise.all(latents.map(source.row));
+    element("similar").replaceChildren(...others.map((other, i) => {
+      const words = other.tokens.slice(0, 4).map((entry) => make("span", { className: "chip" }, tokenAlone(entry, { trim: true })));
+      return make("li", {}, other.page ? make("a", { href: latentAddress(other.latent, query) }, `${other.latent}`) : make("span", {}, `${other.latent}`),
         make("span", { className: "words" }, ...words), make("span", { className: "n" }, cosines[i].toFixed(2).replace("-", "−")));
     }));
   }
 
   element("aligned").addEventListener("click", () => setView("aligned"));
   element("full").addEventListener("click", () => setView("full"));
-  addEventListener("hashchange", () => (scrollTo(0, 0), show()));
+  addEventListener("hashchange", () => (scrollTo(0, 0), show().catch(say)));
   addEventListener("keydown", (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
     if (event.key === "ArrowLeft") element("previous").click();
     if (event.key === "ArrowRight") element("next").click();
     if (event.key === "Escape") element("home").click();
   });
-  await show();
+  await show().catch(say);
 })().catch((error) => (document.getElementById("message").textContent = error.message));
