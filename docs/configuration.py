@@ -18,7 +18,7 @@ PAGE = Path(__file__).with_suffix(".md")
 REQUIRED = {
     "harvest": ["store"], "train": ["store"], "evaluate": ["out"], "pages": ["out"], "sync": ["out"],
     "export": ["out", "format", "to"], "import": ["path", "format", "out"],
-    "label": ["run"], "steer": ["run"],
+    "label": ["run"], "steer": ["run"], "compare": ["dictionaries"],
     "store": ["action", "store"], "submit": ["command", "scheduler.address"],
 }  # fmt: skip
 KINDS = {  # groups that hold keys, by the command that has them

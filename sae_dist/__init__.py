@@ -1,7 +1,7 @@
 """sae_dist: distributed training of sparse autoencoders on language-model activations.
 
-In Python: load, attach, Store, features, labels, train, run, sweep (docs/python.md). Importing the package loads none
-of them.
+In Python: load, attach, Store, features, labels, compare, train, run, sweep (docs/python.md).
+Importing the package loads none of them.
 """
 
 import importlib
@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sae_dist.api.compare import compare
     from sae_dist.api.jobs import run, sweep, train
     from sae_dist.api.load import load
     from sae_dist.api.store import Store
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from sae_dist.steer.attach import attach
 
 __version__ = "0.1.0"
-__all__ = ["Store", "attach", "features", "labels", "load", "run", "sweep", "train"]
+__all__ = ["Store", "attach", "compare", "features", "labels", "load", "run", "sweep", "train"]
 
 _HOMES = {
     "load": "api.load",
+    "compare": "api.compare",
     "run": "api.jobs",
     "Store": "api.store",
     "attach": "steer.attach",

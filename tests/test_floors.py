@@ -14,7 +14,7 @@ FLOORS = (  # lowest first; packages on one floor do not know each other
     {"storage", "monitor", "run_files", "hub"},
     {"text", "model", "shards", "sae"},
     {"harvest", "train", "evaluate", "interpret", "formats"},
-    {"plan", "sweep", "steer", "label"},
+    {"plan", "sweep", "steer", "label", "comparison"},
     {"service"},
     {"cli"},
     {"api"},
@@ -35,7 +35,9 @@ ONLY_IN = {  # a heavy dependency has one home
     "vllm": "sae_dist/model/vllm.py",
     "datasets": "sae_dist/text/",
 }
-WITHOUT_A_MODEL = ("train", "sweep", "label", "status", "serve", "sync", "store", "submit", "jobs")  # commands
+WITHOUT_A_MODEL = (  # commands
+    "train", "sweep", "label", "compare", "status", "serve", "sync", "store", "submit", "jobs",
+)  # fmt: skip
 SOURCES = sorted((ROOT / "sae_dist").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 
 

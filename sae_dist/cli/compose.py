@@ -60,10 +60,17 @@ def compose(command: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def spelled_out(command: str, words: Sequence[str]) -> list[str]:
-    """The words of a command line as key=value: the first of them may leave out their keys, where a command says so."""
-    positional = iter(getattr(importlib.import_module(f"sae_dist.cli.{command}"), "POSITIONAL", ()))
-    overrides = []
+    """The words of a command line as key=value: the first of them may leave out their keys, where a command says so.
+
+    Or all of them are values of one key, a list.
+    """
+    module = importlib.import_module(f"sae_dist.cli.{command}")
+    positional, listed = iter(getattr(module, "POSITIONAL", ())), getattr(module, "LISTED", None)
+    overrides, values = [], list[str]()
     for word in words:
+        if listed is not None and "=" not in word and not word.startswith(("+", "~", "-")):
+            values.append(_quoted(word))
+            continue
         if "=" not in word and not word.startswith(("+", "~")):
             key = next(positional, None)
             if word.startswith("-") or key is None:
@@ -72,7 +79,7 @@ def spelled_out(command: str, words: Sequence[str]) -> list[str]:
                 )
             word = f"{key}='{word}'"
         overrides.append(word)
-    return overrides
+    return [f"{listed}=[{','.join(values)}]", *overrides] if values else overrides
 
 
 def _leaves(values: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:

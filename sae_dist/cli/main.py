@@ -27,6 +27,7 @@ COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "pages": "feature pages: a static site that opens from disk",
     "label": "a label for every latent, and how good they are on contexts that the labeller has not seen",
     "steer": "clamp latents while the model writes; attribute logits to latents; find latents by example text",
+    "compare": "what dictionaries have in common: shared latents, splitting, what the larger one adds, co-activation",
     "sweep": "many configurations of a command, each trained once, in shared passes; resumes, adds points",
     "status": "what a run is doing, from its files alone",
     "serve": "runs, members, sweeps and pages for a team, on the loopback unless told",

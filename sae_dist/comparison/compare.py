@@ -1,0 +1,218 @@
+"""The comparison itself: two passes over the rows, and sums over pairs of latents between them."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import torch
+
+from sae_dist.comparison import coactivation, matching, tables
+from sae_dist.comparison.activations import Activations, Writer
+from sae_dist.comparison.config import CompareConfig, Measure
+from sae_dist.comparison.figures import Figures, compared, distribution
+from sae_dist.comparison.matching import Matches, Side
+from sae_dist.comparison.rows import HeldoutRows, Place
+from sae_dist.comparison.splitting import Splits, split
+from sae_dist.comparison.stitching import Stitch, choose
+from sae_dist.config import UserError, to_dict
+from sae_dist.progress import logged
+from sae_dist.sae.dictionary import Dictionary
+from sae_dist.shards.format import StoreMeta
+from sae_dist.shards.hooks import widths
+from sae_dist.shards.imports.config import ImportConfig
+
+FORMAT = 1
+APART = "they do not rebuild the same rows of the same store"
+
+
+class Given(NamedTuple):
+    """One of the dictionaries."""
+
+    name: str  # A, B, ...
+    where: str
+    dictionary: Dictionary
+    place: Place
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found; docs/compare.md says what each figure and column is."""
+
+    figures: Figures  # compare.json
+    matches: pa.Table  # a row a latent and pair; empty of one dictionary alone
+    splits: pa.Table  # a row a latent of the smaller of each pair; empty of one dictionary alone
+    partners: pa.Table  # a row a latent of one dictionary alone
+
+
+@dataclass
+class Pair:
+    """Two dictionaries: `first` and `second` as they were given, one of them the smaller."""
+
+    first: int
+    second: int
+    smaller: int
+    larger: int
+    measure: Measure
+    found: Matches
+    chance: Matches
+    splits: Splits
+    stitch: Stitch | None = None  # where both rebuild the same rows
+
+
+@torch.no_grad()
+def compare(given: Sequence[Given], config: CompareConfig, scratch: Path) -> Comparison:
+    """Compares each dictionary with each other; one alone with itself. `scratch` is an empty folder.
+
+    UserError where their stores do not hold the same tokens in the same order.
+    """
+    rows = HeldoutRows([each.place for each in given], config.tokens)
+    activations = _encode(given, rows, scratch)
+    figures: Figures = {
+        "format": FORMAT, "rows": activations[0].rows, "left_out": rows.left_out,
+        "settings": {key: value for key, value in to_dict(config).items() if key != "shown"},
+        "dictionaries": [_about(each, own) for each, own in zip(given, activations, strict=True)],
+    }  # fmt: skip
+    if len(given) == 1:
+        found, partners = _alone(given[0], activations[0], config)
+        figures["coactivation"] = found
+        return Comparison(figures, tables.MATCHES.empty_table(), tables.SPLITS.empty_table(), partners)
+    every = range(len(given))
+    pairs = [_pair(a, b, given, activations, config) for a, b in itertools.combinations(every, 2)]
+    if any(pair.stitch for pair in pairs):
+        _stitch(pairs, given, activations, rows)
+    figures["pairs"] = [_figures(pair, given, activations, config) for pair in pairs]
+    matches = [_matches(pair, given, activations) for pair in pairs]
+    splits = [tables.of_splits(given[pair.smaller].name, given[pair.larger].name, pair.splits) for pair in pairs]
+    return Comparison(
+        figures, tables.together(matches, tables.MATCHES), tables.together(splits, tables.SPLITS),
+        tables.PARTNERS.empty_table(),
+    )  # fmt: skip
+
+
+def _encode(given: Sequence[Given], rows: HeldoutRows, scratch: Path) -> list[Activations]:
+    writers = [Writer(scratch / str(at), each.dictionary.n_latents) for at, each in enumerate(given)]
+    for batch in logged(rows, "encoded", rows.batches, of="batches"):
+        for each, x, writer in zip(given, batch.x, writers, strict=True):
+            writer.add(each.dictionary.encode(x))
+    return [writer.close() for writer in writers]
+
+
+def _about(each: Given, own: Activations) -> Figures:
+    info = each.dictionary.info
+    return {
+        "name": each.name, "where": each.where, "variant": info.get("variant"), "n_latents": own.n_latents,
+        "k": each.dictionary.k, "hook": str(each.place.hooks), "model": info.get("model"),
+        "store": each.place.store.storage.uri, "fire": int(own.fires.sum()), "never_fire": int((~own.fires).sum()),
+        "l0": float(own.firings.sum() / own.rows) if own.rows else None,
+    }  # fmt: skip
+
+
+def _alone(each: Given, own: Activations, config: CompareConfig) -> tuple[Figures, pa.Table]:
+    W_dec = each.dictionary.parameters.W_dec
+    found = coactivation.partners(own, W_dec, kept=config.partners)
+    chance = coactivation.by_chance(own, W_dec, seed=config.seed)
+    jaccard = torch.where(found.latent[:, 0] >= 0, found.others[:, 0, 0], matching.NONE)
+    by_chance = torch.where(chance.latent[:, 0] >= 0, chance.others[:, 0, 0], matching.NONE)
+    figures = {
+        name: {"found": distribution(best, own.firings), "chance": distribution(other, own.firings)}
+        for name, best, other in (("correlation", found.best, chance.best), ("jaccard", jaccard, by_chance))
+    }
+    return figures, tables.of_partners(each.name, found, own.firings)
+
+
+def _pair(a: int, b: int, given: Sequence[Given], activations: Sequence[Activations], config: CompareConfig) -> Pair:
+    one, other = given[a], given[b]
+    same_space = _same_space(one, other)
+    measure: Measure = config.match or ("cosine" if same_space else "correlation")
+    if measure == "cosine" and not same_space:
+        raise UserError(
+            f"match=cosine: {one.where} and {other.where} do not rebuild the same activations, so that their decoder "
+            "rows cannot be compared; use match=correlation"
+        )
+    first, second = (
+        Side(activations[at], given[at].dictionary.parameters.W_dec if same_space else None) for at in (a, b)
+    )
+    found, chance = matching.match(first, second), matching.by_chance(first, second, seed=config.seed)
+    smaller, larger = (a, b) if one.dictionary.n_latents <= other.dictionary.n_latents else (b, a)
+    of_smaller, of_larger = (found.first, found.second) if smaller == a else (found.second, found.first)
+    splits = split(of_smaller[measure], of_larger[measure], level=config.level, fires=activations[smaller].fires)
+    pair = Pair(a, b, smaller, larger, measure, found, chance, splits)
+    if same_space and _same_store(one, other):
+        rebuilt = tuple(widths(one.place.store.meta, one.place.hooks.sides[-1]).values())
+        chosen = choose(splits, activations[larger].fires, seed=config.seed)
+        pair.stitch = Stitch(given[smaller].dictionary, given[larger].dictionary, chosen, rebuilt)
+    return pair
+
+
+def _same_space(one: Given, other: Given) -> bool:
+    """Whether both rebuild the same activations, so that decoder rows have the same coordinates."""
+    return one.place.hooks.sides[-1] == other.place.hooks.sides[-1] and (
+        _same_store(one, other) or _same_model(one.place.store.meta, other.place.store.meta)
+    )
+
+
+def _same_store(one: Given, other: Given) -> bool:
+    """Also where one lies elsewhere as a copy."""
+    return one.place.store.meta.digest == other.place.store.meta.digest
+
+
+def _same_model(one: StoreMeta, other: StoreMeta) -> bool:
+    """An import that does not name its model may be of any."""
+    named = one.model != ImportConfig.model
+    return named and (one.model, one.model_fingerprint) == (other.model, other.model_fingerprint)
+
+
+def _stitch(
+    pairs: Sequence[Pair], given: Sequence[Given], activations: Sequence[Activations], rows: HeldoutRows
+) -> None:
+    """The second pass: reconstructions with latents of one dictionary in another."""
+    seen, needed = 0, sorted({at for pair in pairs if pair.stitch for at in (pair.smaller, pair.larger)})
+    for batch in logged(rows, "rebuilt", rows.batches, of="batches"):
+        active = {at: activations[at].of_rows(seen, seen + len(batch)) for at in needed}
+        rebuilt = {at: given[at].dictionary.decode(active[at], batch.x[at]) for at in needed}
+        seen += len(batch)
+        for pair in pairs:
+            if pair.stitch is not None:
+                both = pair.smaller, pair.larger
+                target = batch.target[pair.smaller]
+                pair.stitch.add(target, _two(active, both), _two(rebuilt, both))
+
+
+def _two(of: dict[int, Any], both: tuple[int, int]) -> tuple[Any, Any]:
+    return of[both[0]], of[both[1]]
+
+
+def _figures(pair: Pair, given: Sequence[Given], activations: Sequence[Activations], config: CompareConfig) -> Figures:
+    names = [given[at].name for at in (pair.first, pair.second)]
+    firings = [activations[at].firings for at in (pair.first, pair.second)]
+    each = zip(names, names[::-1], pair.found, pair.chance, firings, pair.found[::-1], strict=True)
+    matches = [
+        {"of": name, "in": within}
+        | {key: compared(own[key], chance[key], count, other=other[key], level=config.level) for key in own}
+        for name, within, own, chance, count, other in each
+    ]
+    stitching = APART if pair.stitch is None else pair.stitch.figures()
+    why = {"stitching": stitching} if isinstance(stitching, str) else {}
+    if "cosine" not in pair.found.first:
+        why["cosine"] = "they rebuild different activations, so that their decoder rows have other coordinates"
+    novel = int((activations[pair.larger].fires & (pair.splits.parent < 0)).sum())
+    return {
+        "smaller": given[pair.smaller].name, "larger": given[pair.larger].name,
+        "match": pair.measure, "level": config.level,
+        "matches": matches,
+        "splitting": {**pair.splits.counts(), "novel": novel},
+        "stitching": None if isinstance(stitching, str) else stitching,
+        "not_measured": why,
+    }  # fmt: skip
+
+
+def _matches(pair: Pair, given: Sequence[Given], activations: Sequence[Activations]) -> pa.Table:
+    names = given[pair.first].name, given[pair.second].name
+    firings = activations[pair.first].firings, activations[pair.second].firings
+    alone = None if pair.stitch is None or isinstance(pair.stitch.figures(), str) else pair.stitch.alone()
+    return tables.of_matches(
+        names, pair.found, firings, larger=int(pair.larger == pair.second), splits=pair.splits, alone=alone
+    )
