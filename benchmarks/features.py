@@ -12,7 +12,6 @@ import os
 import platform
 import resource
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -120,7 +119,7 @@ def served(folder: Path, latents: int) -> dict[str, Any]:
         found |= {"latent": round(statistics.median(opened), 1), "slowest_latent": round(max(opened), 1)}
         status = Path(f"/proc/{server.pid}/status").read_text()
         found["peak_bytes"] = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-        server.send_signal(signal.SIGINT)
+        server.terminate()
     return {f"{name}_ms" if name != "peak_bytes" else name: value for name, value in found.items()}
 
 
