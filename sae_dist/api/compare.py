@@ -7,8 +7,9 @@ from typing import Any
 from sae_dist.comparison.compare import Comparison
 from sae_dist.comparison.config import CompareConfig
 from sae_dist.config import load
+from sae_dist.sae import find
 from sae_dist.sae.module import DictionaryModule
-from sae_dist.service import compare_job
+from sae_dist.service.compare_job import compare_dictionaries
 
 
 def compare(
@@ -23,7 +24,7 @@ def compare(
     named = [
         (f"dictionary {number}", each.dictionary)
         if isinstance(each, DictionaryModule)
-        else (str(each), compare_job.load(str(each)))
+        else (str(each), find.load(str(each)))
         for number, each in enumerate(dictionaries, 1)
     ]
-    return compare_job.compare_dictionaries(named, config, out=None if out is None else Path(out))
+    return compare_dictionaries(named, config, out=None if out is None else Path(out))

@@ -7,8 +7,7 @@ from sae_dist import formats
 from sae_dist.config import UserError
 from sae_dist.config import load as load_config
 from sae_dist.formats import Told
-from sae_dist.sae import dictionary
-from sae_dist.sae.find import dictionary_folder
+from sae_dist.sae import find
 from sae_dist.sae.module import DictionaryModule
 
 
@@ -25,5 +24,4 @@ def load(where: str | PathLike[str], *, format: str | None = None, **told: Any) 
         return DictionaryModule(formats.read(path.expanduser(), format=format, told=load_config(Told, told)))
     if told:
         raise UserError(f"{next(iter(told))} is for the files of another tool; say which with format=")
-    with dictionary_folder(place) as folder:
-        return DictionaryModule(dictionary.load(folder))
+    return DictionaryModule(find.load(place))

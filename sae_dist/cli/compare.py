@@ -16,8 +16,8 @@ from pydantic import Field
 from sae_dist.comparison.config import CompareConfig
 from sae_dist.comparison.terminal import lines
 from sae_dist.config import frozen, load, local_folder
+from sae_dist.sae import find
 from sae_dist.service.compare_job import NAMES, compare_dictionaries
-from sae_dist.service.compare_job import load as load_dictionary
 
 LISTED = "dictionaries"  # the key whose values are the words of the command line
 
@@ -38,7 +38,7 @@ def main(values: Mapping[str, Any]) -> int:
     own = {field.name for field in dataclasses.fields(CompareConfig)}  # type: ignore[arg-type]
     config = load(CompareConfig, {key: value for key, value in values.items() if key in own})
     out = Path(local_folder("out", job.out))
-    found = compare_dictionaries([(where, load_dictionary(where)) for where in job.dictionaries], config, out=out)
+    found = compare_dictionaries([(where, find.load(where)) for where in job.dictionaries], config, out=out)
     print("\n".join(lines(found.figures)))
     print(f"page: {out / 'index.html'}")
     return 0

@@ -62,7 +62,10 @@ class Snapshots:
     def _look(self) -> tuple[list[Shown], list[Shown]]:
         """All runs, the newest first, and all sweeps by name."""
         found = self._folder.found()
-        runs = [self._shown(name, read_run(self._place(name)), "pages") for name in found.runs]
+        runs = [
+            self._shown(name, read_run(self._place(name)), "pages")._replace(more=self._more(name))
+            for name in found.runs
+        ]
         return sorted(runs, key=_age), list(map(self._sweep, found.sweeps))
 
     def _sweep(self, name: str) -> Shown:
@@ -77,9 +80,11 @@ class Snapshots:
         return shown._replace(pages=[point for point in points if self._has(point, "pages")])
 
     def _shown(self, name: str, what: RunStatus | SweepStatus | None, page: str) -> Shown:
-        has = {"features": self._features.has([*filter(None, name.split("/"))]), "labels": self._has(name, "labels")}
-        more = [kind for kind in MORE if has[kind]]
-        return Shown(name, "it is gone" if what is None else what, self._has(name, page), more)
+        return Shown(name, "it is gone" if what is None else what, self._has(name, page))
+
+    def _more(self, run: str) -> list[str]:
+        has = {"features": self._features.has([*filter(None, run.split("/"))]), "labels": self._has(run, "labels")}
+        return [kind for kind in MORE if has[kind]]
 
     def _has(self, name: str, page: str) -> bool:
         with self._folder.open([*filter(None, name.split("/")), page, "index.html"]) as file:

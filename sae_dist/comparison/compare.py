@@ -84,7 +84,10 @@ def compare(given: Sequence[Given], config: CompareConfig, scratch: Path) -> Com
     if any(pair.stitch for pair in pairs):
         _stitch(pairs, given, activations, rows)
     figures["pairs"] = [_figures(pair, given, activations, config) for pair in pairs]
-    matches = [_matches(pair, given, activations) for pair in pairs]
+    matches = [
+        _matches(pair, given, activations, stitched=own["stitching"] is not None)
+        for pair, own in zip(pairs, figures["pairs"], strict=True)
+    ]
     splits = [tables.of_splits(given[pair.smaller].name, given[pair.larger].name, pair.splits) for pair in pairs]
     return Comparison(
         figures, tables.together(matches, tables.MATCHES), tables.together(splits, tables.SPLITS),
@@ -209,10 +212,10 @@ def _figures(pair: Pair, given: Sequence[Given], activations: Sequence[Activatio
     }  # fmt: skip
 
 
-def _matches(pair: Pair, given: Sequence[Given], activations: Sequence[Activations]) -> pa.Table:
+def _matches(pair: Pair, given: Sequence[Given], activations: Sequence[Activations], *, stitched: bool) -> pa.Table:
     names = given[pair.first].name, given[pair.second].name
     firings = activations[pair.first].firings, activations[pair.second].firings
-    alone = None if pair.stitch is None or isinstance(pair.stitch.figures(), str) else pair.stitch.alone()
+    alone = pair.stitch.alone() if pair.stitch is not None and stitched else None
     return tables.of_matches(
         names, pair.found, firings, larger=int(pair.larger == pair.second), splits=pair.splits, alone=alone
     )

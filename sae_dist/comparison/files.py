@@ -1,17 +1,17 @@
 """The files of a comparison: data first, the page last, each written whole."""
 
-import os
-import shutil
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sae_dist.comparison.compare import Comparison
-from sae_dist.comparison.page import STATIC, Links, page
-from sae_dist.interpret import site
-from sae_dist.run_files import write_json, write_whole
+from sae_dist.comparison.html import Links
+from sae_dist.comparison.page import page
+from sae_dist.interpret.parquet import write_parquet
+from sae_dist.interpret.plain_page import write_plain_page
+from sae_dist.run_files import write_json
 
+STYLES = Path(__file__).parent / "static" / "compare.css"
 TABLES = ("matches", "splits", "partners")
 
 
@@ -25,12 +25,8 @@ def write(out: Path, comparison: Comparison, *, links: Links, shown: int) -> Non
         rows: pa.Table = getattr(comparison, name)
         path = out / f"{name}.parquet"
         if len(rows):
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            pq.write_table(rows, temporary, compression="zstd")
-            os.replace(temporary, path)
+            write_parquet(path, rows)
         else:
             path.unlink(missing_ok=True)
     write_json(out / "compare.json", comparison.figures)
-    shutil.copyfile(site.STATIC / "site.css", out / "site.css")
-    shutil.copyfile(STATIC / "compare.css", out / "compare.css")
-    write_whole(out / "index.html", page(comparison, links, shown))
+    write_plain_page(out, page(comparison, links, shown), STYLES)

@@ -5,8 +5,6 @@ Names and places come from outside, so everything that goes into it is escaped.
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -17,8 +15,8 @@ from sae_dist.comparison.correlation import NONE
 from sae_dist.comparison.figures import Figures
 from sae_dist.comparison.html import KINDS, MEASURES, Linked, Links, against, largest, number, percent, rows_of, table
 from sae_dist.comparison.pair_sections import CHILDREN, pair_sections, plot
+from sae_dist.interpret.plain_page import plain_page
 
-STATIC = Path(__file__).parent / "static"
 FEW = 20  # rows on which a latent that is listed fires at least: with fewer, an r of 1 means little
 CORRELATION = (
     "<b>Correlation</b> is Pearson's r of two latents' activations over the held-out rows, zeros included. Latents "
@@ -56,11 +54,10 @@ def page(comparison: Comparison, links: Links, shown: int) -> str:
             sections |= {f"{title}{name}": text for name, text in own.items()}
     sections["What the figures mean"] = f'<p class="prose">{meaning}</p>'
     sections["How this was made"] = _settings(figures)
-    body = "\n".join(f"<section><h2>{escape(n)}</h2>\n{text}</section>" for n, text in sections.items() if text)
-    shell = Template((STATIC / "compare.html").read_text(encoding="utf-8"))
-    return shell.substitute(
-        title=escape(_title(figures)), subtitle=escape(_subtitle(figures)), figures=_head(figures), main=body
-    )
+    return plain_page(
+        sections, kind="compare", kicker="Comparison", title=_title(figures), subtitle=_subtitle(figures),
+        figures=_head(figures),
+    )  # fmt: skip
 
 
 def _title(figures: Figures) -> str:

@@ -6,6 +6,7 @@ Never more than some thousand latents in one answer, however many there are.
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,12 +53,11 @@ class FeatureAnswers:
         """The plots of all latents that fired; densities and maxima as logarithms to the base of 10."""
         index = self.found.searched().of
         fired = (index.firings > 0).nonzero()[0]
-        density, maximum = self._logarithms(fired)
         return {
             "fired": len(fired),
             "pages": len(index.firings),
-            "density": _span(density),
-            "maximum": _span(maximum),
+            "density": self._spans[0],
+            "maximum": self._spans[1],
             "bars": self._bars(fired),
             "dots": self._dots(fired),
         }
@@ -144,9 +144,13 @@ class FeatureAnswers:
 
     def _bars(self, latents: Int[np.ndarray, " n"]) -> list[int]:
         """Their histogram over the range of the densities of all latents."""
-        index = self.found.searched().of
-        span = _span(self._logarithms((index.firings > 0).nonzero()[0])[0])
-        return np.histogram(self._logarithms(latents)[0], BARS, span)[0].tolist()
+        return np.histogram(self._logarithms(latents)[0], BARS, self._spans[0])[0].tolist()
+
+    @cached_property
+    def _spans(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """The ranges of the densities and maxima of all latents that fired."""
+        density, maximum = self._logarithms((self.found.searched().of.firings > 0).nonzero()[0])
+        return _span(density), _span(maximum)
 
     def _dots(self, latents: Int[np.ndarray, " n"]) -> dict[str, list[float]]:
         """A chance sample of them, the same one each time."""

@@ -7,7 +7,6 @@ after a stop, the work goes on where it was.
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +26,7 @@ from sae_dist.interpret.contexts import choose, shade
 from sae_dist.interpret.feature_index import write_index
 from sae_dist.interpret.feature_table import SCHEMA, table
 from sae_dist.interpret.logit_effect import Unembedding, logit_effects
+from sae_dist.interpret.parquet import write_parquet
 from sae_dist.interpret.records import Stream, context_text, labels
 from sae_dist.interpret.site import finite
 from sae_dist.interpret.vocabulary import Decode
@@ -204,11 +203,9 @@ def _tokens(vocabulary: Collection[int], special: Collection[int], decode: Decod
 
 
 def _write(path: Path, rows: pa.Table) -> None:
-    """Complete or absent. Pages have checksums, which reading verifies."""
-    temporary = path.with_name(f".{path.name}")
+    """Pages have checksums, which reading verifies."""
     size = GROUP_LATENTS if rows.schema.equals(SCHEMA) else max(len(rows), 1)
-    pq.write_table(
-        rows, temporary, row_group_size=size, compression="zstd", use_dictionary=False, write_page_checksum=True,
-        write_statistics=["latent"], store_schema=False,  # pyright: ignore[reportArgumentType]  its stub is incomplete
+    write_parquet(
+        path, rows, row_group_size=size, use_dictionary=False, write_page_checksum=True, write_statistics=["latent"],
+        store_schema=False,
     )  # fmt: skip
-    os.replace(temporary, path)

@@ -15,9 +15,11 @@ from typing_extensions import TypedDict
 
 from sae_dist.config import UserError
 from sae_dist.interpret.feature_index import INDEX, index_of
-from sae_dist.interpret.feature_labels import LABELS, labels_of
 from sae_dist.interpret.feature_table import SCHEMA
 from sae_dist.interpret.features import ABOUT, FORMAT, TOKENS, file_name
+from sae_dist.interpret.read_labels import FOLDER as LABELS
+from sae_dist.interpret.read_labels import TABLE as LABEL_TABLE
+from sae_dist.interpret.read_labels import labels_of
 from sae_dist.interpret.search import Query, Searched, select
 from sae_dist.run_files import parse_json
 
@@ -149,7 +151,7 @@ class Features:
     def labels(self, latents: Sequence[int]) -> pa.StringArray | None:
         """The labels of `latents`, null where one has none; None for a run without labels."""
         try:
-            with self._open(LABELS, f"{LABELS}.parquet") as file:
+            with self._open(LABELS, LABEL_TABLE) as file:
                 return labels_of(file, latents)
         except FileNotFoundError:
             return None

@@ -5,6 +5,7 @@ from functools import cached_property
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import TypedDict
@@ -12,7 +13,7 @@ from typing_extensions import TypedDict
 from sae_dist.config import UserError
 from sae_dist.run_files import read_json
 
-TABLE, SCORES = "labels.parquet", "scores.json"
+FOLDER, TABLE, SCORES = "labels", "labels.parquet", "scores.json"  # the folder is a run's
 CURE = "write it again with `sae-dist label RUN`"
 KINDS = ("detection", "fuzzing")
 OF_KIND = [  # columns of each kind of score
@@ -95,4 +96,15 @@ def labels(where: str | PathLike[str]) -> Labels:
     if "://" in str(where):
         raise UserError(f"{where} is not on a disk; copy the folder labels/ of that run to one")
     folder = Path(where).expanduser()
-    return Labels(folder / "labels" if (folder / "labels").is_dir() else folder)
+    return Labels(folder / FOLDER if (folder / FOLDER).is_dir() else folder)
+
+
+def labels_of(file: pa.NativeFile, latents: Sequence[int]) -> pa.StringArray:
+    """The labels of `latents` in an open labels.parquet, in their order; null where one has none."""
+    wanted = np.asarray(latents, np.int64)
+    first, last = (int(wanted.min()), int(wanted.max())) if len(wanted) else (0, -1)
+    within = [("latent", ">=", first), ("latent", "<=", last)]  # other row groups are not read
+    table = pq.read_table(file, columns=["latent", "label"], filters=within)
+    place = np.full(last + 1, -1)
+    place[table["latent"].to_numpy()] = np.arange(len(table))
+    return table["label"].take(pa.array(place[wanted], mask=place[wanted] < 0)).combine_chunks().cast(pa.string())

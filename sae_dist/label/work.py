@@ -1,7 +1,6 @@
 """Labels all that is wanted, some latents at a time: complete or absent, and repeated after a stop it goes on."""
 
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +12,9 @@ import pyarrow.parquet as pq
 
 from sae_dist import checksums
 from sae_dist.config import digest, to_dict
+from sae_dist.interpret.parquet import write_parquet
 from sae_dist.interpret.read_features import Features
-from sae_dist.interpret.read_labels import KINDS, SCHEMA, SCORES, TABLE
+from sae_dist.interpret.read_labels import FOLDER, KINDS, SCHEMA, SCORES, TABLE
 from sae_dist.label import score
 from sae_dist.label.choose import LabellerAndJudge, chosen
 from sae_dist.label.config import LabelConfig
@@ -47,7 +47,7 @@ def write_labels(out: Path, features: Features, config: LabelConfig) -> Path:
         keys = {key: value for key, value in to_dict(config).items() if key not in HOW_FAST}
         evidence = read_json(features.folder / checksums.NAME, dict[str, str], cure="write the feature data again")
         made_from = digest([FORMAT, keys, judge.identity, evidence])
-        folder, partial = out / "labels", out / "labels.partial"
+        folder, partial = out / FOLDER, out / f"{FOLDER}.partial"
         if _is_done(folder, made_from):
             logger.info("%s has these labels already", folder)
             return folder
@@ -134,9 +134,7 @@ def _begin(partial: Path, made_from: str) -> None:
 
 
 def _write(path: Path, rows: pa.Table) -> None:
-    temporary = path.with_name(f".{path.name}")
-    pq.write_table(rows, temporary, compression="zstd", use_dictionary=False, write_page_checksum=True)
-    os.replace(temporary, path)
+    write_parquet(path, rows, use_dictionary=False, write_page_checksum=True)
 
 
 def _finish(partial: Path, folder: Path, parts: Sequence[Path], facts: Row) -> Path:

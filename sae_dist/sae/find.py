@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.hub import address
 from sae_dist.hub.pull import pull
+from sae_dist.sae import dictionary
+from sae_dist.sae.dictionary import Dictionary
 from sae_dist.storage import Storage
 
 FILES = ("config.json", "dictionary.safetensors")
@@ -28,6 +30,12 @@ def is_there(where: str) -> bool:
         there = storage.open(where)
         return there.exists(_prefix(there) + FILES[0])
     return (_own_folder(where) / FILES[0]).is_file()
+
+
+def load(where: str, part: Callable[[int], range] | None = None) -> Dictionary:
+    """The dictionary at `where`, or its latents `part(n_latents)`; UserError where there is none, or it is damaged."""
+    with dictionary_folder(where) as folder:
+        return dictionary.load(folder, part)
 
 
 @contextmanager

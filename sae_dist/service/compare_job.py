@@ -12,20 +12,14 @@ from sae_dist.comparison.config import CompareConfig
 from sae_dist.comparison.files import write
 from sae_dist.comparison.rows import Place
 from sae_dist.config import UserError
-from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.sae.dictionary import Dictionary
-from sae_dist.sae.find import dictionary_folder, is_uri
+from sae_dist.sae.find import is_uri
 from sae_dist.service.summary import read_summary
 from sae_dist.shards import stores as store_files
 from sae_dist.shards.hooks import check, said_by, width
 from sae_dist.shards.reader import Store
 
 NAMES = string.ascii_uppercase  # of dictionaries, in the order given
-
-
-def load(where: str) -> Dictionary:
-    with dictionary_folder(where) as folder:
-        return dictionary_file.load(folder)
 
 
 def compare_dictionaries(

@@ -19,9 +19,10 @@ import pyarrow as pa
 from sae_dist.config import UserError
 from sae_dist.interpret import site
 from sae_dist.interpret.feature_answers import FeatureAnswers, query_of
-from sae_dist.interpret.feature_labels import LABELS
 from sae_dist.interpret.features import ABOUT
 from sae_dist.interpret.read_features import FEATURES, Features, OpenFile
+from sae_dist.interpret.read_labels import FOLDER as LABELS
+from sae_dist.interpret.read_labels import TABLE as LABEL_TABLE
 from sae_dist.service.shown_folder import RUN_FILES, ShownFile, ShownFolder
 from sae_dist.service.web_server import TYPES, Made, content_type
 from sae_dist.storage import StorageError
@@ -92,7 +93,7 @@ class ShownFeatures:
 
     def _answers(self, run: Sequence[str]) -> FeatureAnswers:
         """Those of a run, made again once its files are others."""
-        tags = (self._tag(run, FEATURES, ABOUT), self._tag(run, LABELS, f"{LABELS}.parquet"))
+        tags = (self._tag(run, FEATURES, ABOUT), self._tag(run, LABELS, LABEL_TABLE))
         with self._lock:
             kept = self._kept.pop(tuple(run), None)
             if kept is None or kept.tags != tags:

@@ -7,7 +7,7 @@ from sae_dist.interpret import read_labels, site
 
 def labels(run: Path) -> dict[int, str]:
     """Of every latent of the run that has a label or a page; empty where there are neither."""
-    written = run / "labels"
+    written = run / read_labels.FOLDER
     given = read_labels.labels(written) if (written / read_labels.SCORES).is_file() else {}
     return _tokens(run / "pages") | dict(given)
 

@@ -4,15 +4,12 @@ Prompts, samples and labels come from outside, so everything that goes into it i
 """
 
 import shlex
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from sae_dist.interpret import site
-from sae_dist.run_files import write_whole
+from sae_dist.interpret.plain_page import plain_page, write_plain_page
 from sae_dist.steer.study import CLAMPED, DIFFERENCE, RANDOM, WITHOUT
 
 STATIC = Path(__file__).parent / "static"
@@ -32,10 +29,7 @@ TITLES = {
 
 def write_page(out: Path, found: Mapping[str, Any]) -> None:
     """Writes `<out>/index.html` and its styles."""
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(site.STATIC / "site.css", out / "site.css")
-    shutil.copyfile(STATIC / "steer.css", out / "steer.css")
-    write_whole(out / "index.html", page(found))
+    write_plain_page(out, page(found), STATIC / "steer.css")
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
@@ -69,10 +63,10 @@ def page(found: Mapping[str, Any]) -> str:
         "How to read this": f'<p class="prose">{CAVEATS}</p>' if "conditions" in found else "",
         "How this was made": _settings(found),
     }
-    body = "\n".join(f"<section><h2>{name}</h2>\n{content}</section>" for name, content in sections.items() if content)
-    shell = Template((STATIC / "steer.html").read_text(encoding="utf-8"))
     title, subtitle = _title(found)
-    return shell.substitute(title=escape(title), subtitle=escape(subtitle), figures=_figures(found), main=body)
+    return plain_page(
+        sections, kind="steer", kicker="Steering", title=title, subtitle=subtitle, figures=_figures(found)
+    )
 
 
 def _title(found: Mapping[str, Any]) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae_dist import storage
 from sae_dist.config import UserError
-from sae_dist.sae import dictionary, find
+from sae_dist.sae import find
 from sae_dist.sae.dictionary import WEIGHTS, Dictionary
 from sae_dist.sae.initialize import random_rows
 from sae_dist.sae.scale import Scales
@@ -65,8 +65,7 @@ def warm_start(
     where the dictionary does not fit; a warning where it fits, but was made for something else.
     """
     where = str(member.start_from)
-    with find.dictionary_folder(where) as folder:
-        found = dictionary.load(folder, mesh.latents)
+    found = find.load(where, mesh.latents)
     if wrong := _misfit(found, member, sides):
         raise UserError(f"{_named(member)}: {wrong}")
     tensors, norms = _tensors(found, member, mesh, scales)
