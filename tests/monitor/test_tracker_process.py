@@ -23,7 +23,7 @@ from tests.monitor.tracking import command, figures, runs
 from tests.monitor.wandb_files import kept
 
 RUN = TrackedRun("abc", "run", "group", "train", "", {})
-DEADLINE_S = 240
+DEADLINE_S = 1200
 
 
 def start(out: Path, kind: str = "wandb", **options) -> TrackerProcess:

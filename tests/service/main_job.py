@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sae_dist.monitor.metrics import read_metrics
 
-DEADLINE_S = 240
+DEADLINE_S = 1200
 
 
 def command(out: Path, *overrides: str) -> list[str]:

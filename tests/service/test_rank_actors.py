@@ -19,7 +19,7 @@ import torch
 from sae_dist.cli.main import main
 from tests.train.test_loop import rows_of
 
-DEADLINE_S = 400
+DEADLINE_S = 1200
 STEPS = 60
 pytestmark = pytest.mark.slow  # Ray takes its time to start processes
 
