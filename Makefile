@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY ?= passive
 # Ray starts many processes: each would compile all of torch anew where bytecode is not kept.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: venv quickstart test test-all check clean
+.PHONY: venv quickstart test test-all paper-2023 paper-2024 check clean
 venv: .venv/.installed
 
 # uv resolves and unpacks several times faster than pip, but does not read pip's own list of local wheels: it is handed on.
@@ -27,6 +27,10 @@ test: venv
 # The fast tests first, side by side; then the slow ones, one after another: they kill, wait and use every core.
 test-all: test
 	$(BIN)/python -m pytest -m slow
+
+# Two papers repeated (docs/papers.md). SIZE=laptop takes about an hour on two cores, SIZE=full days.
+paper-2023 paper-2024: paper-%: venv
+	$(BIN)/python -m benchmarks.paper_$* --size $(or $(SIZE),laptop) --out runs/$@
 
 check: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

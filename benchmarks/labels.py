@@ -22,11 +22,11 @@ import torch
 import yaml
 
 import sae_dist
+from benchmarks.shuffled_model import shuffled_model
 from sae_dist import config
 from sae_dist.cli.main import main as sae_dist_command
 from sae_dist.interpret.read_labels import KINDS
 from sae_dist.model.config import ModelConfig
-from sae_dist.model.load import load
 
 RESULT = Path(__file__).parent / "results/labels.json"
 STILL = ("train.tokens=2048", "train.lr=1e-12")
@@ -52,20 +52,6 @@ def with_store_of(out: Path, other: Path) -> Path:
     return out
 
 
-def shuffled_model(of: Path, folder: Path) -> Path:
-    """The model of a run with permuted weights, as a folder."""
-    if not (folder / "config.json").exists():
-        own = load(config.load(ModelConfig, yaml.safe_load((of / "config.yaml").read_text())["model"]))
-        chance = torch.Generator().manual_seed(0)
-        embeddings = {id(own.model.get_input_embeddings().weight), id(own.model.get_output_embeddings().weight)}
-        for weight in own.model.parameters():
-            if weight.ndim > 1 and id(weight) not in embeddings:
-                weight.data = weight.flatten()[torch.randperm(weight.numel(), generator=chance)].view_as(weight)
-        own.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
-        own.model.save_pretrained(folder)
-    return folder
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="quickstart")
@@ -77,7 +63,8 @@ def main() -> None:
     for name, weight in (("random", 0), ("data", 1)):
         own = with_store_of(out / name, trained)
         found[name] = run(own, preset, *STILL, f"train.init_data_weight={weight}")
-    model = shuffled_model(trained, out / "model")
+    own = yaml.safe_load((trained / "config.yaml").read_text())["model"]
+    model = shuffled_model(config.load(ModelConfig, own), out / "model")
     found["shuffled model"] = run(out / "shuffled", preset, f"model={model}")
     about = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
     RESULT.write_text(json.dumps({"about": about, "preset": options.preset, "results": found}, indent=1) + "\n")
