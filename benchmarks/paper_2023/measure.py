@@ -12,12 +12,12 @@ from sae_dist.sae.dictionary import Dictionary
 from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.text.stream import TokenStream
 
-BATCH_ROWS = 4096
+BATCH_ROWS = 8192  # a unit of a harvest: rows are stored in an order by chance within it
 NONE = -2.0  # of a latent that does not vary
 
 
 class Rows(NamedTuple):
-    """Some held-out rows and where each stands in its text."""
+    """Held-out rows of a unit in the order of the text, and where each stands in it."""
 
     x: Float[Tensor, "rows width"]
     at: Int[np.ndarray, " rows"]  # place in the token stream
@@ -110,7 +110,9 @@ def heldout_rows(rowed: Rowed) -> Iterator[Rows]:
     for unit in range(store.meta.train_units, store.meta.n_units):
         for part in unit_rows(store, (hook,), unit, BATCH_ROWS):
             document = order[np.searchsorted(stream.doc_ids, part.doc, sorter=order)]
-            yield Rows(part.x.float(), np.asarray(stream.starts)[document] + part.pos, unit % 2)
+            at = np.asarray(stream.starts)[document] + part.pos
+            read = np.argsort(at)
+            yield Rows(part.x[read].float(), at[read], unit % 2)
 
 
 @torch.no_grad()

@@ -133,10 +133,10 @@ def _chart(features: Sequence[Figures]) -> str:
         ]
     parts += [f'<text x="{x(at):.1f}" y="{height + 15}" text-anchor="middle">{at:g}</text>' for at in (0, 0.5, 1)]
     marks = (
-        '<p class="key"><span class="latent">best latent</span> <span class="neuron">best neuron</span> '
-        '<span class="shuffled">best latent of the shuffled transformer</span></p>'
+        '<p class="key"><span class="latent">best latent of BatchTopK</span> <span class="neuron">best neuron</span> '
+        '<span class="shuffled">the same of the shuffled transformer</span></p>'
     )
-    return f'{marks}<svg viewBox="0 0 {WIDTH} {height + 20}" role="img">{"".join(parts)}</svg>'
+    return f'{marks}<div class="wide"><svg viewBox="0 0 {WIDTH} {height + 20}" role="img">{"".join(parts)}</svg></div>'
 
 
 def _splitting(found: Figures) -> str:
@@ -194,11 +194,12 @@ def _differences(found: Figures) -> str:
             "The paper trains its transformer on 100 billion tokens of the Pile and dictionaries on 8 billion "
             "activations; here both see a few million tokens of manuals, web pages, code, DNA and base64 from "
             "Debian packages. "
-            "Contexts that matter for these proxies are far more frequent here: a twelfth of the text is DNA, one "
-            "part in 770 of the paper's is Arabic.",
+            "Kinds of text that proxies tell are far more frequent: a twelfth of the text is DNA, one part in 770 of "
+            "the paper's is Arabic. A transformer has neurons for what is so frequent, and proxies that follow from "
+            "single tokens are met by latents of the shuffled transformer too.",
             f"Activations have no unit, so that the paper's L1 coefficient of 0.004 cannot be taken over: "
             f"{found['l1_coefficient']:g} in the units of `sae=relu` gives the L0 above. Adam's learning rate and its "
-            "decay are the defaults of this project. b_dec begins at the mean, not at the geometric median.",
+            "decay are the defaults of this project.",
             "Silent and rare latents are counted on fewer rows than the paper's 10<sup>8</sup>, so that more of them "
             "seem silent here.",
             "Proxies of the paper are judged on all its tokens; here a negative sum counts as 0. "

@@ -121,8 +121,8 @@ def _chart(widths: Figures) -> str:
     key = "".join(f'<span class="size{at}">{int(width):,}</span> ' for at, width in enumerate(points))
     axis = f'<text x="{WIDTH}" y="{HEIGHT + 30}" text-anchor="end">frequency × alive latents</text>'
     return (
-        f'<p class="key">{key}</p><svg viewBox="0 0 {WIDTH} {HEIGHT + BELOW}" role="img">'
-        f"{lines}{marks}{shares}{axis}</svg>"
+        f'<p class="key">{key}</p><div class="wide"><svg viewBox="0 0 {WIDTH} {HEIGHT + BELOW}" role="img">'
+        f"{lines}{marks}{shares}{axis}</svg></div>"
     )
 
 
