@@ -28,7 +28,7 @@ test: venv
 test-all: test
 	$(BIN)/python -m pytest -m slow
 
-# Two papers repeated (docs/papers.md). SIZE=laptop takes about an hour on two cores, SIZE=full days.
+# Two papers repeated (docs/papers.md). SIZE=laptop takes some two hours on two cores beside other work.
 paper-2023 paper-2024: paper-%: venv
 	$(BIN)/python -m benchmarks.paper_$* --size $(or $(SIZE),laptop) --out runs/$@
 

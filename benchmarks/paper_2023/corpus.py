@@ -118,6 +118,8 @@ def read(source: Source, package: Path) -> Iterator[dict[str, str]]:
     """The documents of a source, of files in the order of their names. UserError where there are none."""
     left, found = source.megabytes * 1e6, False
     for path in sorted(package.glob(source.files)):
+        if left <= 0:
+            break
         if path.is_symlink() or not path.is_file():
             continue
         for text in pieces(source.read(path), DOCUMENT_CHARS):

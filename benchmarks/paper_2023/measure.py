@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_dist.comparison.correlation import NONE
 from sae_dist.sae.dictionary import Dictionary
-from sae_dist.shards.reader import Store, unit_rows
+from sae_dist.shards.reader import Store, heldout
 from sae_dist.text.stream import TokenStream
 
 BATCH_ROWS = 8192  # a unit of a harvest: rows are stored in an order by chance within it
-NONE = -2.0  # of a latent that does not vary
 
 
 class Rows(NamedTuple):
@@ -107,12 +107,11 @@ class Products:
 def heldout_rows(rowed: Rowed) -> Iterator[Rows]:
     store, stream, hook = rowed
     order = np.argsort(stream.doc_ids)
-    for unit in range(store.meta.train_units, store.meta.n_units):
-        for part in unit_rows(store, (hook,), unit, BATCH_ROWS):
-            document = order[np.searchsorted(stream.doc_ids, part.doc, sorter=order)]
-            at = np.asarray(stream.starts)[document] + part.pos
-            read = np.argsort(at)
-            yield Rows(part.x[read].float(), at[read], unit % 2)
+    for part in heldout(store, hook, BATCH_ROWS):
+        document = order[np.searchsorted(stream.doc_ids, part.doc, sorter=order)]
+        at = np.asarray(stream.starts)[document] + part.pos
+        read = np.argsort(at)
+        yield Rows(part.x[read].float(), at[read], part.unit % 2)
 
 
 @torch.no_grad()

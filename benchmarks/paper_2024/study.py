@@ -58,6 +58,7 @@ def dictionaries(out: Path, size: Size, given: Mapping[str, Any], recipe: str) -
 def figures(out: Path, size: Size, points: Mapping[str, Points]) -> dict[str, Any]:
     """Every figure of the page."""
     largest = SteeredRun(points["relu_norm"][max(size.widths)], MAIN)
+    vocab = largest.model.model.get_input_embeddings().num_embeddings
     return {
         "size": size._asdict(), "model": largest.model.name, "hook": largest.hook,
         "dictionaries": [
@@ -66,7 +67,7 @@ def figures(out: Path, size: Size, points: Mapping[str, Points]) -> dict[str, An
         ],
         "laws": report_tables(read_points(out / "relu_norm"))["laws"],
         "completeness": {
-            recipe: complete(own, largest.store, largest.hook, size) for recipe, own in points.items()
+            recipe: complete(own, largest.store, largest.hook, size, vocab) for recipe, own in points.items()
         },
         "attribution": attributions(largest, size.sequences),
     }  # fmt: skip
@@ -78,12 +79,12 @@ def _judged(folder: Path) -> dict[str, Any]:
     return {"tokens": summary["tokens_trained"], **{name: summary["eval"].get(name) for name in kept}}
 
 
-def complete(points: Points, store: Store, hook: str, size: Size) -> dict[str, Any]:
+def complete(points: Points, store: Store, hook: str, size: Size, vocab: int) -> dict[str, Any]:
     """Which tokens have a latent, for each width."""
     found = {}
     for width, folder in points.items():
         dictionary = find.load(str(folder))
-        firings = Firings(width, int(max(part.token.max() for part in heldout(store, hook, BATCH_ROWS))) + 1)
+        firings = Firings(width, vocab)
         for part in heldout(store, hook, BATCH_ROWS):
             active = dictionary.encode(part.x.float())
             firings.add(active.indices.numpy(), active.rows.numpy(), part.token.astype(np.int64))
