@@ -15,7 +15,7 @@ from sae_dist.service.compare_job import compare_dictionaries
 def compare(
     *dictionaries: str | PathLike[str] | DictionaryModule, out: str | PathLike[str] | None = None, **keys: Any
 ) -> Comparison:
-    """What dictionaries share: `figures`, and the tables `matches`, `splits` and `partners` (docs/compare.md).
+    """What dictionaries share: `figures`, and tables: `matches`, `splits`, `inputs`, `partners` (docs/compare.md).
 
     Each is a place that `sae_dist.load` takes, or what it has loaded. Keys are those of `sae-dist compare`: store=,
     tokens=, match=, level=, ... With `out`, the page and its data are written there. UserError for what you can cure.

@@ -1,7 +1,8 @@
 """Compare dictionaries: which latents they share, how those of one split in another, and what the larger one adds.
 
 A dictionary is a run, its dictionary/ or dictionaries/NAME, an imported one, s3:// or hf://. All are compared on the
-same held-out rows. One alone: which of its latents fire together.
+same held-out rows. One alone: which of its latents fire together. Of two layers of a model: which latents of the
+earlier one feed each latent of the later one.
 Examples: sae-dist compare runs/a runs/b out=compared
           sae-dist compare runs/a out=together
 """

@@ -4,37 +4,24 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import torch
 
-from sae_dist.comparison import coactivation, matching, tables
+from sae_dist.comparison import coactivation, tables, virtual_weights
 from sae_dist.comparison.activations import Activations, Writer
-from sae_dist.comparison.config import CompareConfig, Measure
+from sae_dist.comparison.config import CompareConfig
+from sae_dist.comparison.correlation import NONE
 from sae_dist.comparison.figures import Figures, compared, distribution
-from sae_dist.comparison.matching import Matches, Side
-from sae_dist.comparison.rows import HeldoutRows, Place
-from sae_dist.comparison.splitting import Splits, split
-from sae_dist.comparison.stitching import Stitch, choose
-from sae_dist.config import UserError, to_dict
+from sae_dist.comparison.pairs import Given, Pair, pair_up
+from sae_dist.comparison.rows import HeldoutRows
+from sae_dist.config import to_dict
 from sae_dist.progress import logged
-from sae_dist.sae.dictionary import Dictionary
-from sae_dist.shards.format import StoreMeta
-from sae_dist.shards.hooks import widths
-from sae_dist.shards.imports.config import ImportConfig
 
 FORMAT = 1
 APART = "they do not rebuild the same rows of the same store"
-
-
-class Given(NamedTuple):
-    """One of the dictionaries."""
-
-    name: str  # A, B, ...
-    where: str
-    dictionary: Dictionary
-    place: Place
+NO_STREAM = "none reads the residual stream of the same model further on than the other rebuilds it"
 
 
 @dataclass(frozen=True)
@@ -44,22 +31,8 @@ class Comparison:
     figures: Figures  # compare.json
     matches: pa.Table  # a row a latent and pair; empty of one dictionary alone
     splits: pa.Table  # a row a latent of the smaller of each pair; empty of one dictionary alone
+    inputs: pa.Table  # a row a latent of a dictionary that another feeds; empty where none does
     partners: pa.Table  # a row a latent of one dictionary alone
-
-
-@dataclass
-class Pair:
-    """Two dictionaries: `first` and `second` as they were given, one of them the smaller."""
-
-    first: int
-    second: int
-    smaller: int
-    larger: int
-    measure: Measure
-    found: Matches
-    chance: Matches
-    splits: Splits
-    stitch: Stitch | None = None  # where both rebuild the same rows
 
 
 @torch.no_grad()
@@ -78,12 +51,17 @@ def compare(given: Sequence[Given], config: CompareConfig, scratch: Path) -> Com
     if len(given) == 1:
         found, partners = _alone(given[0], activations[0], config)
         figures["coactivation"] = found
-        return Comparison(figures, tables.MATCHES.empty_table(), tables.SPLITS.empty_table(), partners)
+        matches, splits, inputs = (of.empty_table() for of in (tables.MATCHES, tables.SPLITS, tables.INPUTS))
+        return Comparison(figures, matches, splits, inputs, partners)
     every = range(len(given))
-    pairs = [_pair(a, b, given, activations, config) for a, b in itertools.combinations(every, 2)]
-    if any(pair.stitch for pair in pairs):
-        _stitch(pairs, given, activations, rows)
-    figures["pairs"] = [_figures(pair, given, activations, config) for pair in pairs]
+    pairs = [pair_up(a, b, given, activations, config) for a, b in itertools.combinations(every, 2)]
+    if any(pair.stitch or pair.joined for pair in pairs):
+        _read_again(pairs, given, activations, rows)
+    fed = [_fed(pair, given, activations, config) for pair in pairs]
+    figures["pairs"] = [
+        _figures(pair, given, activations, config) | {"virtual_weights": own[0]}
+        for pair, own in zip(pairs, fed, strict=True)
+    ]
     matches = [
         _matches(pair, given, activations, stitched=own["stitching"] is not None)
         for pair, own in zip(pairs, figures["pairs"], strict=True)
@@ -91,7 +69,7 @@ def compare(given: Sequence[Given], config: CompareConfig, scratch: Path) -> Com
     splits = [tables.of_splits(given[pair.smaller].name, given[pair.larger].name, pair.splits) for pair in pairs]
     return Comparison(
         figures, tables.together(matches, tables.MATCHES), tables.together(splits, tables.SPLITS),
-        tables.PARTNERS.empty_table(),
+        tables.together([own[1] for own in fed], tables.INPUTS), tables.PARTNERS.empty_table(),
     )  # fmt: skip
 
 
@@ -117,8 +95,8 @@ def _alone(each: Given, own: Activations, config: CompareConfig) -> tuple[Figure
     W_dec = each.dictionary.parameters.W_dec
     found = coactivation.partners(own, W_dec, kept=config.partners)
     chance = coactivation.by_chance(own, W_dec, seed=config.seed)
-    jaccard = torch.where(found.latent[:, 0] >= 0, found.others[:, 0, 0], matching.NONE)
-    by_chance = torch.where(chance.latent[:, 0] >= 0, chance.others[:, 0, 0], matching.NONE)
+    jaccard = torch.where(found.latent[:, 0] >= 0, found.others[:, 0, 0], NONE)
+    by_chance = torch.where(chance.latent[:, 0] >= 0, chance.others[:, 0, 0], NONE)
     figures = {
         name: {"found": distribution(best, own.firings), "chance": distribution(other, own.firings)}
         for name, best, other in (("correlation", found.best, chance.best), ("jaccard", jaccard, by_chance))
@@ -126,62 +104,35 @@ def _alone(each: Given, own: Activations, config: CompareConfig) -> tuple[Figure
     return figures, tables.of_partners(each.name, found, own.firings)
 
 
-def _pair(a: int, b: int, given: Sequence[Given], activations: Sequence[Activations], config: CompareConfig) -> Pair:
-    one, other = given[a], given[b]
-    same_space = _same_space(one, other)
-    measure: Measure = config.match or ("cosine" if same_space else "correlation")
-    if measure == "cosine" and not same_space:
-        raise UserError(
-            f"match=cosine: {one.where} and {other.where} do not rebuild the same activations, so that their decoder "
-            "rows cannot be compared; use match=correlation"
-        )
-    first, second = (
-        Side(activations[at], given[at].dictionary.parameters.W_dec if same_space else None) for at in (a, b)
-    )
-    found, chance = matching.match(first, second), matching.by_chance(first, second, seed=config.seed)
-    smaller, larger = (a, b) if one.dictionary.n_latents <= other.dictionary.n_latents else (b, a)
-    of_smaller, of_larger = (found.first, found.second) if smaller == a else (found.second, found.first)
-    splits = split(of_smaller[measure], of_larger[measure], level=config.level, fires=activations[smaller].fires)
-    pair = Pair(a, b, smaller, larger, measure, found, chance, splits)
-    if same_space and _same_store(one, other):
-        rebuilt = tuple(widths(one.place.store.meta, one.place.hooks.sides[-1]).values())
-        chosen = choose(splits, activations[larger].fires, seed=config.seed)
-        pair.stitch = Stitch(given[smaller].dictionary, given[larger].dictionary, chosen, rebuilt)
-    return pair
-
-
-def _same_space(one: Given, other: Given) -> bool:
-    """Whether both rebuild the same activations, so that decoder rows have the same coordinates."""
-    return one.place.hooks.sides[-1] == other.place.hooks.sides[-1] and (
-        _same_store(one, other) or _same_model(one.place.store.meta, other.place.store.meta)
-    )
-
-
-def _same_store(one: Given, other: Given) -> bool:
-    """Also where one lies elsewhere as a copy."""
-    return one.place.store.meta.digest == other.place.store.meta.digest
-
-
-def _same_model(one: StoreMeta, other: StoreMeta) -> bool:
-    """An import that does not name its model may be of any."""
-    named = one.model != ImportConfig.model
-    return named and (one.model, one.model_fingerprint) == (other.model, other.model_fingerprint)
-
-
-def _stitch(
+def _read_again(
     pairs: Sequence[Pair], given: Sequence[Given], activations: Sequence[Activations], rows: HeldoutRows
 ) -> None:
-    """The second pass: reconstructions with latents of one dictionary in another."""
-    seen, needed = 0, sorted({at for pair in pairs if pair.stitch for at in (pair.smaller, pair.larger)})
+    """The second pass: reconstructions with latents of one dictionary in another, and what one feeds to another."""
+    seen = 0
+    stitched = sorted({at for pair in pairs if pair.stitch for at in (pair.smaller, pair.larger)})
+    joined = sorted({at for pair in pairs if pair.joined for at in (pair.first, pair.second)})
     for batch in logged(rows, "rebuilt", rows.batches, of="batches"):
-        active = {at: activations[at].of_rows(seen, seen + len(batch)) for at in needed}
-        rebuilt = {at: given[at].dictionary.decode(active[at], batch.x[at]) for at in needed}
+        active = {at: activations[at].of_rows(seen, seen + len(batch)) for at in {*stitched, *joined}}
+        rebuilt = {at: given[at].dictionary.decode(active[at], batch.x[at]) for at in stitched}
         seen += len(batch)
         for pair in pairs:
             if pair.stitch is not None:
                 both = pair.smaller, pair.larger
                 target = batch.target[pair.smaller]
                 pair.stitch.add(target, _two(active, both), _two(rebuilt, both))
+            if pair.joined is not None:
+                earlier, later, stream = pair.joined
+                stream.add(batch.x[later], batch.target[earlier], _two(active, (earlier, later)))
+
+
+def _fed(
+    pair: Pair, given: Sequence[Given], activations: Sequence[Activations], config: CompareConfig
+) -> tuple[Figures | None, pa.Table]:
+    if pair.joined is None:
+        return None, tables.INPUTS.empty_table()
+    earlier, later, stream = pair.joined
+    names, own = (given[earlier].name, given[later].name), (activations[earlier], activations[later])
+    return virtual_weights.measure(stream, names, own, kept=config.inputs, seed=config.seed)
 
 
 def _two(of: dict[int, Any], both: tuple[int, int]) -> tuple[Any, Any]:
@@ -201,6 +152,8 @@ def _figures(pair: Pair, given: Sequence[Given], activations: Sequence[Activatio
     why = {"stitching": stitching} if isinstance(stitching, str) else {}
     if "cosine" not in pair.found.first:
         why["cosine"] = "they rebuild different activations, so that their decoder rows have other coordinates"
+    if pair.joined is None and given[pair.first].place.hooks != given[pair.second].place.hooks:
+        why["virtual_weights"] = NO_STREAM
     novel = int((activations[pair.larger].fires & (pair.splits.parent < 0)).sum())
     return {
         "smaller": given[pair.smaller].name, "larger": given[pair.larger].name,

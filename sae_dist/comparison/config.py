@@ -21,5 +21,6 @@ class CompareConfig:
     match: Measure | None = None
     level: Annotated[float, Field(gt=0, le=1)] = 0.7  # from which on they match
     partners: PositiveInt = 5  # of each latent of one dictionary alone: those that it fires with most
+    inputs: PositiveInt = 5  # of each latent of a later layer: those of an earlier one that raise and lower it most
     shown: Annotated[int, Field(ge=1, le=1000)] = 20  # rows of each table of the page
     seed: NonNegativeInt = 0  # of what chance gives

@@ -15,12 +15,15 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 BINS = 25  # of a histogram from 0 to 1
 
 
-def distribution(value: Float[Tensor, " n"], firings: Int[Tensor, " n"]) -> Figures:
+def distribution(
+    value: Float[Tensor, " n"], firings: Int[Tensor, " n"], *, there: Bool[Tensor, " n"] | None = None
+) -> Figures:
     """Mean, quantiles and histogram over the latents that have a value; all equal, and weighted by their firings.
 
-    A quantile is a value that there is. What is below 0 is counted in the first bin.
+    `there`: which have one; by default those above NONE. A quantile is a value that there is. What is below 0 is
+    counted in the first bin, what is above 1 in the last.
     """
-    there = value > NONE
+    there = value > NONE if there is None else there
     values, weights = value[there].double().numpy(), firings[there].double().numpy()
     if not len(values):
         return {"latents": 0, "mean": None, "quantiles": None, "by_firings": None, "histogram": [0] * BINS}

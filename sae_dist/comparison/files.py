@@ -12,7 +12,7 @@ from sae_dist.interpret.plain_page import write_plain_page
 from sae_dist.run_files import write_json
 
 STYLES = Path(__file__).parent / "static" / "compare.css"
-TABLES = ("matches", "splits", "partners")
+TABLES = ("matches", "splits", "inputs", "partners")
 
 
 def write(out: Path, comparison: Comparison, *, links: Links, shown: int) -> None:

@@ -30,6 +30,12 @@ OF_PAIRS = (
     "twice, so that the FVU can rise with them. That two latents match does not say that they mean the same: look at "
     "their contexts."
 )
+OF_STREAM = (
+    "<b>Virtual weights.</b> What an earlier layer writes into the residual stream stays there, so that one of its "
+    "latents moves a later one by its value times decoder row . encoder column, besides what it does through the "
+    "layers between. A latent can raise another by being silent, where it would lower it. What is not carried, the "
+    "layers between add."
+)
 OF_ONE = (
     "The <b>Jaccard index</b> is rows on which two latents are both active over those on which one is. That two "
     "latents fire together does not say that one causes the other."
@@ -45,6 +51,8 @@ def page(comparison: Comparison, links: Links, shown: int) -> str:
         meaning = CORRELATION + OF_ONE
     else:
         pairs, meaning = figures["pairs"], CORRELATION + OF_PAIRS
+        if any(pair["virtual_weights"] for pair in pairs):
+            meaning += f'</p><p class="prose">{OF_STREAM}'
         if len(pairs) > 1:
             sections["Every pair"] = _overview(pairs)
             sections["Trees"] = _trees(comparison, linked, shown)

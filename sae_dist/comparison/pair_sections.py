@@ -11,6 +11,7 @@ from sae_dist.comparison.compare import Comparison
 from sae_dist.comparison.figures import Figures
 from sae_dist.comparison.html import KINDS, MEASURES, Linked, largest, number, percent, rows_of, table
 from sae_dist.comparison.plots import histogram
+from sae_dist.comparison.virtual_section import virtual_section
 
 CHILDREN = 12  # of a latent that a row of the page lists
 STAGES = {
@@ -23,11 +24,14 @@ STAGES = {
 
 
 def pair_sections(comparison: Comparison, pair: Figures, linked: Linked, shown: int) -> dict[str, str]:
-    return {
+    sections = {
         "Best matches": _matches(comparison, pair, linked, shown),
         f"How latents of {pair['smaller']} split in {pair['larger']}": _splitting(comparison, pair, linked, shown),
         f"What {pair['larger']} adds": _stitching(comparison, pair, linked, shown),
     }
+    if (found := pair["virtual_weights"]) is not None:
+        sections[f"What feeds latents of {found['later']}"] = virtual_section(comparison, found, linked, shown)
+    return sections
 
 
 def _matches(comparison: Comparison, pair: Figures, linked: Linked, shown: int) -> str:
@@ -44,7 +48,12 @@ def _matches(comparison: Comparison, pair: Figures, linked: Linked, shown: int) 
             percent(shares[0]["firings"]), percent(found["mutual"]["latents"]),
         ])  # fmt: skip
     head = ["best match", "mean", "5 %", "25 %", "median", "75 %", "95 %"]
-    why = "".join(f'<p class="note">No {escape(k)}: {escape(text)}.</p>' for k, text in pair["not_measured"].items())
+    names = {"cosine": "cosine", "virtual_weights": "virtual weights"}  # the rest has a section that says so
+    why = "".join(
+        f'<p class="note">No {words}: {escape(pair["not_measured"][name])}.</p>'
+        for name, words in names.items()
+        if name in pair["not_measured"]
+    )
     return (
         f'<div class="plots">{"".join(plots)}</div>{table(head, rows)}'
         + table([f"{pair['level']:g} or more", "of latents", "by chance", "of firings", "nearest both ways"], matched)

@@ -1,6 +1,6 @@
 """A comparison as tables, a row a latent."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,16 @@ PARTNERS = pa.schema(
         ("dictionary", pa.string()), ("latent", pa.int32()), ("firings", pa.int64()),
         ("partners", pa.list_(pa.int32())), ("r", pa.list_(pa.float32())), ("jaccard", pa.list_(pa.float32())),
         ("cosine", pa.list_(pa.float32())),
+    ]
+)  # fmt: skip
+INPUTS = pa.schema(
+    [
+        ("earlier", pa.string()), ("later", pa.string()), ("latent", pa.int32()), ("firings", pa.int64()),
+        ("rise", pa.float32()), ("carried", pa.float32()), ("by_latents", pa.float32()),
+        ("raised_by", pa.list_(pa.int32())), ("supply", pa.list_(pa.float32())), ("weight", pa.list_(pa.float32())),
+        ("lowered_by", pa.list_(pa.int32())), ("lowered_supply", pa.list_(pa.float32())),
+        ("lowered_weight", pa.list_(pa.float32())), ("heaviest", pa.int32()), ("heaviest_weight", pa.float32()),
+        ("together", pa.bool_()),
     ]
 )  # fmt: skip
 
@@ -93,6 +103,26 @@ def of_partners(name: str, found: Nearest, firings: Tensor) -> pa.Table:
         "jaccard": _lists(start, found.others[..., 0][there]), "cosine": _lists(start, found.others[..., 1][there]),
     }  # fmt: skip
     return _table(columns, PARTNERS, n)
+
+
+def of_inputs(
+    names: tuple[str, str], found: Mapping[str, Tensor], supplied: Mapping[str, Tensor], firings: Tensor
+) -> pa.Table:
+    """Latents of the later dictionary, each with those of the earlier that feed it (virtual_weights.py)."""
+    n, silent = len(firings), (firings == 0).numpy()
+    columns: dict[str, pa.Array | np.ndarray | None] = {
+        "earlier": pa.array([names[0]] * n), "later": pa.array([names[1]] * n),
+        "latent": np.arange(n, dtype=np.int32), "firings": firings.numpy(),
+    }  # fmt: skip
+    columns |= {name: pa.array(each.numpy(), mask=silent) for name, each in supplied.items()}
+    for name, each in found.items():
+        if each.dim() == 1:
+            columns[name] = pa.array(each.numpy(), mask=silent)
+    for latents, *figures in (("raised_by", "supply", "weight"), ("lowered_by", "lowered_supply", "lowered_weight")):
+        there = found[latents] >= 0
+        start = torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0))
+        columns |= {name: _lists(start, found[name][there]) for name in (latents, *figures)}
+    return _table(columns, INPUTS, n)
 
 
 def _table(columns: dict[str, pa.Array | np.ndarray | None], schema: pa.Schema, n: int) -> pa.Table:

@@ -25,6 +25,8 @@ def lines(figures: Figures) -> Iterator[str]:
                     f"{pair['level']:g} or more {matched['found']} (by chance {matched['chance']})"
                 )
         yield _split_line(pair)
+        if (found := pair["virtual_weights"]) is not None and found["carried"]["quantiles"] is not None:
+            yield _stream_line(found)
         if (stitched := pair["stitching"]) is not None:
             stages = stitched["stages"]
             yield (
@@ -37,3 +39,12 @@ def lines(figures: Figures) -> Iterator[str]:
 def _split_line(pair: Figures) -> str:
     counts = ", ".join(f"{pair['splitting'][kind]:,} {words}" for kind, words in KINDS.items())
     return f"of {pair['smaller']}: {counts}; of {pair['larger']}: {pair['splitting']['novel']:,} novel"
+
+
+def _stream_line(found: Figures) -> str:
+    carried, latents = (percent(found[name]["quantiles"]["0.5"]) for name in ("carried", "by_latents"))
+    foremost, chance = (percent(found["foremost"][name]["quantiles"]["0.5"]) for name in ("found", "chance"))
+    return (
+        f"of what raises a latent of {found['later']}, in the median {carried} is in the stream at {found['earlier']}, "
+        f"{latents} is supplied by latents of {found['earlier']}, {foremost} by the foremost (by chance {chance})"
+    )

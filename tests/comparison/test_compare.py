@@ -132,7 +132,8 @@ def test_other_activations_of_the_same_tokens_are_correlated_alone(world, tmp_pa
     (tmp_path / "b" / "summary.json").write_text(json.dumps(summary | {"store": str(world / "turned")}))
     found = compare(tmp_path, "a", "b", out=tmp_path / "out")
     (pair,) = found["pairs"]
-    assert pair["match"] == "correlation" and set(pair["not_measured"]) == {"stitching", "cosine"}
+    assert pair["match"] == "correlation" and set(pair["not_measured"]) == {
+        "stitching", "cosine", "virtual_weights"}  # fmt: skip
     for own in pair["matches"]:
         assert "cosine" not in own and own["correlation"]["found"]["quantiles"]["0.05"] == pytest.approx(1)
     assert pair["stitching"] is None and "Not measured" in (tmp_path / "out" / "index.html").read_text()
@@ -151,6 +152,37 @@ def test_two_hook_points_of_one_store(world, tmp_path):
     rows = pq.read_table(tmp_path / "out" / "matches.parquet").to_pylist()
     assert [row["match"] for row in rows if row["dictionary"] == "B"] == ORDER.tolist()
     assert all(row["r"] > 0.999 and row["nearest"] is None and row["cosine"] is None for row in rows)
+
+
+def test_latents_of_a_later_layer_are_fed_by_those_of_an_earlier(world, tmp_path, capsys):
+    rows = np.load(world / "acts.npy")
+    later = rows.copy()
+    later[:, 7] *= 2  # of which layers between add half
+    for name, x, hook in (("early", rows, "resid_post.1"), ("late", later, "resid_pre.4")):
+        np.save(tmp_path / f"{name}.npy", x)
+        make = ["store", "import", f"path={tmp_path}/{name}.npy", f"store={tmp_path}/{name}", f"hook={hook}"]
+        assert main([*make, "model=a-model", "heldout_fraction=0.25"]) == 0
+        shutil.copytree(world / "run", tmp_path / f"run_{name}", ignore=shutil.ignore_patterns("dictionary"))
+        saved(tmp_path / f"run_{name}" / "dictionary", torch.eye(D)[ORDER] if name == "late" else torch.eye(D), k=3,
+              hook=hook)  # fmt: skip
+        summary = tmp_path / f"run_{name}" / "summary.json"
+        summary.write_text(json.dumps(json.loads(summary.read_text()) | {"store": str(tmp_path / name)}))
+    found = compare(tmp_path, "run_late", "run_early", out=tmp_path / "out")
+    (pair,) = found["pairs"]
+    weights = pair["virtual_weights"]
+    assert (weights["earlier"], weights["later"], weights["heaviest_apart"]) == ("B", "A", 0)
+    assert weights["carried"]["quantiles"]["0.05"] == pytest.approx(0.5)
+    assert weights["carried"]["quantiles"]["0.25"] == pytest.approx(1)
+    assert weights["foremost"]["chance"]["quantiles"]["0.95"] < 0.2
+    table = pq.read_table(tmp_path / "out" / "inputs.parquet").to_pylist()
+    assert [row["raised_by"][0] for row in table] == ORDER.tolist()
+    for row in table:
+        assert row["weight"][0] == row["heaviest_weight"] == 1 and row["heaviest"] == ORDER[row["latent"]]
+        assert row["carried"] / row["rise"] == pytest.approx(0.5 if row["heaviest"] == 7 else 1)
+        assert row["supply"][0] == pytest.approx(row["by_latents"]) == pytest.approx(row["carried"])
+    said = capsys.readouterr().out
+    assert "in the median 100.0% is in the stream at B, 100.0% is supplied by latents of B, 100.0% by the" in said
+    assert "What feeds latents of A" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_trees_over_three_widths_and_the_same_from_python(world, tmp_path):

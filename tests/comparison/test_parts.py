@@ -15,6 +15,7 @@ from sae_dist.comparison.figures import distribution, mutual, quantiles
 from sae_dist.comparison.matching import Nearest, Side, by_chance, match
 from sae_dist.comparison.splitting import KINDS, split
 from sae_dist.comparison.stitching import Stitch, choose
+from sae_dist.comparison.virtual_weights import Stream, feeds
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.initialize import Parameters
 
@@ -205,6 +206,57 @@ def test_latents_that_fire_together_are_partners(tmp_path):
     others = [at for at in range(12) if at not in (2, 7)]
     assert (found.best[others] < 0.2).all() and (coactivation.by_chance(own, W_dec, seed=0).best < 0.2).all()
     assert not (found.latent == torch.arange(12)[:, None]).any()  # none is its own partner
+
+
+def test_virtual_weights_and_what_they_supply_are_those_of_dense_algebra(tmp_path, monkeypatch):
+    monkeypatch.setattr("sae_dist.comparison.correlation.CELLS", 15)  # three latents at a time
+    monkeypatch.setattr("sae_dist.comparison.virtual_weights.PAIRS", 100)
+    earlier, later = dictionary(0, 5), dictionary(1, 8)
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(400, D, generator=g) + 0.5
+    y = x + 0.3 * torch.randn(400, D, generator=g)
+    stream, writers = Stream(earlier, later), [Writer(tmp_path / name, n) for name, n in (("a", 5), ("b", 8))]
+    for before, after in zip(x.split(170), y.split(170), strict=True):
+        active = earlier.encode(before), later.encode(after)
+        stream.add(after, before, active)
+        for writer, own in zip(writers, active, strict=True):
+            writer.add(own)
+    f, h = dense(earlier.encode(x), 5).double(), dense(later.encode(y), 8).double()
+    W_dec, W_enc = earlier.parameters.W_dec.double(), later.parameters.W_enc.double()
+
+    def above(part: torch.Tensor) -> torch.Tensor:  # [rows, ...] of each later latent
+        return h.T @ (part - part.mean(0)) / h.sum(0)[:, None]
+
+    supplied = stream.supplied()
+    for found, part in zip(supplied, (y.double() @ W_enc, x.double() @ W_enc, f @ W_dec @ W_enc), strict=True):
+        torch.testing.assert_close(found, above(part).diagonal(), rtol=1e-4, atol=1e-5)
+    supply, weights = above(f) * (W_dec @ W_enc).T, (W_dec @ W_enc).T
+    torch.testing.assert_close(supply.sum(1), supplied.by_latents, rtol=1e-4, atol=1e-5)
+    found = stream.inputs(writers[0].close(), writers[1].close(), kept=5)
+    for sign, latents, values, own in (
+        (1, found.raised_by, found.supply, found.weight),
+        (-1, found.lowered_by, found.lowered_supply, found.lowered_weight),
+    ):
+        for latent, row in enumerate(supply):
+            there = [at for at in (sign * row).argsort(descending=True).tolist() if sign * row[at] > 0]
+            assert latents[latent].tolist() == there + [-1] * (5 - len(there))
+            torch.testing.assert_close(values[latent, : len(there)].double(), row[there], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(own[latent, : len(there)], weights[latent, there].float())
+    assert torch.equal(found.heaviest, weights.argmax(1))
+    assert found.together.tolist() == [bool((f[:, i] * h[:, j]).any()) for j, i in enumerate(found.heaviest.tolist())]
+
+
+@pytest.mark.parametrize(
+    ("writes", "reads", "expected"),
+    [
+        ("resid_pre.2", "resid_post.2", True), ("resid_post.1", "resid_pre.2", False),  # one place
+        ("attn_out.2", "resid_post.2", True), ("mlp_out.2", "resid_pre.3", True), ("mlp_out.2", "resid_pre.2", False),
+        ("resid_post.2", "resid_post.1", False), ("resid_post.1", "mlp_out.3", False),
+        ("mlp_act.1", "resid_post.3", False), ("one.resid_post.1", "one.resid_post.3", False),
+    ],
+)  # fmt: skip
+def test_what_is_in_the_stream_further_on(writes, reads, expected):
+    assert feeds(writes, reads) == expected
 
 
 def test_figures_by_hand():
