@@ -1,8 +1,9 @@
-"""Clamp latents while the model of a run writes, attribute its logits to latents, or find latents by example text.
+"""Clamp latents while a run's model writes, attribute logits to latents, or latents to tokens, or find latents by text.
 
 sae-dist steer RUN toward=cat:bible                          latents that tell this text from the rest
 sae-dist steer RUN prompt="I think" 'clamp={123: 10x}'       samples with and without, and their loss
 sae-dist steer RUN prompt="The sky is" 'logits=[" blue", " red"]'    which latents made the difference
+sae-dist steer RUN prompt="The sky is" 'sources=[123]'       which tokens a latent reads from
 """
 
 import dataclasses

@@ -28,14 +28,16 @@ class LayerPaths(NamedTuple):
     attn_out: str
     mlp_out: str
     mlp_act: str | None  # None: experts that a token is sent to have activations of their own
+    heads: str  # the projection whose input is all heads of attention side by side
 
 
-_LLAMA = LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.down_proj")
-_EXPERTS = LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act=None)
-_GPT_J = LayerPaths(attn_out="attn", mlp_out="mlp", mlp_act="mlp.fc_out")
+_LLAMA = LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.down_proj", heads="self_attn.o_proj")
+_EXPERTS = LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act=None, heads="self_attn.o_proj")
+_GPT_J = LayerPaths(attn_out="attn", mlp_out="mlp", mlp_act="mlp.fc_out", heads="attn.out_proj")
 _POST_NORM = LayerPaths(
-    attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm", mlp_act="mlp.down_proj"
-)
+    attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm", mlp_act="mlp.down_proj",
+    heads="self_attn.o_proj",
+)  # fmt: skip
 
 FAMILIES: Mapping[str, LayerPaths] = {  # by `model_type`; a test checks the identity above for each
     **dict.fromkeys(
@@ -51,16 +53,16 @@ FAMILIES: Mapping[str, LayerPaths] = {  # by `model_type`; a test checks the ide
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
     "exaone4": _POST_NORM,
-    "glm4": LayerPaths("post_self_attn_layernorm", "post_mlp_layernorm", "mlp.down_proj"),
-    "gpt2": LayerPaths(attn_out="attn", mlp_out="mlp", mlp_act="mlp.c_proj"),
-    "gpt_neo": LayerPaths(attn_out="attn", mlp_out="mlp", mlp_act="mlp.c_proj"),
+    "glm4": LayerPaths("post_self_attn_layernorm", "post_mlp_layernorm", "mlp.down_proj", "self_attn.o_proj"),
+    "gpt2": LayerPaths(attn_out="attn", mlp_out="mlp", mlp_act="mlp.c_proj", heads="attn.c_proj"),
+    "gpt_neo": LayerPaths("attn", "mlp", mlp_act="mlp.c_proj", heads="attn.attention.out_proj"),
     "gptj": _GPT_J,
     "codegen": _GPT_J,
-    "starcoder2": LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.c_proj"),
-    "persimmon": LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.dense_4h_to_h"),
-    "gpt_neox": LayerPaths(attn_out="attention", mlp_out="mlp", mlp_act="mlp.dense_4h_to_h"),
-    "phi": LayerPaths(attn_out="self_attn", mlp_out="mlp", mlp_act="mlp.fc2"),
-    "opt": LayerPaths(attn_out="self_attn", mlp_out="fc2", mlp_act="fc2"),
+    "starcoder2": LayerPaths("self_attn", "mlp", mlp_act="mlp.c_proj", heads="self_attn.o_proj"),
+    "persimmon": LayerPaths("self_attn", "mlp", mlp_act="mlp.dense_4h_to_h", heads="self_attn.dense"),
+    "gpt_neox": LayerPaths("attention", "mlp", mlp_act="mlp.dense_4h_to_h", heads="attention.dense"),
+    "phi": LayerPaths("self_attn", "mlp", mlp_act="mlp.fc2", heads="self_attn.dense"),
+    "opt": LayerPaths("self_attn", "fc2", mlp_act="fc2", heads="self_attn.out_proj"),
 }  # fmt: skip
 
 

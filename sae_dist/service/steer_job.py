@@ -134,6 +134,8 @@ def steer_run(run: Path, name: str, config: SteerConfig, *, out: Path) -> dict[s
         labels(run) if name == MAIN else {},
     )  # fmt: skip
     found["activity"] = subject.activity.source
+    if config.sources:
+        found |= study.sources(config, subject)
     difference = None
     if config.toward:
         told = contrast(of.batches(config), of.encode, n_latents=of.dictionary.n_latents)

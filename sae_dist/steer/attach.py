@@ -16,7 +16,7 @@ from sae_dist.model.hooks import PreTrainedModel
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.module import DictionaryModule
 from sae_dist.steer.activity import of_pages
-from sae_dist.steer.clamp import Target, change, resolve, values_of
+from sae_dist.steer.clamp import Target, change, check_latents, resolve, values_of
 from sae_dist.steer.positions import AFTER_FIRST, check_span, positions, within
 
 Rows = Float[Tensor, "rows width"]
@@ -79,7 +79,8 @@ def attach(
     activity = None if run is None else of_pages(Path(run) / "pages")
     clamps = resolve(clamp or {}, dictionary, activity)
     own = on_device(dictionary, model.device)
-    attached = Attached(_known(record, own), model.device)
+    check_latents("record", record, own)
+    attached = Attached(record, model.device)
 
     def edit(y: Rows, active: Active, x: Rows) -> Rows:
         kept = own.decode(active, x) if replace else y
@@ -169,13 +170,3 @@ def _check_fit(model: PreTrainedModel, dictionary: Dictionary) -> None:
                 f"{model.config.name_or_path or 'this model'} is {there} wide there; give the model that it was "
                 "trained on"
             )
-
-
-def _known(record: Sequence[int], dictionary: Dictionary) -> Sequence[int]:
-    for latent in record:
-        if not 0 <= latent < dictionary.n_latents:
-            raise UserError(
-                f"record has latent {latent}, but the dictionary has {dictionary.n_latents:,}; give a number from 0 to "
-                f"{dictionary.n_latents - 1}"
-            )
-    return record

@@ -1,7 +1,7 @@
 """Clamps of latents: what a user writes, the values that it means, and the change of an activation that follows."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -31,14 +31,19 @@ def resolve(clamp: Mapping[int, Target], dictionary: Dictionary, activity: Activ
 
     Multiples and means need the latents' `activity`.
     """
-    for latent in clamp:
-        if not 0 <= latent < dictionary.n_latents:
-            raise UserError(
-                f"clamp has latent {latent}, but the dictionary has {dictionary.n_latents:,} latents; "
-                f"give a number from 0 to {dictionary.n_latents - 1}"
-            )
+    check_latents("clamp", clamp, dictionary)
     values = [_value(latent, target, activity) for latent, target in clamp.items()]
     return Clamps(torch.tensor(list(clamp), dtype=torch.int64), torch.tensor(values, dtype=torch.float32))
+
+
+def check_latents(key: str, latents: Iterable[int], dictionary: Dictionary) -> None:
+    """UserError for a latent that there is not; `key` is where a user named it."""
+    for latent in latents:
+        if not 0 <= latent < dictionary.n_latents:
+            raise UserError(
+                f"{key} has latent {latent}, but the dictionary has {dictionary.n_latents:,} latents; "
+                f"give a number from 0 to {dictionary.n_latents - 1}"
+            )
 
 
 def _value(latent: int, target: Target, activity: Activity | None) -> float:

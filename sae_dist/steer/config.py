@@ -14,7 +14,7 @@ Texts = str | tuple[str, ...]
 
 @frozen
 class SteerConfig:
-    """A prompt, and any of three questions: what a clamp does to it, what made its logits, which latents to clamp."""
+    """A prompt, and what to ask: what a clamp does to it, what made its logits or latents, which latents to clamp."""
 
     prompt: str | None = None  # that the model continues
     # {latent: target}: a value, 10x its maximum, 0 (zero ablation) or mean (mean ablation)
@@ -26,6 +26,8 @@ class SteerConfig:
     toward: Texts = ()
     away: Texts = ()  # what it differs from; by default all other text of the run
     logits: Texts = ()  # tokens whose logits are shown; the first less the second is attributed to latents
+    # latents: which tokens of the prompt each reads from, through the last layer before the dictionary
+    sources: tuple[NonNegativeInt, ...] = ()
     integrated_steps: NonNegativeInt = 0  # points of integrated gradients; 0: the gradient at the activation itself
     samples: PositiveInt = 4  # continuations of each kind
     max_tokens: PositiveInt = 60  # new ones, a sample
@@ -38,12 +40,13 @@ class SteerConfig:
     def __post_init__(self) -> None:
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("prompt is empty; give the text that the model is to continue")
-        if (self.clamp or self.logits) and self.prompt is None:
-            raise ValueError(f"prompt is missing; {'clamp' if self.clamp else 'logits'}= needs prompt=...")
-        if not (self.clamp or self.logits or self.toward):
+        of_prompt = [name for name in ("clamp", "logits", "sources") if getattr(self, name)]
+        if of_prompt and self.prompt is None:
+            raise ValueError(f"prompt is missing; {of_prompt[0]}= needs prompt=...")
+        if not (of_prompt or self.toward):
             raise ValueError(
-                "there is nothing to do; give clamp={LATENT: 10x} with prompt=, logits=[A, B] with prompt=, or toward= "
-                "to find latents"
+                "there is nothing to do; give clamp={LATENT: 10x}, logits=[A, B] or sources=[LATENT] with prompt=, or "
+                "toward= to find latents"
             )
         if self.away and not self.toward:
             raise ValueError("away= is given without toward=; give both")

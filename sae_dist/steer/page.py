@@ -4,12 +4,14 @@ Prompts, samples and labels come from outside, so everything that goes into it i
 """
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from sae_dist.interpret.plain_page import plain_page, write_plain_page
+from sae_dist.steer.html import chips, latent, shaded, shown, table
+from sae_dist.steer.source_section import source_lines, source_section
 from sae_dist.steer.study import CLAMPED, DIFFERENCE, RANDOM, WITHOUT
 
 STATIC = Path(__file__).parent / "static"
@@ -35,7 +37,7 @@ def write_page(out: Path, found: Mapping[str, Any]) -> None:
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
     """What a terminal shows."""
     for each in found.get("clamped", ()):
-        yield f"{_latent(each)} is held at {_held(each)}, of {each['maximum']:.4g} at most on {found['activity']}"
+        yield f"{latent(each)} is held at {_held(each)}, of {each['maximum']:.4g} at most on {found['activity']}"
     for name, one in found.get("conditions", {}).items():
         loss = "" if one["loss"] is None else f", loss on held-out text {one['loss']:.3f}"
         yield f"{TITLES[name][0]}{loss}"
@@ -43,12 +45,13 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     if (own := found.get("attribution")) is not None:
         yield f"{_difference(own)} = {own['difference']:.3f}; of each latent: attribution, what ablating it takes away"
         yield from (
-            f"  {_latent(each):<40}{each['attribution']:+9.3f}{each['ablation']:+9.3f}" for each in own["latents"]
+            f"  {latent(each):<40}{each['attribution']:+9.3f}{each['ablation']:+9.3f}" for each in own["latents"]
         )
+    yield from source_lines(found)
     if (own := found.get("search")) is not None and "conditions" not in found:
         yield f"{own['significant']} of {own['tested']:,} latents tell the texts apart at a false discovery rate of 5 %"
         yield from (
-            f"  {_latent(each):<48} share {each['share']:6.1%}  AUC {each['auc']:.3f}  q {each['q']:.1e}"
+            f"  {latent(each):<48} share {each['share']:6.1%}  AUC {each['auc']:.3f}  q {each['q']:.1e}"
             for each in own["latents"]
         )
 
@@ -59,6 +62,7 @@ def page(found: Mapping[str, Any]) -> str:
         "Samples": _samples(found),
         "The next token": _next(found),
         "What made the difference": _attribution(found),
+        "What latents read from": source_section(found),
         "Latents that tell the texts apart": _search(found),
         "How to read this": f'<p class="prose">{CAVEATS}</p>' if "conditions" in found else "",
         "How this was made": _settings(found),
@@ -72,14 +76,12 @@ def page(found: Mapping[str, Any]) -> str:
 def _title(found: Mapping[str, Any]) -> tuple[str, str]:
     where = f"{found['model']}, {found['hook']}"
     if clamped := found.get("clamped"):
-        return ", ".join(f"{_latent(each)} at {_held(each)}" for each in clamped), where
+        return ", ".join(f"{latent(each)} at {_held(each)}" for each in clamped), where
     if "attribution" in found:
         return f"What makes {_difference(found['attribution'])}", where
+    if "sources" in found:
+        return f"What latents read: {', '.join(str(each['latent']) for each in found['sources'])}", where
     return "Latents by example", where
-
-
-def _latent(each: Mapping[str, Any]) -> str:
-    return f"Latent {each['latent']}" + (f" ({each['label']})" if each["label"] else "")
 
 
 def _held(each: Mapping[str, Any]) -> str:
@@ -135,7 +137,7 @@ def _next(found: Mapping[str, Any]) -> str:
     for name, one in found.get("conditions", {}).items():
         rows = "".join(_bar(token, p, f"{p:.1%}") for token, p in one["next"])
         chosen = "".join(
-            f'<li><span class="word">{_token(token)}</span>'
+            f'<li><span class="word">{shown(token)}</span>'
             f'<span class="n">{own["logit"]:.2f}, {own["probability"]:.2%}</span></li>'
             for token, own in one["logits"].items()
         )
@@ -150,11 +152,7 @@ def _next(found: Mapping[str, Any]) -> str:
 
 def _bar(token: str, share: float, said: str) -> str:
     step = round(20 * min(1.0, share))
-    return f'<li class="v{step}"><span class="word">{_token(token)}</span><span class="n">{said}</span></li>'
-
-
-def _token(token: str) -> str:
-    return escape(token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣", 1) if token[:1] in " \n\t" else token)
+    return f'<li class="v{step}"><span class="word">{shown(token)}</span><span class="n">{said}</span></li>'
 
 
 def _attribution(found: Mapping[str, Any]) -> str:
@@ -162,23 +160,18 @@ def _attribution(found: Mapping[str, Any]) -> str:
     if own is None:
         return ""
     largest = max((abs(x) for each in own["latents"] for x in each["by_token"]), default=0.0) or 1.0
-    shaded = [_shaded(own["tokens"], each["by_token"], largest) for each in own["latents"]]
+    texts = [shaded(own["tokens"], each["by_token"], largest) for each in own["latents"]]
     rows = "".join(
-        f"<tr><td>{each['latent']}</td><td>{_chips(each['label'])}</td><td>{each['attribution']:+.3f}</td>"
+        f"<tr><td>{each['latent']}</td><td>{chips(each['label'])}</td><td>{each['attribution']:+.3f}</td>"
         f'<td>{each["ablation"]:+.3f}</td><td class="text">{text}</td></tr>'
-        for each, text in zip(own["latents"], shaded, strict=True)
+        for each, text in zip(own["latents"], texts, strict=True)
     )
     return (
         f'<p class="note">{escape(_difference(own))}, without a clamp. Attribution: activation times decoder row times '
         "gradient, summed over tokens; ablation: what is lost when the latent alone is zero. Shaded: where it comes "
         "from; the other colour lowers the difference.</p>"
-        + _table(("latent", "fires on", "attribution", "ablation", "in the prompt"), rows)
+        + table(("latent", "fires on", "attribution", "ablation", "in the prompt"), rows)
     )
-
-
-def _shaded(tokens: Sequence[str], effects: Sequence[float], largest: float) -> str:
-    steps = [("for" if effect > 0 else "against") + str(min(9, round(9 * abs(effect) / largest))) for effect in effects]
-    return "".join(f'<span class="{step}">{escape(token)}</span>' for step, token in zip(steps, tokens, strict=True))
 
 
 def _search(found: Mapping[str, Any]) -> str:
@@ -188,7 +181,7 @@ def _search(found: Mapping[str, Any]) -> str:
     if not own["latents"]:
         return f'<p class="prose">None of {own["tested"]:,} latents does, at a false discovery rate of 5 %.</p>'
     rows = "".join(
-        f"<tr><td>{each['latent']}</td><td>{_chips(each['label'])}</td><td>{each['share']:.1%}</td>"
+        f"<tr><td>{each['latent']}</td><td>{chips(each['label'])}</td><td>{each['share']:.1%}</td>"
         f"<td>{each['auc']:.3f}</td><td>{each['q']:.1e}</td>"
         f"<td>{each['toward']:.3g}</td><td>{each['away']:.3g}</td></tr>"
         for each in own["latents"]
@@ -198,17 +191,8 @@ def _search(found: Mapping[str, Any]) -> str:
         "shares sum to about 1. AUC: how often a document of this kind has more of it than one of the other; 0.5 is "
         f"chance. q: the false discovery rate over the {own['tested']:,} latents that are ever active (Mann-Whitney, a "
         "document is one observation).</p>"
-        + _table(("latent", "fires on", "share", "AUC", "q", "mean here", "mean elsewhere"), rows)
+        + table(("latent", "fires on", "share", "AUC", "q", "mean here", "mean elsewhere"), rows)
     )
-
-
-def _chips(label: str | None) -> str:
-    return "".join(f'<span class="chip">{escape(word)}</span>' for word in (label or "").split(" ") if word)
-
-
-def _table(head: Sequence[str], rows: str) -> str:
-    titles = "".join(f"<th>{name}</th>" for name in head)
-    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _settings(found: Mapping[str, Any]) -> str:

@@ -17,14 +17,16 @@ from sae_dist.steer import sample
 from sae_dist.steer.activity import Activity
 from sae_dist.steer.attach import add, attach, sites
 from sae_dist.steer.attribution import ablate, attribute, logit_difference, rank_correlation
-from sae_dist.steer.clamp import Clamps, Target, resolve
+from sae_dist.steer.clamp import Clamps, Target, check_latents, resolve, values_of
 from sae_dist.steer.config import SteerConfig, as_list
 from sae_dist.steer.contrast import Told
+from sae_dist.steer.sources import layer_read, read
 
 logger = logging.getLogger(__name__)
 
 WITHOUT, CLAMPED, DIFFERENCE, RANDOM = "without", "clamped", "difference in means", "random latent"
 LIKELY = 6  # next tokens that are listed
+HEADS = 3  # of attention, of each latent
 
 Condition = Callable[[slice], AbstractContextManager[Any]]  # of the positions to change
 
@@ -150,6 +152,31 @@ def attribution(config: SteerConfig, subject: Subject) -> dict[str, Any]:
         ],
         "rank_correlation": rank_correlation(effects, lost),
     }  # fmt: skip
+
+
+def sources(config: SteerConfig, subject: Subject) -> dict[str, Any]:
+    """Which tokens of the prompt each latent of `sources` reads from, where it is most active after the first token."""
+    model, dictionary = subject.language_model, subject.dictionary
+    hook, _ = sites(dictionary)
+    check_latents("sources", config.sources, dictionary)
+    layer_read(hook)  # before the work
+    prompt = sample.prompt_tokens(model, str(config.prompt), subject.separator)
+    x = model.capture(prompt[None], [hook])[hook][0].float()
+    latents = torch.tensor(config.sources, device=x.device)
+    values = values_of(dictionary.encode(x), latents)[1:]
+    found = []
+    for at, latent in enumerate(config.sources):
+        own: dict[str, Any] = {"latent": latent, "label": subject.labels.get(latent), "position": None}
+        if values[:, at].any():
+            position = int(values[:, at].abs().argmax()) + 1
+            of = read(model, dictionary, hook, prompt, position, latent)
+            heads = of.heads.sum(1)
+            foremost = heads.abs().argsort(descending=True)[:HEADS].tolist()
+            own |= {"position": position, "value": float(values[position - 1, at])}
+            own |= {name: getattr(of, name) for name in ("layer", "stream", "mlp", "bias", "pre_activation")}
+            own |= {"by_token": of.heads.sum(0).tolist(), "heads": [[head, float(heads[head])] for head in foremost]}
+        found.append(own)
+    return {"prompt_tokens": [model.tokenizer.decode([token]) for token in prompt.tolist()], "sources": found}
 
 
 def _within(active: Active, at: slice) -> Active:

@@ -111,6 +111,21 @@ def test_what_was_sampled_before_a_stop_is_kept(run, tmp_path):
     assert other[study.WITHOUT]["loss"] == found["conditions"][study.WITHOUT]["loss"]
 
 
+def test_the_tokens_that_a_latent_reads_from(run, tmp_path, capsys):
+    latent, silent = latent_of(run), int(of_pages(run / "pages").maximum.argmin())
+    found = steer(run, tmp_path, "prompt=0123456789<abcdef", f"sources=[{latent},{silent}]")
+    own, other = found["sources"]
+    assert found["prompt_tokens"][1:4] == ["0", "1", "2"] and len(own["by_token"]) == len(found["prompt_tokens"])
+    assert own["position"] >= 1 and own["layer"] == 1 and len(own["heads"]) == 3
+    total = own["stream"] + own["mlp"] + own["bias"] + sum(own["by_token"])
+    assert total == pytest.approx(own["pre_activation"], abs=1e-4) == pytest.approx(own["value"], abs=1e-3)
+    page, said = (tmp_path / "index.html").read_text(), capsys.readouterr().out
+    assert "What latents read from" in page and "by attention of layer 1" in page and "&lt;" in page
+    assert f"Latent {latent}" in said and "its pre-activation is" in said
+    if other["position"] is None:
+        assert "silent on the prompt" in page and "is silent on the prompt" in said
+
+
 def test_latents_are_found_by_example(run, tmp_path, capsys):
     found = steer(run, tmp_path, "toward=cat:digits", "shown=5")["search"]
     assert found["significant"] >= 1 and found["latents"][0]["q"] < 0.05 < 0.5 < found["latents"][0]["auc"]
@@ -140,6 +155,8 @@ def test_samples_are_those_of_the_model_and_end_where_it_ends():
         (["clamp={3: 1}"], "prompt is missing; clamp= needs prompt="),
         (["prompt=' '", "clamp={3: 1}"], "prompt is empty"),
         (["prompt=a"], "there is nothing to do"),
+        (["sources=[3]"], "prompt is missing; sources= needs prompt="),
+        (["prompt=a", "sources=[64]"], "sources has latent 64, but the dictionary has 64 latents"),
         (["toward=cat:poems"], "cat:poems is no category of the run's text; it has digits, letters"),
         (["away=x", "prompt=a", "clamp={3: 1}"], "away= is given without toward="),
         (["prompt=a", "logits=[ab]"], "logits: 'ab' is 2 tokens of tiny-llama ('a' 'b'); give one token"),
