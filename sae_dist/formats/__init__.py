@@ -29,7 +29,7 @@ FORMATS = {
     "saelens": Format("SAELens", ("cfg.json", "sae_weights.safetensors")),
     "sparsify": Format("sparsify", ("cfg.json", "sae.safetensors")),
     "dictionary_learning": Format("dictionary_learning, SAEBench", ("config.json", "ae.pt")),
-    "circuit_tracer": Format("circuit-tracer", ("config.yaml", "layer_*.safetensors")),
+    "circuit_tracer": Format("circuit-tracer", ("config.yaml", "layer_*.safetensors", "W_*.safetensors")),
     "qwen_scope": Format("Qwen-Scope", ("layer*.sae.pt",)),
     "openai": Format("OpenAI", ("*.pt",)),
     "gemma_scope": Format("Gemma Scope", ("params.npz",), exports=False),

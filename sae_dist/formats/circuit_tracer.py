@@ -1,5 +1,7 @@
 """circuit-tracer (0.5): a folder of per-layer transcoders, layer_L.safetensors each, and config.yaml.
 
+Cross-layer transcoders have other files (circuit_tracer_clt.py).
+
 z = x W_enc^T + b_enc; relu(z), z where z > activation_function.threshold, or the k largest (activation: topk with k in
 config.yaml); times W_dec, + b_dec. Export adds a layer to the folder; circuit-tracer wants all from 0 on.
 """
@@ -12,7 +14,7 @@ import torch
 import yaml
 
 from sae_dist.config import UserError
-from sae_dist.formats import hook_names
+from sae_dist.formats import circuit_tracer_clt, hook_names
 from sae_dist.formats.files import as_safetensors, inside, read_safetensors, take, write_new
 from sae_dist.formats.folded import folded
 from sae_dist.formats.found import Found, Told, need
@@ -21,11 +23,14 @@ from sae_dist.sae.dictionary import Dictionary
 
 TOLD = ("model", "hook", "target_hook", "k")
 CONFIG, THRESHOLD = "config.yaml", "activation_function.threshold"
+KINDS = ("transcoder_set", circuit_tracer_clt.KIND)
 PLAIN = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
 def export(dictionary: Dictionary, to: Path, names: Names) -> list[Path]:
     """layer_L.safetensors in `to`, and config.yaml, which must be that of the layers that are there already."""
+    if dictionary.info.get("cross_layer"):
+        return circuit_tracer_clt.export(dictionary, to, names, config=CONFIG)
     if dictionary.b_in is None or names.target_hook is None:
         raise UserError(
             "format=circuit_tracer has transcoders only; this dictionary rebuilds what it reads: use saelens"
@@ -38,7 +43,7 @@ def export(dictionary: Dictionary, to: Path, names: Names) -> list[Path]:
         raise UserError("format=circuit_tracer has transcoders of one width, without latents of both signs")
     tensors = {"W_enc": own.W_enc.T, "W_dec": own.W_dec, "b_enc": own.b_enc, "b_dec": own.b_dec}
     config: dict[str, Any] = {
-        "model_name": names.model, "model_kind": "transcoder_set", "feature_input_hook": _in_block(names.hook),
+        "model_name": names.model, "model_kind": KINDS[0], "feature_input_hook": _in_block(names.hook),
         "feature_output_hook": _in_block(names.target_hook), "scan": to.name,
     }  # fmt: skip
     if own.threshold is None:
@@ -55,14 +60,17 @@ def _in_block(name: str) -> str:
     return re.sub(r"^blocks\.\d+\.", "", name)
 
 
-def read(path: Path, told: Told) -> Found:
+def read(path: Path, told: Told) -> Found | Dictionary:
+    folder = path.parent if path.is_file() else path
+    config = _config(inside(folder, CONFIG))
+    if config["model_kind"] == circuit_tracer_clt.KIND:
+        return circuit_tracer_clt.read(folder, config, told)
     if not path.is_file():
         layers = sorted(path.glob("layer_*.safetensors"))
         if len(layers) != 1:
             raise UserError(f"path={path} has {len(layers)} files layer_L.safetensors; give the one to import")
         path = layers[0]
     match = re.fullmatch(r"layer_(\d+)\.safetensors", path.name)
-    config = _config(path.with_name(CONFIG))
     own = take(read_safetensors(path), *PLAIN, path=path, optional=(THRESHOLD, "W_skip"))
     k = config.get("k") if config.get("activation") == "topk" else None
     if own["W_enc"].shape == (len(own["b_dec"]), len(own["b_enc"])) and len(own["b_dec"]) != len(own["b_enc"]):
@@ -83,11 +91,10 @@ def read(path: Path, told: Told) -> Found:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    inside(path, CONFIG)
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         found = None
-    if not isinstance(found, dict) or found.get("model_kind") != "transcoder_set":
-        raise UserError(f"{path} is not the config.yaml of a transcoder_set; sets of other kinds cannot be read")
+    if not isinstance(found, dict) or found.get("model_kind") not in KINDS:
+        raise UserError(f"{path} is not of a {' or a '.join(KINDS)}; sets of other kinds cannot be read")
     return found

@@ -27,9 +27,15 @@ class Folded(NamedTuple):
 
 
 def folded(dictionary: Dictionary, *, to: str) -> Folded:
-    """Unit decoder rows, where latents are not ranked by their values; no pre-bias. UserError for a crosscoder."""
+    """`fold` of a dictionary of one hook point on a side; UserError for a crosscoder."""
     if "+" in f"{dictionary.info.get('hook')}{dictionary.info.get('target_hook')}":
-        raise UserError(f"format={to} has no dictionaries over several hook points ({dictionary.info['hook']})")
+        cure = "; use circuit_tracer" if dictionary.info.get("cross_layer") else ""
+        raise UserError(f"format={to} has no dictionaries over several hook points ({dictionary.info['hook']}){cure}")
+    return fold(dictionary)
+
+
+def fold(dictionary: Dictionary) -> Folded:
+    """Unit decoder rows, where latents are not ranked by their values; no pre-bias."""
     W_enc, W_dec, b_enc, b_dec = (tensor.double() for tensor in dictionary.parameters)
     threshold = None if dictionary.threshold is None else dictionary.threshold.double()
     if threshold is not None:

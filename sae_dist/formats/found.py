@@ -22,7 +22,9 @@ class Told:
     """What may have to be told of a file that does not say it itself; null leaves it to the file."""
 
     model: str | None = None  # the language model that the activations are of
-    hook: str | None = None  # the hook point that it reads, as sae-dist names it: resid_post.12, or a module path
+    # the hook point that it reads, as sae-dist names it: resid_post.12, or a module path; of a cross-layer transcoder
+    # with L in the place of the layer
+    hook: str | None = None
     target_hook: str | None = None  # of a transcoder: the hook point that it rebuilds
     k: int | None = None  # latents a token, where the file does not say
     pre_bias: bool | None = None  # whether the file's encoder reads x - b_dec rather than x

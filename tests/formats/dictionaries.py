@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sae_dist.sae.blocks import Blocks
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.initialize import Parameters
 
@@ -31,6 +32,29 @@ def dictionary(variant: str, *, transcodes: bool = False, skip: bool = False) ->
         info |= {"hook": "resid_pre.3", "target_hook": "mlp_out.3", "skip": skip}
     b_in, W_skip = 3 + draw(D) if transcodes else None, draw(D, D) if skip else None
     return Dictionary(parameters=parameters, k=K, info=info, threshold=threshold, b_in=b_in, W_skip=W_skip)
+
+
+LAYERS, WIDTH = 3, D // 3  # of a cross-layer transcoder of as many dimensions
+
+
+def cross_layer(variant: str, *, n: int = 42) -> Dictionary:
+    """One that reads resid_pre.0, .1 and .2, and writes mlp_out of these and of later layers."""
+    g = torch.Generator().manual_seed(len(variant))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    blocks, latents = Blocks((WIDTH,) * LAYERS, (WIDTH,) * LAYERS, n), torch.arange(n)
+    W_dec = torch.nn.functional.normalize(blocks.dec_(draw(n, D), latents), dim=1)
+    parameters = Parameters(blocks.enc_(draw(n, D), latents).T, W_dec, draw(n), draw(D))
+    threshold = {"jumprelu": draw(n).abs(), "batchtopk": torch.full((n,), 0.8), "relu": torch.zeros(n)}.get(variant)
+    hooks = {key: [f"{kind}.{layer}" for layer in range(LAYERS)] for key, kind in
+             (("hook", "resid_pre"), ("target_hook", "mlp_out"))}  # fmt: skip
+    info = {"variant": variant, "model": "gpt2", "cross_layer": True, "d_model": D, "d_out": D}
+    info |= {key: "+".join(names) for key, names in hooks.items()}
+    for key, names in (("sites", hooks["hook"]), ("target_sites", hooks["target_hook"])):
+        info[key] = [{"hook": name, "width": WIDTH} for name in names]
+    return Dictionary(parameters=parameters, k=K, info=info, threshold=threshold, b_in=3 + draw(D))
 
 
 def rebuilt(own: Dictionary, x: Tensor = ROWS) -> Tensor:

@@ -3,6 +3,7 @@
 Formulas are written here as the tools publish them. test_tools.py asks the tools themselves.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import sae_dist
 from sae_dist import formats
 from sae_dist.config import UserError
 from sae_dist.sae import dictionary as dictionary_file
-from tests.formats.dictionaries import ROWS, D, K, N, dictionary, largest, rebuilt
+from tests.formats.dictionaries import LAYERS, ROWS, WIDTH, D, K, N, cross_layer, dictionary, largest, rebuilt
 
 X = ROWS.double()
 
@@ -148,6 +149,69 @@ def test_what_is_written_rebuilds_the_same_rows_there_and_back_here(tmp_path, fo
 def test_what_a_tool_does_not_know_is_not_written(tmp_path, format, variant, transcodes, said):
     with pytest.raises(UserError, match=said):
         formats.export(dictionary(variant, transcodes=transcodes), tmp_path / "to", format=format)
+    assert not (tmp_path / "to").exists()
+
+
+def circuit_tracer_clt(folder: Path) -> Tensor:
+    """Each layer's latents read that layer, and write it and all after it."""
+    x, y = X.split(WIDTH, 1), [torch.zeros(len(X), WIDTH).double() for _ in range(LAYERS)]
+    for layer in range(LAYERS):
+        own = load_file(folder / f"W_enc_{layer}.safetensors") | load_file(folder / f"W_dec_{layer}.safetensors")
+        own = {name.removesuffix(f"_{layer}"): tensor.double() for name, tensor in own.items()}
+        z = x[layer] @ own["W_enc"].T + own["b_enc"]
+        f = z * (z > own.get("threshold", 0))
+        y[layer] += own["b_dec"]
+        for later in range(layer, LAYERS):
+            y[later] += f @ own["W_dec"][:, later - layer]
+    return torch.cat(y, 1)
+
+
+@pytest.mark.parametrize("variant", ["jumprelu", "batchtopk", "relu"])
+def test_a_cross_layer_transcoder_is_written_layer_by_layer_and_read_back(tmp_path, variant):
+    own = cross_layer(variant)
+    written = formats.export(own, tmp_path / "clt", format="circuit_tracer")
+    assert [path.name for path in written] == [
+        *(f"{name}_{layer}.safetensors" for layer in range(LAYERS) for name in ("W_enc", "W_dec")), "config.yaml",
+    ]  # fmt: skip
+    config = yaml.safe_load(written[-1].read_text())
+    assert config == {"model_name": "gpt2", "model_kind": "cross_layer_transcoder", "scan": "clt",
+                      "feature_input_hook": "hook_resid_pre", "feature_output_hook": "hook_mlp_out"}  # fmt: skip
+    close(circuit_tracer_clt(tmp_path / "clt"), rebuilt(own))
+    assert formats.export(own, tmp_path / "clt", format="circuit_tracer") == written  # replaces nothing
+    found = sae_dist.load(tmp_path / "clt", format="circuit_tracer").dictionary
+    close(found.reconstruct(ROWS).double(), rebuilt(own))
+    same = ("hook", "target_hook", "sites", "target_sites", "cross_layer", "model", "d_model", "d_out")
+    assert {key: found.info[key] for key in same} == {key: own.info[key] for key in same}
+    dictionary_file.save(found, tmp_path / "ours")
+    close(sae_dist.load(tmp_path / "ours").dictionary.reconstruct(ROWS).double(), rebuilt(own))
+
+
+def test_hook_points_of_a_cross_layer_transcoder_that_have_no_name_here_are_told(tmp_path):
+    own = cross_layer("jumprelu")
+    formats.export(own, tmp_path, format="circuit_tracer", hook_name="hook_resid_mid", hook_name_out="hook_mlp_out")
+    with pytest.raises(UserError, match="tell it: hook=..."):
+        sae_dist.load(tmp_path, format="circuit_tracer")
+    with pytest.raises(UserError, match="hook=resid_pre.1 is of one layer, and .* has 3; write L for its number"):
+        sae_dist.load(tmp_path, format="circuit_tracer", hook="resid_pre.1")
+    found = sae_dist.load(tmp_path, format="circuit_tracer", hook="model.layers.L.norm").dictionary
+    assert found.info["hook"] == "model.layers.0.norm+model.layers.1.norm+model.layers.2.norm"
+    close(found.reconstruct(ROWS).double(), rebuilt(own))
+
+
+def test_cross_layer_transcoders_that_circuit_tracer_does_not_know_are_not_written(tmp_path):
+    own = cross_layer("jumprelu")
+    later = [{"hook": f"resid_pre.{layer}", "width": WIDTH} for layer in (1, 2, 3)]
+    apart = own.info | {"sites": later, "hook": "+".join(site["hook"] for site in later)}
+    skip = dataclasses.replace(own, W_skip=torch.zeros(D, D))
+    for each, said in (
+        (cross_layer("topk"), "without latents that are chosen as topk does"), (skip, "without a skip connection"),
+        (cross_layer("jumprelu", n=40), "not 40 of 3"),
+        (dataclasses.replace(own, info=apart), "of every layer from 0 on, not resid_pre.1[+]resid_pre.2"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            formats.export(each, tmp_path / "to", format="circuit_tracer")
+    with pytest.raises(UserError, match="over several hook points .*; use circuit_tracer"):
+        formats.export(own, tmp_path / "to", format="saelens")
     assert not (tmp_path / "to").exists()
 
 

@@ -18,7 +18,7 @@ from sae_dist.config import UserError
 from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.initialize import Parameters
-from tests.formats.dictionaries import dictionary
+from tests.formats.dictionaries import cross_layer, dictionary
 from tests.formats.test_formats import llama_scope_files, published
 
 Break = Callable[[Path], dict]  # makes a file in a folder and says what is told of it
@@ -92,6 +92,20 @@ def circuit_tracer(**config) -> Break:
         return {}
 
     return make
+
+
+def clt(change: Callable[[dict[str, Path]], object]) -> Break:
+    def make(folder: Path) -> dict:
+        written = formats.export(cross_layer("jumprelu"), folder, format="circuit_tracer")
+        change({path.stem: path for path in written})
+        return {}
+
+    return make
+
+
+def without_threshold(files: dict[str, Path]) -> None:
+    path = files["W_enc_1"]
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != "threshold_1"}, path)
 
 
 def llama_scope(told: dict, **config) -> Break:
@@ -177,7 +191,15 @@ REFUSED = {
         dictionary_learning(lambda own: {"step": 5, "ae": own, "norm_factor": 0.1}), "has not ended",
     ),
     "dictionary_learning: another class": (dictionary_learning(dict, "IdentityDict"), "dict_class=IdentityDict"),
-    "circuit_tracer: a cross-layer transcoder": (circuit_tracer(model_kind="cross_layer_transcoder"), "transcoder_set"),
+    "circuit_tracer: another kind": (circuit_tracer(model_kind="crosscoder"), "transcoder_set or a cross_layer_trans"),
+    "circuit_tracer: a cross-layer transcoder's name on other files": (
+        circuit_tracer(model_kind="cross_layer_transcoder"), "has no W_enc_0.safetensors",
+    ),
+    "circuit_tracer: a layer is missing": (clt(lambda own: own["W_enc_1"].unlink()), "has no W_enc_1.safetensors"),
+    "circuit_tracer: a matrix of another layer": (
+        clt(lambda own: own["W_dec_0"].write_bytes(own["W_dec_1"].read_bytes())), "lacks W_dec_0",
+    ),
+    "circuit_tracer: thresholds of some layers": (clt(without_threshold), "2 of 3 layers have thresholds"),
     "circuit_tracer: a hook point without a name": (circuit_tracer(feature_input_hook="mlp.hook_in"), "hook point"),
     "gemma_scope: of what": (gemma_scope({"model": "m"}), "of which hook point"),
     "gemma_scope: pickled": (gemma_scope(GPT2, threshold=np.array([{}], dtype=object)), "plain arrays"),

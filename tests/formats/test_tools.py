@@ -16,7 +16,7 @@ import torch
 import sae_dist
 from sae_dist import formats
 from sae_dist.cache_folder import cache_folder
-from tests.formats.dictionaries import ROWS, dictionary, rebuilt
+from tests.formats.dictionaries import ROWS, cross_layer, dictionary, rebuilt
 
 pytestmark = pytest.mark.slow
 CHILD = Path(__file__).with_name("tool_child.py")
@@ -32,7 +32,8 @@ EXPORTED = {
                 ("jumprelu", "transcoder"), ("relu", "transcoder"), ("jumprelu", "skip"), ("relu", "skip")],
     "sparsify": [("topk", ""), ("topk", "transcoder"), ("topk", "skip")],
     "dictionary_learning": [(v, "") for v in ("topk", "batchtopk", "jumprelu", "gated", "matryoshka", "relu")],
-    "circuit_tracer": [(v, "transcoder") for v in ("topk", "batchtopk", "jumprelu", "relu")] + [("jumprelu", "skip")],
+    "circuit_tracer": [*((v, "transcoder") for v in ("topk", "batchtopk", "jumprelu", "relu")), ("jumprelu", "skip"),
+                       ("jumprelu", "cross_layer"), ("relu", "cross_layer")],
 }  # fmt: skip
 TOLD = {  # of the tool's own files: what they do not say
     "layers.3": {"model": "gpt2"},
@@ -74,7 +75,12 @@ def test_the_tool_rebuilds_what_we_do_and_we_what_it_does(tmp_path, tool):
     np.save(tmp_path / "rows.npy", ROWS.numpy())
     exported = {}
     for variant, reads in EXPORTED[tool]:
-        own, folder = dictionary(variant, transcodes=bool(reads), skip=reads == "skip"), tmp_path / f"{variant}{reads}"
+        folder, transcodes = tmp_path / f"{variant}{reads}", bool(reads)
+        own = (
+            cross_layer(variant)
+            if reads == "cross_layer"
+            else dictionary(variant, transcodes=transcodes, skip=reads == "skip")
+        )
         formats.export(own, folder, format=tool)
         exported[folder] = rebuilt(own)
     line = [environment(tool), CHILD, tool, tmp_path / "rows.npy", *exported]

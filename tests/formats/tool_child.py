@@ -101,6 +101,12 @@ def fresh_dictionary_learning(root):
 
 def circuit_tracer(folder, x):
     import yaml
+    from circuit_tracer.transcoder.cross_layer_transcoder import load_clt
+
+    if (folder / "W_enc_0.safetensors").exists():
+        cpu = torch.device("cpu")
+        found = load_clt(str(folder), device=cpu, dtype=torch.float32, lazy_decoder=False)
+        return torch.cat(list(found(torch.stack(x.chunk(found.n_layers, 1)))), 1)
     from circuit_tracer.transcoder.activation_functions import TopK
     from circuit_tracer.transcoder.single_layer_transcoder import load_relu_transcoder
 
@@ -114,6 +120,7 @@ def circuit_tracer(folder, x):
 def fresh_circuit_tracer(root):
     import yaml
     from circuit_tracer.transcoder.activation_functions import JumpReLU
+    from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
     from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder
 
     cpu, fp32 = torch.device("cpu"), torch.float32
@@ -129,6 +136,14 @@ def fresh_circuit_tracer(root):
                   "feature_output_hook": "hook_mlp_out", "scan": "x"}  # fmt: skip
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         yield folder
+    made = CrossLayerTranscoder(3, 20, D // 3, "jump_relu", lazy_decoder=False, device=cpu, dtype=fp32)
+    randomise(made)
+    folder = root / "fresh-cross_layer"
+    with torch.no_grad():
+        made.to_safetensors(str(folder))
+    config["model_kind"] = "cross_layer_transcoder"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    yield folder
 
 
 @torch.no_grad()
