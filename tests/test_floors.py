@@ -14,7 +14,7 @@ FLOORS = (  # lowest first; packages on one floor do not know each other
     {"storage", "monitor", "run_files", "hub"},
     {"text", "model", "shards", "sae"},
     {"harvest", "train", "evaluate", "interpret", "formats"},
-    {"plan", "sweep", "steer", "label", "comparison"},
+    {"plan", "sweep", "steer", "label", "comparison", "dashboards"},
     {"service"},
     {"cli"},
     {"api"},

@@ -1,17 +1,20 @@
 """Write a run's dictionary as another tool's files, which give the same reconstruction there.
 
-Formats: sae_dist (its own), saelens, sparsify, dictionary_learning, circuit_tracer, qwen_scope, openai.
+Formats: sae_dist (its own), saelens, sparsify, dictionary_learning, circuit_tracer, qwen_scope, openai. What `sae-dist
+pages RUN data=true` and `label` found of its latents is written by saedashboard, neuronpedia and
+circuit_tracer_features.
 to=hf://OWNER/NAME/FOLDER pushes them to the Hugging Face Hub, with a card of the run's figures and recipe. Repeated, it
 sends what is not there yet. The token is that of `hf auth login` or HF_TOKEN.
 Example: sae-dist export runs/mine format=saelens to=exported/mine
          sae-dist export runs/mine to=hf://me/my-dictionary license=mit
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_dist import formats
+from sae_dist import dashboards, formats
 from sae_dist.config import UserError, frozen, load, local_folder
 from sae_dist.hub import address, push
 from sae_dist.sae import dictionary
@@ -26,13 +29,15 @@ class ExportJob:
     """Which dictionary to write, and how."""
 
     out: str  # a run's folder, or a dictionary's own
-    # sae_dist (as it is), saelens, sparsify, dictionary_learning, circuit_tracer, qwen_scope or openai
+    # sae_dist (as it is), saelens, sparsify, dictionary_learning, circuit_tracer, qwen_scope or openai; saedashboard,
+    # neuronpedia or circuit_tracer_features: what is known of its latents
     format: str = formats.OWN
     # the folder to write into, where a file that is there and differs is not replaced; or hf://OWNER/NAME[/FOLDER]
     to: str
     model_name: str | None = None  # what the tool calls the model; null: as the dictionary does
     hook_name: str | None = None  # what the tool calls the hook point; null: TransformerLens' name, or the module path
     hook_name_out: str | None = None  # of a transcoder: what it calls the hook point that is rebuilt
+    set_name: str | None = None  # saedashboard, neuronpedia: of the sources; null: as res-16k
     private: bool = True  # hf://: a new repository is for its owner only, and a public one is refused
     license: str | None = None  # hf://: of the dictionary, as the Hub names it: apache-2.0, mit, cc-by-4.0
     card: bool = True  # hf://: write README.md; false leaves the one that is there
@@ -44,6 +49,10 @@ CONFIG = ExportJob
 
 def main(values: Mapping[str, Any]) -> int:
     job = load(ExportJob, values)
+    if job.format in dashboards.FORMATS:
+        return _show(job)
+    if job.set_name is not None:
+        raise UserError(f"set_name={job.set_name} is for format={', '.join(dashboards.FORMATS)}; leave it out")
     names = {"model_name": job.model_name, "hook_name": job.hook_name, "hook_name_out": job.hook_name_out}
     with dictionary_folder(local_folder("out", job.out)) as folder:
         if address.is_address(job.to):
@@ -55,6 +64,17 @@ def main(values: Mapping[str, Any]) -> int:
         to = Path(local_folder("to", job.to))
         for path in formats.export(dictionary.load(folder), to, format=job.format, **names):
             print(path)
+    return 0
+
+
+def _show(job: ExportJob) -> int:
+    used = ("out", "format", "to", "model_name", "set_name")
+    others = [field for field in dataclasses.fields(ExportJob) if field.name not in used]  # type: ignore[arg-type]
+    if given := [field.name for field in others if getattr(job, field.name) != field.default]:
+        raise UserError(f"{given[0]} means nothing to format={job.format}; leave it out")
+    run, to = (Path(local_folder(key, getattr(job, key))) for key in ("out", "to"))
+    written = dashboards.export(run, to, format=job.format, model_name=job.model_name, set_name=job.set_name)
+    print(f"{sum(1 for _ in written):,} files in {to}")
     return 0
 
 

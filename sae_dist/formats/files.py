@@ -96,9 +96,14 @@ def write_new(path: Path, data: bytes) -> Path:
             return path
         raise UserError(f"to={path.parent} has another {path.name} already; give an empty folder")
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace_whole(path, data)
+    return path
+
+
+def replace_whole(path: Path, data: bytes) -> None:
+    """Writes a file in a folder that is there, whole or not at all, in the place of what has its name."""
     path.with_name(path.name + ".part").write_bytes(data)
     path.with_name(path.name + ".part").replace(path)
-    return path
 
 
 def as_json(values: Mapping[str, Any]) -> bytes:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,7 @@ class About(TypedDict):
     file_latents: int
     group_latents: int
     no_outputs: str | None
+    weights: NotRequired[str]  # the hash of the dictionary's weights
     summary: dict[str, Any]
 
 

@@ -1,0 +1,36 @@
+"""What is known of a run's latents, in the files of tools that show them: a module each format, behind `export`."""
+
+import importlib
+from collections.abc import Generator, Mapping
+from pathlib import Path
+
+from sae_dist.config import UserError
+from sae_dist.dashboards.latents import Latents
+from sae_dist.dashboards.source import source_of
+from sae_dist.interpret import read_labels
+from sae_dist.run_files import read_yaml
+from sae_dist.sae import dictionary
+
+FORMATS: Mapping[str, str] = {  # by name: the tool
+    "saedashboard": "SAEDashboard", "neuronpedia": "Neuronpedia", "circuit_tracer_features": "circuit-tracer",
+}  # fmt: skip
+
+
+def export(
+    run: Path, to: Path, *, format: str, model_name: str | None = None, set_name: str | None = None
+) -> Generator[Path, None, None]:
+    """Writes the files of a tool into the folder `to`, and yields each. Repeated after a stop it goes on.
+
+    UserError where `run` has no feature data of its main dictionary, or `to` holds other files of these names.
+    """
+    if not (run / "dictionary").is_dir():
+        raise UserError(f"out={run} is no run's folder; format={format} shows latents of a run's main dictionary")
+    own = dictionary.load(run / "dictionary")
+    latents = Latents(run, own)
+    labelled = (run / read_labels.FOLDER / read_labels.SCORES).is_file()
+    source = source_of(
+        own, read_yaml(run / "config.yaml", cure="give the folder of a run"), rows=latents.features.rows,
+        model_name=model_name, set_name=set_name,
+        labelled_by=read_labels.labels(run).scores["by"] if labelled else None,
+    )  # fmt: skip
+    yield from importlib.import_module(f"{__name__}.{format}").write(latents, to, source)
