@@ -1,6 +1,6 @@
 """sae_dist: distributed training of sparse autoencoders on language-model activations.
 
-In Python: load, attach, Store, features, labels, compare, train, run, sweep (docs/python.md).
+In Python: load, language_model, attach, Store, features, labels, compare, train, run, sweep (docs/python.md).
 Importing the package loads none of them.
 """
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sae_dist.api.compare import compare
     from sae_dist.api.jobs import run, sweep, train
+    from sae_dist.api.language_model import language_model
     from sae_dist.api.load import load
     from sae_dist.api.store import Store
     from sae_dist.interpret.read_features import features
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from sae_dist.steer.attach import attach
 
 __version__ = "0.1.0"
-__all__ = ["Store", "attach", "compare", "features", "labels", "load", "run", "sweep", "train"]
+__all__ = ["Store", "attach", "compare", "features", "labels", "language_model", "load", "run", "sweep", "train"]
 
 _HOMES = {
     "load": "api.load",
+    "language_model": "api.language_model",
     "compare": "api.compare",
     "run": "api.jobs",
     "Store": "api.store",

@@ -2,6 +2,9 @@
 
 import json
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,16 @@ def test_latents_are_found_by_example(run, tmp_path, capsys):
     by_text = steer(run, tmp_path, 'toward=["01234567", "98765432"]', "away=[abcdefgh, hgfedcba]")["search"]
     assert by_text["documents"] == [2, 2]
     assert "tell the texts apart" in capsys.readouterr().out
+
+
+def test_the_notebook_of_a_prompt_runs(run):
+    notebook = Path(__file__).parents[2] / "docs/notebook_prompt.py"
+    done = subprocess.run([sys.executable, notebook, run], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *latents, losses = done.stdout.splitlines()
+    assert len(latents) == 5 and all(f"{run}/pages/latent.html#" in line for line in latents)
+    clean, spliced = re.fullmatch(r"loss (.*), with the reconstruction (.*)", losses).groups()
+    assert 0 < float(clean) < 20 and float(spliced) != float(clean)
 
 
 def test_samples_are_those_of_the_model_and_end_where_it_ends():
