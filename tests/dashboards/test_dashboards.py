@@ -3,8 +3,6 @@
 import dataclasses
 import gzip
 import json
-import os
-import subprocess
 import zlib
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.initialize import Parameters
 from sae_dist.service.summary import weights_digest
-from tests.formats.test_tools import environment
+from tests.formats.test_tools import ran
 from tests.interpret.test_features import CONTEXT, D_MODEL, N_LATENTS, ROWS, W_DEC, write
 
 LATENT = 17
@@ -164,12 +162,9 @@ def test_layers_of_several_runs_go_into_one_folder_of_circuit_tracer(run, tmp_pa
 @pytest.mark.slow
 def test_saedashboard_takes_its_files(run, tmp_path):
     list(dashboards.export(run, tmp_path / "to", format="saedashboard"))
-    line = [environment("saedashboard"), "-c", TAKES, *sorted((tmp_path / "to").glob("batch-*.json"))]
-    own = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    done = subprocess.run(line, env=own, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = ran("saedashboard", "-c", TAKES, *sorted((tmp_path / "to").glob("batch-*.json")))
     shown = [latent for batch in batches(tmp_path / "to") for latent in batch["features"]]
-    assert done.stdout.split() == ["5", str(len(shown)), str(sum(len(latent["activations"]) for latent in shown))]
+    assert said.split() == ["5", str(len(shown)), str(sum(len(latent["activations"]) for latent in shown))]
 
 
 @pytest.mark.parametrize("format", dashboards.FORMATS)

@@ -3,6 +3,8 @@
 The environments are kept in the cache folder: the first time takes a few minutes.
 """
 
+import json
+import math
 import os
 import shutil
 import subprocess
@@ -25,6 +27,7 @@ TOOLS = {
     "sparsify": ["eai-sparsify==1.3.3"],
     "dictionary_learning": ["dictionary-learning==0.1.0"],
     "circuit_tracer": ["circuit-tracer==0.5.0"],
+    "saebench": ["sae-bench==0.6.0", "transformer-lens<4"],
     "saedashboard": ["--no-deps", "sae-dashboard==0.8.0", "numpy"],  # its classes of files; the rest is not run
 }
 EXPORTED = {
@@ -67,6 +70,14 @@ def environment(tool: str) -> Path:
     return folder / "venv/bin/python"
 
 
+def ran(tool: str, *line: object) -> str:
+    """What a program says that runs in the tool's environment, without ours."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}  # and keeps bytecode
+    done = subprocess.run([environment(tool), *map(str, line)], env=own, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(((found - expected).norm(dim=1) <= 1e-5 * expected.norm(dim=1)).all())
 
@@ -84,15 +95,29 @@ def test_the_tool_rebuilds_what_we_do_and_we_what_it_does(tmp_path, tool):
         )
         formats.export(own, folder, format=tool)
         exported[folder] = rebuilt(own)
-    line = [environment(tool), CHILD, tool, tmp_path / "rows.npy", *exported]
-    own = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}  # and keeps bytecode
-    done = subprocess.run(line, env=own, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = ran(tool, CHILD, tool, tmp_path / "rows.npy", *exported)
     wrong = [path.name for path, y in exported.items() if not close(torch.from_numpy(np.load(path / "rebuilt.npy")), y)]
     assert not wrong
-    fresh = [Path(line) for line in done.stdout.splitlines() if line.startswith(str(tmp_path))]
+    fresh = [Path(line) for line in said.splitlines() if line.startswith(str(tmp_path))]
     assert fresh
     for path in fresh:
         theirs = torch.from_numpy(np.load(path / "rebuilt.npy"))
         (path / "rebuilt.npy").unlink()
         assert close(sae_dist.load(path, format=tool, **TOLD.get(path.name, {}))(ROWS), theirs), path.name
+
+
+def test_saebench_evaluates_an_export_and_finds_our_figures(tmp_path):
+    exported = {tmp_path / variant: dictionary(variant) for variant in ("topk", "batchtopk", "jumprelu", "relu")}
+    for folder, own in exported.items():
+        formats.export(own, folder, format="saelens")
+    ran("saebench", CHILD.with_name("saebench_child.py"), *exported)
+    for folder, own in exported.items():
+        found, x = json.loads((folder / "core.json").read_text()), torch.from_numpy(np.load(folder / "x.npy"))
+        active, error = own.encode(x), (rebuilt(own, x) - x).square().sum(1)
+        assert found["hook"] == "blocks.3.hook_resid_post" and len(x) == 64
+        assert found["sparsity"]["l0"] == pytest.approx(len(active.values) / len(x), abs=1e-6)
+        assert found["reconstruction_quality"]["mse"] == pytest.approx(float(error.mean()) / len(x), rel=1e-4)
+        density = active.indices.bincount(minlength=own.n_latents) / len(x)
+        torch.testing.assert_close(torch.tensor(found["density"]), density)
+        for kind, name in (("model_performance_preservation", "ce_loss_score"), ("shrinkage", "l2_ratio")):
+            assert math.isfinite(found[kind][name])
