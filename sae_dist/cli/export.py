@@ -2,7 +2,7 @@
 
 Formats: sae_dist (its own), saelens, sparsify, dictionary_learning, circuit_tracer, qwen_scope, openai. What `sae-dist
 pages RUN data=true` and `label` found of its latents is written by saedashboard, neuronpedia and
-circuit_tracer_features.
+circuit_tracer_features, their activations on held-out text by delphi.
 to=hf://OWNER/NAME/FOLDER pushes them to the Hugging Face Hub, with a card of the run's figures and recipe. Repeated, it
 sends what is not there yet. The token is that of `hf auth login` or HF_TOKEN.
 Example: sae-dist export runs/mine format=saelens to=exported/mine
@@ -30,7 +30,7 @@ class ExportJob:
 
     out: str  # a run's folder, or a dictionary's own
     # sae_dist (as it is), saelens, sparsify, dictionary_learning, circuit_tracer, qwen_scope or openai; saedashboard,
-    # neuronpedia or circuit_tracer_features: what is known of its latents
+    # neuronpedia or circuit_tracer_features: what is known of its latents; delphi: their activations
     format: str = formats.OWN
     # the folder to write into, where a file that is there and differs is not replaced; or hf://OWNER/NAME[/FOLDER]
     to: str

@@ -5,6 +5,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 
 from sae_dist.config import UserError
+from sae_dist.dashboards import delphi
 from sae_dist.dashboards.latents import Latents
 from sae_dist.dashboards.source import source_of
 from sae_dist.interpret import read_labels
@@ -13,6 +14,7 @@ from sae_dist.sae import dictionary
 
 FORMATS: Mapping[str, str] = {  # by name: the tool
     "saedashboard": "SAEDashboard", "neuronpedia": "Neuronpedia", "circuit_tracer_features": "circuit-tracer",
+    "delphi": "delphi",
 }  # fmt: skip
 
 
@@ -21,16 +23,22 @@ def export(
 ) -> Generator[Path, None, None]:
     """Writes the files of a tool into the folder `to`, and yields each. Repeated after a stop it goes on.
 
-    UserError where `run` has no feature data of its main dictionary, or `to` holds other files of these names.
+    UserError where `run` has no feature data of its main dictionary (delphi: no held-out rows), or `to` holds other
+    files of these names.
     """
     if not (run / "dictionary").is_dir():
         raise UserError(f"out={run} is no run's folder; format={format} shows latents of a run's main dictionary")
     own = dictionary.load(run / "dictionary")
+    config = read_yaml(run / "config.yaml", cure="give the folder of a run")
+    if format == "delphi":  # every activation, not what is known of latents
+        if told := model_name or set_name:
+            raise UserError(f"{told} is no name in delphi's files; leave it out")
+        yield from delphi.write(run, own, to, config)
+        return
     latents = Latents(run, own)
     labelled = (run / read_labels.FOLDER / read_labels.SCORES).is_file()
     source = source_of(
-        own, read_yaml(run / "config.yaml", cure="give the folder of a run"), rows=latents.features.rows,
-        model_name=model_name, set_name=set_name,
+        own, config, rows=latents.features.rows, model_name=model_name, set_name=set_name,
         labelled_by=read_labels.labels(run).scores["by"] if labelled else None,
     )  # fmt: skip
     yield from importlib.import_module(f"{__name__}.{format}").write(latents, to, source)

@@ -167,7 +167,7 @@ def test_saedashboard_takes_its_files(run, tmp_path):
     assert said.split() == ["5", str(len(shown)), str(sum(len(latent["activations"]) for latent in shown))]
 
 
-@pytest.mark.parametrize("format", dashboards.FORMATS)
+@pytest.mark.parametrize("format", [name for name in dashboards.FORMATS if name != "delphi"])
 def test_after_a_stop_it_goes_on_and_gives_the_same_bytes(run, tmp_path, format):
     whole = list(dashboards.export(run, tmp_path / "whole", format=format))
     stopped = dashboards.export(run, tmp_path / "parts", format=format)
@@ -192,7 +192,7 @@ def test_after_a_stop_it_goes_on_and_gives_the_same_bytes(run, tmp_path, format)
         (["format=neuronpedia", "set_name=../up"], "set_name=../up cannot be a name there"),
         (
             ["format=saelens", "set_name=x"],
-            "set_name=x is for format=saedashboard, neuronpedia, circuit_tracer_features",
+            "set_name=x is for format=saedashboard, neuronpedia, circuit_tracer_features, delphi",
         ),
     ],
 )

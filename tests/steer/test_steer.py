@@ -1,7 +1,6 @@
 """`sae-dist steer` on a small run: samples, losses, attribution and search, their page, and what is refused."""
 
 import json
-import random
 import re
 import subprocess
 import sys
@@ -9,56 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from sae_dist import storage
-from sae_dist.cli.compose import compose
 from sae_dist.cli.main import main
-from sae_dist.config import load, to_dict
-from sae_dist.harvest.harvester import Harvester
-from sae_dist.sae import dictionary
-from sae_dist.service.config import RunConfig
-from sae_dist.service.evaluate_job import pages
-from sae_dist.service.prepare import prepare
-from sae_dist.shards import stores
 from sae_dist.steer import sample, study
 from sae_dist.steer.activity import of_pages
-from tests.steer.worlds import LANGUAGE_MODEL, MODEL, random_dictionary
+from tests.steer.worlds import LANGUAGE_MODEL, MODEL, random_dictionary, small_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run's folder with store, text, dictionary and feature pages, made in this process; the dictionary is random."""
-    out = tmp_path_factory.mktemp("steered") / "run"
-    kinds = {"digits": "0123456789", "letters": "abcdefghij"}
-    g = random.Random(0)
-    lines = [
-        json.dumps({"text": "".join(g.choices(signs, k=150)), "category": kind})
-        for _ in range(60)
-        for kind, signs in kinds.items()
-    ]
-    (out.parent / "text.jsonl").write_text("\n".join(lines))
-    values = compose(
-        "run",
-        ["preset=tiny", f"text={out.parent}/text.jsonl",
-         "text.category=category", f"out={out}", "hook=resid_post.1", "harvest.tokens=4096",
-         "harvest.heldout_tokens=2048", "harvest.unit_sequences=8", "harvest.context=64", "model.dtype=float32",
-         "order.round_units=0", "train.init_rows=64", "sae.n_latents=64", "sae.k=4", "pages.tokens=2000"],
-    )  # fmt: skip
-    config = load(RunConfig, values)
-    prepared = prepare(
-        model=config.model, hook_points=[config.hook], text=config.text, harvest=config.harvest, folder=out / "text",
-        store_uri=config.store_uri, progress=lambda _: None,
-    )  # fmt: skip
-    store = stores.open(storage.open(config.store_uri))
-    harvester = Harvester(LANGUAGE_MODEL, store, [config.hook], split=prepared.split, config=config.harvest)
-    for unit in range(store.meta.n_units):
-        harvester.harvest(unit)
-    harvester.close()
-    (out / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    dictionary.save(random_dictionary(config.hook), out / "dictionary")
-    pages(config, LANGUAGE_MODEL, store=store, stream=prepared.split.train, summary={"name": "small"})
-    return out
+    return small_run(tmp_path_factory.mktemp("steered") / "run")
 
 
 def steer(run: Path, out: Path, *words: str) -> dict:
