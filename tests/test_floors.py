@@ -34,6 +34,7 @@ ONLY_IN = {  # a heavy dependency has one home
     "transformers": "sae_dist/model/",
     "vllm": "sae_dist/model/vllm.py",
     "datasets": "sae_dist/text/",
+    "neuronpedia": "sae_dist/dashboards/",
 }
 WITHOUT_A_MODEL = (  # commands
     "train", "sweep", "label", "compare", "status", "serve", "sync", "store", "submit", "jobs",

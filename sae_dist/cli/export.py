@@ -2,7 +2,7 @@
 
 Formats: sae_dist (its own), saelens, sparsify, dictionary_learning, circuit_tracer, qwen_scope, openai. What `sae-dist
 pages RUN data=true` and `label` found of its latents is written by saedashboard, neuronpedia and
-circuit_tracer_features, their activations on held-out text by delphi.
+circuit_tracer_features, their activations on held-out text by delphi. to=neuronpedia://MODEL/SET sends latents there.
 to=hf://OWNER/NAME/FOLDER pushes them to the Hugging Face Hub, with a card of the run's figures and recipe. Repeated, it
 sends what is not there yet. The token is that of `hf auth login` or HF_TOKEN.
 Example: sae-dist export runs/mine format=saelens to=exported/mine
@@ -16,6 +16,7 @@ from typing import Any
 
 from sae_dist import dashboards, formats
 from sae_dist.config import UserError, frozen, load, local_folder
+from sae_dist.dashboards.neuronpedia_upload import SCHEME
 from sae_dist.hub import address, push
 from sae_dist.sae import dictionary
 from sae_dist.sae.find import dictionary_folder
@@ -32,7 +33,8 @@ class ExportJob:
     # sae_dist (as it is), saelens, sparsify, dictionary_learning, circuit_tracer, qwen_scope or openai; saedashboard,
     # neuronpedia or circuit_tracer_features: what is known of its latents; delphi: their activations
     format: str = formats.OWN
-    # the folder to write into, where a file that is there and differs is not replaced; or hf://OWNER/NAME[/FOLDER]
+    # the folder to write into, where a file that is there and differs is not replaced; hf://OWNER/NAME[/FOLDER]; of
+    # neuronpedia also neuronpedia://MODEL/SET
     to: str
     model_name: str | None = None  # what the tool calls the model; null: as the dictionary does
     hook_name: str | None = None  # what the tool calls the hook point; null: TransformerLens' name, or the module path
@@ -72,7 +74,13 @@ def _show(job: ExportJob) -> int:
     others = [field for field in dataclasses.fields(ExportJob) if field.name not in used]  # type: ignore[arg-type]
     if given := [field.name for field in others if getattr(job, field.name) != field.default]:
         raise UserError(f"{given[0]} means nothing to format={job.format}; leave it out")
-    run, to = (Path(local_folder(key, getattr(job, key))) for key in ("out", "to"))
+    run = Path(local_folder("out", job.out))
+    if job.format == "neuronpedia" and job.to.startswith(SCHEME):
+        if told := job.model_name or job.set_name:
+            raise UserError(f"{told} is said by to={job.to} already; leave it out")
+        print(f"{sum(dashboards.upload(run, job.to)):,} latents sent to {job.to}")
+        return 0
+    to = Path(local_folder("to", job.to))
     written = dashboards.export(run, to, format=job.format, model_name=job.model_name, set_name=job.set_name)
     print(f"{sum(1 for _ in written):,} files in {to}")
     return 0
