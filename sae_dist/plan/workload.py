@@ -9,7 +9,7 @@ from sae_dist.plan.machine import Backend
 from sae_dist.sae.config import SAEConfig, check_width, resolved_k_aux
 from sae_dist.sae.variants.interface import Sizes, Top, Variant, own_vectors
 from sae_dist.shards.order import OrderConfig
-from sae_dist.train.config import TrainConfig
+from sae_dist.train.config import MOST_INIT_ROWS, TrainConfig
 
 
 class Workload(NamedTuple):
@@ -118,7 +118,8 @@ def workload(
     check_width(sae, d_model)
     return Workload(
         sae=sae, d_model=d_model, batch=train.batch, data=data, feature=feature,
-        dead=round(dead_fraction * sae.n_latents), steps=train.n_steps, init_rows=train.init_rows, lanes=order.lanes,
+        dead=round(dead_fraction * sae.n_latents), steps=train.n_steps, lanes=order.lanes,
+        init_rows=train.rows_to_begin(sae.n_latents, stored=store_rows or MOST_INIT_ROWS),
         window=order.window, slice_rows=slice_rows, stored_bytes=stored_bytes, store_rows=store_rows,
         masked=train.cross_layer, state=state,
     )  # fmt: skip

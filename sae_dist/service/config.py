@@ -61,11 +61,14 @@ class RunConfig:
         _ = self.members  # a wrong entry is refused here
         ahead, round_units = self.harvest.ahead_units, self.order.round_units
         per_unit = self.harvest.unit_sequences * (self.harvest.context - self.harvest.rows.drop_first)
-        least = 2 * max(round_units, -(-self.train.init_rows // per_unit))
+        most = max(member.sae.n_latents for member in self.members)
+        init_rows = self.train.rows_to_begin(most, stored=self.harvest.tokens)
+        least = 2 * max(round_units, -(-init_rows // per_unit))
         if ahead and (round_units == 0 or ahead < least):
             raise ValueError(
                 f"harvest.ahead_units={ahead} with order.round_units={round_units}: training waits for whole rounds "
-                f"and for train.init_rows={self.train.init_rows}; give {least} or more, with rounds that are not 0"
+                f"and for {init_rows:,} rows to begin from (train.init_rows); give {least} or more, with rounds that "
+                "are not 0"
             )
         rows = self.harvest.tokens * (1 - self.harvest.rows.drop_first / self.harvest.context)
         wanted = self.train.n_steps * self.train.batch

@@ -26,12 +26,12 @@ class Batches(NamedTuple):
         return self._feed(state.step, state.order_hash, state.source.manifest, until=self.task.config.n_steps)
 
     def sample(self, manifest: int | None) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "rows d_out"] | None]:
-        """The first `train.init_rows` rows in the order of training, fp32, and their targets unless they are the same.
+        """The first rows in the order of training, fp32, as many as a dictionary begins from, and their targets.
 
-        Raises Stopped where `stop()` becomes true before they are read.
+        No targets where they are the same rows. Raises Stopped where `stop()` becomes true before they are read.
         """
         x, target, alike = list[Tensor](), list[Tensor](), self.task.hooks.rebuilds_input
-        n_rows, batch = self.task.config.init_rows, self.task.config.batch
+        n_rows, batch = self.task.init_rows, self.task.config.batch
         with self._feed(0, 0, manifest, until=-(-n_rows // batch)) as feed:
             while sum(map(len, x)) < n_rows:
                 if (fed := feed.next()) is None:

@@ -7,11 +7,13 @@ from pydantic import Field
 from sae_kernels.row_state import MomentFormat, ParameterFormat
 
 from sae_dist.config import frozen, local_folder
+from sae_dist.sae.initialize import CANDIDATES
 from sae_dist.train.guard import GuardConfig
 
 # Who starts the processes of a mesh. auto: this one for a mesh of 1, torchrun's where torchrun started it, else actors.
 Launcher = Literal["auto", "process", "actors", "torchrun", "ray_train"]
 DATA_WEIGHT = 0.8  # of `init_data_weight`, where there is a row for every latent
+INIT_ROWS, MOST_INIT_ROWS = 16_384, 65_536  # of `init_rows`: comparing more with each other takes minutes on a laptop
 
 
 @frozen
@@ -25,12 +27,14 @@ class TrainConfig:
     lr: Annotated[float, Field(gt=0)] | None = None  # null: 2e-4 / sqrt(n_latents / 2^14), more in short runs
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02  # of the steps; the learning rate rises from 0
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # of the steps, at the end; it falls to 0
-    init_rows: Annotated[int, Field(ge=2)] = 16_384  # rows that b_dec, W_enc and the input scale are estimated from
+    # rows that b_dec, W_enc and the input scale are estimated from; null: 16,384, and for W_enc and b_dec two for each
+    # latent, up to 65,536 and to what the store holds
+    init_rows: Annotated[int, Field(ge=2)] | None = None
     # where a dictionary lies that the training begins from: the folder of a run, or of a dictionary (an imported one
     # too), either at s3://, or hf://; null: it begins at random
     start_from: str | None = None
     # of the direction of a row of data in each initial decoder row, the rest is random; null: 0.8 (Circuits Update,
-    # October 2025), but 0 for a dictionary with more latents than init_rows, many of which would begin alike
+    # October 2025), but 0 for a dictionary with more latents than rows to begin from, many of which would begin alike
     init_data_weight: Annotated[float, Field(ge=0, le=1)] | None = None
     # with target_hook: a linear map from what is read to what is rebuilt, beside the latents (a skip-transcoder)
     skip: bool = False
@@ -84,6 +88,17 @@ class TrainConfig:
     @property
     def cache_bytes(self) -> int:
         return round((64.0 if self.cache_gb is None else self.cache_gb) * 1e9)
+
+    @property
+    def scale_rows(self) -> int:
+        """Rows that the input scale is estimated from: the same for all dictionaries of a pass."""
+        return INIT_ROWS if self.init_rows is None else self.init_rows
+
+    def rows_to_begin(self, n_latents: int, *, stored: int) -> int:
+        """Rows from which a dictionary begins, of a store of so many."""
+        if self.init_rows is not None:
+            return self.init_rows
+        return max(INIT_ROWS, min(CANDIDATES * n_latents, MOST_INIT_ROWS, stored))
 
     def data_weight(self, *, n_latents: int, rows: int) -> float:
         """`init_data_weight`, of a dictionary that begins from so many rows."""

@@ -1,5 +1,6 @@
 """The state of a training between two steps. A checkpoint holds all of it."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from sae_dist.train import guard as guards
 from sae_dist.train.checkpoint import Checkpoint, OwnedRows, RowSelector
 from sae_dist.train.checkpoint_identity import identity, refuse_others
 from sae_dist.train.checkpoint_manifest import TensorLayout
-from sae_dist.train.config import TrainConfig
+from sae_dist.train.config import INIT_ROWS, TrainConfig
 from sae_dist.train.guard import Guard
 from sae_dist.train.learner import Learner
 from sae_dist.train.members import Member, split_name
@@ -27,6 +28,8 @@ from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.skip import Skip
 from sae_dist.train.parallel.step import MeshStep
 from sae_dist.train.warm_start import StartedFrom, warm_start
+
+logger = logging.getLogger(__name__)
 
 MIN_VARIANCE = 1e-9  # of the mean squared norm: below it, rows that are all the same differ by rounding only
 
@@ -63,23 +66,26 @@ def initial_state(
     is one; `model`: whose they are. UserError where all rows of a hook point are the same, and where a dictionary to
     begin from does not fit.
     """
-    x, scale, variance = _scaled(x, sides[0])
+    scale, variance = _scale(x[: config.scale_rows], sides[0])
     of_target = scale
     if target is not None:
-        target, of_target, variance = _scaled(target, sides[-1])
-    scales = Scales(scale, of_target, latent_scale(of_target))
+        of_target, variance = _scale(target[: config.scale_rows], sides[-1])
+        target = of_target.of(target)
+    x, scales = scale.of(x), Scales(scale, of_target, latent_scale(of_target))
     learners = []
     for member in members:
         if member.start_from is not None:
             tensors, started_from = warm_start(member, mesh, scales, sides=sides, model=model)
         else:
-            tensors, started_from = _initial(x, target, member, config, mesh, scales), None
+            rows = slice(config.rows_to_begin(member.sae.n_latents, stored=len(x)))  # also in a pass with a larger one
+            own = None if target is None else target[rows]
+            tensors, started_from = _initial(x[rows], own, member, config, mesh, scales), None
         learners.append(Learner(member, _step(tensors, member, config, mesh, scales), Guard(), started_from))
     return TrainState(0, tuple(learners), scales, variance, 0, 0, source, 0.0)
 
 
-def _scaled(x: Float[Tensor, "rows width"], hooks: Mapping[str, int]) -> tuple[Tensor, Scale, float]:
-    """Raw rows of one side scaled, by what, and their variance."""
+def _scale(x: Float[Tensor, "rows width"], hooks: Mapping[str, int]) -> tuple[Scale, float]:
+    """What raw rows of one side are scaled by, and the variance of the scaled ones."""
     widths = tuple(hooks.values())
     for hook, site in zip(hooks, x.split(widths, 1), strict=True):
         spread = (site - site.mean(0)).double().square().sum(-1).mean()
@@ -89,8 +95,8 @@ def _scaled(x: Float[Tensor, "rows width"], hooks: Mapping[str, int]) -> tuple[T
                 "what the store holds (sae-dist store stats)"
             )
     scale = scale_of(x, widths)
-    x = scale.of(x)
-    return x, scale, float((x - x.mean(0)).double().square().sum(-1).mean())
+    scaled = scale.of(x)
+    return scale, float((scaled - scaled.mean(0)).double().square().sum(-1).mean())
 
 
 def to_checkpoint(state: TrainState) -> Checkpoint:
@@ -191,11 +197,16 @@ def _initial(
         return everybody.topk(k).values[:, -1]
 
     trained = member.frozen == "nothing"  # the rows of other twins stay random: data's are features already
+    weight = config.data_weight(n_latents=sae.n_latents, rows=len(x)) if trained else 0.0
+    if weight and len(x) > INIT_ROWS and mesh.is_rank_0:
+        logger.info(
+            "%s latents begin near data: %s rows are compared with each other", f"{sae.n_latents:,}", f"{len(x):,}"
+        )
     parameters, level, b_in = initialize(
         x, target=target, n_latents=sae.n_latents, k=k, seed=member.seed, latents=mesh.latents(sae.n_latents), kth=kth,
         total=lambda part: ordered_sum(mesh, mesh.feature, part, name="initialize"),
         norm=spec_of(sae, "W_dec").initial_norm, blocks=_blocks(member, scales),
-        data_weight=config.data_weight(n_latents=sae.n_latents, rows=len(x)) if trained else 0.0,
+        data_weight=weight,
     )  # fmt: skip
     own = sae.start(level) if isinstance(sae, Elementwise) else {}
     tensors = parameters._asdict() | {name: torch.full_like(parameters.b_enc, value) for name, value in own.items()}

@@ -35,6 +35,13 @@ class Task(NamedTuple):
         return [widths(self.store.meta, names) for names in self.hooks.sides]
 
     @property
+    def init_rows(self) -> int:
+        """Rows that the dictionaries begin from: as many as the one that wants most."""
+        meta = self.store.meta
+        stored = meta.train_units * meta.unit_rows
+        return max(self.config.rows_to_begin(member.sae.n_latents, stored=stored) for member in self.members)
+
+    @property
     def checkpoints(self) -> Storage:
         return storage.open(self.config.checkpoints or self.out / "checkpoints")
 
