@@ -53,4 +53,5 @@ def _row(each: Mapping[str, Any], tokens: list[str]) -> str:
     heads = "<br>".join(f"{value:+.3f} head {head}" for head, value in each["heads"])
     place = f"{shown(tokens[each['position']])}<br>position {each['position']}, value {each['value']:.3g}"
     text = shaded(tokens, each["by_token"], largest)
-    return f'{head}<td>{place}</td><td>{terms}</td><td>{heads}</td><td class="text">{text}</td></tr>'
+    sums = "".join(f'<td class="terms">{cell}</td>' for cell in (place, terms, heads))
+    return f'{head}{sums}<td class="text">{text}</td></tr>'
