@@ -106,10 +106,8 @@ class Products:
 
 def heldout_rows(rowed: Rowed) -> Iterator[Rows]:
     store, stream, hook = rowed
-    order = np.argsort(stream.doc_ids)
     for part in heldout(store, hook, BATCH_ROWS):
-        document = order[np.searchsorted(stream.doc_ids, part.doc, sorter=order)]
-        at = np.asarray(stream.starts)[document] + part.pos
+        at = stream.places(part.doc, part.pos)
         read = np.argsort(at)
         yield Rows(part.x[read].float(), at[read], part.unit % 2)
 

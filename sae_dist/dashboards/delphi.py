@@ -19,7 +19,7 @@ from sae_dist.formats.files import as_json, as_safetensors, write_new
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.shards import stores
 from sae_dist.shards.hooks import said_by
-from sae_dist.shards.reader import Store, unit_rows
+from sae_dist.shards.reader import Store, heldout
 from sae_dist.text.stream import TokenStream
 
 SPLITS = 5  # files, as delphi's own default
@@ -77,15 +77,10 @@ def _module(hook: str) -> str:
 
 @torch.no_grad()
 def _activations(store: Store, stream: TokenStream, own: Dictionary, hook: str) -> Places:
-    order = np.argsort(stream.doc_ids)
-    ids, parts = stream.doc_ids[order], list[Places]()
-    for unit in range(store.meta.train_units, store.meta.n_units):
-        for rows in unit_rows(store, hook, unit, BATCH_ROWS):
-            place = np.searchsorted(ids, rows.doc).clip(max=len(ids) - 1)
-            if not np.array_equal(ids[place], rows.doc):
-                raise UserError(f"{store.storage.uri} holds rows of another text than {stream.folder}")
-            at = np.asarray(stream.starts)[order[place]] + rows.pos
-            parts.append(_kept(own.encode(rows.x.float()), at))
+    parts = [
+        _kept(own.encode(rows.x.float()), stream.places(rows.doc, rows.pos))
+        for rows in heldout(store, hook, BATCH_ROWS)
+    ]
     if not parts:
         raise UserError(f"{store.storage.uri} has no held-out rows; harvest with harvest.heldout_tokens")
     return Places(*map(np.concatenate, zip(*parts, strict=True)))

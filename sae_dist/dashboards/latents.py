@@ -42,6 +42,11 @@ class Latent(NamedTuple):
     contexts: list[Context]
 
 
+def bins(latent: Latent, context: Context) -> tuple[float, float, float]:
+    """The least, the largest and the share of a context's interval as SAEDashboard says them, also of the strongest."""
+    return context.interval or (-1, latent.maximum, -1)
+
+
 def short(values: Float[Tensor, " n"]) -> list[float]:
     """Numbers of six digits: what JSON writes of more only makes files long."""
     return [float(f"{value:.6g}") for value in values.tolist()]
@@ -78,9 +83,9 @@ class Latents:
             for token, text, own in zip(*(tokens[name].to_pylist() for name in ("token", "text", "bytes")), strict=True)
         }
 
-    def batches(self, size: int) -> Iterator[tuple[list[Latent], list[int]]]:
-        """So many latents at a time: those that have fired, and the numbers of those that never have."""
-        firsts = range(0, self.features.n_latents, size)
+    def batches(self, size: int, *, done: int = 0) -> Iterator[tuple[list[Latent], list[int]]]:
+        """So many latents at a time, but for the first `done` batches: those that have fired, numbers of the others."""
+        firsts = range(done * size, self.features.n_latents, size)
         for first in logged(firsts, "written", len(firsts), of=f"times {size:,} latents"):
             numbers = range(first, min(first + size, self.features.n_latents))
             rows = self.features.read(numbers).to_pylist()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_dist.dashboards.latents import Latent, Latents, columns
+from sae_dist.dashboards.latents import Latent, Latents, bins, columns
 from sae_dist.dashboards.source import Source
 from sae_dist.formats.files import write_new
 
@@ -49,7 +49,7 @@ def _feature(latent: Latent, source: Source) -> dict[str, Any]:
 def _activations(latent: Latent, source: Source) -> Iterator[dict[str, Any]]:
     for number, context in enumerate(latent.contexts):
         peak = max(range(len(context.values)), key=context.values.__getitem__)
-        low, high, share = context.interval or (-1, latent.maximum, -1)
+        low, high, share = bins(latent, context)
         yield {
             "id": _id(source, latent, number), "index": str(latent.number), "tokens": context.tokens,
             "values": context.values, "maxValue": context.values[peak], "maxValueTokenIndex": peak,

@@ -48,14 +48,13 @@ def upload(latents: Latents, source: Source, run: Path) -> Iterator[int]:
         )
     client = _client()
     there = client.Source(id=source.name, model_id=source.model, set_name=source.set_name)
-    for number, (fired, _) in enumerate(latents.batches(BATCH)):
-        if number >= sent["batches"]:
-            if fired:
-                with _errors(source):
-                    there.upload_batch([_feature(client, latent, source) for latent in fired])
-            sent["batches"] = number + 1
-            write_json(record, sent)
-            yield len(fired)
+    for fired, _ in latents.batches(BATCH, done=sent["batches"]):
+        if fired:
+            with _errors(source):
+                there.upload_batch([_feature(client, latent, source) for latent in fired])
+        sent["batches"] += 1
+        write_json(record, sent)
+        yield len(fired)
 
 
 class _Client:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sae_dist.dashboards.latents import Latent, Latents, columns
+from sae_dist.dashboards.latents import Latent, Latents, bins, columns
 from sae_dist.dashboards.source import Source
 from sae_dist.formats.files import as_json, write_new
 
@@ -40,7 +40,7 @@ def _feature(latent: Latent, source: Source) -> dict[str, Any]:
         "n_prompts_total": source.prompts, "n_tokens_in_prompt": source.context, "dataset": source.text,
         "vector": latent.vector,
         "activations": [
-            dict(zip(("bin_min", "bin_max", "bin_contains"), context.interval or (-1, latent.maximum, -1), strict=True))
+            dict(zip(("bin_min", "bin_max", "bin_contains"), bins(latent, context), strict=True))
             | {"tokens": context.tokens, "values": context.values, "qualifying_token_index": context.at}
             for context in latent.contexts
         ],

@@ -94,6 +94,13 @@ class TokenStream:
             raise IndexError(f"pos={pos}, but document {doc} has {end - start} tokens")
         return divmod(start + int(pos), self.context)
 
+    def places(self, doc: UInt64[np.ndarray, " m"], pos: UInt32[np.ndarray, " m"]) -> Int64[np.ndarray, " m"]:
+        """Places in `tokens` of positions of documents; UserError for a document that is not here."""
+        row = self._by_id[np.searchsorted(self.doc_ids, doc, sorter=self._by_id).clip(max=len(self._by_id) - 1)]
+        if (other := np.flatnonzero(self.doc_ids[row] != doc)).size:
+            raise UserError(self._missing(int(doc[other[0]])))
+        return np.asarray(self.starts)[row] + pos
+
     def window(self, doc: int, pos: int, before: int, after: int) -> TokenWindow:
         """Token `pos` of document `doc` with up to `before` and `after` tokens around it, all of that document."""
         sequence, offset = self.locate(doc, pos)
@@ -121,5 +128,8 @@ class TokenStream:
         place = np.searchsorted(self.doc_ids, np.uint64(doc), sorter=self._by_id)
         row = int(self._by_id[min(int(place), len(self._by_id) - 1)])
         if int(self.doc_ids[row]) != int(doc):
-            raise UserError(f"document {doc} is not in {self.folder}; the activations were made from another text")
+            raise UserError(self._missing(doc))
         return row
+
+    def _missing(self, doc: int) -> str:
+        return f"document {doc} is not in {self.folder}; the activations were made from another text"

@@ -62,5 +62,8 @@ def test_what_it_cannot_be_made_of_is_refused(run, tmp_path):
         (tmp_path / "run" / name).symlink_to(run / name)
     with pytest.raises(UserError, match="has 0 held-out texts"):
         list(dashboards.export(tmp_path / "run", tmp_path / "to", format="delphi"))
+    (folder,) = run.glob("text/*/heldout")
+    with pytest.raises(UserError, match="document 1 is not in .*; the activations were made from another text"):
+        TokenStream(folder).places(np.array([1], np.uint64), np.array([0], np.uint32))
     with pytest.raises(UserError, match="mine is no name in delphi's files"):
         list(dashboards.export(run, tmp_path / "to", format="delphi", set_name="mine"))
