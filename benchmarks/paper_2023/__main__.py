@@ -4,19 +4,12 @@ The page is OUT/page/index.html. Repeated after a stop, it goes on.
 """
 
 import argparse
-import json
 import logging
-import os
-import platform
-import sys
 from pathlib import Path
 
-import torch
-
+from benchmarks.paper import finish, in_one_line
 from benchmarks.paper_2023 import page, study
 from benchmarks.paper_2023.sizes import SIZES
-from sae_dist.config import UserError
-from sae_dist.run_files import write_json
 
 
 def main() -> None:
@@ -28,16 +21,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out, size = options.out.absolute(), SIZES[options.size]
     out.mkdir(parents=True, exist_ok=True)
-    try:
+    with in_one_line("paper-2023"):
         text = study.prepare(out, size, options.text and options.text.absolute())
         points = {name: study.dictionaries(out, size, text, name) for name in study.SUBJECTS}
-        found = study.figures(out, size, points)
-    except UserError as error:
-        sys.exit(f"paper-2023: {error}")
-    found["about"] = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
-    write_json(out / "study.json", found)
-    page.write(out / "page", json.loads((out / "study.json").read_text()))
-    print(f"the page is {out / 'page/index.html'}")
+        finish(out, study.figures(out, size, points), page.write)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import sae_dist
+from benchmarks.paper import trained
 from benchmarks.paper_2023 import corpus, language_model, measure, proxies
 from benchmarks.paper_2023.measure import Found, Rowed, Text
 from benchmarks.paper_2023.sizes import Size
 from benchmarks.shuffled_model import shuffled_model
 from sae_dist import storage
-from sae_dist.config import UserError
 from sae_dist.model.config import ModelConfig
 from sae_dist.sae import find
 from sae_dist.shards import stores
@@ -71,10 +71,7 @@ def dictionaries(out: Path, size: Size, text: Path, name: str) -> Points:
             "harvest.tokens": size.rows, "harvest.heldout_tokens": size.heldout, "harvest.rows.max_norm_ratio": None,
             "train.tokens": size.train_tokens, "train.batch": size.batch, "wandb.mode": "disabled", **keys,
         }  # fmt: skip
-        points = sae_dist.sweep("run", asked, over={"sae.n_latents": list(widths)})
-        for point in points:
-            if point["state"] != "done":
-                raise UserError(f"{folder / recipe}: {point['overrides']} is {point['state']}: {point['failure']}")
+        points = trained(asked, {"sae.n_latents": widths})
         found[recipe] = {point["summary"]["n_latents"]: folder / recipe / "points" / point["id"] for point in points}
     return found
 

@@ -5,19 +5,13 @@ is OUT/page/index.html. Repeated after a stop, it goes on.
 """
 
 import argparse
-import json
 import logging
-import os
-import platform
-import sys
 from pathlib import Path
 
-import torch
-
+from benchmarks.paper import finish, in_one_line
 from benchmarks.paper_2024 import page, study
 from benchmarks.paper_2024.sizes import SIZES
 from sae_dist.config import UserError
-from sae_dist.run_files import write_json
 
 
 def main() -> None:
@@ -29,19 +23,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out, size = options.out.absolute(), SIZES[options.size]
     out.mkdir(parents=True, exist_ok=True)
-    if wrong := [word for word in options.keys if "=" not in word]:
-        sys.exit(f"paper-2024: {wrong[0]} is no key=value")
-    given = {"model": "smollm2", "hook": "resid_post.9", "text": "builtin"}
-    given |= dict(word.split("=", 1) for word in options.keys)
-    try:
+    with in_one_line("paper-2024"):
+        if wrong := [word for word in options.keys if "=" not in word]:
+            raise UserError(f"{wrong[0]} is no key=value")
+        given = {"model": "smollm2", "hook": "resid_post.9", "text": "builtin"}
+        given |= dict(word.split("=", 1) for word in options.keys)
         points = {recipe: study.dictionaries(out, size, given, recipe) for recipe in study.RECIPES}
-        found = study.figures(out, size, points)
-    except UserError as error:
-        sys.exit(f"paper-2024: {error}")
-    found["about"] = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
-    write_json(out / "study.json", found)
-    page.write(out / "page", json.loads((out / "study.json").read_text()))
-    print(f"the page is {out / 'page/index.html'}")
+        finish(out, study.figures(out, size, points), page.write)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ from jaxtyping import Float
 from sae_kernels import Active
 from torch import Tensor
 
-import sae_dist
+from benchmarks.paper import trained
 from benchmarks.paper_2024 import completeness
 from benchmarks.paper_2024.completeness import Firings
 from benchmarks.paper_2024.sizes import Size
-from sae_dist.config import UserError
 from sae_dist.sae import find
 from sae_dist.service.steer_job import SteeredRun
 from sae_dist.shards.reader import Store, heldout
@@ -44,10 +43,7 @@ def dictionaries(out: Path, size: Size, given: Mapping[str, Any], recipe: str) -
         "harvest.heldout_tokens": size.heldout, "train.batch": size.batch, "wandb.mode": "disabled",
         "sae.dead_after_tokens": max(size.train_tokens[0] // 2, 1), **RECIPES[recipe],
     }  # fmt: skip
-    points = sae_dist.sweep("run", asked, over={"sae.n_latents": list(size.widths), "train.tokens": tokens})
-    for point in points:
-        if point["state"] != "done":
-            raise UserError(f"{out / recipe}: {point['overrides']} is {point['state']}: {point['failure']}")
+    points = trained(asked, {"sae.n_latents": size.widths, "train.tokens": tokens})
     longest = max(point["summary"]["tokens_trained"] for point in points)
     return {
         point["summary"]["n_latents"]: out / recipe / "points" / point["id"]

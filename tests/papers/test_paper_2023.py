@@ -4,8 +4,6 @@ import base64
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,7 @@ import torch
 from benchmarks.paper_2023 import corpus, language_model, proxies
 from benchmarks.paper_2023.measure import NONE, Products
 from sae_dist.config import UserError
-
-ROOT = Path(__file__).parents[2]
+from tests.papers.repeated import twice
 
 
 def test_a_string_of_equally_likely_letters_is_as_likely_as_their_product_and_white_space_says_nothing():
@@ -145,17 +142,7 @@ def made_up(path: Path) -> None:
 def test_the_whole_paper_on_made_up_text(tmp_path):
     """Kinds that differ in their letters alone have latents that tell them a little; repeated, it is the same page."""
     made_up(tmp_path / "text.jsonl")
-    command = [
-        sys.executable, "-m", "benchmarks.paper_2023", "--size", "miniature", "--text", str(tmp_path / "text.jsonl"),
-        "--out", str(tmp_path / "out"),
-    ]  # fmt: skip
-    pages = []
-    for _ in range(2):
-        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert said.returncode == 0, said.stderr[-3000:]
-        pages.append((tmp_path / "out/page/index.html").read_text())
-    assert pages[0] == pages[1]
-    found = json.loads((tmp_path / "out/study.json").read_text())
+    found, page = twice("paper_2023", tmp_path / "out", "--text", str(tmp_path / "text.jsonl"))
     features = {line["proxy"]: line for line in found["features"]}
     for name in ("dna", "hebrew"):
         assert features[name]["modern A"][1] >= 0.1, features[name]
@@ -164,4 +151,4 @@ def test_the_whole_paper_on_made_up_text(tmp_path):
         *(("A", recipe, width) for recipe in ("paper", "modern") for width in (128, 256)),
         *((name, recipe, 256) for recipe in ("paper", "modern") for name in ("B", "shuffled")),
     }
-    assert "hebrew" in pages[0] and "0.55" in pages[0]
+    assert "hebrew" in page and "0.55" in page

@@ -1,17 +1,11 @@
 """Scaling Monosemanticity repeated: completeness where it is known, and all of it on a tiny model."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from benchmarks.paper_2024 import completeness
 from benchmarks.paper_2024.completeness import Firings
-
-ROOT = Path(__file__).parents[2]
+from tests.papers.repeated import twice
 
 
 def test_the_best_f1_of_each_concept_is_counted_over_all_parts():
@@ -54,21 +48,11 @@ def test_concepts_that_frequency_parts_have_their_middle_between_and_all_or_none
 @pytest.mark.slow
 def test_the_whole_paper_on_a_tiny_model(tmp_path):
     """Attribution is nearly what ablation shows through two layers; repeated, the page is the same."""
-    command = [
-        sys.executable, "-m", "benchmarks.paper_2024", "--size", "miniature", "--out", str(tmp_path / "out"),
-        "model=tiny-llama", "hook=resid_post.1", "sae.k=8",
-    ]  # fmt: skip
-    pages = []
-    for _ in range(2):
-        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert said.returncode == 0, said.stderr[-3000:]
-        pages.append((tmp_path / "out/page/index.html").read_text())
-    assert pages[0] == pages[1]
-    found = json.loads((tmp_path / "out/study.json").read_text())
+    found, page = twice("paper_2024", tmp_path / "out", "model=tiny-llama", "hook=resid_post.1", "sae.k=8")
     assert {(each["recipe"], each["width"]) for each in found["dictionaries"]} == {
         (recipe, width) for recipe in ("relu_norm", "jumprelu") for width in (32, 128, 512)
     }
     assert found["attribution"]["attribution"]["mean"] >= 0.8
     assert {line["law"] for line in found["laws"]} >= {"L(C)"}
     assert (tmp_path / "out/relu_norm/report/index.html").exists()
-    assert "0.12" in pages[0]
+    assert "0.12" in page
