@@ -41,6 +41,12 @@ def holder(tmp_path):
     process.join()
 
 
+def suspend(process) -> None:
+    """Stops the process and waits until its threads stand still: the signal alone lets a beat end its rename."""
+    os.kill(process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+
+
 def test_a_store_is_filled_by_one_driver_at_a_time(tmp_path, holder):
     process, go_on = holder
     with (
@@ -69,7 +75,7 @@ def test_a_holder_elsewhere_that_hangs_is_replaced_and_finds_out(tmp_path, holde
     monkeypatch.setattr(here, lambda pid: {"host": "elsewhere", "pid": pid, "machine": "another", "born": "1"})
     with pytest.raises(UserError, match="is in use by"), hold_store(storage.open(tmp_path), "mine", ttl_s=5):
         pass  # it beats
-    os.kill(process.pid, signal.SIGSTOP)
+    suspend(process)
     with hold_store(storage.open(tmp_path), "mine", ttl_s=2) as held:
         assert held.token == 2
         os.kill(process.pid, signal.SIGCONT)
@@ -110,7 +116,7 @@ def test_a_record_that_does_not_say_who_holds_the_place_is_named_and_the_beat_de
 def test_a_beat_that_makes_no_sense_is_no_sign_that_the_holder_is_done(tmp_path, holder, caplog):
     process, _ = holder
     place = storage.open(tmp_path)
-    os.kill(process.pid, signal.SIGSTOP)
+    suspend(process)
     spoil(place, "producers/000001.beat", released="perhaps")
     with pytest.raises(UserError, match=f"is in use by process {process.pid}"), hold_store(place, "mine"):
         pass
