@@ -7,6 +7,7 @@ not installed.
 import bz2
 import contextlib
 import email
+import functools
 import gzip
 import html
 import inspect
@@ -37,7 +38,8 @@ LANGUAGES = (
     "zh_tw",
 )  # "": no language
 _DOCSTRING = re.compile(r':[ ]*\n[ \t]*r?"""(.*?)"""', re.DOTALL)  # after the colon of a def or class
-_DOCUMENTATION = re.compile(r'"documentation":("(?:[^"\\]|\\.){300,}")')
+_DOCUMENTATION = re.compile(r'"documentation":("[^"\\]*(?:\\.[^"\\]*)*")')  # a JSON string
+_LONG = 300  # characters of documentation
 _ARTICLE = re.compile(r"<title>([^<:]*)</title>.*<text[^>]*>(?!#redirect)(.*)</text>", re.DOTALL | re.IGNORECASE)
 _TRANSLATION = re.compile(r"""JSON\.parse\('(\{"CallHierarchy"(?:[^'\\]|\\.)*)'\)""")
 
@@ -96,8 +98,14 @@ def service_docs() -> Iterator[tuple[str, str]]:
     """What web services do and how they are used: botocore's documentation, the longest passages of each service."""
     for file in installed.files(["botocore"], ("service-2.json.gz",)):
         found = _DOCUMENTATION.findall(gzip.decompress(file.path.read_bytes()).decode())
-        passages = sorted(dict.fromkeys(json.loads(quoted) for quoted in found), key=len, reverse=True)[:6]
+        long = (quoted for quoted in found if _characters(quoted) >= _LONG)
+        passages = sorted(dict.fromkeys(map(json.loads, long)), key=len, reverse=True)[:6]
         yield file.name, "\n\n".join(_plain_html(passage) for passage in passages)
+
+
+def _characters(quoted: str) -> int:
+    """Of a JSON string without its quotes; an escape is one, as is an escaped backslash."""
+    return len(quoted) - 2 - quoted.count("\\") + quoted.count("\\\\")
 
 
 def _plain_html(markup: str) -> str:
@@ -139,11 +147,17 @@ def python_docs() -> Iterator[tuple[str, str]]:
 def translations(language: str) -> Iterator[tuple[str, str]]:
     """The messages of a type checker in one of thirteen languages; pyright keeps them as JSON in one script."""
     for file in installed.files(["pyright"], ("pyright-internal.js",)):
-        tables = _TRANSLATION.findall(file.text())
+        tables = _tables(file)
         if len(tables) == len(LANGUAGES):  # tables have no names, only an order
             literal = tables[LANGUAGES.index(language)]
             table = json.loads(re.sub(r"\\(x[0-9a-f]{2}|.)", _unescape, literal))
             yield f"{file.name}:{language}", "\n".join(_messages(table))
+
+
+@functools.lru_cache(maxsize=1)
+def _tables(file: installed.Installed) -> list[str]:
+    """The literals of all languages: found once, since each language is a reader of its own."""
+    return _TRANSLATION.findall(file.text())
 
 
 def _unescape(escape: re.Match[str]) -> str:

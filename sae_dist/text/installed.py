@@ -1,6 +1,7 @@
 """Files of installed distributions and of Python's own library, in a fixed order by the hash of their names."""
 
 import csv
+import functools
 import importlib.metadata
 import os
 import sysconfig
@@ -42,15 +43,20 @@ def files(distributions: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[I
         if distribution == PYTHON:
             found += _python_files(suffixes)
         elif (known := _distribution(distribution)) is not None:
-            names = (row[0] for row in csv.reader(metadata(distribution, "RECORD").splitlines()) if row)
             found += [
                 Installed(name, Path(str(known.locate_file(name))))
-                for name in names
+                for name in _recorded(distribution)
                 if name.endswith(suffixes) and not name.startswith("..")
             ]
     for item in hash_ordered(found):
         if item.path.is_file():
             yield item
+
+
+@functools.cache
+def _recorded(distribution: str) -> list[str]:
+    """The names of a distribution's files, which many readers ask for."""
+    return [row[0] for row in csv.reader(metadata(distribution, "RECORD").splitlines()) if row]
 
 
 def metadata(distribution: str, name: str) -> str:

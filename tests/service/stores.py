@@ -49,8 +49,8 @@ def overrides(
     """The harvest command on it, `tokens` / 256 training units and two held out."""
     settings = [f"harvest.{key}={value}" for key, value in SETTINGS.items()]
     return [
-        "harvest", f"model={model}", "model.dtype=float32", f"hook=[{','.join(hooks)}]", f"store={store}", f"out={out}",
-        f"harvest.tokens={tokens}", *settings, "wandb.mode=disabled", *more,
+        "harvest", f"model={model}", "model.dtype=float32", "text=sample", f"hook=[{','.join(hooks)}]",
+        f"store={store}", f"out={out}", f"harvest.tokens={tokens}", *settings, "wandb.mode=disabled", *more,
     ]  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def test_one_harvest_feeds_another_training_and_they_do_not_mix(uninterrupted, t
 
 @pytest.mark.slow
 def test_one_harvest_at_two_hook_points_feeds_a_training_of_either(tmp_path, capsys):
-    harvest = ["harvest", "model=tiny-llama", "hook=[resid_post.1,mlp_out.2]", "harvest.tokens=8000",
+    harvest = ["harvest", "model=tiny-llama", "text=sample", "hook=[resid_post.1,mlp_out.2]", "harvest.tokens=8000",
                "harvest.heldout_tokens=2000", "harvest.unit_sequences=8"]  # fmt: skip
     assert main([*harvest, f"store={tmp_path}/a", f"out={tmp_path}/harvest"]) == 0
     train = ["train", "sae.n_latents=64", "sae.k=4", "train.steps=20", "train.batch=64", "train.init_rows=256",

@@ -22,7 +22,7 @@ from tests.train.test_loop import full_store
 pytestmark = pytest.mark.slow
 DEADLINE_S = 1200
 SMOLLM2 = [
-    "model=smollm2", "hook=resid_post.3", "harvest.tokens=65536", "harvest.heldout_tokens=8192",
+    "model=smollm2", "text=sample", "hook=resid_post.3", "harvest.tokens=65536", "harvest.heldout_tokens=8192",
     "harvest.unit_sequences=16", "order.round_units=4", "order.lanes=4", "train.tokens=60000", "train.batch=512",
     "train.init_rows=4096", "train.checkpoint_every=20", "train.log_every=5", "train.lr=1e-3",
     "evaluate.ce_sequences=8", "wandb.mode=disabled",

@@ -4,6 +4,7 @@ import ast
 import base64
 import hashlib
 import importlib.metadata
+import json
 import re
 from pathlib import Path
 
@@ -89,6 +90,12 @@ def test_service_documentation_is_left_with_its_prose():
         "<p>Aborts  an <code>upload</code> &amp; more.</p> <note> <ul> <li> <p>One</p> </li> <li>Two</li></ul></note>"
     )
     assert builtin_prose._plain_html(markup) == "Aborts an upload & more.\n- One\n- Two"
+
+
+def test_an_escape_in_a_quoted_passage_counts_once():
+    for passage in ("plain", 'a "quote"', "back\\slash", "\\\\", "line\n", '\\"'):
+        (quoted,) = builtin_prose._DOCUMENTATION.findall(json.dumps({"documentation": passage}).replace(": ", ":"))
+        assert json.loads(quoted) == passage and builtin_prose._characters(quoted) == len(passage)
 
 
 def test_only_long_docstrings_of_definitions_are_prose():
