@@ -1,7 +1,8 @@
 """Machines that are network namespaces on a switch of their own: each has its own card, loopback and /tmp/ray.
 
 A cable can be pulled out of one and put back. The machine's own network gets one interface towards the switch, which
-goes when the switch does. The addresses are of TEST-NET-2 (RFC 5737), which nobody has.
+goes when the switch does. The addresses are of TEST-NET-2 (RFC 5737), which nobody has, so that one switch is up at a
+time: tests that run side by side wait for each other.
 """
 
 import os
@@ -9,13 +10,16 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from sae_dist.locks import file_lock
 
 HERE = "198.51.100.254"  # this process, and what it starts outside of the machines
 FREE_S = 30.0  # that a killed process may take to be gone
@@ -55,6 +59,12 @@ class Network:
         self._folder, self._tag = folder, f"sd{os.getpid()}"
         self._switch, self.machines = f"{self._tag}sw", list[Machine]()
         self._started: list[subprocess.Popen[str]] = []
+        with ExitStack() as taken:
+            taken.enter_context(file_lock(Path(tempfile.gettempdir()) / "sae-dist-tests-network.lock"))
+            self._begin()
+            self._taken = taken.pop_all()
+
+    def _begin(self) -> None:
         Path("/tmp/ray").mkdir(exist_ok=True)
         _clear_dead()
         _ip("netns", "add", self._switch)
@@ -110,6 +120,7 @@ class Network:
             process.wait()
         _ip("link", "del", self._tag)
         _ip("netns", "del", self._switch)
+        self._taken.close()
 
 
 def _processes(namespace: str, named: str = "") -> list[psutil.Process]:
