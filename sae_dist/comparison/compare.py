@@ -14,13 +14,14 @@ from sae_dist.comparison.activations import Activations, Writer
 from sae_dist.comparison.config import CompareConfig
 from sae_dist.comparison.correlation import NONE
 from sae_dist.comparison.figures import Figures, compared, distribution
-from sae_dist.comparison.pairs import Given, Pair, pair_up
+from sae_dist.comparison.pairs import Given, Pair, has_neurons, pair_up
 from sae_dist.comparison.rows import HeldoutRows
 from sae_dist.config import to_dict
 from sae_dist.progress import logged
 
 FORMAT = 1
 APART = "they do not rebuild the same rows of the same store"
+ALL = "neurons rebuild every row as it is"
 NO_STREAM = "none reads the residual stream of the same model further on than the other rebuilds it"
 
 
@@ -148,11 +149,12 @@ def _figures(pair: Pair, given: Sequence[Given], activations: Sequence[Activatio
         | {key: compared(own[key], chance[key], count, other=other[key], level=config.level) for key in own}
         for name, within, own, chance, count, other in each
     ]
-    stitching = APART if pair.stitch is None else pair.stitch.figures()
+    neurons = has_neurons(given[pair.first], given[pair.second])
+    stitching = pair.stitch.figures() if pair.stitch is not None else ALL if neurons else APART
     why = {"stitching": stitching} if isinstance(stitching, str) else {}
     if "cosine" not in pair.found.first:
         why["cosine"] = "they rebuild different activations, so that their decoder rows have other coordinates"
-    if pair.joined is None and given[pair.first].place.hooks != given[pair.second].place.hooks:
+    if pair.joined is None and not neurons and given[pair.first].place.hooks != given[pair.second].place.hooks:
         why["virtual_weights"] = NO_STREAM
     novel = int((activations[pair.larger].fires & (pair.splits.parent < 0)).sum())
     return {

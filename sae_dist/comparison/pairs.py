@@ -7,6 +7,7 @@ from sae_dist.comparison import matching
 from sae_dist.comparison.activations import Activations
 from sae_dist.comparison.config import CompareConfig, Measure
 from sae_dist.comparison.matching import Matches, Side
+from sae_dist.comparison.neurons import Neurons
 from sae_dist.comparison.rows import Place
 from sae_dist.comparison.splitting import Splits, split
 from sae_dist.comparison.stitching import Stitch, choose
@@ -66,7 +67,7 @@ def pair_up(a: int, b: int, given: Sequence[Given], activations: Sequence[Activa
     of_smaller, of_larger = (found.first, found.second) if smaller == a else (found.second, found.first)
     splits = split(of_smaller[measure], of_larger[measure], level=config.level, fires=activations[smaller].fires)
     stitch = None
-    if same_space and _same_store(one, other):
+    if same_space and _same_store(one, other) and not has_neurons(one, other):
         rebuilt = tuple(widths(one.place.store.meta, one.place.hooks.sides[-1]).values())
         chosen = choose(splits, activations[larger].fires, seed=config.seed)
         stitch = Stitch(given[smaller].dictionary, given[larger].dictionary, chosen, rebuilt)
@@ -74,13 +75,18 @@ def pair_up(a: int, b: int, given: Sequence[Given], activations: Sequence[Activa
 
 
 def _joined(a: int, b: int, given: Sequence[Given]) -> Joined | None:
-    if _same_model(given[a], given[b]):
+    if _same_model(given[a], given[b]) and not has_neurons(given[a], given[b]):
         for earlier, later in ((a, b), (b, a)):
             before, after = given[earlier], given[later]
             writes, reads = before.place.hooks.sides[-1], after.place.hooks.reads
             if len(writes) == len(reads) == 1 and feeds(*writes, *reads):
                 return Joined(earlier, later, Stream(before.dictionary, after.dictionary))
     return None
+
+
+def has_neurons(*given: Given) -> bool:
+    """Neurons rebuild every row as it is, so that nothing is to be added to them or taken from them."""
+    return any(isinstance(each.dictionary, Neurons) for each in given)
 
 
 def _same_space(one: Given, other: Given) -> bool:

@@ -9,8 +9,9 @@ from sae_dist.comparison.html import KINDS, MEASURES, against, percent
 def lines(figures: Figures) -> Iterator[str]:
     """What a terminal shows."""
     for each in figures["dictionaries"]:
+        what = "neurons" if each["variant"] == "neurons" else "latents"
         yield (
-            f"{each['name']}: {each['where']}, {each['n_latents']:,} latents, of which {each['never_fire']:,} never "
+            f"{each['name']}: {each['where']}, {each['n_latents']:,} {what}, of which {each['never_fire']:,} never "
             f"fire on {figures['rows']:,} held-out rows"
         )
     if "coactivation" in figures:

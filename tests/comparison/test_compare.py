@@ -15,10 +15,13 @@ import pytest
 import torch
 
 import sae_dist
+from sae_dist import storage
 from sae_dist.cli.main import main
 from sae_dist.sae import dictionary as dictionary_file
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.initialize import Parameters
+from sae_dist.shards import stores
+from sae_dist.shards.reader import heldout
 
 D = 8
 ORDER = torch.tensor([3, 0, 5, 1, 7, 2, 6, 4])
@@ -64,7 +67,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def compare(world: Path, *words: str, out: Path) -> dict:
-    places = [str(world / word) if "=" not in word else word for word in words]
+    places = [word if "=" in word or word.startswith("neurons") else str(world / word) for word in words]
     assert main(["compare", *places, f"out={out}"]) == 0
     return json.loads((out / "compare.json").read_text())
 
@@ -185,6 +188,26 @@ def test_latents_of_a_later_layer_are_fed_by_those_of_an_earlier(world, tmp_path
     assert "What feeds latents of A" in (tmp_path / "out" / "index.html").read_text()
 
 
+def test_neurons_stand_beside_the_latents_that_read_them(world, tmp_path, capsys):
+    """A latent that is one neuron has r = cosine = 1 with it; one of two directions has what numpy says."""
+    found = compare(world, "narrow", "neurons", f"store={world}/store", out=tmp_path / "out")
+    (pair,), (_, neurons) = found["pairs"], found["dictionaries"]
+    assert (neurons["where"], neurons["variant"], neurons["n_latents"]) == ("neurons of imported", "neurons", D)
+    assert pair["not_measured"]["stitching"] == "neurons rebuild every row as it is" and pair["stitching"] is None
+    rows = pq.read_table(tmp_path / "out" / "matches.parquet").to_pylist()
+    latents = [row for row in rows if row["dictionary"] == "A"]
+    assert [row["match"] for row in latents[1:]] == [row["nearest"] for row in latents[1:]] == [2, 3, 4, 5, 6]
+    assert [row["r"] for row in latents[1:]] == pytest.approx([1] * 5)
+    assert [row["cosine"] for row in latents] == pytest.approx([0.5**0.5, 1, 1, 1, 1, 1])
+    store = stores.open(storage.open(world / "store"))
+    x = np.concatenate([rows.x.float().numpy() for rows in heldout(store, "imported", 4096)])
+    r = np.corrcoef((x[:, 0] + x[:, 1]) / 2**0.5, x[:, latents[0]["match"]])[0, 1]
+    assert latents[0]["match"] in (0, 1) and latents[0]["r"] == pytest.approx(r, abs=1e-6)
+    assert "B: neurons of imported, 8 neurons, of which 0 never fire" in capsys.readouterr().out
+    named = sae_dist.compare(world / "narrow", "neurons:imported", store=f"{world}/store")
+    assert named.matches.equals(pq.read_table(tmp_path / "out" / "matches.parquet"))
+
+
 def test_trees_over_three_widths_and_the_same_from_python(world, tmp_path):
     saved(tmp_path / "wide", torch.cat([torch.eye(D), torch.eye(D)[:2] + 0.3]), k=4)
     places = [str(place) for place in (world / "narrow", world / "whole", tmp_path / "wide")]
@@ -243,6 +266,9 @@ def test_a_killed_command_leaves_nothing_half_written_and_repeats(world, tmp_pat
         ),
         (["{world}/whole", "store={world}/turned"], "hook=imported is not in store={world}/turned"),
         (["{world}/whole", "store={world}/store", "level=2"], "level=2"),
+        (["neurons", "store={world}/store"], "neurons does not say of which hook point; write neurons:HOOK"),
+        (["neurons:mlp.1", "store={world}/store"], "hook=mlp.1 is not in store={world}/store, which neurons:mlp.1"),
+        (["neurons:imported"], "neurons:imported does not lie in a run's folder"),
         (["{tmp}/elsewhere", "{world}/run"], "held-out row 0 is token 0 at position 0 of document"),
     ],
 )

@@ -1,0 +1,36 @@
+"""The neurons of a hook point as a dictionary: each coordinate of its rows is a latent, of any sign.
+
+Compared with them, latents show whether they are more than single neurons (Bricken et al. 2023).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from sae_kernels import Active
+from torch import Tensor
+
+from sae_dist.sae.dictionary import Dictionary
+from sae_dist.sae.initialize import Parameters
+from sae_dist.shards.format import StoreMeta
+from sae_dist.shards.hooks import Hooks, sides, width
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neurons(Dictionary):
+    """A neuron is active where it is not 0, and its direction is the coordinate's own."""
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Active:
+        """The active neurons of every row, in their order."""
+        row, neuron = x.nonzero(as_tuple=True)
+        offsets = torch.zeros(len(x) + 1, dtype=torch.int64)
+        offsets[1:] = row.bincount(minlength=len(x)).cumsum(0)
+        return Active(x[row, neuron].float(), neuron, offsets)
+
+
+def neurons(hook: str, meta: StoreMeta) -> Neurons:
+    """Those of one hook point of a store."""
+    hooks = Hooks((hook,))
+    d, info = width(meta, hooks.reads), {"variant": "neurons", "model": meta.model} | sides(hooks, meta)
+    own = torch.eye(d)
+    return Neurons(parameters=Parameters(own, own, torch.zeros(d), torch.zeros(d)), k=None, info=info)
