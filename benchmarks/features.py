@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from sae_dist.interpret.read_features import Features
 RESULT = Path(__file__).parent / "results/features.json"
 D_MODEL, VOCAB, K, CONTEXT, BATCH = 16, 4096, 32, 128, 8192
 READS = 50  # latents that are read, one at a time
+OPENING_S = 3.0  # until somebody has opened the address that the server prints
+LIST = ("facts", "overview", "selection?sort=max&dir=desc")
 OPENED = {  # what a browser asks, by what its user does
-    "first_list": ("facts", "overview", "selection?sort=max&dir=desc"),  # with an index that is not in memory yet
-    "list": ("facts", "overview", "selection?sort=max&dir=desc"),
+    "list": LIST,
     "search": ("selection?q=12&sort=density&dir=desc",),
     "whole_token": ("selection?q=%221234%22",),
     "further_rows": ("rows?sort=max&dir=desc&from=5000&to=5100",),
@@ -102,10 +104,24 @@ def measure(latents: int, rows: int, folder: Path) -> dict[str, Any]:
 def served(folder: Path, latents: int) -> dict[str, Any]:
     """Milliseconds until all that is asked for has arrived, one question after another, and the server's memory."""
     (folder / "status.json").write_text("{}")  # a run
+    with server(folder) as (took, _):
+        found = {"list_at_once": took(*LIST)}
+    with server(folder) as (took, pid):
+        time.sleep(OPENING_S)
+        found |= {"first_list": took(*LIST)} | {name: took(*questions) for name, questions in OPENED.items()}
+        opened = [took("facts", f"latents/{latent}") for latent in range(0, latents, latents // READS)]
+        found |= {"latent": statistics.median(opened), "slowest_latent": max(opened)}
+        peak = int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return {f"{name}_ms": round(value, 1) for name, value in found.items()} | {"peak_bytes": peak}
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[tuple[Callable[..., float], int]]:
+    """A server that has just started: what asks it questions and says how long that took, and its process."""
     command = [sys.executable, "-m", "sae_dist", "serve", str(folder), "port=0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        url = server.stdout.readline().strip().rpartition(": ")[2].rstrip("/")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip().rpartition(": ")[2].rstrip("/")
 
         def took(*questions: str) -> float:
             began = time.perf_counter()
@@ -114,13 +130,8 @@ def served(folder: Path, latents: int) -> dict[str, Any]:
                     answer.read()
             return (time.perf_counter() - began) * 1e3
 
-        found = {name: round(took(*questions), 1) for name, questions in OPENED.items()}
-        opened = [took("facts", f"latents/{latent}") for latent in range(0, latents, latents // READS)]
-        found |= {"latent": round(statistics.median(opened), 1), "slowest_latent": round(max(opened), 1)}
-        status = Path(f"/proc/{server.pid}/status").read_text()
-        found["peak_bytes"] = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-        server.terminate()
-    return {f"{name}_ms" if name != "peak_bytes" else name: value for name, value in found.items()}
+        yield took, process.pid
+        process.terminate()
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ Examples: sae-dist serve runs
 """
 
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -51,6 +52,7 @@ def main(values: Mapping[str, Any]) -> int:
             if not server.is_private:
                 print(NO_PASSWORD.format(host=config.host, url=server.url), file=sys.stderr)
             print(f"{folder.uri}: {server.url}\nCtrl-C ends it", flush=True)
+            threading.Thread(target=page.read_ahead, name="read ahead", daemon=True).start()
             server.serve_forever()
     except (KeyboardInterrupt, Stopped):
         pass

@@ -1,5 +1,6 @@
 """Runs, their members and sweeps as a page: a row each with state, progress and figures. All it shows is escaped."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +18,13 @@ from sae_dist.service.display import duration, quantity
 from sae_dist.service.findings import findings
 from sae_dist.service.run_progress import figures, progress
 from sae_dist.service.run_status import RunStatus, read_run
-from sae_dist.service.shown_features import ShownFeatures
+from sae_dist.service.shown_features import KEPT, ShownFeatures
 from sae_dist.service.shown_folder import ShownFolder
 from sae_dist.service.sweep_status import SweepStatus, read_sweep
 from sae_dist.storage import StorageError
 from sae_dist.train.members import MAIN
 
+logger = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
 LEAST_S = 2.0  # between two looks at the files, however many people ask
 SPARING = 5.0  # looking takes at most a part of the time: one second in so many
@@ -59,6 +61,15 @@ class Snapshots:
                 self._until = time.monotonic() + max(LEAST_S, SPARING * took)
             return self._page
 
+    def read_ahead(self) -> None:
+        """Reads the feature data of the newest runs as far as their lists need it, before somebody waits for one."""
+        try:
+            runs, _ = self._look()
+            for run in [run for run in runs if "features" in run.more][:KEPT]:
+                self._features.read_ahead(_parts(run.name))
+        except UserError as problem:
+            logger.warning("feature data will be read when somebody asks for them: %s", problem)
+
     def _look(self) -> tuple[list[Shown], list[Shown]]:
         """All runs, the newest first, and all sweeps by name."""
         found = self._folder.found()
@@ -83,15 +94,19 @@ class Snapshots:
         return Shown(name, "it is gone" if what is None else what, self._has(name, page))
 
     def _more(self, run: str) -> list[str]:
-        has = {"features": self._features.has([*filter(None, run.split("/"))]), "labels": self._has(run, "labels")}
+        has = {"features": self._features.has(_parts(run)), "labels": self._has(run, "labels")}
         return [kind for kind in MORE if has[kind]]
 
     def _has(self, name: str, page: str) -> bool:
-        with self._folder.open([*filter(None, name.split("/")), page, "index.html"]) as file:
+        with self._folder.open([*_parts(name), page, "index.html"]) as file:
             return file is not None
 
     def _place(self, name: str) -> storage.Storage:
         return storage.open(f"{self._folder.uri}/{name}".rstrip("/"), retry_s=self._retry_s)
+
+
+def _parts(name: str) -> list[str]:
+    return [*filter(None, name.split("/"))]
 
 
 def _age(shown: Shown) -> float:

@@ -137,26 +137,28 @@ class FeatureAnswers:
             shown_token(one["bytes"] if one["text"] is None else one["text"], special=one["special"]) for one in own
         ]
 
-    def _logarithms(self, latents: Int[np.ndarray, " n"]) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-        """Of the densities and maxima of latents that fired."""
+    @cached_property
+    def _logarithms(self) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """Of the density and maximum of every latent; minus infinity where it never fired."""
         index, rows, *_ = self.found.searched()
-        return np.log10(index.firings[latents] / rows), np.log10(index.max[latents].astype(np.float64))
+        with np.errstate(divide="ignore"):
+            return np.log10(index.firings / rows), np.log10(index.max.astype(np.float64))
 
     def _bars(self, latents: Int[np.ndarray, " n"]) -> list[int]:
         """Their histogram over the range of the densities of all latents."""
-        return np.histogram(self._logarithms(latents)[0], BARS, self._spans[0])[0].tolist()
+        return np.histogram(self._logarithms[0][latents], BARS, self._spans[0])[0].tolist()
 
     @cached_property
     def _spans(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """The ranges of the densities and maxima of all latents that fired."""
-        density, maximum = self._logarithms((self.found.searched().of.firings > 0).nonzero()[0])
+        density, maximum = (each[self.found.searched().of.firings > 0] for each in self._logarithms)
         return _span(density), _span(maximum)
 
     def _dots(self, latents: Int[np.ndarray, " n"]) -> dict[str, list[float]]:
         """A chance sample of them, the same one each time."""
         if len(latents) > DOTS:
             latents = np.sort(np.random.default_rng(0).choice(latents, DOTS, replace=False, shuffle=False))
-        density, maximum = self._logarithms(latents)
+        density, maximum = (each[latents] for each in self._logarithms)
         return {"latent": latents.tolist(), "density": density.round(4).tolist(), "maximum": maximum.round(4).tolist()}
 
 

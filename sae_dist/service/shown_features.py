@@ -57,6 +57,10 @@ class ShownFeatures:
         """Whether a run has feature data."""
         return bool(self._tag(run, FEATURES, ABOUT))
 
+    def read_ahead(self, run: Sequence[str]) -> None:
+        """Reads what the first list of a run's latents would wait for; UserError as that list would say it."""
+        self._answers(run).overview()
+
     def _answer(self, run: Sequence[str], rest: Sequence[str], asked: str) -> Made | None:
         name = "/".join(rest) or "index.html"
         if name in self._files:

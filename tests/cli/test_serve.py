@@ -20,8 +20,10 @@ import pytest
 
 from sae_dist import storage
 from sae_dist.cli.main import main
+from sae_dist.cli.serve_view import Snapshots
 from sae_dist.interpret import site
 from sae_dist.service.run_folder import claim
+from sae_dist.service.shown_features import ShownFeatures
 from sae_dist.service.shown_folder import shown_folder
 from sae_dist.service.web_server import byte_range
 from sae_dist.sweep.folder import SweepFolder
@@ -351,6 +353,28 @@ def test_what_cannot_be_served_is_one_line(tmp_path, capsys, words, said):
         named = {"tmp": tmp_path, "taken": other.getsockname()[1]}
         assert main(["serve", *(word.format(**named) for word in words)]) == 2
     assert said.format(**named) in capsys.readouterr().err
+
+
+def test_a_list_that_was_read_ahead_needs_its_index_no_more(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    hostile.write_data(run)
+    folder = shown_folder(str(tmp_path), retry_s=1)
+    features = ShownFeatures(folder)
+    Snapshots(folder, features, retry_s=1).read_ahead()
+    (run / "features" / "index.parquet").unlink()
+    asked = ["run", "features", "data", "selection"], "sort=max&dir=desc"
+    assert features(*asked).status == 200
+    assert b"index.parquet is damaged or missing" in ShownFeatures(folder)(*asked).body
+
+
+def test_data_that_cannot_be_read_ahead_are_named_and_the_server_goes_on(finished, tmp_path, caplog):
+    shutil.copytree(finished[0], tmp_path / "run")
+    hostile.write_data(tmp_path / "run")
+    (tmp_path / "run" / "features" / "index.parquet").write_bytes(b"PAR1")
+    folder = shown_folder(str(tmp_path), retry_s=1)
+    Snapshots(folder, ShownFeatures(folder), retry_s=1).read_ahead()
+    assert "will be read when somebody asks" in caplog.text and "index.parquet is damaged" in caplog.text
 
 
 def test_a_copy_on_object_storage(seaweed, monkeypatch):
