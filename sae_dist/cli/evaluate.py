@@ -12,7 +12,6 @@ from typing import Any
 from sae_dist.cli.report import print_summary
 from sae_dist.config import frozen, load, local_folder
 from sae_dist.evaluate.config import EvaluateConfig
-from sae_dist.service.evaluate_job import evaluate_run
 
 POSITIONAL = ("out",)
 
@@ -32,6 +31,8 @@ CONFIG = EvaluateJob
 
 
 def main(values: Mapping[str, Any]) -> int:
+    from sae_dist.service.evaluate_job import evaluate_run  # transformers takes seconds to import
+
     job = load(EvaluateJob, values)
     print_summary(evaluate_run(Path(local_folder("out", job.out)), job.evaluate))
     return 0

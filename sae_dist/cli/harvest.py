@@ -9,12 +9,13 @@ from typing import Any
 
 from sae_dist.config import load
 from sae_dist.service.config import HarvestJob
-from sae_dist.service.harvest_job import harvest_store
 
 CONFIG = HarvestJob
 
 
 def main(values: Mapping[str, Any]) -> int:
+    from sae_dist.service.harvest_job import harvest_store  # transformers takes seconds to import
+
     job = load(HarvestJob, values)
     facts = harvest_store(job)
     print(f"store: {job.store}  units {facts['units']}  rows {facts['rows']:,}")

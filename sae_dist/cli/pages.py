@@ -12,7 +12,6 @@ from typing import Any
 
 from sae_dist.config import frozen, load, local_folder
 from sae_dist.interpret.collect import PagesConfig
-from sae_dist.service.evaluate_job import write_run_features, write_run_pages
 
 POSITIONAL = ("out",)
 
@@ -33,10 +32,12 @@ CONFIG = PagesJob
 
 
 def main(values: Mapping[str, Any]) -> int:
+    from sae_dist.service import evaluate_job  # transformers takes seconds to import
+
     job = load(PagesJob, values)
     out = Path(local_folder("out", job.out))
     if job.data:
-        print(f"features: {write_run_features(out, job.pages)}")
+        print(f"features: {evaluate_job.write_run_features(out, job.pages)}")
     else:
-        print(f"pages: {write_run_pages(out, job.pages)}")
+        print(f"pages: {evaluate_job.write_run_pages(out, job.pages)}")
     return 0

@@ -10,11 +10,12 @@ from typing import Any
 from sae_dist.cli.report import print_summary
 from sae_dist.config import load
 from sae_dist.service.config import RunConfig
-from sae_dist.service.run_job import run
 
 CONFIG = RunConfig
 
 
 def main(values: Mapping[str, Any]) -> int:
+    from sae_dist.service.run_job import run  # transformers takes seconds to import
+
     print_summary(run(load(RunConfig, values)))
     return 0

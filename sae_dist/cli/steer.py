@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_dist.config import frozen, load, local_folder
-from sae_dist.service.steer_job import steer_run
 from sae_dist.steer.config import SteerConfig
-from sae_dist.steer.page import lines
 from sae_dist.train.members import MAIN
 
 POSITIONAL = ("run",)
@@ -37,6 +35,9 @@ CONFIG = SteerJob
 
 
 def main(values: Mapping[str, Any]) -> int:
+    from sae_dist.service.steer_job import steer_run  # transformers takes seconds to import
+    from sae_dist.steer.page import lines
+
     job = load(SteerJob, values)
     own = {field.name for field in dataclasses.fields(SteerConfig)}  # type: ignore[arg-type]
     config = load(SteerConfig, {key: value for key, value in values.items() if key in own})
