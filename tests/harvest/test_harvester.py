@@ -53,6 +53,7 @@ def stored(store: Store, hook: str, unit: int) -> dict[tuple[int, int], torch.Te
     }
 
 
+@pytest.mark.slow
 def test_the_store_holds_what_harvest_gives_whatever_the_order_of_the_calls(tmp_path: Path, split: TokenSplit):
     store = new_store(tmp_path)
     harvester = Harvester(MODEL, store, HOOKS, split=split, config=CONFIG)

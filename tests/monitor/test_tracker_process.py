@@ -168,5 +168,5 @@ def test_an_attempt_after_a_kill_has_the_whole_history(store, tmp_path):
     assert main(keys) == 0
     lines, found = read_metrics(tmp_path / "run" / "metrics.jsonl"), runs(tmp_path / "run")["run"]
     assert [figures(each)["_step"] for each in found.history] == [line["step"] for line in lines] == [*range(5, 61, 5)]
-    ids = {path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
+    ids = {path.name.split("-")[3] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
     assert len(ids) == 4  # two dictionaries and their evaluations, the same at both starts

@@ -15,8 +15,13 @@ def command(store: Path, out: Path, *more: str) -> list[str]:
 
 def runs(out: Path) -> dict[str, Kept]:
     """What W&B has in the folder, by name; of a run that it has twice, the newer."""
-    files = sorted((out / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.parent.name[:27])
+    files = sorted((out / "wandb").glob("offline-run-*/*.wandb"), key=_begun)
     return {found.name: found for found in map(kept, files)}
+
+
+def _begun(path: Path) -> tuple[str, int]:
+    """When a folder was made: its name tells the second."""
+    return path.parent.name[:27], path.parent.stat().st_mtime_ns
 
 
 def figures(entry: dict) -> dict:

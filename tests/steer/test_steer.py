@@ -96,6 +96,7 @@ def test_latents_are_found_by_example(run, tmp_path, capsys):
     assert "tell the texts apart" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_notebook_of_a_prompt_runs(run):
     notebook = Path(__file__).parents[2] / "docs/notebook_prompt.py"
     done = subprocess.run([sys.executable, notebook, run], capture_output=True, text=True, timeout=300)

@@ -43,6 +43,7 @@ def stuck(place: StoreAddress) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_rank_ends_with_the_name_of_the_one_that_its_gpu_waits_for():
     served = serve("127.0.0.1")
     rendezvous = Rendezvous(served.address, "attempt1")
