@@ -50,7 +50,8 @@ def test_a_step_of_34_million_latents_does_what_the_plan_says(data, feature, kin
 @pytest.mark.parametrize("moments", ["float32", "int8", "factored"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_so_does_one_of_any_compact_state(kind, moments):
-    check(1, 64, kind, StateOptions("bfloat16_stochastic", moments))
+    """On more ranks: a compact state is updated some rows at a time, each of which is simulated."""
+    check(1, 512, kind, StateOptions("bfloat16_stochastic", moments))
 
 
 @pytest.mark.slow
