@@ -22,10 +22,9 @@ class Neurons(Dictionary):
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Active:
         """The active neurons of every row, in their order."""
-        row, neuron = x.nonzero(as_tuple=True)
-        offsets = torch.zeros(len(x) + 1, dtype=torch.int64)
-        offsets[1:] = row.bincount(minlength=len(x)).cumsum(0)
-        return Active(x[row, neuron].float(), neuron, offsets)
+        there = x != 0
+        offsets = torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0))
+        return Active(x[there].float(), there.nonzero()[:, 1], offsets)
 
 
 def neurons(hook: str, meta: StoreMeta) -> Neurons:
