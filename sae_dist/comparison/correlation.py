@@ -1,7 +1,8 @@
 """Pearson's r of latents of one dictionary with those of another, exactly and some latents at a time.
 
 sum f_a f_b is taken over the rows on which both are active, which are few; the rest follows from sums of each alone:
-r = (mean(f_a f_b) - mean(f_a) mean(f_b)) / (std(f_a) std(f_b)). All sums are fp64, in the order of the rows.
+r = (mean(f_a f_b) - mean(f_a) mean(f_b)) / (std(f_a) std(f_b)). All sums are fp64, in the order of the rows. Neurons are
+active on most rows: those of `b` are then laid out densely, some rows at a time.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from sae_dist.comparison.activations import Activations, Entries
 NONE = -2.0  # instead of an r or a cosine that is not defined: below all others
 CELLS = 1 << 22  # of a block [latents, n_latents of the other]: 32 MiB of fp64
 PAIRS = 1 << 21  # of activations on the same row, at once
+DENSE = 1 / 8  # share of the activations that are not 0 from which on dense rows are faster
 
 
 def blocks(n: int, other: int) -> list[range]:
@@ -44,17 +46,49 @@ def pair_sums(
     count: bool = False,
 ) -> Float[Tensor, "latents n_b"]:  # fmt: skip
     """sum f_a f_b over the rows on which both are active, fp64; with `count`, how many those rows are."""
-    sums = torch.zeros(len(latents) * b.n_latents, dtype=torch.float64)
+    sums = torch.zeros(len(latents), b.n_latents, dtype=torch.float64)
+    dense = len(b.latent) >= DENSE * b.rows * b.n_latents
     for entries in a.of_latents(latents):
-        rows = entries.row if order is None else order[entries.row]
-        begin = b.offsets[rows]
-        lengths = b.offsets[rows + 1] - begin
-        for some in _pieces(lengths):
-            at = _ranges(begin[some], lengths[some])
-            place = np.repeat((entries.latent[some] - latents.start).astype(np.int64) * b.n_latents, lengths[some])
-            place += b.latent[at]
-            sums.index_add_(0, torch.from_numpy(place), _products(entries, some, lengths, b.value, at, count))
-    return sums.view(len(latents), b.n_latents)
+        own = entries._replace(latent=entries.latent.astype(np.int64) - latents.start)
+        (_add_dense if dense else _add_pairs)(sums, own, b, order, count)
+    return sums
+
+
+def _add_pairs(
+    sums: Float[Tensor, "latents n_b"], entries: Entries, b: Activations, order: np.ndarray | None, count: bool
+) -> None:
+    """A product for each activation of these entries and each of `b` on its row."""
+    rows = entries.row if order is None else order[entries.row]
+    begin = b.offsets[rows]
+    lengths = b.offsets[rows + 1] - begin
+    for some in _pieces(lengths):
+        at = _ranges(begin[some], lengths[some])
+        place = np.repeat(entries.latent[some] * b.n_latents, lengths[some]) + b.latent[at]
+        sums.view(-1).index_add_(0, torch.from_numpy(place), _products(entries, some, lengths, b.value, at, count))
+
+
+def _add_dense(
+    sums: Float[Tensor, "latents n_b"], entries: Entries, b: Activations, order: np.ndarray | None, count: bool
+) -> None:
+    """A sparse matrix of these entries times dense rows of `b`, as many at a time as a block has room for."""
+    step = max(1, CELLS // b.n_latents)
+    for first in range(int(entries.row.min()), int(entries.row.max()) + 1, step):
+        own = Entries(*(column[(first <= entries.row) & (entries.row < first + step)] for column in entries))
+        rows = np.arange(first, min(first + step, b.rows))
+        dense = _dense(b, rows if order is None else order[rows], count)
+        at = torch.from_numpy(np.stack([own.latent, own.row.astype(np.int64) - first]))
+        value = torch.ones(len(own.row), dtype=torch.float64) if count else torch.from_numpy(own.value).double()
+        sums += torch.sparse_coo_tensor(at, value, (len(sums), len(rows)), check_invariants=False) @ dense
+
+
+def _dense(b: Activations, rows: Int[np.ndarray, " some"], count: bool) -> Float[Tensor, "some n_b"]:
+    """Activations on these rows, fp64; with `count`, 1 where there is one."""
+    begin = b.offsets[rows]
+    lengths = b.offsets[rows + 1] - begin
+    at = _ranges(begin, lengths)
+    dense = np.zeros((len(rows), b.n_latents))
+    dense[np.repeat(np.arange(len(rows)), lengths), b.latent[at]] = 1 if count else b.value[at]
+    return torch.from_numpy(dense)
 
 
 def _products(

@@ -69,8 +69,11 @@ def test_activations_are_those_that_went_in_by_row_and_by_latent(matrices, store
         assert torch.equal(again, dense[65_000:66_000])
 
 
+@pytest.mark.parametrize("dense_from", [0, 2], ids=["dense", "pairs"])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_correlations_are_those_of_numpy(matrices, stored, shuffled):
+def test_correlations_are_those_of_numpy(matrices, stored, shuffled, dense_from, monkeypatch):
+    monkeypatch.setattr("sae_dist.comparison.correlation.DENSE", dense_from)
+    monkeypatch.setattr("sae_dist.comparison.correlation.CELLS", 1000 * M)  # many blocks of rows, the last not full
     order = np.random.default_rng(0).permutation(ROWS) if shuffled else None
     a, b = (matrix.double().numpy() for matrix in matrices)
     b = b if order is None else b[order]
@@ -106,10 +109,13 @@ def test_a_permuted_copy_has_each_latent_at_its_image_and_nothing_novel(tmp_path
     assert torch.equal(splits.parent, order)
 
 
-def test_blocks_of_latents_change_nothing(matrices, stored, monkeypatch):
+@pytest.mark.parametrize("dense_from", [0, 2], ids=["dense", "pairs"])
+def test_blocks_of_latents_change_nothing(matrices, stored, dense_from, monkeypatch):
+    monkeypatch.setattr("sae_dist.comparison.correlation.DENSE", dense_from)
     whole = match(Side(stored[0], None), Side(stored[1], None))
-    monkeypatch.setattr("sae_dist.comparison.correlation.CELLS", 2 * M)
-    monkeypatch.setattr("sae_dist.comparison.correlation.PAIRS", 50)
+    if dense_from:
+        monkeypatch.setattr("sae_dist.comparison.correlation.CELLS", 2 * M)
+        monkeypatch.setattr("sae_dist.comparison.correlation.PAIRS", 50)
     parts = match(Side(stored[0], None), Side(stored[1], None))
     for one, other in zip(
         (*whole.first.values(), *whole.second.values()), (*parts.first.values(), *parts.second.values()), strict=True
