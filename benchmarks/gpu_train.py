@@ -49,7 +49,7 @@ def bare(job: TrainJob, x: torch.Tensor, *, steps: int) -> float:
     W_enc, W_dec, b_enc, b_dec = (tensor.to(DEVICE) for tensor in trained.parameters)
     sae = Shard(
         W_enc, W_dec, b_enc=b_enc, b_dec=b_dec, k=job.sae.k, k_aux=resolved_k_aux(job.sae, W_dec.shape[1]),
-        aux_coefficient=job.sae.aux_coefficient, dead_after_tokens=job.sae.dead_after_tokens,
+        aux_coefficient=job.sae.aux_coefficient, dead_after_tokens=job.train.dead_after(job.sae),
     )  # fmt: skip
     x = x.to(DEVICE).float()
     variance = float((x - x.mean(0)).square().sum(1).mean())
@@ -88,7 +88,7 @@ def main() -> int:
             "order": {"lanes": 8, "window": 4},
             "train": {"tokens": None, "steps": steps, "batch": batch, "checkpoint_every": max(steps // 2, 1),
                       "log_every": max(steps // 16, 1),
-                      "init_rows": min(rows // 4, TrainConfig(steps=1).init_rows)},
+                      "init_rows": min(rows // 4, TrainConfig(steps=1).rows_to_begin(n_latents, stored=rows))},
         }  # fmt: skip
         job = load(TrainJob, values)
         started = time.perf_counter()

@@ -17,7 +17,7 @@ from sae_dist.config import CONF_DIR
 PAGE = Path(__file__).with_suffix(".md")
 REQUIRED = {
     "harvest": ["store"], "train": ["store"], "evaluate": ["out"], "pages": ["out"], "sync": ["out"],
-    "export": ["out", "format", "to"], "import": ["path", "format", "out"],
+    "export": ["out", "to"], "import": ["path", "out"],
     "label": ["run"], "steer": ["run"], "compare": ["dictionaries"],
     "store": ["action", "store"], "submit": ["command", "scheduler.address"],
 }  # fmt: skip

@@ -10,7 +10,7 @@ import inspect
 import io
 import tokenize
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from hydra.core.config_store import ConfigStore
 from pydantic import RootModel
@@ -53,10 +53,14 @@ def groups(config: type) -> dict[str, dict[str, type]]:
 
 
 def comments(config: type, prefix: str = "") -> dict[str, str]:
-    """The comment beside every key in the source, by the key's dotted path."""
+    """What is said of every key by its dotted path: the comment beside it in the source, and the words it may be."""
     inherited = [base for base in reversed(config.__mro__) if dataclasses.is_dataclass(base)]  # itself comes last
-    found = {f"{prefix}{name}": text for base in inherited for name, text in _beside(base).items()}
+    beside = {name: text for base in inherited for name, text in _beside(base).items()}
+    found = {f"{prefix}{name}": text for name, text in beside.items()}
     for name, field in _fields(config):
+        words = [word for word in _words(field.annotation) if word not in beside.get(name, "")]
+        if words and name != "kind":
+            found[f"{prefix}{name}"] = "; ".join(filter(None, [beside.get(name), ", ".join(_words(field.annotation))]))
         if dataclasses.is_dataclass(field.annotation):
             found |= comments(field.annotation, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
     return found
@@ -79,6 +83,13 @@ def comments_of_yaml(text: str, prefix: str = "") -> dict[str, str]:
 
 def _fields(config: type) -> Iterator[tuple[str, FieldInfo]]:
     yield from config.__pydantic_fields__.items()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _words(annotation: object) -> list[str]:
+    """All strings that a key may be, or that its list may hold; none where it may be any string."""
+    if get_origin(annotation) is Literal:
+        return [value for value in get_args(annotation) if isinstance(value, str)]
+    return [word for inner in get_args(annotation) for word in _words(inner)]
 
 
 def _alternatives(field: FieldInfo) -> dict[str, type]:

@@ -27,15 +27,15 @@ class ModelConfig:
     """
 
     name: str
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    revision: str | None = None  # commit, tag or branch on the hub; null: its default branch
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 where the device computes it fast, else float32
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # the GPU when there is one
+    attention: Literal["auto", "sdpa", "eager"] = "auto"  # the architecture's own, mostly sdpa
     engine: Literal["hf", "vllm"] = "hf"  # or vllm, where it is installed: residual stream only
     # auto, balanced, sequential: layers over the GPUs of a machine
     device_map: Literal["none", "auto", "balanced", "balanced_low_0", "sequential"] = "none"
     quantization: Literal["none", "int8", "nf4"] = "none"  # int8 or nf4 by bitsandbytes, where it is installed
-    trust_remote_code: Literal[False] = False
+    trust_remote_code: Literal[False] = False  # only false: code that comes with a model is never run
 
     def with_absolute_paths(self) -> "ModelConfig":
         """The same with the absolute path of a folder, for processes with other working directories.

@@ -8,11 +8,13 @@ from sae_kernels.row_state import MomentFormat, ParameterFormat
 
 from sae_dist.config import frozen, local_folder
 from sae_dist.sae.initialize import CANDIDATES
+from sae_dist.sae.variants.interface import Variant
 from sae_dist.train.guard import GuardConfig
 
 # Who starts the processes of a mesh. auto: this one for a mesh of 1, torchrun's where torchrun started it, else actors.
 Launcher = Literal["auto", "process", "actors", "torchrun", "ray_train"]
 DATA_WEIGHT = 0.8  # of `init_data_weight`, where there is a row for every latent
+MOST_SILENT = 10_000_000  # tokens, of a latent that is not dead by default (Gao et al. 2024, App. A.2)
 INIT_ROWS, MOST_INIT_ROWS = 16_384, 65_536  # of `init_rows`: comparing more with each other takes minutes on a laptop
 
 
@@ -105,6 +107,12 @@ class TrainConfig:
         if self.init_data_weight is not None:
             return self.init_data_weight
         return DATA_WEIGHT if n_latents <= rows else 0.0
+
+    def dead_after(self, sae: Variant) -> int:
+        """For how many tokens a dead latent has been silent."""
+        if sae.dead_after_tokens is not None:
+            return sae.dead_after_tokens
+        return max(1, min(MOST_SILENT, self.n_steps * self.batch // 10))
 
     @property
     def n_steps(self) -> int:

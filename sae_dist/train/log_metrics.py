@@ -39,7 +39,7 @@ def dictionary_metrics(
     sums: IntervalSums, learner: Learner, state: TrainState, *, lr: float, tokens: int
 ) -> dict[str, Any]:
     """Metrics of one dictionary after `tokens` tokens, with its prefix; all ranks call this together."""
-    rows, guard, may_be_dead = sums.rows, learner.guard, tokens >= learner.member.sae.dead_after_tokens
+    rows, guard, may_be_dead = sums.rows, learner.guard, tokens >= learner.sae.shard.dead_after_tokens
     own = {
         "lr": lr,
         "fvu": sums.squared_error / (rows * state.variance) if rows else None,  # every step was skipped

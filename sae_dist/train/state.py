@@ -228,7 +228,7 @@ def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, me
     shard = Shard(
         own["W_enc"], own["W_dec"], b_enc=own["b_enc"], b_dec=own["b_dec"], b_in=own.get("b_in"),
         k=min(sae.k, len(here)), k_aux=k_aux, aux_coefficient=sae.aux_coefficient,
-        dead_after_tokens=sae.dead_after_tokens, first_latent=here.start,
+        dead_after_tokens=config.dead_after(sae), first_latent=here.start,
         vectors={spec.name: own[spec.name] for spec in own_vectors(sae)},
         unit=spec_of(sae, "W_dec").unit, product_dtype=getattr(torch, config.product), state=member.state,
     )  # fmt: skip

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from sae_dist.config import Stopped
-from sae_dist.sae.config import ReLU
+from sae_dist.sae.config import ReLU, TopK
 from sae_dist.sae.initialize import initialize
 from sae_dist.sae.variants.interface import spec_of
 from sae_dist.shards.reader import Store
+from sae_dist.train.config import TrainConfig
 from sae_dist.train.parallel.mesh import Mesh
 from sae_dist.train.parallel.resample import ENCODER, resample_
 from sae_dist.train.parallel.step import MeshStep
@@ -23,6 +24,19 @@ N, D = 64, 19
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Store:
     return full_store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "tokens"),
+    [(None, {}, 999_833), (None, {"tokens": 10**9}, 10_000_000), (None, {"steps": 1, "batch": 4}, 1), (700, {}, 700)],
+)
+def test_a_latent_is_dead_after_a_tenth_of_the_training_unless_it_is_told(asked, trained, tokens):
+    assert TrainConfig(**trained).dead_after(TopK(dead_after_tokens=asked)) == tokens  # 2,441 whole batches of 4,096
+
+
+def test_by_default_latents_die_in_a_short_training_and_the_figures_say_so(store, tmp_path):
+    _, lines = train(store, tmp_path, sae=TopK(n_latents=512, k=2))
+    assert lines[-1][1]["dead_fraction"] > 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -172,7 +172,7 @@ class Variant(Protocol):
     @property
     def aux_coefficient(self) -> float: ...
     @property
-    def dead_after_tokens(self) -> int: ...
+    def dead_after_tokens(self) -> int | None: ...  # `TrainConfig.dead_after` resolves it
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:

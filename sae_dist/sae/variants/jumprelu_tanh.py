@@ -31,7 +31,7 @@ class JumpReLUTanh(AboveLevel):
 
     kind: Literal["jumprelu_tanh"] = "jumprelu_tanh"
     tanh_coefficient: Annotated[float, Field(ge=0)] = 10.0  # rises from 0 over all steps
-    tanh_scale: Annotated[float, Field(gt=0)] = 4.0  # c
+    tanh_scale: Annotated[float, Field(gt=0)] = 4.0  # c, in the tanh
     silence_coefficient: Annotated[float, Field(ge=0)] = 3e-6
     bandwidth: Annotated[float, Field(gt=0)] = 2.0
     initial_threshold: Annotated[float, Field(gt=0)] = 0.1

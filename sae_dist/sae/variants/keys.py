@@ -15,11 +15,12 @@ from sae_dist.sae.variants.interface import Above, Penalty, check_counts, linear
 class Sized:
     """The keys of every kind: its size, and AuxK for dead latents (Gao et al. 2024, App. A.2)."""
 
-    n_latents: Annotated[int, Field(ge=1)] = 16_384
-    k: Annotated[int, Field(ge=1)] = 32
+    n_latents: Annotated[int, Field(ge=1)] = 16_384  # the width of the dictionary
+    k: Annotated[int, Field(ge=1)] = 32  # active latents a token
     k_aux: Annotated[int, Field(ge=0)] | None = None  # null: the power of two below d_model / 2; 0: no AuxK
-    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
-    dead_after_tokens: Annotated[int, Field(ge=1)] = 10_000_000  # a latent silent for this long is dead
+    aux_coefficient: Annotated[float, Field(ge=0)] = 1 / 32  # of AuxK in the loss
+    # a latent silent for so many tokens is dead; null: for a tenth of those trained on, at most 10 million
+    dead_after_tokens: Annotated[int, Field(ge=1)] | None = None
 
     def __post_init__(self) -> None:
         check_counts(self.n_latents, self.k, self.k_aux)
@@ -74,7 +75,7 @@ class L1(AboveLevel):
     x of unit deviation u = sqrt(variance / width), values are measured in u and errors in u^2.
     """
 
-    l1_coefficient: Annotated[float, Field(ge=0)] = 2.0
+    l1_coefficient: Annotated[float, Field(ge=0)] = 2.0  # the price of activity
     l1_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05  # of the steps, in which the coefficient rises from 0
 
     def at(self, progress: float) -> Self:

@@ -31,7 +31,8 @@ class MatryoshkaTopK(Sized):
     """
 
     kind: Literal["matryoshka_topk"] = "matryoshka_topk"
-    prefixes: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)  # shares
+    # shares of the latents: each time the first ones, which rebuild the row by themselves
+    prefixes: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
     random_prefixes: bool = False  # drawn anew at every step, as many as `prefixes`, log-uniformly from its first on
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ class ReLUNorm(ReLU):
     """
 
     kind: Literal["relu_norm"] = "relu_norm"  # type: ignore[assignment]
-    l1_coefficient: Annotated[float, Field(ge=0)] = 5.0
+    l1_coefficient: Annotated[float, Field(ge=0)] = 5.0  # the price of activity
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
