@@ -95,6 +95,7 @@ def _update_(learner: Learner, lr: float) -> None:
     """The update, except of what is frozen."""
     sae, frozen = learner.sae, learner.member.frozen
     if frozen == "all":
+        sae.track_()  # of the kinds that choose over a batch: without its threshold, half of all latents are active
         sae.skip_()
         return
     kept = sae.shard.W_dec.clone() if frozen == "decoder" else None

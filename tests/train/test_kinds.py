@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae_dist.config import Stopped
+from sae_dist.formats.folded import fold
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import KINDS
 from sae_dist.sae.variants.interface import tracks_threshold
@@ -49,6 +50,20 @@ def test_a_finished_one_does_on_raw_rows_what_was_trained_on_scaled_ones(togethe
     left = (x - learned.decode(active)).square().sum() / (x - x.mean(0)).square().sum()
     assert float(left) < 0.9 and 0 < len(active.values) / len(x) < 12  # 60 steps from about 0.75 and 4
     assert learned.signed == bool((active.values < 0).any()) == (kind == "abs_topk")
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu_norm", "p_anneal"])
+def test_one_without_thresholds_is_exported_as_a_relu(together, kind):
+    assert fold(dictionary.load(together / "dictionaries" / kind)).is_relu
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
+def test_an_untrained_twin_has_as_many_active_latents_as_were_chosen_in_its_pass(store, tmp_path, kind):
+    sae = dataclasses.replace(SAES[kind], rows_fraction=0.0)
+    train(store, tmp_path, members=(Member(MAIN, sae, 0), Member("untrained", sae, 1, frozen="all")))
+    rows = rows_of(UNITS - 1)
+    active = dictionary.load(folder(tmp_path, "untrained")).encode(rows)
+    assert 2 < len(active.values) / len(rows) < 8  # of 96; k is 4, and the threshold is of batches of 64
 
 
 @pytest.fixture(scope="module")

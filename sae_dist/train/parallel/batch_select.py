@@ -40,7 +40,7 @@ class BatchSelection(NamedTuple):
     row: Int[Tensor, " pairs"]  # within this rank's rows
     latent: Int[Tensor, " pairs"]  # within this rank's part
     values: Float[Tensor, " pairs"]
-    smallest: float | None  # the smallest chosen value of the whole batch; None: nothing is positive
+    smallest: float | None  # the smallest chosen value of a batch that is counted; None: nothing is positive
     widened: int  # rows of this rank that were selected again
 
 
@@ -118,7 +118,7 @@ def batch_best(
         n_full = int(sum_counts(mesh, mesh.world, every.new_full((1,), len(full)), name=NAME))
         if not n_full:
             values, latent = settled.selected
-            smallest = None if cut.key is None else _float(cut.key)
+            smallest = _float(cut.key) if counted and cut.key is not None else None
             return BatchSelection(settled.rows, latent.squeeze(1), values.squeeze(1), smallest, widened)
         if n_full * 2 * width > batch * MOST * k:
             raise UserError(

@@ -185,13 +185,17 @@ class MeshStep:
         self._dead, self._flaws = outcome.dead, outcome.flaws
         return outcome.statistics
 
-    def update_(self, *, lr: float) -> None:
-        """The update from the last `forward`."""
+    def track_(self) -> None:
+        """Brings the threshold up to the last `forward`; an update does it, too."""
         if self.threshold is not None and self._smallest is not None:
             # A running mean over batches (Bussmann et al. 2024, sec. 3), from the first one that counts a batch on.
             weight = self.threshold.new_tensor(max(1 / (self.shard.steps + 1), THRESHOLD_EMA))
             weight.masked_fill_(self.threshold == 0, 1.0)
             self.threshold += weight * (self._smallest - self.threshold)
+
+    def update_(self, *, lr: float) -> None:
+        """The update from the last `forward`."""
+        self.track_()
         if self._fused:
             gradients = None
             if self.clip_norm is not None:
