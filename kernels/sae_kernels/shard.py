@@ -230,12 +230,18 @@ class Shard:
         self.tokens_since_fired.add_(tokens).masked_fill_(fired > 0, 0)
 
     def begin_anew_(
-        self, latents: Int[Tensor, " some"], *, enc: Float[Tensor, "some d_in"], dec: Float[Tensor, "some d_out"]
-    ) -> None:
-        """Gives some latents new rows, a bias of 0, the moments of before the first step, and no silence."""
+        self, latents: Int[Tensor, " some"], *, enc: Float[Tensor, "some d_in"], dec: Float[Tensor, "some d_out"],
+        vectors: Mapping[str, float],
+    ) -> None:  # fmt: skip
+        """Gives some latents new rows, a bias of 0, the moments of before the first step, and no silence.
+
+        `vectors` has a value for each of a kind's own vectors.
+        """
         self._enc.begin_anew_(latents, enc)
         self._dec.begin_anew_(latents, dec)
         self.b_enc[latents] = 0
+        for name, value in vectors.items():
+            self.vectors[name][latents] = value
         own = [vector for moments in self._of_vectors.values() for vector in moments.values()]
         for moment in (self._first[0], self._second[0], *own):
             moment[latents] = 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_dist.config import Stopped
-from sae_dist.sae.config import ReLU, TopK
+from sae_dist.sae.config import Gated, JumpReLU, JumpReLUTanh, ReLU, TopK
 from sae_dist.sae.initialize import initialize
 from sae_dist.sae.variants.interface import spec_of
 from sae_dist.shards.reader import Store
@@ -67,6 +67,27 @@ def test_a_dead_latent_gets_the_direction_of_a_row_and_forgets_its_moments(backe
     found = shard.stages.select(shard.stages.rows(x), k=1, latents=torch.tensor([3]))  # by the kernels' own copy
     z = (x - after["b_dec"]) @ after["W_enc"][:, 3]
     torch.testing.assert_close(found.values[:, 0], z.relu(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", [JumpReLU, JumpReLUTanh, Gated])
+def test_one_with_a_threshold_is_active_on_the_row_that_it_begins_at(kind):
+    sae = kind(n_latents=N, k=4, k_aux=0, dead_after_tokens=100)
+    vectors = {name: torch.full((N,), value) for name, value in sae.start(2.0).items() if name != "b_enc"}
+    shard = Shard(
+        **tensors(N, D), k=4, k_aux=0, aux_coefficient=0.0, dead_after_tokens=100, vectors=vectors,
+        unit=spec_of(sae, "W_dec").unit,
+    )  # fmt: skip
+    shard.vectors["threshold"].fill_(2.0)
+    step, x = MeshStep(shard, Mesh.single(), sae=sae, k_aux=0, resamples=True), batch_of(40, D)
+    step.forward(x, variance=1.7, progress=1.0)
+    step.update_(lr=0.0)
+    shard.tokens_since_fired[:] = 0
+    shard.tokens_since_fired[[3, 50]] = 100
+    step.skip_()
+    assert resample_(step, x, x, seed=0) == 2
+    assert shard.vectors["threshold"][[3, 50]].tolist() == pytest.approx([ENCODER * 2.0] * 2)
+    z = ((x - shard.b_dec) @ shard.W_enc[:, [3, 50]] + shard.b_enc[[3, 50]]).amax(0)
+    assert (z > shard.vectors["threshold"][[3, 50]]).all() and (z < 2.0).all()  # that of the living is too high for it
 
 
 @pytest.mark.slow

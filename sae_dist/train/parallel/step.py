@@ -238,9 +238,9 @@ class MeshStep:
             self._dead = all_gather(self.mesh, self.mesh.feature, self.shard.dead.sum(), name="counts").tolist()
         return self._dead
 
-    def begin_anew_(self, latents: Tensor, *, enc: Tensor, dec: Tensor) -> None:
+    def begin_anew_(self, latents: Tensor, *, enc: Tensor, dec: Tensor, vectors: Mapping[str, float]) -> None:
         """`Shard.begin_anew_` of some latents of this rank."""
-        self.shard.begin_anew_(latents, enc=enc, dec=dec)
+        self.shard.begin_anew_(latents, enc=enc, dec=dec, vectors=vectors)
         self._dead = None
 
     def dead_fraction(self) -> float:
