@@ -101,7 +101,9 @@ def active_entries(
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]]:
     """Row, latent and value of every activation above zero, by row."""
     active = encode(x)
-    return active.rows.cpu(), active.indices.cpu(), active.values.float().cpu()
+    row, latent, value = active.rows.cpu(), active.indices.cpu(), active.values.float().cpu()
+    above = value > 0  # a latent may have a sign (`abs_topk`): it is described by its positive side
+    return row[above], latent[above], value[above]
 
 
 def collect(

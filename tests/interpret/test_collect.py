@@ -64,6 +64,22 @@ def firings(corpus) -> list[tuple[int, float, int, int]]:
     ]
 
 
+def test_of_latents_with_a_sign_the_positive_side_is_collected(corpus):
+    def signed(x: torch.Tensor) -> Active:
+        """The same, and every latent that is silent on a row at -3."""
+        dense = torch.full((len(x), N_LATENTS), -3.0)
+        own = encode(x)
+        dense[own.rows, own.indices] = own.values
+        offsets = torch.arange(len(x) + 1) * N_LATENTS
+        return Active(dense.flatten(), torch.arange(N_LATENTS).repeat(len(x)), offsets)
+
+    plain = collected(corpus)
+    found = collect(batches(corpus, 100), signed, n_latents=N_LATENTS, category=category, config=CONFIG)
+    for name in ("firings", "maximum", "exponent", "histogram", "category_count"):
+        assert torch.equal(getattr(found, name), getattr(plain, name)), name
+    torch.testing.assert_close(found.total, plain.total)
+
+
 def test_statistics_are_those_of_a_plain_loop(corpus):
     c = collected(corpus)
     assert c.rows == N_DOCS * LENGTH
