@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, Protocol
 
+import torch
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
@@ -16,7 +17,7 @@ from sae_dist.sae import dictionary
 from sae_dist.sae.dictionary import WEIGHTS, check
 from sae_dist.service.config import TrainJob
 from sae_dist.shards.hooks import Hooks, sides
-from sae_dist.shards.reader import Store, heldout_pairs
+from sae_dist.shards.reader import Store, first_heldout_pairs
 from sae_dist.train.members import MAIN, Member, folder, twin_name
 
 logger = logging.getLogger(__name__)
@@ -210,9 +211,8 @@ def _twins(job: TrainJob, hooks: Hooks, store: Store, figures: Mapping[str, dict
     """The key `twins` of a summary, or nothing where none was asked for."""
     if not job.twins:
         return {}
-    x = None
-    if store.meta.heldout_units:
-        x = next(heldout_pairs(store, hooks, TWIN_ROWS))[0].float()
+    parts = [x.float() for x, _ in first_heldout_pairs(store, hooks, TWIN_ROWS)]
+    x = torch.cat(parts) if parts else None
     main = dictionary.load(folder(Path(job.out), MAIN))
     found = {}
     for twin in job.twins:

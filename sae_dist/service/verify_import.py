@@ -1,6 +1,5 @@
 """Whether an imported dictionary is right: its figures on rows of a store."""
 
-from itertools import islice
 from typing import Any
 
 from sae_dist import storage
@@ -12,7 +11,7 @@ from sae_dist.service.summary import alerts
 from sae_dist.shards import reader, stores
 from sae_dist.shards.hooks import Hooks, check, width
 
-ROWS, BATCH = 16_384, 2048
+ROWS = 16_384
 
 
 def verify(dictionary: Dictionary, store: str) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def verify(dictionary: Dictionary, store: str) -> dict[str, Any]:
     for side, names in zip((dictionary.sizes.d_in, dictionary.sizes.d_out), (hooks.sides * 2)[:2], strict=True):
         if (has := width(rows.meta, names)) != side:
             raise UserError(f"verify={store} has {has} dimensions at {'+'.join(names)}, the dictionary {side}")
-    totals = reconstruction([dictionary], islice(reader.heldout_pairs(rows, hooks, BATCH), ROWS // BATCH))
+    totals = reconstruction([dictionary], reader.first_heldout_pairs(rows, hooks, ROWS))
     if totals is None:
         raise UserError(f"verify={store} has no held-out rows to measure on")
     found = reconstruction_figures(totals[0])

@@ -222,6 +222,17 @@ def heldout_pairs(store: Store, hooks: Hooks, batch_rows: int) -> Iterator[tuple
                 yield x, target[0] if target else x
 
 
+def first_heldout_pairs(
+    store: Store, hooks: Hooks, rows: int, batch_rows: int = 2048
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first `rows` of `heldout_pairs`, or all where there are fewer, whatever slices they lie in."""
+    for x, target in heldout_pairs(store, hooks, batch_rows):
+        yield x[:rows], target[:rows]
+        rows -= len(x)
+        if rows <= 0:
+            return
+
+
 def unit_rows(store: Store, hook: str | Sequence[str], unit: int, batch_rows: int) -> Iterator[StoredRows]:
     """The rows of one unit in the order stored; of several hook points side by side."""
     hooks = (hook,) if isinstance(hook, str) else tuple(hook)

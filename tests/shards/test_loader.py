@@ -254,3 +254,10 @@ def test_held_out_rows_are_the_last_units_and_no_batch_has_them(store):
     for rows in held:
         assert len(rows.x) <= 10 and predictable.is_true(HOOK, rows.x, rows.doc, rows.pos)
     assert 5 not in np.concatenate([b.unit for b in batches(store, 40)])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 30, 61, 500])
+def test_the_first_held_out_rows_are_as_many_as_were_asked_for_whatever_slices_they_lie_in(store, rows):
+    parts = [x for x, _ in reader.first_heldout_pairs(store, Hooks((HOOK,)), rows, 10)]
+    every = torch.cat([part.x for part in reader.heldout(store, HOOK, 1000)])
+    assert torch.equal(torch.cat(parts), every[:rows]) and max(map(len, parts)) <= 10
