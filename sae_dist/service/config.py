@@ -291,6 +291,11 @@ def _check_layers(job: RunConfig | TrainJob, reads: tuple[str, ...], writes: tup
             f"train.cross_layer=true with {len(reads)} hook points that are read and {len(writes)} that are rebuilt; "
             "give hook and target_hook as many, two or more, in the order of layers"
         )
+    if any(member.moments == "factored" for member in job.members):
+        raise ValueError(
+            "train.moments=factored with train.cross_layer=true: it averages over dimensions that a latent does not "
+            "read, so that its steps would be too large; use int8"
+        )
     least = min(member.sae.n_latents for member in job.members)
     if least < len(reads):
         raise ValueError(

@@ -39,7 +39,7 @@ def check_blocks(found: dictionary.Dictionary) -> None:
 
 
 def test_it_learns_within_its_blocks_whatever_the_kind_and_the_format_of_its_state(store, tmp_path):
-    others = "{kind: gated, name: gated}, {moments: factored, parameters: bfloat16_stochastic, name: small}"
+    others = "{kind: gated, name: gated}, {parameters: bfloat16_stochastic, name: small}"
     others += ", {moments: int8, name: coded}"
     more = (f"more_dictionaries=[{others}]", "sae.dead_after_tokens=600", "train.resample_after=[20]")
     assert train(store, tmp_path / "run", *CROSS, *more) == 0
@@ -82,6 +82,7 @@ def test_stopped_and_repeated_it_ends_in_the_same_dictionary(store, tmp_path):
         (["target_hook=mlp_out.3"], "2 hook points that are read and 1 that are rebuilt; give hook and target_hook as"),
         (["hook=resid_post.3", "target_hook=null"], "1 hook points that are read and 1 that are rebuilt"),
         (["sae.n_latents=1", "sae.k=1"], "sae.n_latents=1 for 2 layers of train.cross_layer=true"),
+        (["train.moments=factored"], "train.moments=factored with train.cross_layer=true"),
     ],
 )
 def test_what_has_no_layers_is_refused(store, tmp_path, capsys, keys, message):
