@@ -96,8 +96,14 @@ def _gradient(score: Score, x: Float[Tensor, "rows width"]) -> Float[Tensor, "ro
 
 
 def rank_correlation(a: Float[Tensor, " m"], b: Float[Tensor, " m"]) -> float | None:
-    """Spearman's, without ties; None where there are fewer than three values."""
+    """Spearman's; None where there are fewer than three values, or where all of one side are equal."""
     if len(a) < 3:
         return None
-    ranks = torch.stack([values.argsort().argsort().double() for values in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
+    ranks = torch.stack([_ranks(values) for values in (a, b)])
+    return None if bool((ranks.std(1) == 0).any()) else float(torch.corrcoef(ranks)[0, 1])
+
+
+def _ranks(values: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """Twice the rank of each, less one; equal values share the mean of theirs."""
+    ordered, values = values.sort().values, values.contiguous()
+    return (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double()

@@ -67,6 +67,18 @@ def test_through_a_trained_network_attribution_orders_latents_as_ablation_does(p
     assert len(effects) > 100 and (rank_correlation(effects, lost) or 0) >= 0.8
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [([1, 2, 3, 4], [1, 1, 2, 2], 0.894427), ([3, 2, 1], [3, 2, 1], 1), ([3, 2, 1], [0, 0, 0], None),
+     ([1, 2], [1, 2], None),
+     ([5, 5, 1, 0], [0, 0, 2, 2], -0.942809)],
+)  # fmt: skip
+def test_equal_values_share_a_rank(a, b, expected):
+    """Worked by hand: Pearson's r of (1, 2, 3, 4) with (1.5, 1.5, 3.5, 3.5), and so on."""
+    found = rank_correlation(torch.tensor(a, dtype=torch.float), torch.tensor(b, dtype=torch.float))
+    assert found == (None if expected is None else pytest.approx(expected, abs=1e-6))
+
+
 def test_integrated_gradients_sum_to_what_all_latents_together_are_worth(planted):
     x, W_dec = planted.labelled, planted.dictionary.parameters.W_dec
     active = planted.dictionary.encode(x)
