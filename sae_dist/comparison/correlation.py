@@ -1,8 +1,8 @@
 """Pearson's r of latents of one dictionary with those of another, exactly and some latents at a time.
 
 sum f_a f_b is taken over the rows on which both are active, which are few; the rest follows from sums of each alone:
-r = (mean(f_a f_b) - mean(f_a) mean(f_b)) / (std(f_a) std(f_b)). All sums are fp64, in the order of the rows. Neurons are
-active on most rows: those of `b` are then laid out densely, some rows at a time.
+r = (mean(f_a f_b) - mean(f_a) mean(f_b)) / (std(f_a) std(f_b)). All sums are fp64, in the order of the rows. Neurons
+are active on most rows: those of `b` are then laid out densely, some rows at a time.
 """
 
 from collections.abc import Iterator
