@@ -99,9 +99,9 @@ def _workload(run: RunConfig, job: PlanJob) -> tuple[Workload, HarvestedModel | 
     harvested = None if parameters is None else HarvestedModel(parameters, run.harvest.context, kept)
     work, *others = (
         workload(
-            member.sae, run.train, run.order, d_model=d_model, data=run.mesh.data, feature=run.mesh.feature,
-            dead_fraction=job.dead_fraction, store_rows=rows, stored_bytes=stored, slice_rows=run.harvest.slice_rows,
-            state=member.state,
+            member.sae, run.train, run.order, d_model=d_model, sites=len(run.hooks), data=run.mesh.data,
+            feature=run.mesh.feature, dead_fraction=job.dead_fraction, store_rows=rows, stored_bytes=stored,
+            slice_rows=run.harvest.slice_rows, state=member.state,
         )
         for member in run.members
     )  # fmt: skip

@@ -21,6 +21,7 @@ class Workload(NamedTuple):
     sae: Variant
     d_model: int
     batch: int  # rows of an optimiser step, over all ranks
+    sites: int = 1  # hook points that d_model is the sum of
     data: int = 1  # ranks that share the rows
     feature: int = 1  # ranks that share the latents
     dead: int = 0  # assumed number of dead latents, which AuxK trains
@@ -52,7 +53,7 @@ class Workload(NamedTuple):
 
     @property
     def k_aux(self) -> int:
-        return resolved_k_aux(self.sae, self.d_model)
+        return resolved_k_aux(self.sae, self.d_model // self.sites)
 
     @property
     def in_lines(self) -> bool:
@@ -111,13 +112,13 @@ def check(work: Workload) -> None:
 
 
 def workload(
-    sae: SAEConfig, train: TrainConfig, order: OrderConfig, *, d_model: int, data: int, feature: int,
+    sae: SAEConfig, train: TrainConfig, order: OrderConfig, *, d_model: int, sites: int, data: int, feature: int,
     dead_fraction: float, store_rows: int, stored_bytes: int, slice_rows: int, state: StateOptions,
 ) -> Workload:  # fmt: skip
     """The numbers of a run's configuration; UserError where the dictionary cannot work on this width."""
     check_width(sae, d_model)
     return Workload(
-        sae=sae, d_model=d_model, batch=train.batch, data=data, feature=feature,
+        sae=sae, d_model=d_model, batch=train.batch, sites=sites, data=data, feature=feature,
         dead=round(dead_fraction * sae.n_latents), steps=train.n_steps, lanes=order.lanes,
         init_rows=train.rows_to_begin(sae.n_latents, stored=store_rows or MOST_INIT_ROWS),
         window=order.window, slice_rows=slice_rows, stored_bytes=stored_bytes, store_rows=store_rows,

@@ -12,6 +12,7 @@ from sae_dist.sae.variants.gated import Gated
 from sae_dist.sae.variants.interface import Variant, has_free_norms
 from sae_dist.sae.variants.jumprelu import JumpReLU
 from sae_dist.sae.variants.jumprelu_tanh import JumpReLUTanh
+from sae_dist.sae.variants.keys import AboveLevel
 from sae_dist.sae.variants.matryoshka import Matryoshka, MatryoshkaTopK
 from sae_dist.sae.variants.multi_topk import MultiTopK
 from sae_dist.sae.variants.p_anneal import PAnneal
@@ -28,10 +29,18 @@ SAEConfig = Annotated[AnyKind, Field(discriminator="kind")]
 
 
 def resolved_k_aux(sae: Variant, d_model: int) -> int:
-    """k_aux as given, else the power of two nearest below d_model / 2 (Gao et al. 2024, App. A.2)."""
+    """k_aux as given, else the power of two nearest below d_model / 2 (Gao et al. 2024, App. A.2).
+
+    `d_model` is the width of one hook point: of several, AuxK would hold more pairs than a batch has active ones.
+    """
     if sae.k_aux is not None:
         return sae.k_aux
     return min(1 << max(d_model // 2, 1).bit_length() - 1, sae.n_latents)
+
+
+def target_k(sae: Variant) -> int | None:
+    """Active latents a token that a kind aims at; None for one that has a price of activity instead."""
+    return None if isinstance(sae, AboveLevel) else sae.k
 
 
 def check_width(sae: Variant, d_model: int) -> None:

@@ -14,6 +14,7 @@ from sae_dist.config import UserError
 from sae_dist.evaluate import twins
 from sae_dist.run_files import read_json
 from sae_dist.sae import dictionary
+from sae_dist.sae.config import target_k
 from sae_dist.sae.dictionary import WEIGHTS, check
 from sae_dist.service.config import TrainJob
 from sae_dist.shards.hooks import Hooks, sides
@@ -178,7 +179,7 @@ def summarize(
             "name": member.name,
             "dictionary": str(member.folder(Path(job.out))),
             "n_latents": member.sae.n_latents,
-            "k": member.sae.k,
+            "k": target_k(member.sae),
             "seed": member.seed,
             "lr": member.peak_lr(job.train.n_steps),
             "eval": figures[member.name],
@@ -193,7 +194,7 @@ def summarize(
             **sides(hooks, store.meta),
             "dictionary": f"{job.out}/dictionary",
             "n_latents": job.sae.n_latents,
-            "k": job.sae.k,
+            "k": target_k(job.sae),
             "tokens_trained": trained.tokens,
             "steps": trained.steps,
             "wall_seconds": None,

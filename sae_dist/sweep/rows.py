@@ -43,14 +43,14 @@ def row(point: Point) -> Row:
     judged = judged if isinstance(judged, Mapping) else {}
     n_latents = _number(summary.get("n_latents", point.overrides.get(N_LATENTS)))
     k = _number(summary.get("k", point.overrides.get(K)))
-    tokens = _number(summary.get("tokens_trained"))
+    tokens, judged_l0 = _number(summary.get("tokens_trained")), _number(judged.get("l0"))
     return Row(
         point=point,
         n_latents=n_latents,
         k=k,
         **{name: _number(judged.get(name)) for name in FIGURES},
         tokens=tokens,
-        flops=training_flops(n_latents, k, _number(summary.get("d_model")), tokens),
+        flops=training_flops(n_latents, judged_l0 if k is None else k, _number(summary.get("d_model")), tokens),
         seconds=_number(point.seconds),
         cost=_number(point.cost),
     )

@@ -224,7 +224,7 @@ def _blocks(member: Member, scales: Scales) -> Blocks | None:
 def _step(tensors: Mapping[str, Tensor], member: Member, config: TrainConfig, mesh: Mesh, scales: Scales) -> MeshStep:
     sae, here = member.sae, mesh.latents(member.sae.n_latents)
     own = {spec.name: tensors[spec.name].to(mesh.device) for spec in member.tensors if spec.role != "tracked"}
-    k_aux = resolved_k_aux(sae, own["W_dec"].shape[1])
+    k_aux = resolved_k_aux(sae, max(scales.target.widths))
     shard = Shard(
         own["W_enc"], own["W_dec"], b_enc=own["b_enc"], b_dec=own["b_dec"], b_in=own.get("b_in"),
         k=min(sae.k, len(here)), k_aux=k_aux, aux_coefficient=sae.aux_coefficient,

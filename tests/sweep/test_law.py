@@ -132,6 +132,17 @@ def test_points_that_stopped_early_are_left_out_of_the_law_of_size():
     assert len(joint.rows) == 9 and any("4 points" in note for note in joint.notes)
 
 
+def test_of_a_kind_that_aims_at_no_k_the_law_has_the_active_latents_that_were_measured():
+    points = planted.points(SMALL, FEW)
+    free = [dataclasses.replace(each, summary={**(each.summary or {}), "k": None}) for each in points]
+    asked, measured = laws(rows(points))[0].found, laws(rows(free))[0].found
+    assert isinstance(asked, Fit) and isinstance(measured, Fit)  # there, an L0 is 1.01 k
+    assert measured.parameters["beta_k"].value == pytest.approx(asked.parameters["beta_k"].value, rel=0.02)
+    assert [one.k for one in rows(free)] == [None] * 9
+    for one, other in zip(rows(free), rows(points), strict=True):
+        assert one.flops == pytest.approx(1_000_000 * (2 * 64 * other.n_latents + 8 * 64 * 1.01 * other.k))
+
+
 def suggestion(points, **options):
     found = rows(points)
     return next_point(found, laws(found), **options)

@@ -9,13 +9,17 @@ import torch
 
 from sae_dist import storage
 from sae_dist.cli.main import main
+from sae_dist.plan.workload import Workload
 from sae_dist.sae import dictionary
 from sae_dist.sae.config import KINDS, TopK
 from sae_dist.shards import stores
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.hooks import Hooks
 from sae_dist.shards.writer import create, write_unit
+from sae_dist.train.config import TrainConfig
 from sae_dist.train.members import MAIN, Member, folder
+from sae_dist.train.parallel.mesh import Mesh
+from sae_dist.train.state import RowSource, initial_state
 from sae_dist.train.task import Task
 from tests.train.stops import train_with_stops
 from tests.train.test_loop import CONFIG, ORDER
@@ -114,6 +118,16 @@ def test_stopped_and_repeated_alone_it_is_the_dictionary_of_the_pass_with_others
     normed = KINDS["jumprelu_tanh"](**sizes)
     together = weights(tmp_path / "together", TopK(**sizes), normed, name=normed.kind)
     assert weights(tmp_path / "alone", normed, stops=(3, 30)) == together
+
+
+def test_auxk_takes_as_many_latents_as_the_width_of_one_hook_point_allows():
+    member, config = Member(MAIN, TopK(n_latents=96, k=4), 0), TrainConfig(steps=1, batch=4, init_rows=64)
+    state = initial_state(
+        torch.randn(64, 32), None, [member], config, Mesh.single(), source=RowSource("", "a+b", None),
+        sides=({"a": 16, "b": 16},), model="",
+    )  # fmt: skip
+    assert state.learners[0].sae.k_aux == 8
+    assert Workload(sae=TopK(n_latents=16_384), d_model=30 * 576, batch=4096, sites=30).k_aux == 256
 
 
 @pytest.mark.parametrize(
