@@ -21,7 +21,7 @@ from sae_dist.cli import keys, sweep
 from sae_dist.cli.compose import compose, options, spelled_out
 from sae_dist.config import UserError, frozen, load, to_dict
 from sae_dist.service.config import absolute_uri
-from sae_dist.service.submit.job import Job
+from sae_dist.service.submit.job import Job, refuse_webhook
 from sae_dist.service.submit.schedulers import Scheduler, render, submit
 
 PLACES = ("out", "store", "text.path", "text.template", "train.checkpoints", "train.cache",
@@ -71,6 +71,7 @@ def job_of(command: str, words: Sequence[str]) -> Job:
     """The command line with absolute places, checked by what checks it when it runs here."""
     if any(_key(word) == "cluster" for word in words):
         raise UserError("cluster= is set by the scheduler; leave it out")
+    refuse_webhook(words)
     if command == "sweep":
         return _job_of_sweep(words)
     module = importlib.import_module(f"sae_dist.cli.{command}")

@@ -115,6 +115,25 @@ def test_no_variable_with_a_secret_goes_along(monkeypatch):
         environment(["NOT_SET_ANYWHERE"])
 
 
+@pytest.mark.parametrize(
+    "word",
+    ["alerts.webhook=https://hooks.example.com/s3cr3t", "++alerts.webhook='https://hooks.example.com/s3cr3t'",
+     "alerts={webhook: https://hooks.example.com/s3cr3t}", "alerts={webhook: https://hooks.example.com/?id=s3cr3t}"],
+)  # fmt: skip
+@pytest.mark.parametrize("command", [TRAIN, ("sweep", *TRAIN)])
+def test_the_webhooks_address_does_not_become_a_part_of_the_command(command, word, capsys):
+    said = refused(capsys, *command, *RAY, word, "dry_run=true")
+    assert "alerts.webhook= is a secret that others could read in the command; leave it out and set SAE_DIST_" in said
+    assert "s3cr3t" not in said
+
+
+def test_the_webhooks_address_in_the_environment_changes_nothing_that_is_sent(capsys, monkeypatch):
+    words = (*TRAIN, *RAY, "alerts.dead=0.25")
+    without = shown(capsys, *words)
+    monkeypatch.setenv("SAE_DIST_WEBHOOK", "https://hooks.example.com/s3cr3t")
+    assert shown(capsys, *words) == without and "s3cr3t" not in without
+
+
 def test_a_job_that_is_refused_is_not_tried_again(here, caplog):
     caplog.set_level("INFO")
     assert Attempts(["status", f"out={here}/nothing"], out=str(here), tries=5).run() == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_dist.config import UserError, digest
-from sae_dist.monitor.config import public
+from sae_dist.monitor.config import WEBHOOK, public
 from sae_dist.service.run_folder import read_config, read_status
 
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|WEBHOOK", re.IGNORECASE)
@@ -39,9 +39,12 @@ class Job:
 
     @property
     def id(self) -> str:
-        """The same for the same configuration, fit for names of jobs everywhere: at most 40 of a-z, 0-9 and -."""
+        """The same for the same configuration, fit for names of jobs everywhere: at most 40 of a-z, 0-9 and -.
+
+        What is secret in it does not count: it may come from the environment here, or only from that of the nodes.
+        """
         name = re.sub(r"[^a-z0-9]+", "-", Path(self.out).name.lower()).strip("-")[:20].strip("-")
-        return "-".join(filter(None, [self.command, name, digest([self.command, self.values])[:8]]))
+        return "-".join(filter(None, [self.command, name, digest([self.command, public(self.values)])[:8]]))
 
     @property
     def joins_cluster(self) -> bool:
@@ -64,6 +67,17 @@ class Job:
     def attempts(self, python: str, tries: int, cluster: str | None = None, by: str = ATTEMPTS) -> list[str]:
         """The words of a command that does the job in at most so many tries; `by` is the module that does."""
         return [python, "-m", by, f"--tries={tries}", f"--out={self.out}", *self.line(cluster)]
+
+
+def refuse_webhook(words: Iterable[str]) -> None:
+    """UserError, which does not show it, where a command line has the webhook's address: the command is no secret."""
+    for word in words:
+        key = word.partition("=")[0].lstrip("+~")
+        if key.partition(".")[0] == "alerts" and "webhook" in word:  # also as alerts={webhook: ...}
+            raise UserError(
+                f"alerts.webhook= is a secret that others could read in the command; leave it out and set {WEBHOOK} on "
+                "the nodes"
+            )
 
 
 def left_alone(job: str) -> int:
