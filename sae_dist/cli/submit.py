@@ -24,7 +24,7 @@ from sae_dist.service.config import absolute_uri
 from sae_dist.service.submit.job import Job, refuse_webhook
 from sae_dist.service.submit.schedulers import Scheduler, render, submit
 
-PLACES = ("out", "store", "text.path", "text.template", "train.checkpoints", "train.cache",
+PLACES = ("out", "mirror", "store", "tensorboard", "text.path", "text.template", "train.checkpoints", "train.cache",
           "train.start_from")  # folders, files or URIs  # fmt: skip
 
 
@@ -100,18 +100,25 @@ def _job_of_sweep(words: Sequence[str]) -> Job:
 def _places(config: Any) -> dict[str, str]:
     """The folders, files and URIs that a configuration names, as every machine finds them."""
     values = to_dict(config.with_absolute_paths())
-    places = {key: absolute_uri(place) for key in PLACES if (place := _leaf(values, key))}
-    for source in _leaf(values, "text.sources") or ():
-        for key in ("path", "template"):
-            if source["kind"] != "huggingface" and (place := source.get(key)) and not Path(place).is_absolute():
-                raise UserError(
-                    f"text.sources: {key}: {place} is relative, and a job has another folder; write it whole"
-                )
+    found = {key: _leaf(values, key) for key in PLACES}
+    places = {key: absolute_uri(place) for key, place in found.items() if place and isinstance(place, str)}
+    _refuse_relative(to_dict(config))
     if _leaf(values, "text.kind") == "huggingface":
         places.pop("text.path", None)
     if _leaf(values, "model.name") != _leaf(to_dict(config), "model.name"):  # a folder
         places["model.name"] = values["model"]["name"]
     return places
+
+
+def _refuse_relative(values: Mapping[str, Any]) -> None:
+    """UserError for a relative place within a list: only places that are keys of their own become absolute."""
+    sources = [each for each in _leaf(values, "text.sources") or () if each["kind"] != "huggingface"]
+    more = _leaf(values, "more_dictionaries") or ()
+    inner = [("text.sources", key, each.get(key)) for each in sources for key in ("path", "template")]
+    inner += [("more_dictionaries", "start_from", each.get("start_from")) for each in more]
+    for where, key, place in inner:
+        if place and "://" not in place and not Path(place).is_absolute():
+            raise UserError(f"{where}: {key}: {place} is relative, and a job has another folder; write it whole")
 
 
 def _with_places(words: Sequence[str], places: Mapping[str, str]) -> tuple[str, ...]:

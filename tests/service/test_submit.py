@@ -60,6 +60,15 @@ def test_the_local_command_goes_to_ray_with_absolute_places_and_a_name_that_foll
     assert f" text={here}/corpus.txt " in run and f" out={here}/runs/" in run  # where it would have been here
 
 
+def test_a_mirror_and_event_files_are_where_they_would_have_been_here(here, capsys):
+    for given, sent in (
+        (("mirror=copies/mine", "tensorboard=events"), (f"mirror={here}/copies/mine", f"tensorboard={here}/events")),
+        (("mirror=s3://bucket/mine", "tensorboard=true"), ("mirror=s3://bucket/mine", "tensorboard=true")),
+    ):
+        command = shlex.split(shown_json(capsys, *TRAIN, *given, *RAY)["entrypoint"])
+        assert sorted(word for word in command if word.startswith(("mirror=", "tensorboard="))) == list(sent)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -72,6 +81,10 @@ def test_the_local_command_goes_to_ray_with_absolute_places_and_a_name_that_foll
         ([*TRAIN, "scheduler=ray", "address=http://me:secret@head:8265"], "is not that of a dashboard"),
         ([*TRAIN, *RAY, "tries=0"], "tries=0: give 1 or more"),
         (["run", "text=mixture", "text.sources=[{kind: jsonl, path: a.jsonl}]", *RAY], "path: a.jsonl is relative"),
+        (
+            [*TRAIN, "more_dictionaries=[{k: 8, start_from: runs/a}]", *RAY],
+            "more_dictionaries: start_from: runs/a is relative, and a job has another folder; write it whole",
+        ),
         ([*TRAIN, *RAY, "partition=gpu"], "partition= is a key of scheduler=slurm, not of scheduler=ray"),
         ([*TRAIN, *RAY, "adress=x"], "those of scheduler=ray are address, follow"),
         ([*TRAIN, *RAY, "train.batch=none"], "train.batch='none': give a whole number"),
