@@ -13,7 +13,7 @@ FLOORS = (  # lowest first; packages on one floor do not know each other
     {"sae_kernels"},
     {"config"},
     {"faults", "allocator", "cache_folder", "checksums", "locks", "network", "parallel", "progress", "system_errors"},
-    {"storage", "monitor", "run_files", "hub"},
+    {"storage", "monitor", "run_files", "hub", "public_names"},
     {"text", "model", "shards", "sae"},
     {"harvest", "train", "evaluate", "interpret", "formats"},
     {"plan", "sweep", "steer", "label", "comparison", "dashboards"},

@@ -94,6 +94,8 @@ def _push(job: ExportJob, folder: Path, names: Mapping[str, str | None]) -> int:
         for name, path in sent.files.items():
             print(f"{name}  {path.stat().st_size:,} bytes")
         if job.dry_run:
+            for key, path in sent.paths.items():
+                print(f"config.json says a path of this machine: {key}={path}")
             print(f"nothing is sent to {to}: dry_run=true")
             return 0
         pushed = push.push(to, sent.files, private=job.private, front=sent.front)

@@ -16,6 +16,7 @@ from sae_kernels import Active
 from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.formats.files import as_json, as_safetensors, write_new
+from sae_dist.public_names import model_name, text_name
 from sae_dist.sae.dictionary import Dictionary
 from sae_dist.shards import stores
 from sae_dist.shards.hooks import said_by
@@ -50,11 +51,10 @@ def write(run: Path, own: Dictionary, to: Path, config: Mapping[str, Any]) -> It
         if first < end:
             data = as_safetensors({**_split(found, first, end, stream.context), "tokens": tokens})
             yield write_new(folder / f"{first}_{end - 1}.safetensors", data)
-    text = dict(config.get("text") or {})
     about = {
-        "dataset_repo": str(text.get("path") or text.get("kind")), "dataset_split": "held out", "dataset_name": "",
+        "dataset_repo": text_name(dict(config.get("text") or {})), "dataset_split": "held out", "dataset_name": "",
         "dataset_column": "text", "batch_size": 1, "cache_ctx_len": stream.context, "n_tokens": tokens.numel(),
-        "n_splits": SPLITS, "model_name": str(own.info.get("model")),
+        "n_splits": SPLITS, "model_name": model_name(own.info.get("model")),
     }  # fmt: skip
     yield write_new(folder / "config.json", as_json(about))
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from sae_dist import public_names
 from sae_dist.config import UserError
 from sae_dist.formats import hook_names
 from sae_dist.sae.dictionary import Dictionary
@@ -38,12 +39,13 @@ def source_of(
 
     UserError where the hook point is not of one layer, and for names that cannot be.
     """
-    info, text = dictionary.info, dict(config.get("text") or {})
+    info, text = dictionary.info, public_names.text_name(dict(config.get("text") or {}))
+    of_model = public_names.model_name(info.get("model"))
     hook = str(info.get("target_hook", info.get("hook")))
     layer = hook_names.layer(hook)
     if layer is None:
         raise UserError(f"hook={hook} is not of one layer of the model, which these tools want to know")
-    model = model_name or str(info.get("model")).rpartition("/")[2].lower()
+    model = model_name or of_model.rpartition("/")[2].lower()
     kind = "transcoder" if "target_hook" in info else _KINDS.get(hook.rpartition(".")[0], "sae")
     n = dictionary.n_latents
     chosen = set_name or f"{kind}-{n if n < 1024 else f'{n // 1024}k'}"
@@ -52,6 +54,6 @@ def source_of(
             raise UserError(f"{key}={value} cannot be a name there; use letters, digits, '-', '_' and '.'")
     context = int((config.get("harvest") or {}).get("context") or 0) or 1
     return Source(
-        model, layer, chosen, hook_names.to_lens(hook) or hook, str(text.get("path") or text.get("kind")), context,
-        -(-rows // context), f"{info.get('variant')}, {n:,} latents of {info.get('model')} at {hook}", labelled_by,
+        model, layer, chosen, hook_names.to_lens(hook) or hook, text, context, -(-rows // context),
+        f"{info.get('variant')}, {n:,} latents of {of_model} at {hook}", labelled_by,
     )  # fmt: skip

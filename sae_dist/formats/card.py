@@ -5,13 +5,13 @@ It has names and numbers only: no paths of the machine on which the dictionary w
 
 import re
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 import yaml
 
 from sae_dist import formats
 from sae_dist.hub.address import Address
+from sae_dist.public_names import model_name
 
 TAGS = ["sparse-autoencoder", "mechanistic-interpretability"]
 UNKNOWN = ("None", "imported")  # as a store of activations made elsewhere has it
@@ -58,7 +58,7 @@ def front_matter(info: Mapping[str, Any], *, format: str, license: str | None) -
     head: dict[str, Any] = {"library_name": format, "tags": [*TAGS, format] if format != formats.OWN else TAGS}
     if license is not None:
         head["license"] = license
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model := _model(info)):
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model := model_name(info.get("model"))):
         head["base_model"] = model
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n"
 
@@ -86,14 +86,8 @@ def _loading(address: Address, format: str) -> str:
     return "\n".join(lines)
 
 
-def _model(info: Mapping[str, Any]) -> str:
-    """The language model's name; of a folder on a disk its last part."""
-    model = str(info.get("model"))
-    return PurePath(model).name if model.startswith(("/", ".", "~")) or model.count("/") > 1 else model
-
-
 def _of_model(info: Mapping[str, Any]) -> str:
-    return "" if (model := _model(info)) in UNKNOWN else f" of {model}"
+    return "" if (model := model_name(info.get("model"))) in UNKNOWN else f" of {model}"
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:

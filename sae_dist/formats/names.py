@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from sae_dist import public_names
 from sae_dist.config import UserError
 from sae_dist.formats import hook_names
 from sae_dist.sae.dictionary import Dictionary
@@ -27,5 +28,5 @@ def names_of(
         )
     lens = hook_names.to_lens(hook)
     out = hook_name_out or (None if target is None else hook_names.to_lens(target) or target)
-    model = model_name or str(dictionary.info.get("model"))
+    model = model_name or public_names.model_name(dictionary.info.get("model"))
     return Names(model, hook_name or lens or hook, out, hook if lens is None else None)

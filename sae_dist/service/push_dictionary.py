@@ -11,6 +11,7 @@ from sae_dist.config import UserError
 from sae_dist.formats.card import card, front_page
 from sae_dist.hub.address import Address
 from sae_dist.hub.push import CARD
+from sae_dist.public_names import local_paths
 from sae_dist.run_files import read_yaml
 from sae_dist.sae import dictionary
 from sae_dist.sae.find import FILES
@@ -25,6 +26,7 @@ class Staged(NamedTuple):
     card: str
     files: dict[str, Path]  # by name; README.md is the card
     front: Path | None  # of a repository that has no README.md yet
+    paths: dict[str, str]  # of this machine, that config.json says, by key
 
 
 @contextmanager
@@ -52,7 +54,8 @@ def staged(
         if card_too:
             files[CARD] = Path(place, CARD)
             files[CARD].write_text(text, encoding="utf-8")
-        yield Staged(text, files, front if address.path and card_too else None)
+        paths = dict(local_paths(info)) if format == formats.OWN else {}  # files of other tools say none
+        yield Staged(text, files, front if address.path and card_too else None, paths)
 
 
 def _of_run(folder: Path, info: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:

@@ -159,6 +159,20 @@ def test_layers_of_several_runs_go_into_one_folder_of_circuit_tracer(run, tmp_pa
         list(dashboards.export(run, tmp_path / "to", format="circuit_tracer_features"))
 
 
+@pytest.mark.parametrize("format", ["saedashboard", "neuronpedia"])
+def test_no_file_says_where_model_and_text_lie(run, tmp_path, format):
+    own, other = dictionary_file.load(run / "dictionary"), tmp_path / "other"
+    local = dataclasses.replace(own, info={**own.info, "model": "/home/alice/Acme-ft"})
+    dictionary_file.save(local, other / "dictionary")
+    text = {"kind": "jsonl", "path": "/home/alice/clients/mails.jsonl"}
+    (other / "config.yaml").write_text(yaml.safe_dump({"harvest": {"context": CONTEXT}, "text": text}))
+    (other / "features").symlink_to(run / "features")
+    written = list(dashboards.export(other, tmp_path / "to", format=format))
+    said = b"".join((gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()) for path in written)
+    assert b"acme-ft" in said and b"mails.jsonl" in said
+    assert b"alice" not in said and b"clients" not in said
+
+
 @pytest.mark.slow
 def test_saedashboard_takes_its_files(run, tmp_path):
     list(dashboards.export(run, tmp_path / "to", format="saedashboard"))

@@ -29,6 +29,7 @@ def test_every_activation_of_held_out_rows_is_at_its_place(run, tmp_path, capsys
     folder = tmp_path / "layers.1"
     config = json.loads((folder / "config.json").read_text())
     assert config["cache_ctx_len"] == 64 and config["model_name"] == "tiny-llama" and config["n_splits"] == 5
+    assert config["dataset_repo"] == "text.jsonl"  # the run has its path
     files = sorted(folder.glob("*.safetensors"), key=lambda path: int(path.stem.split("_")[0]))
     spans = [tuple(map(int, path.stem.split("_"))) for path in files]
     assert spans[0][0] == 0 and spans[-1][1] == N - 1

@@ -223,6 +223,20 @@ def test_another_file_is_not_replaced_and_names_may_be_given(tmp_path):
         formats.export(dictionary("jumprelu"), tmp_path, format="saelens")
 
 
+@pytest.mark.parametrize(
+    ("format", "file", "variant"),
+    [("saelens", "cfg.json", "jumprelu"), ("dictionary_learning", "config.json", "topk"),
+     ("circuit_tracer", "config.yaml", "jumprelu")],
+)  # fmt: skip
+def test_a_model_that_is_a_folder_is_called_by_its_last_part(tmp_path, format, file, variant):
+    own = dictionary(variant, transcodes=format == "circuit_tracer")
+    local = dataclasses.replace(own, info=own.info | {"model": "/home/alice/acme-ft"})
+    formats.export(local, tmp_path, format=format)
+    said = (tmp_path / file).read_text()
+    assert "acme-ft" in said and "alice" not in said
+    assert sae_dist.load(tmp_path, format=format).model == "acme-ft"
+
+
 def published(seed: int = 5) -> dict[str, Tensor]:
     """Weights of a dictionary as its publisher has them: decoder rows of any norm."""
     g = torch.Generator().manual_seed(seed)

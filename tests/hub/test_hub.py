@@ -179,6 +179,21 @@ def test_a_dry_run_shows_the_card_and_sends_nothing(hub, child, run):
     )
 
 
+def test_a_dry_run_shows_the_paths_that_config_json_says(child, home):
+    save(home / "plain", seed=3)
+    found = own.load(home / "plain")
+    began = {"dictionary": "/home/alice/runs/a", "weights": "0"}
+    told = {"model": "/home/alice/acme-ft", "store": "/home/alice/store", "started_from": began}
+    own.save(dataclasses.replace(found, info={**found.info, **told}), home / "told")
+    shown = child.command("export", f"{home}/told", "to=hf://me/none", "dry_run=true", token="")
+    said = [line for line in shown.out.splitlines() if line.startswith("config.json says a path of this machine: ")]
+    assert sorted(line.split(": ")[1] for line in said) == [
+        "model=/home/alice/acme-ft", "started_from.dictionary=/home/alice/runs/a", "store=/home/alice/store"
+    ]  # fmt: skip
+    other = child.command("export", f"{home}/told", "format=sparsify", "to=hf://me/none/a", "dry_run=true", token="")
+    assert other.code == 0 and "alice" not in other.out  # it does not say them
+
+
 def test_an_upload_whose_connection_breaks_goes_on_with_that_part(hub, child, run):
     hub.uploads.clear()
     hub.cut_upload = (2, 1000)
