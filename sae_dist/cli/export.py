@@ -54,7 +54,7 @@ def main(values: Mapping[str, Any]) -> int:
     if job.format in dashboards.FORMATS:
         return _show(job)
     if job.set_name is not None:
-        raise UserError(f"set_name={job.set_name} is for format={', '.join(dashboards.FORMATS)}; leave it out")
+        raise UserError(f"set_name={job.set_name} means nothing to format={job.format}; leave it out")
     names = {"model_name": job.model_name, "hook_name": job.hook_name, "hook_name_out": job.hook_name_out}
     with dictionary_folder(local_folder("out", job.out)) as folder:
         if address.is_address(job.to):
@@ -76,8 +76,9 @@ def _show(job: ExportJob) -> int:
         raise UserError(f"{given[0]} means nothing to format={job.format}; leave it out")
     run = Path(local_folder("out", job.out))
     if job.format == "neuronpedia" and job.to.startswith(SCHEME):
-        if told := job.model_name or job.set_name:
-            raise UserError(f"{told} is said by to={job.to} already; leave it out")
+        named = {"model_name": job.model_name, "set_name": job.set_name}
+        if told := [f"{key}={value}" for key, value in named.items() if value]:
+            raise UserError(f"{told[0]} is said by to={job.to} already; leave it out")
         print(f"{sum(dashboards.upload(run, job.to)):,} latents sent to {job.to}")
         return 0
     to = Path(local_folder("to", job.to))

@@ -9,6 +9,7 @@ from sae_dist.config import UserError
 from sae_dist.dashboards import delphi, neuronpedia_upload
 from sae_dist.dashboards.latents import Latents
 from sae_dist.dashboards.source import Source, source_of
+from sae_dist.formats.names import refuse_unused
 from sae_dist.interpret import read_labels
 from sae_dist.run_files import read_yaml
 from sae_dist.sae import dictionary
@@ -29,8 +30,7 @@ def export(
     files of these names.
     """
     if format == "delphi":  # every activation, not what is known of latents
-        if told := model_name or set_name:
-            raise UserError(f"{told} is no name in delphi's files; leave it out")
+        refuse_unused({"model_name": model_name, "set_name": set_name}, (), format=format)
         yield from delphi.write(run, _dictionary(run), to, _config(run))
         return
     latents, source = _known(run, model_name, set_name)

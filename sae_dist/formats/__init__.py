@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sae_dist.config import UserError, local_folder, to_dict
 from sae_dist.formats.found import Told, dictionary
-from sae_dist.formats.names import names_of
+from sae_dist.formats.names import names_of, refuse_unused
 from sae_dist.hub import address
 from sae_dist.hub.pull import pull
 from sae_dist.sae.dictionary import Dictionary
@@ -68,17 +68,16 @@ def export(
 ) -> list[Path]:  # fmt: skip
     """Writes the files of a tool into the folder `to`; UserError where the tool has no such dictionaries.
 
-    The names are what the tool calls the model and the hook points, where these are not the usual ones.
+    The names are what the tool calls the model and the hook points, where these are not the usual ones; UserError for
+    one that its files do not say.
     """
     if not FORMATS[known(format)].exports:
         can = ", ".join(name for name, each in FORMATS.items() if each.exports)
         raise UserError(f"format={format} is read only; those that are written: {can}")
-    if format == OWN and (told := model_name or hook_name or hook_name_out):
-        raise UserError(f"{told} is what another tool calls it, which format={OWN} does not say; leave it out")
     module = importlib.import_module(f"{__name__}.{format}")
-    return module.export(
-        own, to, names_of(own, model_name=model_name, hook_name=hook_name, hook_name_out=hook_name_out)
-    )
+    given = {"model_name": model_name, "hook_name": hook_name, "hook_name_out": hook_name_out}
+    refuse_unused(given, module.NAMED, format=format)
+    return module.export(own, to, names_of(own, **given))
 
 
 def known(format: str) -> str:

@@ -22,6 +22,7 @@ from sae_dist.formats.names import Names
 from sae_dist.sae.dictionary import Dictionary
 
 TOLD = ("model", "hook", "target_hook", "k")
+NAMED = ("model_name", "hook_name", "hook_name_out")
 CONFIG, THRESHOLD = "config.yaml", "activation_function.threshold"
 KINDS = ("transcoder_set", circuit_tracer_clt.KIND)
 PLAIN = ("W_enc", "W_dec", "b_enc", "b_dec")

@@ -20,6 +20,7 @@ from sae_dist.formats.names import Names
 from sae_dist.sae.dictionary import Dictionary
 
 TOLD = ("model", "hook", "k")
+NAMED = ("model_name",)
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 OWN = ("W_enc", "b_enc", "W_dec", "b_dec")

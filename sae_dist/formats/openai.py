@@ -17,6 +17,7 @@ from sae_dist.formats.names import Names
 from sae_dist.sae.dictionary import Dictionary
 
 TOLD = ("model", "hook", "k", "scale")
+NAMED = ()
 PLAIN = ("pre_bias", "encoder.weight", "latent_bias", "decoder.weight")
 COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 

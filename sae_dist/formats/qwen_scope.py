@@ -16,6 +16,7 @@ from sae_dist.formats.names import Names
 from sae_dist.sae.dictionary import Dictionary
 
 TOLD = ("model", "hook", "k")
+NAMED = ()
 
 
 def export(dictionary: Dictionary, to: Path, names: Names) -> list[Path]:  # noqa: ARG001

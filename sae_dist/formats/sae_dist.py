@@ -11,6 +11,7 @@ from sae_dist.sae.dictionary import Dictionary
 from sae_dist.sae.find import FILES
 
 TOLD = ()
+NAMED = ()
 
 
 def export(dictionary: Dictionary, to: Path, names: Names) -> list[Path]:  # noqa: ARG001

@@ -18,6 +18,7 @@ from sae_dist.formats.names import Names
 from sae_dist.sae.dictionary import Dictionary
 
 TOLD = ("model", "hook", "target_hook", "k", "pre_bias", "scale")
+NAMED = ("model_name", "hook_name", "hook_name_out")
 CONFIG, WEIGHTS, VERSION = (
     "cfg.json",
     "sae_weights.safetensors",

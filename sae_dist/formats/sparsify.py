@@ -14,6 +14,7 @@ from sae_dist.formats.names import Names
 from sae_dist.sae.dictionary import Dictionary
 
 TOLD = ("model", "hook", "target_hook", "k")
+NAMED = ()
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 

@@ -66,5 +66,5 @@ def test_what_it_cannot_be_made_of_is_refused(run, tmp_path):
     (folder,) = run.glob("text/*/heldout")
     with pytest.raises(UserError, match="document 1 is not in .*; the activations were made from another text"):
         TokenStream(folder).places(np.array([1], np.uint64), np.array([0], np.uint32))
-    with pytest.raises(UserError, match="mine is no name in delphi's files"):
+    with pytest.raises(UserError, match="set_name=mine means nothing to format=delphi"):
         list(dashboards.export(run, tmp_path / "to", format="delphi", set_name="mine"))

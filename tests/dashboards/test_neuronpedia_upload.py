@@ -107,7 +107,7 @@ def test_after_a_failure_it_goes_on(own, server, capsys, status, message):
     [
         (None, [], "NEURONPEDIA_API_KEY is not set"), ("wrong", [], "does not take this key"),
         (KEY, ["to=neuronpedia://tiny"], "give neuronpedia://MODEL/SET"),
-        (KEY, ["set_name=other"], "other is said by to=neuronpedia://tiny/mine-res already"),
+        (KEY, ["set_name=other"], "set_name=other is said by to=neuronpedia://tiny/mine-res already"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(own, server, capsys, monkeypatch, key, words, message):

@@ -152,6 +152,21 @@ def test_what_a_tool_does_not_know_is_not_written(tmp_path, format, variant, tra
     assert not (tmp_path / "to").exists()
 
 
+@pytest.mark.parametrize(
+    ("format", "given", "said"),
+    [("sparsify", {"model_name": "x"}, "model_name=x means nothing to format=sparsify, which takes no names"),
+     ("qwen_scope", {"hook_name": "x"}, "hook_name=x means nothing to format=qwen_scope"),
+     ("openai", {"hook_name_out": "x"}, "hook_name_out=x means nothing to format=openai"),
+     ("sae_dist", {"model_name": "x"}, "model_name=x means nothing to format=sae_dist"),
+     ("dictionary_learning", {"model_name": "y", "hook_name": "x"}, "hook_name=x means .*, which takes model_name"),
+     ("saelens", {"hook_name_out": "x"}, "hook_name_out=x is of transcoders")],
+)  # fmt: skip
+def test_a_name_that_the_files_do_not_say_is_refused(tmp_path, format, given, said):
+    with pytest.raises(UserError, match=said):
+        formats.export(dictionary("topk"), tmp_path / "to", format=format, **given)
+    assert not (tmp_path / "to").exists()
+
+
 def circuit_tracer_clt(folder: Path) -> Tensor:
     """Each layer's latents read that layer, and write it and all after it."""
     x, y = X.split(WIDTH, 1), [torch.zeros(len(X), WIDTH).double() for _ in range(LAYERS)]

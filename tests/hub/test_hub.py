@@ -321,7 +321,7 @@ REFUSED = {  # words of a command, the token, and what it says
     "public": ("export RUN to=hf://me/open", TOKEN, "the repository is public; say private=false if that is meant"),
     "licence": ("export RUN to=hf://me/x license=mine", TOKEN, '"license" must be one of the list'),
     "local": ("export RUN to=OUT license=mit", TOKEN, "private, license, card and dry_run are for to=hf://"),
-    "names": ("export RUN to=OUT hook_name=h", TOKEN, "h is what another tool calls it"),
+    "names": ("export RUN to=OUT hook_name=h", TOKEN, "hook_name=h means nothing to format=sae_dist"),
 }  # fmt: skip
 
 
