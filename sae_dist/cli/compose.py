@@ -11,6 +11,7 @@ import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +22,7 @@ from sae_dist.text.detect import detect
 
 COLUMN = 26  # where comments begin in --help
 PATH_KEYS = ("out", "run", "store", "path", "to", "follow", "stop", "prompt")  # always text: a place, a job, a prompt
+QUOTED = re.compile(r"(['\"])(?:\\.|(?!\1)[^\\])*\1", re.DOTALL)  # one quoted value, and nothing else
 
 
 def options(group: str, config: type | None = None) -> list[str]:
@@ -69,7 +71,7 @@ def spelled_out(command: str, words: Sequence[str]) -> list[str]:
     overrides, values = [], list[str]()
     for word in words:
         if listed is not None and "=" not in word and not word.startswith(("+", "~", "-")):
-            values.append(_quoted(word))
+            values.append(quoted(word))
             continue
         if "=" not in word and not word.startswith(("+", "~")):
             key = next(positional, None)
@@ -77,7 +79,7 @@ def spelled_out(command: str, words: Sequence[str]) -> list[str]:
                 raise UserError(
                     f"{word} is not understood; write key=value (`sae-dist {command} --help` lists the keys)"
                 )
-            word = f"{key}='{word}'"
+            word = f"{key}={quoted(word)}"
         overrides.append(word)
     return [f"{listed}=[{','.join(values)}]", *overrides] if values else overrides
 
@@ -106,13 +108,14 @@ def _groups(command: str) -> dict[str, str]:
 def _parsable(override: str) -> str:
     """The override as Hydra parses it: a name or a path with characters of Hydra's grammar is quoted."""
     key, equals, value = override.partition("=")
-    as_it_is, quoted = [override], [f"{key}={_quoted(value)}"]
-    if not equals or value[:1] in ("'", '"') or value == "null":
+    as_it_is, as_text = [override], [f"{key}={quoted(value)}"]
+    if not equals or value == "null":
         tries = as_it_is
     elif key in PATH_KEYS:  # a folder called 2024, or a,b
-        tries = quoted
+        says = key == "prompt" and value[:1] == '"'  # what somebody says, with the quotes
+        tries = as_it_is if QUOTED.fullmatch(value) and not says else as_text
     else:
-        tries = as_it_is if value[:1] in "[{(" else as_it_is + quoted
+        tries = as_it_is if value[:1] in ("'", '"', "[", "{", "(") else as_it_is + as_text
     problems = []
     for attempt in tries:
         try:
@@ -126,24 +129,33 @@ def _parsable(override: str) -> str:
     raise UserError(f"{override} is not understood ({problems[0]}); quote it: 'key=\"value\"'")
 
 
-def _quoted(value: str) -> str:
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def quoted(text: str) -> str:
+    """Text as a value in Hydra's grammar, which takes none of it for grammar."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _unquoted(value: str) -> str:
+    """The value without quotes around it, which a shell may have left there."""
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
 def _expand(override: str, config: type | None) -> list[str]:
     """`model=` and `text=` also take a name or a path: gpt2 means model=hf model.name=gpt2. Groups may be null."""
     key, equals, value = override.partition("=")
+    value = _unquoted(value)
     if value == "null" and options(key, config):  # Hydra's own way to leave a group out
         return [f"~{key}"]
     if value.isdigit() and options(key, config):  # a group's alternative is a name, even where it looks like 16
         return [f"{key}='{value}'"]
-    if not equals or key not in ("model", "text") or value in options(key, config) or not value:
+    if not equals or key not in ("model", "text") or not value:
         return [override]
-    quoted = _quoted(value)
+    if value in options(key, config):
+        return [f"{key}={value}"]
+    place = quoted(value)
     if key == "model":
-        return ["model=hf", f"model.name={quoted}"]
+        return ["model=hf", f"model.name={place}"]
     kind, suffixes = detect(value)
-    return [f"text={kind}", f"text.path={quoted}", *([f"text.suffixes=[{','.join(suffixes)}]"] if suffixes else [])]
+    return [f"text={kind}", f"text.path={place}", *([f"text.suffixes=[{','.join(suffixes)}]"] if suffixes else [])]
 
 
 def _explain(command: str, message: str) -> str:

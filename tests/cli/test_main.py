@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from sae_dist.cli.compose import compose, options
+from sae_dist.cli.compose import compose, options, spelled_out
 from sae_dist.cli.main import COMMANDS, main
 from sae_dist.config import CONF_DIR, UserError, load, to_dict
 from sae_dist.service.config import HarvestJob, RunConfig, TrainJob, config_hash
@@ -115,10 +115,35 @@ def test_a_name_or_a_path_will_do_for_model_and_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["/tmp/lr=1e-3", "résultats", "run (1)", "2024", "1e-3", "true", "a,b", "run's", "x#y & z", "[x", "日本"]
-)
+    "name", ["/tmp/lr=1e-3", "résultats", "run (1)", "2024", "1e-3", "true", "a,b", "run's", "x#y & z", "[x", "日本",
+             "'a' or 'b'", '"a," she said', "back\\slash", "a\\'b", "end\\"]
+)  # fmt: skip
 def test_a_place_is_a_name_whatever_signs_are_in_it(name):
     assert compose("train", ["store=s", "sae=topk", f"out={name}"])["out"] == name
+
+
+@pytest.mark.parametrize("name", ["runs/o'brien", "'run'", '"run"', "a,b", "[x", "back\\slash", "2024"])
+def test_a_place_without_its_key_is_a_name_too(name):
+    assert compose("status", spelled_out("status", [name]))["out"] == name
+    assert compose("steer", spelled_out("steer", [name]))["run"] == name
+
+
+@pytest.mark.parametrize(("given", "read"), [("'a,b'", "a,b"), ('"a,b"', "a,b"), ("'it\\'s'", "it's"), ("''", "")])
+def test_quotes_around_a_place_are_taken_off(given, read):
+    assert compose("train", [f"store={given}", "out=o"])["store"] == read
+
+
+@pytest.mark.parametrize("prompt", ['"Yes."', '"I am happy," she said', 'He said "no"', "it's", "{x}: $y = [z]"])
+def test_quotes_are_a_part_of_a_prompt(prompt):
+    assert compose("steer", ["run=r", f"prompt={prompt}"])["prompt"] == prompt
+
+
+@pytest.mark.parametrize("around", ["'", '"'])
+def test_quotes_around_a_model_and_a_text_are_taken_off(around):
+    values = compose("run", [f"model={around}my gpt{around}", f"text={around}a b.md{around}"])
+    assert (values["model"]["name"], values["text"]["kind"], values["text"]["path"]) == ("my gpt", "files", "a b.md")
+    known = compose("run", [f"model={around}tiny-gpt2{around}"])["model"]
+    assert known == compose("run", ["model=tiny-gpt2"])["model"]
 
 
 def test_a_group_of_other_commands_is_a_plain_key_here():
