@@ -3,10 +3,14 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
+from os import PathLike
 from typing import Any
 
+import numpy as np
+
 from sae_dist.cli import sweep as sweep_command
-from sae_dist.cli.compose import compose, options
+from sae_dist.cli.compose import compose, options, quoted
 from sae_dist.cli.keys import groups
 from sae_dist.config import UserError, load
 from sae_dist.service.config import RunConfig, TrainJob
@@ -81,24 +85,27 @@ def _is_group(key: str, config_class: type | None) -> bool:
 
 
 def _override(key: str, value: Any, is_group: bool) -> str:
-    plain = isinstance(value, str) and is_group
+    plain = isinstance(value, str | PathLike) and is_group
     return f"{key}={value if plain else _literal(value)}"
 
 
 def _literal(value: Any) -> str:
-    """A value in Hydra's grammar; text is quoted, so that none of it is taken for grammar."""
+    """A value in Hydra's grammar, a number of NumPy as one of Python; text is quoted, so that none of it is grammar."""
     match value:
         case None | True | False:
             return {None: "null", True: "true", False: "false"}[value]
-        case int() | float():
-            return repr(value)
+        case np.bool_():
+            return _literal(bool(value))
+        case Integral():
+            return repr(int(value))
+        case Real():
+            return repr(float(value))
         case Mapping():
             return "{" + ",".join(f"{key}:{_literal(each)}" for key, each in value.items()) + "}"
         case list() | tuple():
             return "[" + ",".join(map(_literal, value)) + "]"
         case _:
-            text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-            return f"'{text}'"
+            return quoted(str(value))
 
 
 @contextmanager

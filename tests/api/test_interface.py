@@ -11,9 +11,12 @@ import torch
 
 import sae_dist
 from sae_dist import storage
+from sae_dist.api.jobs import overrides
+from sae_dist.cli.compose import compose
 from sae_dist.cli.main import main
 from sae_dist.config import UserError
 from sae_dist.sae.variants.interface import Sizes
+from sae_dist.service.config import RunConfig
 from tests.shards.conftest import double  # noqa: F401  a fixture
 
 NOTEBOOK = Path(__file__).parents[2] / "docs/notebook.py"
@@ -186,6 +189,23 @@ def test_text_is_never_taken_for_grammar(place, tmp_path):
     out = tmp_path / "it's a,b [${x}"
     with pytest.raises(UserError, match="no_such_hook"):
         sae_dist.train(store=place / "store", hook="no_such_hook, {a}'", out=str(out).replace("${x}", "c"))
+
+
+def test_paths_and_numbers_of_numpy_are_what_they_are_in_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my corpus.jsonl").write_text('{"text": "a"}\n')
+    keys = {"text": Path("my corpus.jsonl"), "out": Path("runs/o'brien"), "train.lr": np.geomspace(1e-4, 1e-3, 3)[1],
+            "train.batch": np.int64(256), "tensorboard": np.bool_(True), "seed": np.uint8(3)}  # fmt: skip
+    values = compose("run", overrides(keys, {}, config_class=RunConfig))
+    assert (values["text"]["kind"], values["text"]["path"]) == ("jsonl", "my corpus.jsonl")
+    assert values["out"] == "runs/o'brien" and values["train"]["lr"] == pytest.approx(10**-3.5)
+    assert (values["train"]["batch"], values["tensorboard"], values["seed"]) == (256, True, 3)
+
+
+def test_arrays_of_numpy_are_values_of_a_sweep(place, tmp_path):
+    over = {"train.lr": list(np.geomspace(1e-4, 1e-2, 3)), "sae.k": list(np.array([4, -1]))}
+    with pytest.raises(UserError, match="sae.k=-1: give 1 or more"):
+        sae_dist.sweep("train", store=place / "store", out=tmp_path, over=over)
 
 
 @pytest.mark.slow
