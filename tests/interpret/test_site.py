@@ -1,8 +1,11 @@
 """The site holds what was collected, opens from disk, and no text of the corpus can act in it."""
 
 import base64
+import html
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +139,62 @@ def test_a_build_that_fails_leaves_the_old_pages(tmp_path: Path):
     assert {p.relative_to(tmp_path): p.read_bytes() for p in index.parent.rglob("*") if p.is_file()} == before
     write(tmp_path)
     assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+PROBE = """
+(async () => {
+  const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
+  const element = (id) => document.getElementById(id);
+  const found = {};
+  while (!document.body.classList.contains("ready")) await sleep(20);
+  BODY
+  document.documentElement.dataset.found = JSON.stringify(found);
+})();
+"""
+
+
+def in_browser(folder: Path, page: str, body: str) -> dict:
+    """What a script finds in a page that is opened from disk, once it is ready."""
+    file = folder / page.partition("#")[0]
+    (folder / "probe.js").write_text(PROBE.replace("BODY", body))
+    file.write_text(file.read_text().replace("</head>", '<script defer src="probe.js"></script></head>'))
+    flags = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+        "--window-size=1200,1600",
+    )
+    shown = subprocess.run(
+        [str(BROWSER), *flags, f"--user-data-dir={folder.parent}/profile", f"file://{folder}/{page}"],
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    found = re.search(r'data-found="([^"]*)"', shown.stdout)
+    assert found is not None, shown.stdout[-2000:]
+    return json.loads(html.unescape(found[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_a_link_past_the_head_and_a_selection_stay_on_the_latent(pages: Path, tmp_path: Path):
+    body = """
+  while (!element("next").hasAttribute("href")) await sleep(20);
+  found.next = new URL(element("next").href).hash;
+  document.querySelector(".skip").click();
+  await sleep(100);
+  found.skipped = [location.hash, document.activeElement.id, element("number").textContent];
+  dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", shiftKey: true }));
+  await sleep(100);
+  found.selected = location.hash;
+  dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+  await sleep(100);
+  found.stepped = location.hash;
+"""
+    found = in_browser(shutil.copytree(pages, tmp_path / "pages"), "latent.html#5&sort=max", body)
+    assert found["skipped"] == ["#5&sort=max", "contexts", "Latent 5"]
+    assert found["selected"] == "#5&sort=max" and found["stepped"] == found["next"] != "#5&sort=max"
 
 
 class ByteTokenizer:

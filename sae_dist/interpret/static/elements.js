@@ -1,5 +1,5 @@
 "use strict";
-// Elements of the pages, numbers as they are written, and the box that follows the pointer.
+// Elements of the pages, numbers as they are written, links past the head, and the box that follows the pointer.
 
 /** An element with properties, attributes (by name with a dash, or role) and children; strings become text nodes. */
 function make(tag, properties = {}, ...children) {
@@ -36,6 +36,15 @@ const format = {
     return `${(100 * x).toPrecision(x >= 0.0995 ? 3 : 2)} %`;
   },
 };
+
+// A link past the head moves the focus alone: the address holds what the page shows.
+for (const link of document.querySelectorAll(".skip"))
+  link.addEventListener("click", (event) => {
+    const target = document.querySelector(link.hash);
+    event.preventDefault();
+    target.tabIndex = -1;
+    target.focus();
+  });
 
 /** A box that follows the pointer; `content` gives its children for an element, or null. */
 function tooltip(root, selector, content) {

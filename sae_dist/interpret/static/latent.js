@@ -208,7 +208,7 @@
   element("full").addEventListener("click", () => setView("full"));
   addEventListener("hashchange", () => (scrollTo(0, 0), show().catch(say)));
   addEventListener("keydown", (event) => {
-    if (event.altKey || event.ctrlKey || event.metaKey) return;
+    if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
     if (event.key === "ArrowLeft") element("previous").click();
     if (event.key === "ArrowRight") element("next").click();
     if (event.key === "Escape") element("home").click();
