@@ -159,18 +159,10 @@ def in_browser(folder: Path, page: str, body: str) -> dict:
     file = folder / page.partition("#")[0]
     (folder / "probe.js").write_text(PROBE.replace("BODY", body))
     file.write_text(file.read_text().replace("</head>", '<script defer src="probe.js"></script></head>'))
-    flags = (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=20000",
-        "--dump-dom",
-        "--window-size=1200,1600",
-    )
-    shown = subprocess.run(
-        [str(BROWSER), *flags, f"--user-data-dir={folder.parent}/profile", f"file://{folder}/{page}"],
-        capture_output=True, text=True, check=True, timeout=300,
-    )  # fmt: skip
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder.parent}/profile"]
+    flags += ["--dump-dom", "--virtual-time-budget=20000", "--window-size=1200,1600"]
+    line = [str(BROWSER), *flags, f"file://{folder}/{page}"]
+    shown = subprocess.run(line, capture_output=True, text=True, check=True, timeout=300)
     found = re.search(r'data-found="([^"]*)"', shown.stdout)
     assert found is not None, shown.stdout[-2000:]
     return json.loads(html.unescape(found[1]))
@@ -195,6 +187,39 @@ def test_a_link_past_the_head_and_a_selection_stay_on_the_latent(pages: Path, tm
     found = in_browser(shutil.copytree(pages, tmp_path / "pages"), "latent.html#5&sort=max", body)
     assert found["skipped"] == ["#5&sort=max", "contexts", "Latent 5"]
     assert found["selected"] == "#5&sort=max" and found["stepped"] == found["next"] != "#5&sort=max"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_the_list_keeps_its_search_and_says_one_mistake_until_it_is_over(pages: Path, tmp_path: Path):
+    body = """
+  const said = () => [...document.querySelectorAll(".message")].map((each) => each.textContent).filter(Boolean);
+  const search = (text) => {
+    element("query").value = text;
+    element("query").dispatchEvent(new Event("input"));
+    return sleep(100);
+  };
+  document.querySelector(".skip").click();
+  await sleep(100);
+  found.skipped = [location.hash, document.activeElement.id, element("query").value];
+  const select = source.select;
+  source.select = async () => { throw new Error("The server does not answer."); };
+  for (const text of ["a", "b"]) await search(text);
+  found.failed = said();
+  source.select = select;
+  await search("1");
+  found.after = said();
+  source.select = async (query) => ({ ...(await select(query)), rows: async () => { throw new Error("No rows."); } });
+  await search("2");
+  found.rows = said();
+  source.select = select;
+  await search("3");
+  found.last = said();
+"""
+    found = in_browser(shutil.copytree(pages, tmp_path / "pages"), "index.html#q=the&sort=max", body)
+    assert found["skipped"] == ["#q=the&sort=max", "latents", "the"]
+    assert found["failed"] == ["The server does not answer."] and found["after"] == []
+    assert found["rows"] == ["No rows."] and found["last"] == []
 
 
 class ByteTokenizer:

@@ -50,7 +50,9 @@ const COLUMNS = [
   { name: "Promotes", className: "c-promoted" },
 ];
 
-const fail = (error) => document.querySelector("main").prepend(make("p", { className: "message", role: "alert" }, error.message));
+// What went wrong last, until the list is what was asked for.
+const say = (text) => (document.getElementById("message").textContent = text);
+const fail = (error) => say(error.message);
 
 (async () => {
   const [facts, overview] = await Promise.all([source.facts(), source.overview()]);
@@ -96,6 +98,7 @@ const fail = (error) => document.querySelector("main").prepend(make("p", { class
   }
 
   let height = 0; // of a row; asking the style for it costs a layout
+  let asked = 0, answered = 0; // the number of the last question, and of the one whose answer is listed
 
   function paint() {
     const top = rows.getBoundingClientRect().top;
@@ -114,6 +117,7 @@ const fail = (error) => document.querySelector("main").prepend(make("p", { class
         added.append(row);
       });
       rows.append(added);
+      if (answered === asked) say("");
     }).catch(fail);
   }
 
@@ -195,7 +199,6 @@ const fail = (error) => document.querySelector("main").prepend(make("p", { class
     if (page) location.href = latentAddress(latent, query);
   }
 
-  let asked = 0;
   async function show() {
     const mine = ++asked;
     if (input.value !== query.q) input.value = query.q;
@@ -219,9 +222,13 @@ const fail = (error) => document.querySelector("main").prepend(make("p", { class
       }, name, arrow));
       return title;
     }));
-    const found = await source.select(query);
+    const found = await source.select(query).catch((error) => {
+      if (mine === asked) throw error;
+    });
     if (mine !== asked) return;
+    answered = mine;
     view = found;
+    say("");
     const { total, listed } = view;
     document.getElementById("matches").textContent = [
       total === facts.n_latents ? `${format.count(total)} latents` : `${format.count(total)} of ${format.count(facts.n_latents)} latents`,
