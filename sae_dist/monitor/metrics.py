@@ -4,31 +4,37 @@ Lines of the training have a `step`, all others a `phase`: start (of an attempt)
 """
 
 import errno
+import fcntl
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from sae_dist.config import UserError
 from sae_dist.system_errors import naming_file
 
+logger = logging.getLogger(__name__)
+
 Log = Callable[[int, Mapping[str, Any]], None]  # (step, figures)
 Phase = Literal["train", "start", "harvest", "evaluate", "alert", "artifact"]
 AT_ONCE = 1 << 24  # bytes of the file that a follower has in memory
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system answers that has none
 
 
 class JsonLines:
     """A Log that appends one object a line and flushes it: a killed run keeps all but its last line.
 
-    Several processes may append to one file. Lines of a `phase` other than training's have no step, only the phase.
+    Several processes may append to one file, on several machines, too, unless it is not `shared`: then no line waits
+    for a lock, which on NFS takes milliseconds. Lines of a `phase` other than training's have no step, only the phase.
     """
 
-    def __init__(self, path: Path, *, phase: Phase = "train") -> None:
-        self._phase = phase
-        self._path = path
+    def __init__(self, path: Path, *, phase: Phase = "train", shared: bool = True) -> None:
+        self._phase, self._path, self._may_lock = phase, path, shared
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab", buffering=0)  # what a full disk did not take is not tried again when it is closed
         if not _ends_a_line(path):
@@ -41,10 +47,40 @@ class JsonLines:
         self._append(json.dumps(finite, allow_nan=False).encode() + b"\n")
 
     def _append(self, line: bytes) -> None:
-        """All of the line in one write, so that lines of several processes do not mix; OSError when it did not fit."""
-        with naming_file(self._path):
-            if self._file.write(line) != len(line):
+        """All of the line in one write, while no other process appends; OSError when it did not fit."""
+        with naming_file(self._path), self._alone() as locked:
+            written = self._file.write(line)
+            if written != len(line):
+                if locked:  # the next line, perhaps of another process, would continue the part that fitted
+                    self._file.truncate(self._file.tell() - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Holds the file's lock, and waits while another process does; False where there is no lock to hold.
+
+        NFS cannot append: each machine writes at the end that it knows, and two of them at the same place. Its lock
+        makes the end known when it is taken, and the line when it is released.
+        """
+        locked = self._lock()
+        try:
+            yield locked
+        finally:
+            if locked:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def _lock(self) -> bool:
+        """Takes the file's lock. False where there is none: one machine writes whole lines without, so no run ends."""
+        if not self._may_lock:
+            return False
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            self._may_lock = False
+            logger.warning("%s: %s; lines of several machines may overwrite each other", self._path, error.strerror)
+        return self._may_lock
 
     def close(self) -> None:
         self._file.close()

@@ -151,7 +151,7 @@ def _place(
     prefix = "" if name == MAIN else f"{name}/"
     with closing(JsonLines(part / "metrics.jsonl", phase="start")) as lines:
         lines(0, {**last_start(path), "member": name})  # trackers know it as a dictionary of the pass
-    lines = JsonLines(part / "metrics.jsonl")
+    lines = JsonLines(part / "metrics.jsonl", shared=False)
     for line in read_metrics(path / "metrics.jsonl"):
         lines(line["step"], of_dictionary(line, prefix, [other for other in prefixes if other != prefix]))
     lines.close()
