@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from sae_dist.monitor.alerts import Episodes, decide
+from sae_dist.monitor.alerts import Alert, Episodes, decide
 from sae_dist.monitor.config import AlertsConfig
 from sae_dist.monitor.metrics import Follower, JsonLines
 from sae_dist.monitor.webhook import Webhook
@@ -30,6 +30,7 @@ class Watch:
         self._lines = JsonLines(out / "metrics.jsonl", phase="alert")
         self._start: dict[str, Any] = {"phase": "start", "time": time.time()}
         self._history: deque[dict[str, Any]] = deque(maxlen=KEPT_LINES)
+        self._unwritten: deque[Alert] = deque(maxlen=KEPT_LINES)  # raised, but not yet in metrics.jsonl
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._work, name="alerts", daemon=True)
         self._thread.start()
@@ -43,17 +44,22 @@ class Watch:
             self._webhook.close()
 
     def _work(self) -> None:
-        last = False
+        last = failing = False
         while not last:
             last = self._ending.wait(LOOK_EVERY_S)
             try:
-                self._read()
-                self._raise(time.time())
-                if last:
-                    self._read()  # what was raised just now
+                self._look(last=last)
+                failing = False
             except (OSError, ValueError) as error:  # a full disk, or a line that somebody has damaged
-                logger.warning("alerts are off: %s", error)
-                return
+                if not failing:
+                    logger.warning("alerts are held up: %s; looking again every %.0f s", error, LOOK_EVERY_S)
+                failing = True
+
+    def _look(self, *, last: bool) -> None:
+        self._read()
+        self._raise(time.time())
+        if last:
+            self._read()  # what was raised just now
 
     def _read(self) -> None:
         """Takes in new lines; an alert in one goes to the webhook."""
@@ -75,7 +81,11 @@ class Watch:
         )  # fmt: skip
         for alert in self._episodes.new(alerts):
             logger.error("ALERT: %s", alert.text)
+            self._unwritten.append(alert)
+        while self._unwritten:
+            alert = self._unwritten[0]
             self._lines(0, {"name": alert.name, "alert": alert.text})
+            self._unwritten.popleft()
 
     def _pass_on(self, entry: dict[str, Any]) -> None:
         """To the webhook what any line says under `alert`, or under a key that ends in /alert."""

@@ -3,9 +3,10 @@
 import http.server
 import json
 import logging
+import resource
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -116,6 +117,37 @@ def test_alerts_go_to_the_log_to_metrics_and_to_the_webhook(tmp_path, server, ca
     dead = f"{name}: 60% of the latents are dead; lower train.lr or sae.n_latents"
     assert texts == sorted([dead, f"{name}: wide: the loss jumped to 7", f"{name}: wide: and again"])
     assert {alert["run"] for alert in posted} == {name}
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    until = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_an_alert_that_a_full_disk_did_not_take_is_written_and_sent_once_there_is_room(
+    tmp_path, server, caplog, monkeypatch
+):
+    url, posted = server
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(watch, "LOOK_EVERY_S", 0.01)
+    line = json.dumps(training(0.0, dead_fraction=0.6) | {"time": time.time()}).encode() + b"\n"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(line) + 20, limits[1]))  # takes this line and no other
+    try:
+        watching = Watch(AlertsConfig(webhook=url), tmp_path)
+        path.write_bytes(line)
+        wait_until(lambda: len(caplog.records) >= 2)
+        time.sleep(0.1)  # for several more looks
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    wait_until(lambda: posted)
+    watching.close()
+    dead, held_up = [record.getMessage() for record in caplog.records]
+    assert dead.startswith("ALERT: 60% of the latents are dead") and "No space left on device" in held_up
+    (_, written) = map(json.loads, path.read_text().splitlines())
+    assert dead == f"ALERT: {written['alert']}" and len(posted) == 1
 
 
 def test_a_webhook_that_does_not_answer_costs_one_line_without_its_address(caplog, monkeypatch):
