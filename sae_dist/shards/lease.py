@@ -2,8 +2,9 @@
 
 <folder>/<token>.json is created once and names the holder; the highest token counts (a fencing token: it only grows).
 The holder rewrites <folder>/<token>.beat regularly. Another process takes the next token when the holder has released
-its lease, when its process is dead, or when the beat did not change for `TTL_S` seconds of the other's own clock;
-clocks of two machines are never compared. A holder that was suspended meanwhile finds the higher token and stops.
+its lease, when its process is dead, or when the beat did not change for `TTL_S` seconds of the other's own clock, in
+which the storage answered; clocks of two machines are never compared. A holder that was suspended meanwhile finds the
+higher token and stops.
 A store stays correct without this, because units are committed once; the lease saves duplicate work.
 """
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 TTL_S = 30.0
 BEATS = 6  # in TTL_S, so that a late one does not end the lease
+PROC = Path("/proc")
 T = TypeVar("T")
 
 
@@ -177,15 +179,45 @@ def _is_over(place: LeasedPlace, token: int, holder: LeaseHolder | None, ttl_s: 
     """Whether the holder of `token` is done or dead; waits up to `ttl_s` when it is on another machine."""
     if (known := is_over(place, token, holder)) is not None:
         return known
-    before = place.last_beat(token)
+    silence = Silence(place, token, ttl_s)
     logger.info("%s belongs to %s; waiting %.0f s for a sign of life", place.name, _described(holder), ttl_s)
-    until = time.monotonic() + ttl_s
-    while time.monotonic() < until:
-        time.sleep(min(ttl_s / BEATS, max(until - time.monotonic(), 0)))
-        now = place.last_beat(token)
-        if now is not None and now != before:
-            return now.released
+    while not silence.too_long:
+        time.sleep(ttl_s / BEATS)
+        if (beat := silence.look()) is not None:
+            return beat.released
     return True
+
+
+class Silence:
+    """For how long a holder has given no sign of life, as a process finds that looks again and again.
+
+    From one look to the next no more than the time of a beat counts, and nothing where the answer took longer than
+    that: while the storage stalls, a holder that lives cannot write its beat either.
+    """
+
+    def __init__(self, place: LeasedPlace, token: int, ttl_s: float) -> None:
+        self._place, self._token, self._ttl_s = place, token, ttl_s
+        self._last, self._at, self._seconds = place.last_beat(token), time.monotonic(), 0.0
+
+    def look(self) -> Heartbeat | None:
+        """Looks once; the sign of life, where there is a new one."""
+        began, before = time.monotonic(), self._at
+        beat, most = self._place.last_beat(self._token), self._ttl_s / BEATS
+        self._at = time.monotonic()
+        if beat is not None and beat != self._last:
+            self._last, self._seconds = beat, 0.0
+            return beat
+        if self._at - began > most:
+            logger.info("%s took %.0f s to answer; waiting anew", self._place.name, self._at - began)
+            self._seconds = 0.0
+        else:
+            self._seconds += min(self._at - before, most)
+        return None
+
+    @property
+    def too_long(self) -> bool:
+        """Whether it has lasted for `ttl_s`."""
+        return self._seconds >= self._ttl_s
 
 
 def is_over(place: LeasedPlace, token: int, holder: LeaseHolder | None) -> bool | None:
@@ -194,21 +226,51 @@ def is_over(place: LeasedPlace, token: int, holder: LeaseHolder | None) -> bool 
     if last is not None and last.released:
         return True
     if holder is not None and here is not None and holder.machine == here:
-        return holder != holder._replace(**_identity(holder.pid))  # dead, or another process with the same number
+        return _is_dead(holder)
     return None
+
+
+def _is_dead(holder: LeaseHolder) -> bool | None:
+    """Whether a holder of this machine is dead; None where that cannot be told.
+
+    Its host is not asked for: one machine may have several names, of containers or one after the other.
+    """
+    try:
+        born = _born(holder.pid)
+    except OSError:  # there is none, or /proc hides the processes of other users (hidepid)
+        return True if _is_missing(holder.pid) else None
+    if born is None:
+        return True
+    return None if holder.born is None else born != holder.born  # another process with the same number
+
+
+def _is_missing(pid: int) -> bool:
+    """Whether there is no process of that number, as far as the kernel says."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # another user's
+        pass
+    return False
 
 
 def _identity(pid: int) -> dict[str, Any]:
     """The fields of a LeaseHolder that identify a process."""
     found: dict[str, Any] = {"host": socket.gethostname(), "pid": pid, "born": None, "machine": None}
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        found["machine"] = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        found["born"] = None if fields[0] == "Z" else fields[19]  # a zombie is dead
+        boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
+        found["machine"] = f"{boot} {os.readlink(PROC / 'self/ns/pid')}"
+        found["born"] = _born(pid)
     except OSError:  # no such process, or no /proc
         pass
     return found
+
+
+def _born(pid: int) -> str | None:
+    """When the process began; None for a zombie, which is dead. OSError where /proc does not show it."""
+    fields = (PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
 
 
 def _described(holder: LeaseHolder | None) -> str:

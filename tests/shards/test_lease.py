@@ -5,7 +5,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
+import threading
 import time
+import uuid
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +86,75 @@ def test_a_holder_elsewhere_that_hangs_is_replaced_and_finds_out(tmp_path, holde
         process.join(30)
         assert process.exitcode == 3
         held.check()
+
+
+class Stalling(storage.LocalStorage):
+    """A storage that stalls for a second once: it answers with a beat of before, and nobody can write meanwhile."""
+
+    beats_read = 0
+
+    def read(self, key, start=None, length=None):
+        data = super().read(key, start, length)
+        if key.endswith(".beat"):
+            self.beats_read += 1
+            if self.beats_read == 3:  # the first look, after those that found how it was
+                time.sleep(1)
+                threading.Timer(0.05, self.write, (key, records.seal({"beat": 2, "released": False}))).start()
+        return data
+
+
+def test_while_the_storage_stalls_a_holder_elsewhere_is_not_taken_for_dead(tmp_path):
+    place = Stalling(tmp_path)
+    held = lease.LeasedPlace(place, "store", "producers")
+    held.take(1, lease.LeaseHolder(uuid.uuid4().hex, "runs/other", "elsewhere", 1))
+    held.beat(1, lease.Heartbeat(1, False))
+    with pytest.raises(UserError, match="is in use by process 1 on elsewhere"), hold_store(place, "mine", ttl_s=0.6):
+        pass
+    with hold_store(place, "mine", ttl_s=0.6) as mine:  # it has given no further sign
+        assert mine.token == 2
+
+
+def test_a_holder_of_this_machine_lives_under_whatever_name_the_machine_has(tmp_path, holder, monkeypatch):
+    process, _ = holder
+    suspend(process)  # so that no beat tells
+    monkeypatch.setattr(socket, "gethostname", lambda: "renamed")
+    place = storage.open(tmp_path)
+    with pytest.raises(UserError, match=f"is in use by process {process.pid}"), hold_store(place, "mine"):
+        pass
+
+
+@pytest.fixture
+def hidden(tmp_path_factory, monkeypatch) -> None:
+    """/proc as one sees it who may not see the processes of others (hidepid)."""
+    proc = tmp_path_factory.mktemp("proc")
+    for name in ("sys/kernel/random/boot_id", "self/ns/pid"):
+        (proc / name).parent.mkdir(parents=True)
+    (proc / "sys/kernel/random/boot_id").write_text(Path("/proc/sys/kernel/random/boot_id").read_text())
+    (proc / "self/ns/pid").symlink_to(os.readlink("/proc/self/ns/pid"))
+    monkeypatch.setattr(lease, "PROC", proc)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_of_a_holder_that_proc_hides_the_beat_decides(tmp_path, holder, hidden, monkeypatch, ours):
+    process, _ = holder
+
+    def deny(*_: object) -> None:
+        raise PermissionError
+
+    if not ours:
+        monkeypatch.setattr(os, "kill", deny)
+    place = storage.open(tmp_path)
+    with pytest.raises(UserError, match=f"is in use by process {process.pid}"), hold_store(place, "mine", ttl_s=5):
+        pass  # it beats
+
+
+def test_a_dead_process_is_dead_though_proc_hides_others(tmp_path, holder, hidden):
+    process, _ = holder
+    process.kill()
+    process.join()
+    began = time.monotonic()
+    with hold_store(storage.open(tmp_path), "mine", ttl_s=1000):
+        assert time.monotonic() - began < 100  # nobody waited for a sign of life
 
 
 def spoil(place, key: str, **changes: object) -> None:
