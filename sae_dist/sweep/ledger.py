@@ -7,11 +7,11 @@
 
 A record is created where none is, so of several drivers exactly one takes a try, and a try ends in exactly one way. A
 driver that died ends no try: another one ends it as lost and takes the next. Had the first only slept, it finds its
-try ended, and what it has to say counts no more: the number of a try is a fencing token.
+try ended, and what it has to say counts no more: the number of a try is a fencing token. What it takes from then on is
+its own: a driver is gone for good only when its process has surely ended, and silent only until it is heard again.
 """
 
 import re
-import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -72,8 +72,8 @@ class Ledger:
         self.points: dict[str, Described] = {}
         self._taken: dict[str, dict[int, Taken]] = defaultdict(dict)  # by point and number of the try
         self._ended: dict[str, dict[int, Ended]] = defaultdict(dict)
-        self._gone: set[str] = set()
-        self._beats: dict[str, tuple[object, float]] = {}  # of a driver elsewhere: its last, and when that was new
+        self._gone: set[str] = set()  # drivers that have surely ended
+        self._silences: dict[str, lease.Silence] = {}  # of drivers elsewhere
 
     def refresh(self) -> None:
         """Reads the records that came since the last time."""
@@ -154,20 +154,26 @@ class Ledger:
             known[name] = records.checked(kind, {k: v for k, v in record.items() if k != "digest"}, what)
 
     def _is_gone(self, driver: str) -> bool:
-        """Whether another driver has ended or died; one on another machine is dead without a beat for `ttl_s`."""
+        """Whether another driver has ended or died; one on another machine counts as dead while it is silent."""
         if driver == self.driver:
             return False
         if driver in self._gone:
             return True
-        place, now = _place(self._storage, driver), time.monotonic()
+        place = _place(self._storage, driver)
         over = lease.is_over(place, 1, place.holder(1))
         if over is None:
-            beat, (last, since) = place.last_beat(1), self._beats.get(driver, (None, now))
-            since = since if driver in self._beats and last == beat else now
-            self._beats[driver], over = (beat, since), now - since > self._ttl_s
+            return self._is_silent(driver, place)
         if over:
             self._gone.add(driver)
         return over
+
+    def _is_silent(self, driver: str, place: lease.LeasedPlace) -> bool:
+        """Whether a driver has given no sign of life for `ttl_s`, as far as this one has looked."""
+        if (silence := self._silences.get(driver)) is None:
+            silence = self._silences[driver] = lease.Silence(place, 1, self._ttl_s)
+        else:
+            silence.look()
+        return silence.too_long
 
 
 @contextmanager
