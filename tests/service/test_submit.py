@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 import tomllib
@@ -26,7 +27,7 @@ from sae_dist.cli.main import COMMANDS, main
 from sae_dist.config import UserError
 from sae_dist.service.run_folder import claim
 from sae_dist.service.signals import STOP_SIGNALS
-from sae_dist.service.submit import ray_jobs
+from sae_dist.service.submit import ray_jobs, slurm_step
 from sae_dist.service.submit.attempts import Attempts
 from sae_dist.service.submit.job import environment
 from sae_dist.service.submit.templates import LAUNCH_DIR
@@ -41,6 +42,15 @@ SKYPILOT = ("train", "store=s3://bucket/mine", "out=/shared/runs/mine", "schedul
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def same_handlers() -> Iterator[None]:
+    """The handlers of signals that ask to stop are those of before again."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_the_local_command_goes_to_ray_with_absolute_places_and_a_name_that_follows_from_it(here, capsys):
@@ -154,9 +164,9 @@ def test_a_job_that_is_refused_is_not_tried_again(here, caplog):
     assert not any("try 2" in line for line in caplog.messages)
 
 
-def test_every_request_to_stop_is_heard(tmp_path):
+def test_every_request_to_stop_is_heard(tmp_path, same_handlers):
     """Slurm asks before the time limit, and again at it, when the job that has not saved yet must be queued again."""
-    heard, before = list[float](), {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    heard = list[float]()
 
     def ask() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -165,9 +175,49 @@ def test_every_request_to_stop_is_heard(tmp_path):
     with claim(tmp_path):
         threading.Timer(0.2, ask).start()
         code = Attempts(["status"], out=str(tmp_path), tries=5).run(lambda: heard.append(time.monotonic()))
-    for number, handler in before.items():
-        signal.signal(number, handler)
     assert (code, len(heard)) == (75, 2)
+
+
+def step_of_slurm(here: Path, monkeypatch, *, facts: str, refusals: int) -> list[str]:
+    """What scontrol is asked for when a job of Slurm is to stop; so often it answers each question with a refusal."""
+    asked = here / "asked"
+    stand_in(
+        here / "bin",
+        "scontrol",
+        f'''echo "$1" >> {asked}
+if [ "$(grep -c "^$1$" {asked})" -le {refusals} ]; then
+  echo "slurm_load_jobs error: Socket timed out on send/recv operation" >&2
+  exit 1
+fi
+[ "$1" = requeue ] || echo "JobId=7 Restarts=0 Requeue=1 {facts}"''',
+    )
+    monkeypatch.setenv("PATH", f"{here}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(slurm_step, "PAUSE_S", 0.01)
+    monkeypatch.setattr(sys, "argv", ["slurm_step", "--tries=3", f"--out={here}", "status"])
+    with claim(here):  # so that the step waits, as it does for a run
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert slurm_step.main() == 75
+    return asked.read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("facts", "requeued"),
+    [
+        ("JobState=RUNNING Reason=None", 3),  # two of them refused
+        ("JobState=COMPLETING Reason=TimeLimit", 3),
+        ("JobState=COMPLETING Reason=None", 0),  # cancelled
+    ],
+)
+def test_a_slurm_that_is_busy_is_asked_again_after_the_run_has_saved(here, monkeypatch, same_handlers, facts, requeued):
+    asked = step_of_slurm(here, monkeypatch, facts=facts, refusals=2)
+    assert asked[:3] == ["show"] * 3 and asked.count("requeue") == requeued
+
+
+def test_a_slurm_that_never_answers_is_given_up(here, monkeypatch, same_handlers, caplog):
+    monkeypatch.setattr(slurm_step, "ASK_S", 0.1)
+    asked = step_of_slurm(here, monkeypatch, facts="", refusals=1000)
+    assert set(asked) == {"show"} and "submit it again" in caplog.messages[-1]
 
 
 def test_a_cluster_that_has_just_begun_is_asked_again(here, capsys, monkeypatch):
