@@ -11,6 +11,7 @@ from pathlib import Path
 from sae_dist import faults
 from sae_dist.storage.interface import Bytes, Entry, ReadOnlyError, StorageError, checked_key
 
+NO_LINKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)  # what a file system answers that has no hard links
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 TEMPORARY = ".partial-"  # prefix of files that are being written, or that a killed writer left; never listed
 
@@ -50,11 +51,8 @@ class LocalStorage:
             faults.point("storage.before_rename", key=key)
             if replace:
                 os.replace(temporary, path)
-            else:
-                try:
-                    os.link(temporary, path)  # fails if the name is taken, and shows the whole content or nothing
-                except FileExistsError:
-                    return False
+            elif not self._link(temporary, path):
+                return False
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -73,6 +71,21 @@ class LocalStorage:
             raise
         finally:
             _remove(temporary)
+        return True
+
+    def _link(self, temporary: Path, path: Path) -> bool:
+        """Shows the whole content under its name, or nothing: False if the name is taken."""
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            raise StorageError(
+                f"{self.uri}: this file system has no hard links, so nothing can be created exactly once there; use "
+                "s3:// for store= and train.checkpoints="
+            ) from error
         return True
 
     def list(self, prefix: str = "") -> Iterator[Entry]:

@@ -1,9 +1,11 @@
 """The launch files, as far as a machine without a cluster can tell."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.service.submissions import TRAIN, run_script, shown, stand_in
 
@@ -26,6 +28,16 @@ def test_the_slurm_script_ends_as_the_run_does_behind_a_token_of_its_own(code, t
     assert len(set(tokens[1::2])) == 2 and not any(token in told for token in tokens[1::2])
     assert "--address 127.0.0.1:20007 --min-nodes 2 --num-cpus 3" in told
     assert told.endswith("cluster=127.0.0.1:20007 ") and "out=" in told
+
+
+def test_the_example_for_skypilot_is_one_that_submit_lets_pass(capsys):
+    example = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    words = shlex.split(example["run"])
+    (mount,) = example["file_mounts"]
+    where = (f"bucket={example['file_mounts'][mount]['source']}", f"mount={mount}")
+    made = yaml.safe_load(shown(capsys, *words[words.index("train") :], "scheduler=skypilot", *where))
+    assert shlex.split(made["run"]) == words
+    assert example == made | {"name": example["name"], "run": example["run"]}
 
 
 def test_the_image_copies_what_the_package_is_built_from():

@@ -35,7 +35,10 @@ from tests.service.submissions import TRAIN, refused, shown, shown_json, stand_i
 
 RAY = ("scheduler=ray", "address=http://127.0.0.1:1")
 KUBERAY = ("train", "store=s3://bucket/mine", "out=/shared/runs/mine", "scheduler=kuberay", "image=registry/sae:1")
-SKYPILOT = ("train", "store=s3://bucket/mine", "out=/shared/runs/mine", "scheduler=skypilot", "bucket=s3://bucket")
+SKYPILOT = (
+    "train", "store=s3://bucket/mine", "train.checkpoints=s3://bucket/checkpoints", "out=/shared/runs/mine",
+    "scheduler=skypilot", "bucket=s3://bucket",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +108,11 @@ def test_a_mirror_and_event_files_are_where_they_would_have_been_here(here, caps
         ([*TRAIN, "scheduler=slurm", "array=4"], "array=4: only jobs of one sweep"),
         (["evaluate", "runs/mine", "scheduler=slurm", "nodes=2"], "nodes=2: evaluate works on one node"),
         ([*TRAIN, "scheduler=kuberay", "image=x"], "is not on the volume that the nodes see at mount=/shared"),
+        ([*SKYPILOT, "store=/shared/mine"], "store=/shared/mine: the bucket at mount=/shared has no hard links"),
+        ([*SKYPILOT, "train.checkpoints=null"], "set train.checkpoints=s3://BUCKET/FOLDER"),
+        (["run", "preset=tiny", *SKYPILOT[2:]], "store=null: the bucket at mount=/shared has no hard links"),
+        (["harvest", "model=tiny-llama", "store=/shared/a", *SKYPILOT[3:]], "store=/shared/a: the bucket at mount="),
+        (["sweep", *SKYPILOT, "sae.k=4,8"], "scheduler=skypilot runs no sweep: its ledger lies in out="),
         (["run", "preset=tiny", "scheduler=torchrun"], "scheduler=torchrun runs train alone, not run"),
         ([*TRAIN, "mesh.data=3", "scheduler=torchrun", "nodes=2"], "are 3 processes, which are not shared evenly"),
         ([*TRAIN, "mesh.data=2", "scheduler=torchrun", "nodes=2"], "nodes=2 need to meet: set address=HOST:PORT"),

@@ -1,5 +1,6 @@
 """Every storage keeps the same promises, and S3 keeps them through everything that a network does."""
 
+import errno
 import os
 import threading
 
@@ -87,6 +88,21 @@ def test_a_file_where_a_folder_should_be_is_named(tmp_path):
     with pytest.raises(StorageError, match="choose a folder that this user may write"):
         storage.check_conditional_create(storage.open(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM])
+def test_a_file_system_without_hard_links_is_named(tmp_path, monkeypatch, number):
+    """As rclone mounts a bucket: ENOSYS; FAT says EPERM."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    place = storage.open(tmp_path)
+    place.write("a", b"1")
+    with pytest.raises(StorageError, match="has no hard links, .*; use s3:// for store= and train.checkpoints="):
+        place.create("b", b"2")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_place_that_is_none_is_named():

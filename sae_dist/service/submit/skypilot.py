@@ -27,6 +27,14 @@ ray start --head --port=26379 --node-ip-address="$head" --include-dashboard=fals
 """
 
 
+# What has to be created exactly once, and so cannot lie on the mounted bucket: rclone has no hard links there.
+CREATED_ONCE = {
+    "run": ("store", "train.checkpoints"),
+    "harvest": ("store",),
+    "train": ("store", "train.checkpoints"),
+}
+
+
 @frozen
 class SkyPilot:
     """Machines of a cloud by SkyPilot 0.11 or newer."""
@@ -56,6 +64,7 @@ def task(job: Job, options: SkyPilot) -> dict[str, Any]:
         )
     if options.nodes > 1 and not job.joins_cluster:
         raise UserError(f"nodes={options.nodes}: {job.command} works on one node; use nodes=1")
+    _refuse_the_mount(job, options)
     made = yaml.safe_load(template("skypilot.yaml"))
     made |= {"name": job.id, "num_nodes": options.nodes, "setup": options.setup}
     asked = {
@@ -75,6 +84,24 @@ def task(job: Job, options: SkyPilot) -> dict[str, Any]:
     words = job.attempts("python", 1, cluster="auto" if several else None)
     made["run"] = f"{ON_NODES if several else ''}{shlex.join(words)}\n"
     return made
+
+
+def _refuse_the_mount(job: Job, options: SkyPilot) -> None:
+    """UserError for what would lie on the mounted bucket and cannot."""
+    without = f"the bucket at mount={options.mount} has no hard links"
+    if job.command == "sweep":
+        raise UserError(
+            f"scheduler=skypilot runs no sweep: its ledger lies in out=, and {without}, by which one driver alone "
+            "takes a point; use another scheduler=, or submit its points one by one"
+        )
+    for key in CREATED_ONCE.get(job.command, ()):
+        section, _, last = key.rpartition(".")
+        place = (job.values[section] if section else job.values)[last]
+        if not str(place).startswith("s3://"):
+            raise UserError(
+                f"{key}={'null' if place is None else place}: {without}, so nothing can be created exactly once there; "
+                f"set {key}=s3://BUCKET/FOLDER"
+            )
 
 
 def render(job: Job, options: SkyPilot) -> str:
