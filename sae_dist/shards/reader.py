@@ -1,5 +1,6 @@
 """An open store: its commits and slices, each verified against its checksum before rows are returned."""
 
+import itertools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from sae_dist.storage import ReadOnlyError, Storage
 logger = logging.getLogger(__name__)
 
 PARALLEL_COMMITS = 16  # small objects, so latency counts
+UNITS_AT_ONCE = 1024  # whose statistics are asked for and kept until they are merged
 
 
 class StoredRows(NamedTuple):
@@ -192,8 +194,19 @@ class Store:
     def statistics(self, hook: str, units: int | None = None) -> Statistics:
         """Merged statistics of the first `units` training units (default: all that are committed), by unit."""
         chosen = range(self.meta.train_units if units is None else min(units, self.meta.train_units))
-        parts = [part for part in (self.unit_statistics(unit, hook) for unit in chosen) if part is not None]
-        return statistics.merged(parts) if parts else statistics.empty(self.meta.hooks[hook])
+        parts = self._each_statistics(hook, chosen)
+        first = next(parts, None)
+        if first is None:
+            return statistics.empty(self.meta.hooks[hook])
+        return statistics.merged(itertools.chain([first], parts))
+
+    def _each_statistics(self, hook: str, units: Sequence[int]) -> Iterator[Statistics]:
+        """The statistics of those units that are committed, in their order: sums depend on it."""
+        with ThreadPoolExecutor(PARALLEL_COMMITS) as pool:
+            for start in range(0, len(units), UNITS_AT_ONCE):
+                block = units[start : start + UNITS_AT_ONCE]
+                found = pool.map(self.unit_statistics, block, itertools.repeat(hook))
+                yield from (part for part in found if part is not None)
 
     def unit_statistics(self, unit: int, hook: str) -> Statistics | None:
         """The statistics of a hook point in a unit; None while it has no commit."""

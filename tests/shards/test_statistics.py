@@ -1,5 +1,8 @@
 """Statistics merge to those of the whole, whatever the parts."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_dist import storage
-from sae_dist.shards import statistics
+from sae_dist.shards import reader, statistics, stores
+from tests.memory_storage import MemoryStorage
 from tests.shards import predictable
 
 
@@ -55,3 +59,45 @@ def test_the_store_merges_the_first_training_units(tmp_path):
     np.testing.assert_allclose(got.M2, M2, rtol=1e-5)
     assert got.norm_mean == pytest.approx(norm, rel=1e-6)
     assert store.statistics("resid_post.2").n == sum(96 - 7 * u for u in range(5))  # the held-out unit is not in it
+
+
+class Distant(MemoryStorage):
+    """A storage that takes a while to answer; counts how many commits are read at once, and since `reset` in all."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self._counting = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        self.reading, self.most, self.reads = 0, 0, 0
+
+    def read(self, key, start=None, length=None):
+        if not key.startswith("commit/"):
+            return super().read(key, start, length)
+        with self._counting:
+            self.reads += 1
+            self.reading += 1
+            self.most = max(self.most, self.reading)
+        time.sleep(0.01)
+        try:
+            return super().read(key, start, length)
+        finally:
+            with self._counting:
+                self.reading -= 1
+
+
+def test_units_are_read_side_by_side_a_block_at_a_time_and_merged_as_one_by_one(monkeypatch):
+    monkeypatch.setattr(reader, "UNITS_AT_ONCE", 5)
+    place = Distant("distant")
+    predictable.filled(place, n_units=13)
+    place.delete("commit/00000007.json")  # not harvested yet
+    store, hook = stores.open(place), "resid_post.2"
+    one_by_one = [store.unit_statistics(unit, hook) for unit in range(12)]
+    place.reset()
+    got, expected = store.statistics(hook), statistics.merged(part for part in one_by_one if part is not None)
+    assert 1 < place.most <= 5 and place.reads == 12
+    assert got.n == expected.n > 0
+    for name, value in expected._asdict().items():
+        np.testing.assert_array_equal(getattr(got, name), value)  # to the last bit
+    assert store.statistics(hook, 0).n == 0
