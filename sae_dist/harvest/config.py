@@ -26,7 +26,8 @@ class RowPolicy:
     """
 
     drop_first: Annotated[int, Field(ge=0)] = 1  # positions at the start of every sequence
-    drop_special: bool = True  # positions that hold the tokenizer's separator (BOS / EOS)
+    # positions that hold the tokenizer's separator (BOS / EOS); of a conversation, the one that opens it is never a row
+    drop_special: bool = True
     # rows longer than this times their unit's median are outliers; null keeps all
     max_norm_ratio: Annotated[float, Field(gt=1)] | None = 10.0
 

@@ -90,7 +90,8 @@ def to_rows(
 ) -> UnitRows:
     """The rows of the positions that the policy keeps; UserError when too many are not finite or outliers."""
     tokens = torch.as_tensor(sequences.tokens)
-    candidates = eligible(tokens, config.rows, separator(engine.tokenizer)) & torch.as_tensor(sequences.counted)
+    opened_by = None if sequences.conversations else separator(engine.tokenizer)
+    candidates = eligible(tokens, config.rows, opened_by) & torch.as_tensor(sequences.counted)
     kept = row_mask(states, candidates, config.rows)
     _check(kept, int(candidates.sum()), engine=engine, hooks=list(states), config=config)
     mask = kept.mask.numpy()

@@ -21,7 +21,10 @@ class RowMask(NamedTuple):
 def eligible(
     tokens: Int[Tensor, "sequences context"], policy: RowPolicy, separator: int | None
 ) -> Bool[Tensor, "sequences context"]:
-    """Positions that the policy keeps, judged by their tokens alone."""
+    """Positions that the policy keeps, judged by their tokens alone.
+
+    `separator` is None where it may end a turn: streams of conversations say themselves which tokens count.
+    """
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, : policy.drop_first] = False
     if policy.drop_special and separator is not None:

@@ -18,13 +18,14 @@ from sae_dist.evaluate.config import EvaluateConfig
 from sae_dist.evaluate.heldout_rows import evaluate_reconstruction
 from sae_dist.evaluate.heldout_text import evaluate_loss
 from sae_dist.evaluate.metrics import LOSS, merged, unmeasured
+from sae_dist.harvest.config import RowPolicy
 from sae_dist.harvest.rows import eligible, row_mask
 from sae_dist.interpret.collect import PagesConfig, RowBatches
 from sae_dist.interpret.features import write_features
 from sae_dist.interpret.logit_effect import Unembedding
 from sae_dist.interpret.site import feature_pages
 from sae_dist.interpret.vocabulary import decoder
-from sae_dist.model.load import LanguageModel
+from sae_dist.model.load import LanguageModel, Tokenizer
 from sae_dist.model.load import load as load_model
 from sae_dist.model.logits import check_direct_path, unembedding
 from sae_dist.run_files import write_json
@@ -58,12 +59,6 @@ def evaluate(
     Reconstruction is on the store's held-out units, cross-entropies are on held-out sequences.
     """
     dictionaries = [dictionary_file.load(folder(config.folder, name)) for name in names]
-    split_token, policy = separator(language_model.tokenizer), config.harvest.rows
-
-    def positions(tokens: Tensor, x: Tensor) -> Tensor:
-        """The positions [sequences, context] that a harvest would turn into rows."""
-        return row_mask({hook: x}, eligible(tokens, policy, split_token), policy).mask
-
     wanted = min(config.evaluate.ce_sequences, stream.n_sequences) * (stream.context - 1)
     rebuilt = evaluate_reconstruction(dictionaries, store, Hooks(config.hooks), config.evaluate)
     if len(config.hooks) > 1:
@@ -75,10 +70,19 @@ def evaluate(
     mean = torch.as_tensor(store.statistics(hook, store.meta.train_units).mean, dtype=torch.float32)
     losses = evaluate_loss(
         dictionaries, language_model, hook, stream=stream, mean=mean, config=config.evaluate,
-        positions=positions,
+        positions=row_positions(config.harvest.rows, language_model.tokenizer, stream),
         progress=lambda tokens: progress(ce_tokens=tokens, of=wanted),
     )  # fmt: skip
     return {name: merged(*own) for name, *own in zip(names, rebuilt, losses, strict=True)}
+
+
+def row_positions(policy: RowPolicy, tokenizer: Tokenizer, stream: TokenStream) -> Callable[[Tensor, Tensor], Tensor]:
+    """Says of tokens [sequences, context] and activations [sequences, context, width] which ones a harvest keeps.
+
+    Of a stream with conversations only those that count among them become rows.
+    """
+    opened_by = None if stream.has_conversations else separator(tokenizer)
+    return lambda tokens, x: row_mask({"x": x}, eligible(tokens, policy, opened_by), policy).mask
 
 
 def pages(

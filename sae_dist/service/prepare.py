@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_dist import storage
-from sae_dist.config import digest, to_dict
+from sae_dist.config import to_dict
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.harvest.units import unit_counts
 from sae_dist.model.check import check_evaluation, check_forward, check_pages, check_text
@@ -68,8 +68,7 @@ def prepare(
     )  # fmt: skip
     meta = _meta(description, tokenizer, text_fingerprint=text_fingerprint, tokens=split.digest, harvest=harvest)
     if template is not None:  # which tokens of conversations are rows
-        known = {"turns": template.turns, "chat_template": digest(template.template)}
-        meta = dataclasses.replace(meta, extra=meta.extra | known)
+        meta = dataclasses.replace(meta, extra=meta.extra | template.identity)
     create(storage.open(store_uri), meta)
     facts = {
         "tokens": len(split.train.tokens),

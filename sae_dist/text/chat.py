@@ -10,6 +10,7 @@ from sae_dist.text.document import Document
 
 Messages = Sequence[Mapping[str, Any]]
 
+FORMAT = 2  # format 1 counted a token with which a template opens conversations, and left out separators that end turns
 # With which a template says itself what the assistant wrote. Rendered as two characters that no text has.
 _MARK = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 _FIRST, _END = "\U0010fffe", "\U0010ffff"
@@ -114,6 +115,11 @@ class ChatTemplate:
         self.template = found
         self._marked = _MARK.sub(_visible, found) if _MARK.search(found) else None
         self._checked: set[tuple[str, ...]] = set()  # roles of conversations for which the marks were looked at
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What decides, beside text and tokenizer, which tokens there are and which of them count."""
+        return {"turns": self.turns, "chat_template": digest(self.template), "chat_format": str(FORMAT)}
 
     def encode(self, messages: Messages, source: str) -> Encoded | None:
         """Tokens and mask; None for a conversation that writes a special token out, which would end a turn."""

@@ -24,6 +24,7 @@ class Sequences(NamedTuple):
     counted: Bool[
         np.ndarray, "m context"
     ]  # whether it may become a row: all of a text, the chosen turns of a conversation
+    conversations: bool = False  # of a stream that has some: `counted` says it of separators, too
 
 
 class TokenWindow(NamedTuple):
@@ -66,6 +67,11 @@ class TokenStream:
         return np.argsort(self.doc_ids)
 
     @property
+    def has_conversations(self) -> bool:
+        """Whether `Sequences.counted` leaves tokens out: those that open documents, and turns that were not chosen."""
+        return self._counted is not None
+
+    @property
     def n_sequences(self) -> int:
         return len(self.tokens) // self.context
 
@@ -85,6 +91,7 @@ class TokenStream:
             doc=self.doc_ids[row],
             pos=(at - self.starts[row]).astype(np.uint32),
             counted=np.ones(at.shape, dtype=bool) if self._counted is None else self._counted[at],
+            conversations=self.has_conversations,
         )
 
     def locate(self, doc: int, pos: int) -> tuple[int, int]:

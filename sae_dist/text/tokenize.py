@@ -101,7 +101,7 @@ def tokenize(
         "n_tokens": n_tokens,
         "heldout_fraction": heldout_fraction,
         "seed": seed,
-    } | ({} if template is None else {"chat_template": digest(template.template)})
+    } | ({} if template is None else template.identity)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / digest(recipe)[:20]
@@ -180,13 +180,11 @@ def _build(
                 if encoded is None:
                     left_out["special"] += 1
                     continue
-                bos = [] if opened_by is None or (chats and encoded.ids[:1] == [opened_by]) else [opened_by]
-                ids = [*bos, *encoded.ids]
+                opened = _opened(encoded, opened_by, chats=chats)
                 tally.tokenised_chars += len(item.document.text)
-                tally.tokens += len(ids)
+                tally.tokens += len(opened.ids)
                 if encoded.ids:
-                    counted = [not chats] * len(bos) + encoded.counted
-                    item.side.add(item.document, doc=item.doc, ids=ids, counted=counted)
+                    item.side.add(item.document, doc=item.doc, ids=opened.ids, counted=opened.counted)
             if progress is not None:
                 progress(train.done + heldout.done, wanted)
         if not (train.full and heldout.full):
@@ -197,6 +195,18 @@ def _build(
     )
     left_out["repeated"] = tally.n_repeated
     return left_out
+
+
+def _opened(encoded: Encoded, separator: int | None, *, chats: bool) -> Encoded:
+    """The document with the separator before it, where its template has not put it there.
+
+    In a stream with conversations that token does not count: no row may come of it, while a separator that ends a turn
+    may become one.
+    """
+    if separator is None:
+        return encoded
+    there = 1 if chats and encoded.ids[:1] == [separator] else 0
+    return Encoded([separator, *encoded.ids[there:]], [not chats, *encoded.counted[there:]])
 
 
 def _encoded(

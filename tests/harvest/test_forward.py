@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from sae_dist.config import UserError
-from sae_dist.harvest.config import HarvestConfig
+from sae_dist.harvest.config import HarvestConfig, RowPolicy
 from sae_dist.harvest.forward import batch_sequences
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import load
 from sae_dist.text.stream import Sequences
 from sae_dist.text.tokenize import separator
+from tests import conversations
 from tests.harvest.one_unit import harvest
 
 MODEL = load(ModelConfig(name="tiny-llama", dtype="float32"))
@@ -51,6 +52,19 @@ def test_of_conversations_only_the_tokens_that_count_are_rows():
     given.counted[:] = False
     with pytest.raises(UserError, match="none of the assistant's tokens"):
         harvest(MODEL, ["resid_post.1"], sequences=given, config=HarvestConfig(context=10))
+
+
+@pytest.mark.parametrize("opens", ["", conversations.END])
+@pytest.mark.parametrize("turns", ["assistant", "all"])
+def test_a_separator_that_ends_a_turn_is_a_row_and_one_that_opens_a_conversation_is_none(opens, turns, tmp_path):
+    stream = conversations.stream(tmp_path, MODEL.tokenizer, opens=opens, turns=turns)
+    given = stream.sequences(np.arange(stream.n_sequences))
+    config = HarvestConfig(context=conversations.CONTEXT, rows=RowPolicy(max_norm_ratio=None))
+    rows = harvest(MODEL, ["resid_post.1"], sequences=given, config=config)
+    expected = conversations.rows(stream, MODEL.tokenizer.decode, turns)
+    assert (given.tokens[expected] == separator(MODEL.tokenizer)).any()
+    assert rows.token.tolist() == given.tokens[expected].tolist()
+    assert rows.pos.tolist() == given.pos[expected].tolist()
 
 
 def broken(spoil: Callable[[Tensor], None]) -> Any:

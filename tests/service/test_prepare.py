@@ -11,7 +11,7 @@ from sae_dist.config import UserError, load
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.model.config import ModelConfig
 from sae_dist.service.prepare import Prepared, prepare
-from sae_dist.text import local_files
+from sae_dist.text import chat, local_files
 from sae_dist.text.jsonl import JsonlText
 
 HARVEST = {"tokens": 512, "heldout_tokens": 256, "context": 32, "unit_sequences": 4}
@@ -56,7 +56,7 @@ def test_a_store_is_not_filled_up_from_another_text_of_the_same_fingerprint(text
         prepared(text)
 
 
-def test_a_store_of_conversations_says_which_tokens_are_rows(text):
+def test_a_store_of_conversations_says_which_tokens_are_rows(text, monkeypatch):
     said = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     turns = [[{"role": "user", "content": one[:9]}, {"role": "assistant", "content": one}] for one in said]
     text.write_text("".join(json.dumps({"talk": talk}) + "\n" for talk in turns))
@@ -69,5 +69,8 @@ def test_a_store_of_conversations_says_which_tokens_are_rows(text):
     )
     meta = prepared(text, messages="talk", template=str(template)).meta
     assert meta.extra["turns"] == "assistant" and meta.extra["chat_template"]
+    with monkeypatch.context() as earlier, pytest.raises(UserError, match=r"store=.* holds something else \(extra"):
+        earlier.setattr(chat, "FORMAT", 1)  # whose rows were others
+        prepared(text, messages="talk", template=str(template))
     with pytest.raises(UserError, match="store=.* holds something else"):
         prepared(text, messages="talk", template=str(template), turns="all")
