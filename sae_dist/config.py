@@ -162,6 +162,6 @@ def to_dict(config: object) -> dict[str, Any]:
 
 
 def digest(values: object) -> str:
-    """SHA-256 of the canonical JSON of `values`."""
+    """SHA-256 of the canonical JSON of `values`; names of files that are not UTF-8 may be in it."""
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()

@@ -124,9 +124,11 @@ def _end(text: str, start: int, end: int) -> int:
 def clean(document: Document, counts: Counter[str]) -> Iterator[Document]:
     """Yields `document` as valid Unicode, in pieces of at most `MAX_CHARS`; nothing if it is empty.
 
-    `counts` counts documents that were changed: `undecodable`, `empty` or `cut`.
+    `counts` counts documents that were changed: `undecodable`, `empty` or `cut`. One whose source alone was changed is
+    not counted: that is the name of a file, and the same for all of its documents.
     """
-    text, broken = _SURROGATES.subn("\ufffd", document.text)
+    document, broken = _valid(document)
+    text = document.text
     if broken:
         counts["undecodable"] += 1
         logger.warning("%s: %d undecodable characters replaced by U+FFFD", document.source, broken)
@@ -134,9 +136,32 @@ def clean(document: Document, counts: Counter[str]) -> Iterator[Document]:
         counts["empty"] += 1
         return
     if len(text) <= MAX_CHARS or document.messages is not None:  # a conversation is not a text that may be cut
-        yield document._replace(text=text)
+        yield document
         return
     counts["cut"] += 1
     for i, (piece, whole) in enumerate(cut([text], MAX_CHARS)):
         if not piece.isspace():
             yield Document(piece, f"{document.source}[{i}]", document.category, whole)
+
+
+def _valid(document: Document) -> tuple[Document, int]:
+    """The document without lone surrogates, and how many its content and its category had."""
+    text, in_text = _replaced(document.text)
+    messages, in_messages = _replaced(document.messages)
+    category, in_category = _replaced(document.category)
+    source, _ = _replaced(document.source)
+    broken = in_category + (in_text if messages is None else in_messages)  # the text of a conversation repeats it
+    return document._replace(text=text, source=source, category=category, messages=messages), broken
+
+
+def _replaced(value: Any) -> tuple[Any, int]:
+    """`value` with U+FFFD for each lone surrogate in its texts, which UTF-8 cannot hold, and how many those were."""
+    if isinstance(value, str):
+        return _SURROGATES.subn("\ufffd", value)
+    if isinstance(value, Mapping):
+        pairs, broken = _replaced(list(value.items()))
+        return dict(pairs), broken
+    if isinstance(value, list | tuple):
+        found = [_replaced(each) for each in value]
+        return [each for each, _ in found], sum(broken for _, broken in found)
+    return value, 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,8 +41,8 @@ def documents(config: ParquetText, seed: int | None) -> Iterator[Document]:
                 row += file.metadata.row_group(group).num_rows
     for name, path, group, row in shuffled_parts(groups, seed):
         for batch in _batches(path, name, config, group):
-            found = batch.column(config.messages or config.column).to_pylist()
-            labels = batch.column(config.category).to_pylist() if config.category else [None] * len(found)
+            found = _values(batch, config.messages or config.column, name, row)
+            labels = _values(batch, config.category, name, row) if config.category else [None] * len(found)
             for content, label in zip(found, labels, strict=True):
                 source, category = f"{name}:{row}", None if label is None else str(label)
                 if config.messages:
@@ -58,6 +58,20 @@ def _batches(path: Path, name: str, config: ParquetText, group: int) -> Iterator
             yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=_columns(config))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"text file {name} is damaged ({_first_line(error)}); replace it") from None
+
+
+def _values(batch: pa.RecordBatch, column: str, name: str, first: int) -> list[Any]:
+    """A column as Python's values; UserError with the row, counted from `first`, where a text is not UTF-8."""
+    found = []
+    try:
+        for value in batch.column(column):
+            found.append(value.as_py())
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}:{first + len(found)} has bytes in column {column!r} that are not UTF-8 ({error.reason}); write "
+            "the file again with text in UTF-8, or take the row out"
+        ) from None
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -154,3 +154,19 @@ def test_the_template_and_the_turns_are_part_of_what_the_tokens_are(source, tmp_
     marked.write_text(MARKED)
     found = {folder(), folder(turns="all"), folder(template=str(marked))}
     assert len(found) == 3 and folder() in found
+
+
+def test_a_conversation_with_half_of_a_character_is_tokenised(tmp_path):
+    (tmp_path / "plain.jinja").write_text(PLAIN)
+    talk = [{"role": "user", "content": "hi \ud83d"}, {"role": "assistant", "content": "ho \udcff"}]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"talk": talk, "kind": "a\ud800"}) + "\n")
+    config = JsonlText(
+        path=str(tmp_path / "talks.jsonl"), messages="talk", template=str(tmp_path / "plain.jinja"), category="kind"
+    )
+    said = "[user]hi \ufffd\n[assistant]ho \ufffd"
+    split = tokenize(
+        config, tokenizer(), context=1, n_tokens=1 + len(said.encode()), heldout_fraction=0, seed=0,
+        folder=tmp_path / "tokens",
+    )  # fmt: skip
+    assert tokenizer().decode(split.train.tokens.tolist()) == "<|endoftext|>" + said
+    assert list(split.train.categories()) == ["a\ufffd"] and split.counts == {"undecodable": 1}

@@ -85,3 +85,17 @@ def test_lone_surrogates_are_replaced_and_counted_by_name(caplog):
         assert [d.text for d in clean(Document("a\ud800b\udcff", "web.jsonl:3", None), counts)] == ["a\ufffdb\ufffd"]
     assert counts == {"undecodable": 1}
     assert "web.jsonl:3: 2 undecodable characters" in caplog.text
+
+
+def test_lone_surrogates_are_replaced_wherever_a_document_has_them(caplog):
+    counts: Counter[str] = Counter()
+    messages = [{"role": "user", "content": "hi \ud83d", "calls": [{"name": "\udcff"}, 3]}]
+    given = Document("user: hi \ud83d", "caf\udce9.txt", "l\ud800w", messages=messages)
+    with caplog.at_level(logging.WARNING):
+        found = list(clean(given, counts))
+    messages = [{"role": "user", "content": "hi \ufffd", "calls": [{"name": "\ufffd"}, 3]}]
+    assert found == [Document("user: hi \ufffd", "caf\ufffd.txt", "l\ufffdw", messages=messages)]
+    assert counts == {"undecodable": 1}
+    assert "caf\ufffd.txt: 3 undecodable characters" in caplog.text
+    assert [d.source for d in clean(Document("text", "caf\udce9.txt", None), counts)] == ["caf\ufffd.txt"]
+    assert counts == {"undecodable": 1}  # the name of a file is not counted with each of its documents

@@ -249,6 +249,18 @@ def test_a_wrong_column_and_a_wrong_file_are_said(tmp_path):
         list(documents(ParquetText(path=str(tmp_path / "q.parquet"))))
 
 
+def test_bytes_of_parquet_that_are_no_text_are_said_with_their_row(tmp_path):
+    data, ends = b"onetwocaf\xe9four", pa.array([0, 3, 6, 10, 14], pa.int32())
+    torn = pa.StringArray.from_buffers(4, ends.buffers()[1], pa.py_buffer(data))
+    for name, table in {"text": {"text": torn}, "kind": {"text": list("abcd"), "kind": torn}}.items():
+        pq.write_table(pa.table(table), tmp_path / "p.parquet", row_group_size=1)
+        config = ParquetText(path=str(tmp_path / "p.parquet"), category="kind" if "kind" in table else "")
+        with pytest.raises(
+            UserError, match=rf"p\.parquet:2 has bytes in column '{name}' that are not UTF-8 \(.*\); write"
+        ):
+            list(documents(config))
+
+
 def test_a_seed_shuffles_the_parts_and_changes_no_document(tmp_path):
     for i in range(12):
         (tmp_path / f"{i:02}.txt").write_text(f"t{i}")

@@ -1,6 +1,7 @@
 """Token streams against ids that were worked out by hand; builds that are repeated, raced, broken and killed."""
 
 import logging
+import os
 import pickle
 import random
 import re
@@ -440,3 +441,13 @@ def test_a_document_that_spells_a_control_token_does_not_become_one(write_jsonl,
     stream = build(write_jsonl(["<|s|>a", "b"]), fast, n_tokens=9, context=1, heldout_fraction=0).train
     assert np.flatnonzero(stream.tokens == fast.bos_token_id).tolist() == sorted(stream.starts[:-1].tolist())
     assert len(stream.tokens) == len("<|s|>a") + len("b") + 2
+
+
+def test_names_that_are_no_unicode_are_names_all_the_same(tmp_path, build):
+    folder = tmp_path / "texts" / os.fsdecode(b"caf\xe9")
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(b"\xe9t\xe9.txt")).write_text("1 2 3")
+    config = FilesText(path=str(tmp_path / "texts"), category="folder")
+    stream = build(config, context=1, n_tokens=4, heldout_fraction=0).train
+    assert stream.documents["source"].to_pylist() == ["texts/caf\ufffd/\ufffdt\ufffd.txt"]
+    assert list(stream.categories()) == ["caf\ufffd"]
