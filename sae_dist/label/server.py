@@ -41,13 +41,18 @@ class Server:
     """Chat completions of one model. The key is in no message, file or log, also where the server repeats it."""
 
     def __init__(self, config: LabelConfig) -> None:
-        """UserError where the environment variable with the key is not set."""
+        """UserError where the environment variable with the key is not set, or holds what no header can."""
         assert config.url is not None
         self.at_once, self._config = config.requests, config
         self._url = f"{config.url.rstrip('/')}/chat/completions"
         self._key = None if config.key_env is None else os.environ.get(config.key_env, "").strip()
         if self._key == "":
             raise UserError(f"label.key_env={config.key_env}: no such environment variable is set; put the key in it")
+        if self._key and not (self._key.isascii() and self._key.isprintable()):  # http.client would show it
+            raise UserError(
+                f"label.key_env={config.key_env}: what that environment variable holds has line breaks or characters "
+                "beyond ASCII, and is no key; put the key alone in it, without quotes"
+            )
         self._opener = urllib.request.build_opener(_NoRedirects)
         self._reached, self._stopping = False, threading.Event()
         parts = urlsplit(config.url)

@@ -202,6 +202,15 @@ def test_what_a_server_refuses_is_one_line(run, server, capsys, monkeypatch, fai
     assert len(errors) == 1 and said in errors[0] and KEY not in errors[0] and server.asked == []
 
 
+@pytest.mark.parametrize("key", [f"{KEY}\nanother", f"“{KEY}”", f"{KEY}\udce9", f"{KEY}\tx"])
+def test_what_no_header_can_hold_is_no_key_and_is_not_shown(run, server, capsys, monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    assert main(["label", str(run), *by_server(server, "label.latents=[3]", "label.key_env=MY_KEY")]) == 2
+    said = capsys.readouterr().err
+    assert "label.key_env=MY_KEY: what that environment variable holds has line breaks or" in said
+    assert KEY not in said and server.asked == [] and server.keys == set()
+
+
 def test_a_server_that_is_not_there_or_no_chat_server_is_one_line(run, server, capsys):
     server.content = "thoughts\n"
     one = ["label.latents=[3]", "label.scored=0"]
