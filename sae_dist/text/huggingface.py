@@ -1,7 +1,7 @@
 """Hugging Face datasets: by name, or a local folder, whole or streaming."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,11 +38,13 @@ class HuggingfaceText(Conversations):
 
 def documents(config: HuggingfaceText, seed: int | None) -> Iterator[Document]:
     rows = _load(config)
-    columns = rows.column_names  # None for a stream that does not know them before its first row
-    for wanted in filter(None, (config.messages or config.field, config.category)):
-        if columns is not None and wanted not in columns:
-            raise UserError(f"{config.path} has no column {wanted!r}; it has {', '.join(columns)}; set text.field=")
+    there = rows.column_names  # None for a stream that does not know them before its first row
+    if there is not None:
+        _check(there, config)
     for i, row in _readable(config, _numbered(rows, seed)):
+        if there is None:
+            there = list(row)
+            _check(there, config)
         source = f"{Path(config.path).name}/{config.split}:{i}"
         label = row.get(config.category) if config.category else None
         category = None if label is None else str(label)
@@ -53,6 +55,19 @@ def documents(config: HuggingfaceText, seed: int | None) -> Iterator[Document]:
         if not isinstance(text, str | None):
             raise UserError(f"{source} has no text in {config.field!r}; its columns: {', '.join(row)}; set text.field=")
         yield Document(text or "", source, category)
+
+
+def _columns(config: HuggingfaceText) -> dict[str, str]:
+    """The columns that are read, by the keys that name them."""
+    content = {"messages": config.messages} if config.messages else {"field": config.field}
+    return content | ({"category": config.category} if config.category else {})
+
+
+def _check(there: Sequence[str], config: HuggingfaceText) -> None:
+    """UserError, with the key that names it, for a column that is not there."""
+    for key, column in _columns(config).items():
+        if column not in there:
+            raise UserError(f"{config.path} has no column {column!r}; it has {', '.join(there)}; set text.{key}=")
 
 
 def _readable(

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from sae_dist.config import UserError, digest, frozen
 from sae_dist.text import chat, local_files, reading
 from sae_dist.text.chat import Conversations
 from sae_dist.text.document import Document, shuffled_parts
+
+LABELLED_WITHIN = 10_000  # records of a file, one of which has the label at least
+Record = tuple[str, dict[str, object]]  # source, fields
 
 
 @frozen
@@ -31,11 +35,7 @@ def documents(config: JsonlText, seed: int | None) -> Iterator[Document]:
             raise UserError(
                 f"text file {name} is a JSON array; make it an object a line: jq -c '.[]' IN.json > OUT.jsonl"
             )
-        for number, line in reading.read_lines(path, name):
-            if line.isspace():
-                continue
-            source = f"{name}:{number}"
-            record = _parse(line, source)
+        for source, record in _labelled(_records(path, name), name, config.category):
             category = _category(record, config)
             if config.messages:
                 yield chat.document(record.get(config.messages), source, category)
@@ -46,6 +46,34 @@ def documents(config: JsonlText, seed: int | None) -> Iterator[Document]:
 def fingerprint(config: JsonlText) -> str:
     files = local_files.find(config.path, config.suffixes)
     return digest([config.field, config.category, *config.chat_fingerprint, local_files.fingerprint(files)])
+
+
+def _records(path: Path, name: str) -> Iterator[Record]:
+    for number, line in reading.read_lines(path, name):
+        if not line.isspace():
+            source = f"{name}:{number}"
+            yield source, _parse(line, source)
+
+
+def _labelled(records: Iterator[Record], name: str, label: str) -> Iterator[Record]:
+    """`records`; UserError where none of the file's, or of its first ones, has the field of the label.
+
+    A name that is mistyped would leave all documents without a label.
+    """
+    without, fields = 0, list[str]()
+    for source, record in records:
+        yield source, record
+        if not label or label in record:
+            yield from records  # of the others some may lack it
+            return
+        without, fields = without + 1, list(record)
+        if without == LABELLED_WITHIN:
+            break
+    if without:
+        raise UserError(
+            f"none of the first {without:,} records of {name} has the field {label!r}; their fields: "
+            f"{', '.join(fields)}; set text.category= to one of them, or put it into the file, null where there is none"
+        )
 
 
 def _parse(line: bytes, source: str) -> dict[str, object]:

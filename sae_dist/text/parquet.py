@@ -53,9 +53,10 @@ def documents(config: ParquetText, seed: int | None) -> Iterator[Document]:
 
 
 def _batches(path: Path, name: str, config: ParquetText, group: int) -> Iterator[pa.RecordBatch]:
+    columns = list(dict.fromkeys(_columns(config).values()))  # one may be both
     try:
         with _open(path, name) as file:
-            yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=_columns(config))
+            yield from file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"text file {name} is damaged ({_first_line(error)}); replace it") from None
 
@@ -78,8 +79,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _columns(config: ParquetText) -> list[str]:
-    return list(dict.fromkeys(filter(None, (config.messages or config.column, config.category))))
+def _columns(config: ParquetText) -> dict[str, str]:
+    """The columns that are read, by the keys that name them."""
+    content = {"messages": config.messages} if config.messages else {"column": config.column}
+    return content | ({"category": config.category} if config.category else {})
 
 
 def fingerprint(config: ParquetText) -> str:
@@ -95,18 +98,17 @@ def _open(path: Path, name: str) -> pq.ParquetFile:
 
 
 def _check(schema: pa.Schema, config: ParquetText, name: str) -> None:
-    columns = _columns(config)
-    for column in columns:
+    for key, column in _columns(config).items():
         if column not in schema.names:
-            raise UserError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}; set text.column=")
+            raise UserError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}; set text.{key}=")
     if config.messages:
         return  # every row's conversation is checked as it is read
-    kind = schema.field(columns[0]).type
+    kind = schema.field(config.column).type
     types = pa.types
     if not any(
         is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_string_view, types.is_dictionary)
     ):
         raise UserError(
-            f"{name}: column {columns[0]!r} holds {kind}, not text; set text.column= to a text column, or "
-            f"text.messages={columns[0]} for conversations"
+            f"{name}: column {config.column!r} holds {kind}, not text; set text.column= to a text column, or "
+            f"text.messages={config.column} for conversations"
         )

@@ -57,8 +57,9 @@ def test_a_wrong_split_field_or_folder_is_said(data, tmp_path):
     with pytest.raises(UserError, match=r"cannot be loaded: .*tset"):
         list(documents(HuggingfaceText(path=str(data), split="tset")))
     for streaming in (True, False):
-        with pytest.raises(UserError, match="'body'"):
-            list(documents(HuggingfaceText(path=str(data), field="body", streaming=streaming)))
+        for key in ("field", "messages", "category"):
+            with pytest.raises(UserError, match=rf"has no column 'body'; it has text, lang; set text\.{key}="):
+                list(documents(HuggingfaceText(path=str(data), streaming=streaming, **{key: "body"})))
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(ROWS)}).save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match="text.split='test' is not in .*; it has train"):
         list(documents(HuggingfaceText(path=str(tmp_path / "saved"), split="test")))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sae_dist.config import CONF_DIR, UserError, load, to_dict
-from sae_dist.text import files, local_files, reading
+from sae_dist.text import files, jsonl, local_files, reading
 from sae_dist.text.builtin import BuiltinText
 from sae_dist.text.corpus import Document, TextConfig, documents, fingerprint
 from sae_dist.text.files import FilesText
@@ -198,6 +198,22 @@ def test_a_bad_line_is_said_by_number(tmp_path, line, said):
         list(documents(JsonlText(path=str(tmp_path / "w.jsonl"))))
 
 
+def test_a_label_that_no_record_has_is_said_and_one_that_some_lack_is_none(tmp_path, monkeypatch):
+    path = tmp_path / "w.jsonl"
+    config = JsonlText(path=str(path), category="lang")
+    path.write_text('{"text": "a"}\n\n{"text": "b", "language": "en"}\n')
+    said = r"none of the first 2 records of w\.jsonl has the field 'lang'; their fields: text, language; set text\.cat"
+    with pytest.raises(UserError, match=said):
+        list(documents(config))
+    path.write_text('{"text": "a"}\n{"text": "b", "lang": null}\n{"text": "c", "lang": "en"}\n{"text": "d"}\n')
+    assert [d.category for d in documents(config)] == [None, None, "en", None]
+    monkeypatch.setattr(jsonl, "LABELLED_WITHIN", 1)
+    with pytest.raises(UserError, match="none of the first 1 records"):
+        list(documents(config))
+    path.write_text("")
+    assert list(documents(config)) == []
+
+
 def test_a_json_array_is_refused_before_it_is_read(tmp_path):
     (tmp_path / "w.json").write_bytes(b'\xef\xbb\xbf\n[{"text": "a"},\n{"text": "b"}]')
     with pytest.raises(UserError, match=r"w\.json is a JSON array; make it an object a line: jq"):
@@ -236,6 +252,10 @@ def test_a_wrong_column_and_a_wrong_file_are_said(tmp_path):
     pq.write_table(pa.table({"text": [1], "words": ["x"]}), tmp_path / "p.parquet")
     with pytest.raises(UserError, match="no column 'body'; it has text, words"):
         list(documents(ParquetText(path=str(tmp_path / "p.parquet"), column="body")))
+    with pytest.raises(UserError, match=r"no column 'talk'; it has text, words; set text\.messages="):
+        list(documents(ParquetText(path=str(tmp_path / "p.parquet"), messages="talk")))
+    with pytest.raises(UserError, match=r"no column 'lang'; it has text, words; set text\.category="):
+        list(documents(ParquetText(path=str(tmp_path / "p.parquet"), column="words", category="lang")))
     with pytest.raises(UserError, match="column 'text' holds int64, not text"):
         list(documents(ParquetText(path=str(tmp_path / "p.parquet"))))
     pq.write_table(pa.table({"text": ["word " * 500] * 50}), tmp_path / "torn.parquet", use_dictionary=False)
