@@ -92,6 +92,8 @@ def test_a_mirror_and_event_files_are_where_they_would_have_been_here(here, caps
         ([*TRAIN, "scheduler=ray"], "address is missing; set address=..."),
         ([*TRAIN, "scheduler=ray", "address=127.0.0.1:6379"], "is not that of a dashboard"),
         ([*TRAIN, "scheduler=ray", "address=http://me:secret@head:8265"], "is not that of a dashboard"),
+        ([*TRAIN, "scheduler=ray", "address=http://head:82650"], "is not that of a dashboard"),
+        ([*TRAIN, "scheduler=ray", "address=http://head:82b5"], "is not that of a dashboard"),
         ([*TRAIN, *RAY, "tries=0"], "tries=0: give 1 or more"),
         (["run", "text=mixture", "text.sources=[{kind: jsonl, path: a.jsonl}]", *RAY], "path: a.jsonl is relative"),
         (
@@ -375,6 +377,8 @@ def test_jobs_are_where_a_scheduler_is(capsys, monkeypatch):
     assert "set address= to a Ray cluster's dashboard" in capsys.readouterr().err
     assert main(["jobs", "address=http://127.0.0.1:1", "stop=a"]) == 2
     assert "no Ray dashboard answers there" in capsys.readouterr().err
+    assert main(["jobs", "address=http://127.0.0.1:82650"]) == 2
+    assert "address=http://127.0.0.1:82650 is not that of a dashboard: http://HEAD:8265" in capsys.readouterr().err
 
 
 def test_the_templates_travel_with_the_package():

@@ -75,8 +75,13 @@ class Found(NamedTuple):
 
 def check_address(address: str) -> None:
     """ValueError unless it is that of a dashboard."""
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+    try:
+        parts = urlsplit(address)
+        is_plain = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+        is_dashboard = is_plain and parts.port != 0
+    except ValueError:  # a port that is none, half of a bracket
+        is_dashboard = False
+    if not is_dashboard:
         raise ValueError(f"address={address} is not that of a dashboard: http://HEAD:8265, or https:// behind a proxy")
 
 
