@@ -45,6 +45,10 @@ class StatusConfig:
     every: Annotated[float, Field(gt=0)] = 2.0  # seconds between two looks
     json: bool = False  # one JSON object, for scripts
 
+    def __post_init__(self) -> None:
+        if self.json and self.watch:
+            raise ValueError("json=true and watch=true: give one of them; a script repeats the command with json=true")
+
 
 CONFIG = StatusConfig
 

@@ -33,8 +33,10 @@ class LabelConfig:
     def __post_init__(self) -> None:
         if self.by == "server":
             self._check_server()
-        elif self.url is not None:
-            raise ValueError(f"url={self.url} is for a server; give by=server with it")
+        else:
+            for key, value in {"url": self.url, "key_env": self.key_env, "body": self.body}.items():
+                if value is not None:
+                    raise ValueError(f"{key}={value} is for a server; give by=server with it")
         if self.by == "offline" and self.model is not None:
             raise ValueError(f"model={self.model} is given, but by=offline asks no model; give by=server or by=model")
         if self.latents == ():

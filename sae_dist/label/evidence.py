@@ -68,7 +68,12 @@ class Source:
         return sorted(chance_of(self._seed, "latents").sample(self.alive, min(n, len(self.alive))))
 
     def wanted(self, latents: int | tuple[int, ...] | None) -> list[int]:
-        """The latents that are to be labelled, ascending; UserError where one does not exist or never fires."""
+        """The latents that are to be labelled, ascending; UserError where one does not exist or fire, or none fires."""
+        if not self.alive:
+            raise UserError(
+                f"no latent fires in the feature data {self._features.folder}, so there is nothing to label; train "
+                "the dictionary longer or with a lower train.lr, then write the data: `sae-dist pages RUN data=true`"
+            )
         if not isinstance(latents, tuple):
             return self.alive if latents is None else self.by_chance(latents)
         n, alive = self._features.n_latents, set(self.alive)

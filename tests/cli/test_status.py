@@ -130,6 +130,11 @@ def test_where_there_is_nothing_to_read_it_is_one_line(tmp_path, capsys, monkeyp
         assert line.startswith("error: ") and where in line
 
 
+def test_values_for_scripts_are_not_watched(tmp_path, capsys):
+    assert main(["status", str(tmp_path), "json=true", "watch=true"]) == 2
+    assert "json=true and watch=true: give one of them" in capsys.readouterr().err
+
+
 def test_a_folder_of_runs_is_a_list_with_the_newest_first(copy, capsys, monkeypatch):
     old = shutil.copytree(copy, copy.with_name("old"))
     unfinished(old, time=json.loads((old / "status.json").read_text())["time"] - 200_000)

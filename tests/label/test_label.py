@@ -3,14 +3,18 @@
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sae_dist
 from sae_dist import checksums
 from sae_dist.cli.main import main
+from sae_dist.interpret.features import GROUP_LATENTS
 from sae_dist.interpret.read_features import features
 from sae_dist.label import work
 from sae_dist.label.evidence import Source
@@ -229,6 +233,8 @@ def test_a_server_that_is_not_there_or_no_chat_server_is_one_line(run, server, c
         (["label.latents=[]"], "latents=[] names none"),
         (["label.by=server"], "url is missing; by=server needs url=http://HOST:PORT/v1 and model=NAME"),
         (["label.url=http://x/v1"], "url=http://x/v1 is for a server; give by=server with it"),
+        (["label.key_env=MY_KEY"], "key_env=MY_KEY is for a server; give by=server with it"),
+        (["label.by=model", "label.body={top_p: 1}"], "body={'top_p': 1} is for a server; give by=server with it"),
         (["label.model=gpt2"], "by=offline asks no model"),
         (["label.by=server", "label.model=m", "label.url=http://me:secret@x/v1"], "url has a user, a password or a"),
         (["label.by=server", "label.model=m", "label.url=x/v1"], "url=x/v1 is no address"),
@@ -242,6 +248,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, capsys, words, said):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and said in errors[0] and "secret" not in errors[0]
     assert not (run / "labels").exists()
+
+
+def test_a_dictionary_of_which_no_latent_fires_is_one_line(made, tmp_path, capsys):
+    run = tmp_path / "silent"
+    shutil.copytree(made / "features", run / "features")
+    (path,) = (run / "features").glob("latents-*.parquet")
+    table = pq.read_table(path)
+    place, zeros = table.schema.get_field_index("firings"), pa.array([0] * len(table), pa.int64())
+    silent = table.set_column(place, "firings", zeros)
+    pq.write_table(silent, path, row_group_size=GROUP_LATENTS, write_page_checksum=True)
+    for words in ([], ["label.latents=5"], ["label.latents=[3]"]):
+        assert main(["label", str(run), *words]) == 2
+        assert f"error: no latent fires in the feature data {run}/features" in capsys.readouterr().err
 
 
 def test_a_run_without_feature_data_is_one_line(tmp_path, capsys):
