@@ -89,9 +89,9 @@ class _LocalFolder:
 
     @contextmanager
     def open(self, parts: Sequence[str], marks: Marks = MARKS) -> Iterator[ShownFile | None]:
-        if not any(
-            any((self._root.joinpath(*parts[:at]) / mark).is_file() for mark in own) for at, own in _marks(parts, marks)
-        ):
+        beside = [self._root.joinpath(*parts[:at], mark) for at, own in _marks(parts, marks) for mark in own]
+        # unlike Path.is_file, this is False for a name that is too long and in a folder that may not be entered
+        if not any(map(os.path.isfile, beside)):
             yield None
             return
         file = _opened(self._root, parts)

@@ -140,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._page()
         elif len(parts) == 1 and parts[0] in self.server.beside:
             self._send(HTTPStatus.OK, self.server.beside[parts[0]], content_type(parts[0]))
-        elif len(parts) > 1 and parts[-1] in ("pages", "report", "features", "labels"):  # relative links need the slash
+        elif parts[-1] in ("pages", "report", "features", "labels"):  # relative links need the slash
             self._send(HTTPStatus.MOVED_PERMANENTLY, b"", TYPES[".txt"], {"Location": f"{quote(parts[-1])}/"})
         else:
             self._below(parts, asked)

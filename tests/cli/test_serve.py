@@ -25,7 +25,7 @@ from sae_dist.interpret import site
 from sae_dist.service.run_folder import claim
 from sae_dist.service.shown_features import ShownFeatures
 from sae_dist.service.shown_folder import shown_folder
-from sae_dist.service.web_server import byte_range
+from sae_dist.service.web_server import WebServer, byte_range
 from sae_dist.sweep.folder import SweepFolder
 from tests.interpret import hostile
 from tests.shards.seaweedfs import KEYS
@@ -274,6 +274,7 @@ def test_a_part_is_of_the_file_that_the_reader_knows(served):
      f"{RUN}/pages/..%2fconfig.yaml", f"{RUN}/pages/data/../../../../secret.txt", f"{RUN}/pages//data/tokens.js",
      f"{RUN}/pages/link.txt", f"{RUN}/pages/inside.js", f"{RUN}/pages/run/config.yaml", f"{RUN}/pages/.hidden",
      f"{RUN}/pages/pipe", f"{RUN}/pages/data/", f"{RUN}/pages/%00", f"{RUN}/pages/{'a' * 4000}",
+     f"/{'a' * 300}/pages/x", f"/{'a' * 300}/features/data/facts",
      f"{RUN}/report/index.html", f"{RUN}/features/features.json", f"{RUN}/features/index.parquet",
      f"{RUN}/features/latents-000000000.parquet", "/runs/live/features/", "/runs/live/features/data/facts",
      "/elsewhere/pages/index.html", "/linked/pages/index.html", "/sweeps/mine/pages/", "/sweeps/mine/sweep.json",
@@ -312,6 +313,16 @@ def test_a_run_alone_is_served_from_its_own_folder(finished, tmp_path):
         assert file is not None and file.read(0, 10) == b"here"
     with folder.open(["config.yaml"]) as file:
         assert file is None
+    server = WebServer("127.0.0.1", 0, folder=folder, page=lambda: "", beside={}, made=lambda *_: None)
+    with server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        own = Served(run, server.server_port)
+        found = own.get("/pages"), own.get("/pages/"), own.get("/report/")
+        server.shutdown()
+        thread.join()
+    assert (found[0].status, found[0].about["Location"]) == (301, "pages/")
+    assert (found[1].status, found[1].body, found[2].status) == (200, b"here", 404)
 
 
 def test_other_addresses_are_warned_of_and_ctrl_c_is_the_end(tmp_path, capsys):
