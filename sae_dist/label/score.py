@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from sae_dist.label import students_t
 from sae_dist.label.evidence import Evidence, Passage, chance_of
 from sae_dist.label.interface import DETECTION, FUZZING, Item
 
 CHANCE = 0.5  # what a judge gets that answers all items alike, or by a coin
-Z = 1.96  # of an interval of 95 %
 FEW = 10  # latents: with fewer the page draws no conclusion
 NO_OTHERS, NO_CONTEXTS, NO_LABEL, UNREAD = "fires too often", "too few contexts", "no label", "answer not understood"
 
@@ -37,7 +37,7 @@ class Score(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """Over latents, with a 95 % interval, which takes two latents at least."""
+    """Over latents, with a 95 % interval by Student's t, which takes two latents at least."""
 
     value: float | None
     low: float | None
@@ -89,7 +89,7 @@ def score(trial: Trial, answers: Sequence[bool]) -> Score:
     value = (1 + fmean(hits) - fmean(alarms)) / 2
     p, q = ((sum(each) + 1) / (len(each) + 2) for each in (hits, alarms))
     middle = (1 + p - q) / 2
-    half = Z / 2 * math.sqrt(p * (1 - p) / (len(hits) + 2) + q * (1 - q) / (len(alarms) + 2))
+    half = students_t.NORMAL / 2 * math.sqrt(p * (1 - p) / (len(hits) + 2) + q * (1 - q) / (len(alarms) + 2))
     return Score(value, max(0.0, min(value, middle - half)), min(1.0, max(value, middle + half)))
 
 
@@ -97,7 +97,7 @@ def mean(values: Sequence[float]) -> Mean:
     n = len(values)
     if n < 2:
         return Mean(values[0] if values else None, None, None, n)
-    middle, half = fmean(values), Z * stdev(values) / math.sqrt(n)
+    middle, half = fmean(values), students_t.quantile(n - 1) * stdev(values) / math.sqrt(n)
     return Mean(middle, middle - half, middle + half, n)
 
 

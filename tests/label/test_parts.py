@@ -5,12 +5,14 @@ import random
 from statistics import fmean
 
 import pytest
+from scipy import stats
 
 from sae_dist.label.evidence import Passage
 from sae_dist.label.interface import Item
 from sae_dist.label.offline import Rule, best_rule
 from sae_dist.label.prompts import one_line, verdicts
 from sae_dist.label.score import Trial, mean, score
+from sae_dist.label.students_t import quantile
 
 
 def passage(text: str, at: int = -1, *, category: str | None = None, doc: int = 0, value: float = 1.0) -> Passage:
@@ -84,11 +86,16 @@ def test_a_score_is_balanced_accuracy_and_its_interval_covers_the_truth():
     assert inside > 0.92 * 400
 
 
+@pytest.mark.parametrize("freedom", [*range(1, 12), 49, 50, 199, 200, 201, 202, 1000, 10**7])
+def test_the_quantile_of_students_t_is_scipys(freedom):
+    assert quantile(freedom) == pytest.approx(stats.t.isf(0.025, freedom), rel=1e-6)
+
+
 def test_the_interval_of_a_mean():
     values = [random.Random(i).random() for i in range(50)]
     found = mean(values)
     assert found.value == fmean(values) and found.latents == 50 and found.low < found.value < found.high
     spread = (sum((x - found.value) ** 2 for x in values) / 49 / 50) ** 0.5
-    assert found.high - found.value == pytest.approx(1.96 * spread)
+    assert found.high - found.value == pytest.approx(stats.t.isf(0.025, 49) * spread)
     assert mean([0.5]) == (0.5, None, None, 1) and mean([]) == (None, None, None, 0)
     json.dumps(found._asdict(), allow_nan=False)
