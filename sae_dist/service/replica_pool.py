@@ -177,8 +177,7 @@ class ReplicaPool:
         """Removes a replica that died outside a unit; `any_replica` then returns another."""
         for handle in list(self._handles.values()):
             if handle.leader() == replica:
-                del self._handles[handle.number]
-                handle.close()
+                self._close(handle)
 
     def close(self) -> None:
         self._close_replicas()
@@ -229,8 +228,7 @@ class ReplicaPool:
             handle.draining = True
         for handle in list(self._handles.values()):
             if handle.draining and not self._leases.of(handle.number):
-                del self._handles[handle.number]
-                handle.close()
+                self._close(handle)
 
     def _start(self, shape: ReplicaShape) -> ReplicaHandle:
         handle = ReplicaHandle(
@@ -264,7 +262,7 @@ class ReplicaPool:
         finished, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
         for ref in finished:
             number, attempt = self._calls.pop(ref, (None, 0))
-            if number is None:  # its replica has just been given up
+            if number is None:  # its replica has just been closed
                 continue
             handle = self._handles[number]
             try:
@@ -282,9 +280,7 @@ class ReplicaPool:
     def _give_up(self, handle: ReplicaHandle, why: str) -> None:
         """Closes a replica that is lost and returns its units to the queue; `_resize` starts another."""
         self._deaths, self._deaths_in_a_row = self._deaths + 1, self._deaths_in_a_row + 1
-        del self._handles[handle.number]
-        handle.close()
-        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != handle.number}
+        self._close(handle)
         units = self._leases.take_back(handle.number)
         if self._deaths_in_a_row >= MAX_DEATHS:
             raise RuntimeError(f"{MAX_DEATHS} replicas died in a row, the last one at units {units}: {why}")
@@ -293,6 +289,12 @@ class ReplicaPool:
                 raise RuntimeError(f"unit {unit} was lost {MAX_TRIES} times with its replica; the last time: {why}")
         at = f"at unit {units[0]}; its units go to another" if units else f"while {handle.state}"
         logger.warning("replica %d died %s (%s)", handle.number, at, why)
+
+    def _close(self, handle: ReplicaHandle) -> None:
+        """Closes a replica and forgets its calls: processes that do not lead may still be at work on a unit."""
+        del self._handles[handle.number]
+        handle.close()
+        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != handle.number}
 
     def _close_replicas(self) -> None:
         for handle in self._handles.values():

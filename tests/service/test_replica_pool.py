@@ -2,18 +2,27 @@
 
 import json
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from sae_dist import storage
 from sae_dist.cli.main import main
 from sae_dist.config import UserError
+from sae_dist.harvest.config import HarvestConfig
+from sae_dist.harvest.harvester import UnitReport
 from sae_dist.model import tiny
+from sae_dist.service.placement import Bundle
+from sae_dist.shards import writer
 from sae_dist.shards.reader import unit_rows
 from sae_dist.text import document, files
 from tests.service import stores
+from tests.shards import predictable
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +178,92 @@ def test_a_fault_of_the_program_is_no_dead_replica():
             replica_result(fails.remote(OSError("the disk")))
         with pytest.raises(UserError, match="the cure"):
             replica_result(fails.remote(UserError("the cure")))
+
+
+class StandIn:
+    """A replica that is ready at once and works on its units until it is lost."""
+
+    lost: dict[int, Exception] = {}
+    calls: dict[int, Callable[[], list[Any]]] = {}  # by unit; no call at all for others
+
+    def __init__(self, number: int, *_: object, now: float, **__: object) -> None:
+        self.number, self.state, self.ready, self.draining = number, "ready", True, False
+        self.ready_at, self.flop_per_s = now, 0.0
+        self.loaded: list[Any] = []
+        self.steps: list[Any] = []
+
+    def advance(self, now: float) -> bool:
+        del now
+        if self.number in self.lost:
+            raise self.lost[self.number]
+        return True
+
+    def harvest(self, unit: int, producer: str) -> list[Any]:
+        del producer
+        return self.calls.get(unit, list)()
+
+    def delays(self, now: float) -> dict[tuple[int, int], float]:
+        del now
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def new_pool(tmp_path, monkeypatch):
+    """Makes the pool of a harvest whose replicas are no processes."""
+    from sae_dist.service import replica_pool
+
+    monkeypatch.setattr(replica_pool, "ReplicaHandle", StandIn)
+    monkeypatch.setattr(StandIn, "lost", {})
+    monkeypatch.setattr(StandIn, "calls", {})
+    pools = []
+
+    def make(n_units: int, **harvest: Any) -> Any:
+        store = writer.create(storage.open(tmp_path / "store"), predictable.meta(n_units=n_units))
+        config, bundle = HarvestConfig(**harvest), Bundle(1, 0)
+        pools.append(replica_pool.ReplicaPool(None, config, bundle=bundle, store=store, out=str(tmp_path)))  # type: ignore[arg-type]
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+@pytest.mark.slow
+def test_a_drained_replica_whose_second_process_is_still_in_its_unit_does_no_harm(new_pool, tmp_path):
+    """Its first process has reported the unit: there is nothing left for it, and it is closed."""
+    from sae_dist.service.cluster import cluster  # sets what ray reads when it is imported
+
+    import ray  # isort: skip
+
+    @ray.remote(num_cpus=0)
+    def opened(gate: Path, result: object) -> object:
+        while not gate.exists():
+            time.sleep(0.01)
+        return result
+
+    def report(unit: int) -> UnitReport:
+        return UnitReport(unit, 1, 1, 0, 0, False, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+
+    first, others, deadline = tmp_path / "first", tmp_path / "others", time.monotonic() + 300
+    with cluster("local", cpus=1):
+        late = opened.remote(others, None)
+        StandIn.calls = {
+            0: lambda: [opened.remote(first, report(0)), opened.remote(others, None)],
+            1: lambda: [ray.put(report(1)), late],
+        }
+        pool = new_pool(2, replicas=2, tensor_parallel=2)
+        while pool.facts()["units"] == 0 or pool.facts()["replicas"] == 2:
+            pool.poll(0.1)
+            assert time.monotonic() < deadline
+        others.touch()
+        ray.get(late)
+        pool.poll(0.0)
+        pool.poll(0.0)
+        first.touch()
+        while not pool.done:
+            pool.poll(0.1)
+            assert time.monotonic() < deadline
+        assert pool.facts()["deaths"] == 0
