@@ -34,7 +34,7 @@ from sae_dist.storage import StorageError
 logger = logging.getLogger(__name__)
 
 DEPTH = 2  # units that a replica has at once: one in the model, one being written
-MAX_DEATHS = 5  # of replicas in a row without a finished unit: the next one would die too
+MAX_DEATHS = 5  # in a row without a finished unit, each of a replica started after the last: the next would die too
 MAX_TRIES = 5  # of one unit, which seems to kill its replicas
 LOOK_EVERY_S = 2.0  # between two looks at the readers' positions
 LOG_EVERY_S = 10.0
@@ -75,6 +75,7 @@ class ReplicaPool:
         self._calls: dict[ray.ObjectRef, tuple[int, int]] = {}  # (replica, attempt)
         self._throughput: dict[int, Throughput] = {}  # of all replicas that ever were ready
         self._deaths = self._deaths_in_a_row = 0
+        self._newer_from = 0  # the number from which on replicas were started after the last death that counts
         self._readers: list[ConsumerPosition] = []
         self._flow = FlowControl(config.ahead_units).look([], len(committed))
         self._blocked_s, self._polled = 0.0, time.monotonic()
@@ -278,8 +279,14 @@ class ReplicaPool:
                 self._throughput[number].add(UnitReport(*report), now)
 
     def _give_up(self, handle: ReplicaHandle, why: str) -> None:
-        """Closes a replica that is lost and returns its units to the queue; `_resize` starts another."""
-        self._deaths, self._deaths_in_a_row = self._deaths + 1, self._deaths_in_a_row + 1
+        """Closes a replica that is lost and returns its units to the queue; `_resize` starts another.
+
+        A node that is lost takes all its replicas along, and a broken network many. Of replicas that were there
+        together only the first death counts as one in a row.
+        """
+        self._deaths += 1
+        if handle.number >= self._newer_from:
+            self._deaths_in_a_row, self._newer_from = self._deaths_in_a_row + 1, self._started
         self._close(handle)
         units = self._leases.take_back(handle.number)
         if self._deaths_in_a_row >= MAX_DEATHS:

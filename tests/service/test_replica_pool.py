@@ -231,6 +231,27 @@ def new_pool(tmp_path, monkeypatch):
         pool.close()
 
 
+def test_a_lost_node_counts_once_however_many_replicas_it_had(new_pool):
+    """Those that are started in their place, and die too, one after the other, end the harvest."""
+    from sae_dist.service.replica_handle import ReplicaLost
+
+    pool = new_pool(40, replicas=16)
+    pool.poll(0.0)
+    assert pool.facts()["replicas"] == 16
+    StandIn.lost = {number: ReplicaLost("the node is gone") for number in range(8, 16)}
+    pool.poll(0.0)
+    pool.poll(0.0)
+    assert (pool.facts()["deaths"], pool.facts()["replicas"], pool.facts()["retried"]) == (8, 16, 16)
+    for number in range(23, 26):  # the newest replica each time: four in a row with the node
+        StandIn.lost[number] = ReplicaLost("killed")
+        pool.poll(0.0)
+        pool.poll(0.0)
+    StandIn.lost[26] = ReplicaLost("killed")
+    with pytest.raises(RuntimeError, match="5 replicas died in a row, .*: killed"):
+        pool.poll(0.0)
+    assert pool.facts()["deaths"] == 12
+
+
 @pytest.mark.slow
 def test_a_drained_replica_whose_second_process_is_still_in_its_unit_does_no_harm(new_pool, tmp_path):
     """Its first process has reported the unit: there is nothing left for it, and it is closed."""
