@@ -1,8 +1,10 @@
 """Which sequences of the corpus make up each unit; fixed before the harvest starts."""
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64, UInt32
 
 from sae_dist.harvest.config import HarvestConfig
 from sae_dist.shards.permutation import key, permutation
@@ -15,7 +17,7 @@ class UnitSequences(NamedTuple):
 
     unit: int
     heldout: bool
-    sequences: np.ndarray  # int64 [n], ids in the stream
+    sequences: Int64[np.ndarray, " n"]  # ids in the stream
 
 
 def unit_counts(config: HarvestConfig) -> tuple[int, int]:
@@ -33,7 +35,17 @@ def sequences_of(unit: int, config: HarvestConfig) -> UnitSequences:
     n_train, n_heldout = unit_counts(config)
     assert 0 <= unit < n_train + n_heldout
     heldout = unit >= n_train
-    n_sequences = (n_heldout if heldout else n_train) * config.unit_sequences
     first = (unit - n_train if heldout else unit) * config.unit_sequences
-    order = np.arange(n_sequences) if heldout else permutation(n_sequences, key(config.seed, _UNITS))
-    return UnitSequences(unit, heldout, order[first : first + config.unit_sequences])
+    last = first + config.unit_sequences
+    ids = np.arange(first, last) if heldout else _train_order(n_train * config.unit_sequences, config.seed)[first:last]
+    return UnitSequences(unit, heldout, ids.astype(np.int64))
+
+
+@functools.lru_cache(maxsize=1)
+def _train_order(n: int, seed: int) -> UInt32[np.ndarray, " n"] | Int64[np.ndarray, " n"]:
+    """All training sequences in the order of the units.
+
+    Kept: a billion tokens take up to a second to permute, and every unit would wait for it. 32 bits halve the memory.
+    """
+    order = permutation(n, key(seed, _UNITS))
+    return order.astype(np.uint32) if n <= 1 << 32 else order
