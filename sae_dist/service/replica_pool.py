@@ -28,7 +28,7 @@ from sae_dist.service.unit_leases import UnitLeases
 from sae_dist.shards.consumers import ConsumerPosition, FlowControl, positions, starved_share
 from sae_dist.shards.lease import Lease, lease
 from sae_dist.shards.reader import Store
-from sae_dist.shards.retention import retire
+from sae_dist.shards.retention import Retirement
 from sae_dist.storage import StorageError
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class ReplicaPool:
         self._newer_from = 0  # the number from which on replicas were started after the last death that counts
         self._readers: list[ConsumerPosition] = []
         self._flow = FlowControl(config.ahead_units).look([], len(committed))
+        self._retirement = Retirement(store, config.retention_policy)
         self._blocked_s, self._polled = 0.0, time.monotonic()
         self._looked = self._logged = -LOG_EVERY_S
         self._scale = ScaleState(self._bounds.least)
@@ -196,7 +197,7 @@ class ReplicaPool:
         try:
             self._readers = positions(self._store.storage)
             if not keeps:
-                retire(self._store, self._config.retention_policy)
+                self._retirement.look(self._readers, now)
         except (StorageError, OSError) as error:
             logger.warning("the store does not say how far its readers are (%s); trying again", error)
             return

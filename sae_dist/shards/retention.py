@@ -1,6 +1,8 @@
 """How long a store keeps the data of units that every consumer has consumed: keep | ring | until_consumed."""
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -8,8 +10,10 @@ from pydantic import Field
 from sae_dist import faults
 from sae_dist.config import frozen
 from sae_dist.shards import format, records
-from sae_dist.shards.consumers import positions
+from sae_dist.shards.consumers import ConsumerPosition, positions
 from sae_dist.shards.reader import Store
+
+RING_EVERY_S = 60.0  # between two looks at a ring that grows while no consumer saves
 
 
 @frozen
@@ -46,14 +50,40 @@ def present_units(store: Store) -> list[int]:
     return sorted(set(range(store.meta.train_units)) - retired(store))
 
 
+class Retirement:
+    """Retires units while a store is filled and read; `look` may be called as often as positions are read.
+
+    Deciding lists the whole store. What may go changes only when the slowest consumer has saved, and in a ring as the
+    store grows.
+    """
+
+    def __init__(self, store: Store, policy: Keep | Ring | UntilConsumed) -> None:
+        self._store, self._policy = store, policy
+        self._saved, self._looked = 0, -math.inf
+
+    def look(self, consumers: Sequence[ConsumerPosition], now: float) -> list[int]:
+        """The units that were retired now. `consumers`: their positions of now; `now`: s, of a monotonic clock."""
+        saved = _saved_by_all(consumers)
+        grown = isinstance(self._policy, Ring) and now - self._looked >= RING_EVERY_S
+        if saved == 0 or (saved == self._saved and not grown):
+            return []
+        found = retire(self._store, self._policy)
+        self._saved, self._looked = saved, now  # only now: what has failed is tried again at the next look
+        return found
+
+
+def _saved_by_all(consumers: Sequence[ConsumerPosition]) -> int:
+    """Units that every consumer had consumed at its last checkpoint; 0 without a consumer."""
+    return min((consumer.saved for consumer in consumers), default=0)
+
+
 def retire(store: Store, policy: Keep | Ring | UntilConsumed) -> list[int]:
     """Deletes the data of units as the policy says, oldest first, and returns them; commits and statistics stay.
 
     Never deleted: held-out units, anything before a consumer is registered, and units that a consumer would need to
     resume from its checkpoint.
     """
-    consumers = positions(store.storage)
-    saved = min((p.saved for p in consumers), default=0)
+    saved = _saved_by_all(positions(store.storage))
     if isinstance(policy, Keep) or saved == 0:
         return []
     commits = store.committed()

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,6 +162,53 @@ def test_a_ring_drops_the_oldest_bytes_as_far_as_consumers_allow(place):
     assert retention.retire(store, retention.Ring(bytes=sum(sizes))) == []
     assert retention.retire(store, retention.Ring(bytes=sum(sizes) - 1)) == [0]
     assert retention.retire(store, retention.Ring(bytes=0)) == [1, 2]
+
+
+class Listed:
+    """A storage, and which prefixes were listed there; it can be told to refuse that."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self.prefixes, self.down = inner, list[str](), False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def list(self, prefix: str = "") -> Any:
+        self.prefixes.append(prefix)
+        if self.down:
+            raise storage.StorageError("the storage is away")
+        return self._inner.list(prefix)
+
+
+def test_a_store_is_listed_for_retirement_only_when_more_may_go(tmp_path):
+    place = storage.open(tmp_path)
+    predictable.filled(place)
+    listed: Any = Listed(place)
+    store = stores.open(listed)
+    waste = retention.Retirement(store, retention.UntilConsumed())
+
+    def looks(*saved: int, now: float) -> list[int]:
+        listed.prefixes.clear()
+        return waste.look([Position(f"reader{i}", 5, each) for i, each in enumerate(saved)], now)
+
+    def tell(saved: int) -> None:
+        consumers.report(place, Position("reader0", 5, saved))
+
+    assert looks(now=0.0) == looks(0, now=2.0) == [] and not listed.prefixes  # nobody has saved
+    tell(2)
+    assert looks(2, now=4.0) == [0, 1] and "commit/" in listed.prefixes
+    for now in (6.0, 8.0, 3600.0):
+        assert looks(2, now=now) == [] and not listed.prefixes
+    tell(3)
+    listed.down = True
+    with pytest.raises(storage.StorageError):
+        looks(3, now=3602.0)
+    listed.down = False
+    assert looks(3, now=3604.0) == [2]
+    waste = retention.Retirement(store, retention.Ring(bytes=0))  # of a driver that was started again
+    assert looks(3, now=0.0) == [] and "commit/" in listed.prefixes
+    assert looks(3, now=retention.RING_EVERY_S - 1) == [] and not listed.prefixes
+    assert looks(3, now=retention.RING_EVERY_S) == [] and "commit/" in listed.prefixes
 
 
 def test_an_interrupted_retirement_is_finished_by_gc(place):
