@@ -104,18 +104,22 @@ class Lease:
     def __init__(self, place: LeasedPlace, token: int, ttl_s: float) -> None:
         self.token, self._place, self._ttl_s = token, place, ttl_s
         self._lost_to: str | None = None
+        self._failure: Exception | None = None  # that ended the thread
         self._beats, self._end = 0, threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._beat()
         self._thread.start()
 
     def check(self) -> None:
-        """UserError once another process has taken the lease."""
+        """UserError once another process has taken the lease; RuntimeError once it is not renewed any more."""
         if self._lost_to is not None:
             raise UserError(
                 f"{self._place.name} was taken over by {self._lost_to} while this process gave no sign of life for "
                 f"{self._ttl_s:.0f} s; nothing is lost, that process continues"
             )
+        if self._failure is not None:
+            what = f"{type(self._failure).__name__}: {self._failure}"
+            raise RuntimeError(f"{self._place.name}: the lease is not renewed any more ({what})") from self._failure
 
     def producer(self, attempt: int) -> str:
         """The prefix of the names of data that the holder writes in its attempt number `attempt`."""
@@ -125,7 +129,7 @@ class Lease:
         """Releases the lease, so that another process can take it at once."""
         self._end.set()
         self._thread.join()
-        if self._lost_to is None:
+        if self._lost_to is None and self._failure is None:
             try:
                 self._beat(released=True)
             except (UserError, OSError) as error:
@@ -145,6 +149,10 @@ class Lease:
                 self._beat()
             except (UserError, OSError) as error:
                 logger.warning("%s: the lease could not be renewed (%s); trying again", self._place.name, error)
+            except Exception as error:  # a silent end of this thread would leave two holders
+                self._failure = error
+                logger.exception("%s: the lease is not renewed any more", self._place.name)
+                return
 
 
 @contextmanager

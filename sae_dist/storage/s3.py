@@ -40,6 +40,10 @@ NETWORK_ERRORS = (  # no answer or part of one; the request may or may not have 
     botocore.exceptions.ConnectionError,
     botocore.parsers.ResponseParserError,
 )
+CREDENTIAL_ERRORS = (  # the service that gives credentials did not answer; a role gets new ones every hour or so
+    botocore.exceptions.CredentialRetrievalError,
+    botocore.exceptions.MetadataRetrievalError,
+)
 TRANSIENT = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "Throttling", "ThrottlingException"}
 TRANSIENT |= {
     "TooManyRequestsException",
@@ -299,8 +303,12 @@ class S3Storage:
                     f"store={self.uri}: no AWS credentials found; set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
                     "AWS_SECRET_ACCESS_KEY, or run where a role gives them"
                 ) from None
-            except NETWORK_ERRORS as error:
+            except (*NETWORK_ERRORS, *CREDENTIAL_ERRORS) as error:
                 problem = error
+            except botocore.exceptions.BotoCoreError as error:
+                raise StorageError(
+                    f"store={self.uri}: {what}: {aws.describe(error)}; log in again, or check AWS_PROFILE and the URI"
+                ) from None
             now = time.monotonic()
             deadline = now + self.config.retry_s if deadline is None else deadline
             if now > deadline:

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -194,3 +195,29 @@ def test_a_beat_that_makes_no_sense_is_no_sign_that_the_holder_is_done(tmp_path,
     with pytest.raises(UserError, match=f"is in use by process {process.pid}"), hold_store(place, "mine"):
         pass
     assert "000001.beat makes no sense" in caplog.text
+
+
+class Breaking:
+    """A storage whose listings fail in a way that nobody has foreseen, once it is told to."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self.broken = inner, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def list(self, prefix: str = "") -> Any:
+        if self.broken:
+            raise KeyError("Contents")
+        return self._inner.list(prefix)
+
+
+def test_a_holder_that_cannot_renew_its_lease_any_more_says_so(tmp_path, caplog):
+    breaking: Any = Breaking(storage.open(tmp_path))
+    with hold_store(breaking, "runs/mine", ttl_s=0.3) as held:
+        held.check()
+        breaking.broken = True
+        held._thread.join(30)
+        with pytest.raises(RuntimeError, match=r"the lease is not renewed any more \(KeyError: 'Contents'\)"):
+            held.check()
+    assert "the lease is not renewed any more" in caplog.text

@@ -1,8 +1,11 @@
 """Every storage keeps the same promises, and S3 keeps them through everything that a network does."""
 
 import errno
+import json
 import os
+import stat
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -189,6 +192,54 @@ def test_expired_credentials_are_renewed_once_and_the_work_goes_on(double, s3):
     s3.write("x", b"1")
     double.fail("expired", method="GET", nth=1)
     assert bytes(s3.read("x", 0, 1)) == b"1"
+
+
+def credentials_from(profile: str, folder: Path, monkeypatch) -> None:
+    """From now on AWS clients find their credentials by this profile alone."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (folder / "config").write_text(f"[profile mine]\nregion = us-east-1\n{profile}")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(folder / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "nothing"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+
+
+def test_credentials_that_do_not_come_at_once_are_asked_for_again(double, tmp_path, monkeypatch):
+    """As those of a role, when the service that gives them is busy."""
+    given = {"Version": 1, "AccessKeyId": "a", "SecretAccessKey": "b"}
+    program, called = tmp_path / "program", tmp_path / "called"
+    program.write_text(
+        f"#!/bin/sh\necho >> {called}\n[ $(wc -l < {called}) -gt 2 ] || exit 1\necho '{json.dumps(given)}'\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    credentials_from(f"credential_process = {program}\n", tmp_path, monkeypatch)
+    s3 = S3Storage("bucket", "some/prefix", QUICK)
+    s3.write("x", b"1")
+    assert bytes(s3.read("x")) == b"1"
+    assert s3.counts["retries"] == 2 and len(called.read_text()) == 3
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        (
+            "sso_start_url = https://nowhere.invalid/start\nsso_region = us-east-1\nsso_account_id = 123456789012\n"
+            "sso_role_name = reader\n",
+            "SSO",
+        ),
+        ("aws_access_key_id = a\n", "PartialCredentials"),
+    ],
+)
+def test_credentials_that_a_person_must_renew_are_a_line_that_background_threads_survive(
+    double, tmp_path, monkeypatch, profile, said
+):
+    credentials_from(profile, tmp_path, monkeypatch)
+    with pytest.raises(
+        StorageError, match=rf"store=s3://bucket/p: GET x: .*{said}.*; log in again, or check AWS_PROFILE"
+    ):
+        S3Storage("bucket", "p", QUICK).read("x", 0, 1)
+    assert not double.requests
 
 
 def test_wrong_buckets_and_endpoints_are_named(double, s3, monkeypatch):
