@@ -16,12 +16,14 @@ class MemoryStorage:
     def __init__(self, name: str):
         self.uri = f"memory://{name}"
         self._objects = self._stores.setdefault(name, {})
+        self.requests = 0
 
     def local_path(self, key: str) -> Path | None:
         checked_key(key)
         return None
 
     def read(self, key: str, start: int | None = None, length: int | None = None) -> Bytes:
+        self.requests += 1
         if key not in self._objects:
             raise FileNotFoundError(errno.ENOENT, "no such object", f"{self.uri}/{key}")
         data = self._objects[key][0]
@@ -29,9 +31,11 @@ class MemoryStorage:
         return data[first : len(data) if length is None else first + length]
 
     def write(self, key: str, data: Bytes) -> None:
+        self.requests += 1
         self._objects[checked_key(key)] = (bytes(data), time.time())
 
     def create(self, key: str, data: Bytes) -> bool:
+        self.requests += 1
         value = (bytes(data), time.time())
         return self._objects.setdefault(checked_key(key), value) is value  # one step under the interpreter's lock
 

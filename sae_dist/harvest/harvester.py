@@ -44,10 +44,15 @@ class UnitReport(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Positions and units so far: a sign of life that changes with every batch and every commit."""
+    """What was done so far: a sign of life that changes with every batch, request to storage and commit.
+
+    Requests that storage refuses count, too: a replica that waits for its storage is alive, and another one in its
+    place would wait for the same.
+    """
 
     positions: int
     units: int
+    requests: int
 
 
 class Harvester:
@@ -81,7 +86,7 @@ class Harvester:
 
     @property
     def progress(self) -> Progress:
-        return Progress(self._positions, self._units)
+        return Progress(self._positions, self._units, self._store.storage.requests)
 
     def harvest(self, unit: int, turn: int | None = None, *, producer: str = "") -> UnitReport | None:
         """Harvests one unit and commits it; blocks until then. Thread-safe.

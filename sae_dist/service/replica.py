@@ -110,8 +110,8 @@ class Replica:
         return self._harvester.harvest(unit, turn, producer=producer)
 
     def pulse(self) -> Progress:
-        """Positions and units done so far: a sign of life that changes with every batch and every commit."""
-        return Progress(0, 0) if self._harvester is None else self._harvester.progress
+        """What was done so far: a sign of life that changes with every batch, request to storage and commit."""
+        return Progress(0, 0, 0) if self._harvester is None else self._harvester.progress
 
     def progress(self) -> dict[str, Any]:
         """How far `evaluate` or `pages` is; may be called while they run."""

@@ -31,6 +31,11 @@ class Storage(Protocol):
 
     uri: str
 
+    @property
+    def requests(self) -> int:
+        """Reads and writes that were begun, repeated ones too; it grows while a storage refuses for the moment."""
+        ...
+
     def read(self, key: str, start: int | None = None, length: int | None = None) -> Bytes:
         """The object, or `length` bytes of it from `start`; FileNotFoundError if there is none."""
         ...

@@ -22,11 +22,13 @@ class LocalStorage:
     def __init__(self, root: Path):
         self.root = root
         self.uri = str(root)
+        self.requests = 0
 
     def local_path(self, key: str) -> Path | None:
         return self.root / checked_key(key)
 
     def read(self, key: str, start: int | None = None, length: int | None = None) -> Bytes:
+        self.requests += 1
         with open(self.root / checked_key(key), "rb", opener=_open_file) as file:
             if start:
                 file.seek(start)
@@ -39,6 +41,7 @@ class LocalStorage:
         return self._place(key, data, replace=False)
 
     def _place(self, key: str, data: Bytes, *, replace: bool) -> bool:
+        self.requests += 1
         path = self.root / checked_key(key)
         temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
         try:

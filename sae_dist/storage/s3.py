@@ -100,6 +100,10 @@ class S3Storage:
             session=aws.session(), config_kwargs=settings, endpoint_url=endpoint, skip_instance_cache=True
         )
 
+    @property
+    def requests(self) -> int:
+        return self.counts["requests"]
+
     def local_path(self, key: str) -> Path | None:
         checked_key(key)
         return None

@@ -1,6 +1,7 @@
 """A replica at work, in one process: order, overlap, bounds, and what ends up in the store."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,16 +12,19 @@ from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.harvest import harvester as module
 from sae_dist.harvest.config import HarvestConfig
-from sae_dist.harvest.harvester import Harvester
+from sae_dist.harvest.harvester import Harvester, Progress
 from sae_dist.harvest.units import sequences_of, unit_counts
 from sae_dist.model.config import ModelConfig
 from sae_dist.model.load import load
 from sae_dist.shards.format import StoreMeta
 from sae_dist.shards.reader import Store, unit_rows
 from sae_dist.shards.writer import create
+from sae_dist.storage import Storage
+from sae_dist.storage.s3 import S3Config, S3Storage
 from sae_dist.text.corpus import BuiltinText
 from sae_dist.text.tokenize import TokenSplit, tokenize
 from tests.harvest.one_unit import harvest
+from tests.shards.conftest import double  # noqa: F401  a fixture
 
 MODEL = load(ModelConfig(name="tiny-llama", dtype="float32"))
 HOOKS = ("resid_post.1", "mlp_act.2")
@@ -35,14 +39,14 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> TokenSplit:
     )  # fmt: skip
 
 
-def new_store(folder: Path) -> Store:
+def new_store(place: Path | Storage) -> Store:
     n_train, n_heldout = unit_counts(CONFIG)
     meta = StoreMeta(
         model="tiny-llama", model_fingerprint=MODEL.fingerprint, tokenizer="-", text_fingerprint="-", context=20,
         hooks={hook: MODEL.width(hook) for hook in HOOKS}, n_units=n_train + n_heldout, heldout_units=n_heldout,
         unit_rows=190, slice_rows=64, dtype="float32",
     )  # fmt: skip
-    return create(storage.open(str(folder)), meta)
+    return create(storage.open(place) if isinstance(place, Path) else place, meta)
 
 
 def stored(store: Store, hook: str, unit: int) -> dict[tuple[int, int], torch.Tensor]:
@@ -120,3 +124,22 @@ def test_a_unit_that_cannot_be_written_does_not_stop_the_next_one(tmp_path: Path
     harvester.close()
     assert report is not None
     assert store.committed().keys() == {1}
+
+
+def test_a_replica_whose_storage_refuses_for_the_moment_gives_signs_of_life(double, split: TokenSplit):  # noqa: F811
+    store = new_store(S3Storage("bucket", "s", S3Config(pause_s=0.01, longest_pause_s=0.05)))
+    harvester = Harvester(MODEL, store, HOOKS, split=split, config=CONFIG)
+    rule = double.fail("503", method="PUT", key="s/data/")
+    seen, deadline = set[Progress](), time.monotonic() + 60
+    with ThreadPoolExecutor(1) as caller:
+        report = caller.submit(harvester.harvest, 0)
+        while len(seen) < 5:
+            if rule.done:  # it is through with the model, and writes
+                seen.add(harvester.progress)
+            time.sleep(0.01)
+            assert time.monotonic() < deadline
+        double.rules.clear()
+        assert report.result(60) is not None
+    harvester.close()
+    assert {progress.positions for progress in seen} == {200}
+    assert store.committed().keys() == {0}

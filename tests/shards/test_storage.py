@@ -37,6 +37,16 @@ def test_what_is_written_is_read_whole_and_in_ranges(every_place):
     assert bytes(every_place.read("a/b.bin")) == b"other"
 
 
+def test_every_read_and_write_is_counted(every_place):
+    counts = [every_place.requests]
+    for act in (
+        lambda: every_place.write("x", b"1"), lambda: every_place.create("y", b"1"), lambda: every_place.read("x")
+    ):  # fmt: skip
+        act()
+        counts.append(every_place.requests)
+    assert counts == sorted(set(counts))
+
+
 def test_listing_is_by_prefix_complete_and_sorted(every_place):
     keys = sorted(f"commit/{i:03d}" for i in range(120))
     for key in keys:
