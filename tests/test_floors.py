@@ -11,7 +11,7 @@ from sae_dist.cli.main import COMMANDS
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # lowest first; packages on one floor do not know each other
     {"sae_kernels"},
-    {"config"},
+    {"config", "exit_codes"},
     {"faults", "allocator", "cache_folder", "checksums", "locks", "network", "parallel", "progress", "system_errors"},
     {"storage", "monitor", "run_files", "hub", "public_names"},
     {"text", "model", "shards", "sae"},

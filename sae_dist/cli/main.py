@@ -1,7 +1,7 @@
 """`sae-dist COMMAND key=value ...`: finds the command, turns mistakes into one line and outcomes into exit codes.
 
-Exit codes: 0 done; 2 bad configuration or input; 75 stopped before the end, run again to resume; anything else is our
-fault.
+Exit codes: 0 done; 2 bad configuration or input; 3 some points of a sweep failed; 75 stopped before the end, or storage
+did not answer, run again to resume; anything else is our fault.
 """
 
 import contextlib
@@ -16,7 +16,9 @@ import yaml
 
 import sae_dist
 from sae_dist.config import Stopped, UserError
+from sae_dist.exit_codes import BAD_INPUT, DONE, STOPPED
 from sae_dist.service.signals import on_signals
+from sae_dist.storage import Unavailable
 from sae_dist.system_errors import user_error
 
 COMMANDS = {  # each is a module of this package with main(values) -> exit code
@@ -39,7 +41,6 @@ COMMANDS = {  # each is a module of this package with main(values) -> exit code
     "import": "a dictionary from another tool's files: those, Gemma Scope, Llama Scope, ...; from the Hugging Face Hub",
     "store": "ls, stats, verify, gc, import, copy of activation stores",
 }
-BAD_INPUT, STOPPED = 2, 75
 MULTIRUN = {"-m", "--multirun"}  # as Hydra has it: of several values of a key each
 
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0 if arguments else BAD_INPUT
+        return DONE if arguments else BAD_INPUT
     if arguments[0] == "--version":
         print(sae_dist.__version__)
         return 0
@@ -70,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_signals(_stop, (signal.SIGTERM, signal.SIGHUP))
     try:
         return _dispatch(command, overrides)
+    except Unavailable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return STOPPED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

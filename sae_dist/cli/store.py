@@ -19,6 +19,7 @@ from rich.table import Table
 
 from sae_dist import storage
 from sae_dist.config import UserError, frozen, load
+from sae_dist.exit_codes import BAD_INPUT
 from sae_dist.service.display import quantity
 from sae_dist.shards import copy as copying
 from sae_dist.shards import gc, imports, stores, summary, verify
@@ -30,7 +31,6 @@ from sae_dist.shards.reader import Store
 POSITIONAL = ("action", "store")
 HOUR_S = 3600.0
 IMPORT_KEYS = [field.name for field in dataclasses.fields(ImportConfig)]  # type: ignore[arg-type]
-BAD_INPUT = 2
 
 
 @frozen

@@ -3,7 +3,7 @@
 Any key of the command takes several values: sae.k=16,32 or seed=range(3). Points that want the same rows in the same
 batches train in one pass over them. Repeating the command goes on; more values add points and keep the others; several
 drivers may work on one sweep. Each point gets a run folder OUT/points/ID, for status, evaluate, pages and export.
-Exit code 1: all that could be done is done, and some points failed (retry=failed tries them again).
+Exit code 3: all that could be done is done, and some points failed (retry=failed tries them again).
 Example: sae-dist sweep train store=stores/mine sae.n_latents=4096,16384 sae.k=16,32 train.steps=3000 out=sweeps/mine
 """
 
@@ -19,6 +19,7 @@ from sae_dist.cli import grid
 from sae_dist.cli.compose import compose, options
 from sae_dist.cli.sweep_view import points_table
 from sae_dist.config import UserError, load
+from sae_dist.exit_codes import DONE, SOME_FAILED
 from sae_dist.service.config import RunConfig, TrainJob
 from sae_dist.service.passes import CONFIGS, run_pass
 from sae_dist.service.sweep import folder_of, sweep
@@ -30,7 +31,6 @@ from sae_dist.sweep.search import Tried, ask
 CONFIG = SweepJob
 OWN = ("out", "retry", "only", "search", "sweep")  # keys of a sweep; all others are the command's
 PASS = "pass"  # `sae-dist sweep pass FOLDER` is the process of a pass, which a driver starts
-SOME_FAILED = 1
 
 
 class Line(NamedTuple):
@@ -73,7 +73,7 @@ def of_command(arguments: Sequence[str], *, show: bool) -> int:
         return 0
     points = work(line, arguments)
     _print(points, folder_of(command, job))
-    return SOME_FAILED if any(point.state == "failed" for point in points) else 0
+    return SOME_FAILED if any(point.state == "failed" for point in points) else DONE
 
 
 def work(line: Line, arguments: Sequence[str]) -> list[Point]:

@@ -17,6 +17,7 @@ from sae_dist.config import Stopped, UserError
 from sae_dist.service import local_ray
 from sae_dist.service.placement import Bundle, Node, explain, never_fits
 from sae_dist.service.signals import StopRequest, catch_signals
+from sae_dist.storage import Unavailable
 
 logger = logging.getLogger(__name__)
 QUIET = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": False}
@@ -136,12 +137,13 @@ def death_reason(death: RayActorError) -> str:
 
 
 def result_of(ref: ray.ObjectRef) -> Any:
-    """`ray.get` that raises an actor's UserError as a UserError."""
+    """`ray.get` that raises an actor's UserError as a UserError, and Unavailable as what it is."""
     try:
         return ray.get(ref)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
+            kind = Unavailable if isinstance(error.cause, Unavailable) else UserError
+            raise kind(str(error.cause)) from None
         raise
     except RayActorError as death:
         if death.actor_init_failed:  # a retry would fail in the same way

@@ -44,6 +44,8 @@ class Mirror:
             _refuse_another_run(self._storage, values)
         except OSError as error:
             raise UserError(f"mirror={uri} cannot be read ({error.strerror}); choose another place") from None
+        except storage.Unavailable as error:
+            raise storage.Unavailable(f"mirror={uri}: {error}") from None
         except UserError as error:
             raise UserError(f"mirror={uri}: {error}") from None
         self._copied: dict[str, tuple[int, ...]] = {}  # what each file was like when it was copied

@@ -27,6 +27,7 @@ from sae_dist.service.cluster import first_line
 from sae_dist.service.config import TrainJob
 from sae_dist.service.placement import Bundle
 from sae_dist.service.ray_train_worker import LOOK_S, Outcome, train_worker
+from sae_dist.storage import Unavailable
 from sae_dist.train.loop import Trained
 from sae_dist.train.parallel import rendezvous
 from sae_dist.train.parallel.heartbeat import START_S, HeartbeatMonitor
@@ -119,6 +120,8 @@ def train_with_ray_train(
     match outcome.kind:
         case "refused":
             raise UserError(outcome.told)
+        case "unavailable":
+            raise Unavailable(outcome.told)
         case "stopped":
             raise Stopped(outcome.told)
     ray.wait([fitted], timeout=GRACE_S)  # the outcome is known; let the workers return

@@ -1,7 +1,7 @@
 """A worker of Ray Train: trains as one rank, as under torchrun, on a mesh of as many workers as there are.
 
-UserError and Stopped are reported through the key-value store and end the worker normally: Ray Train would restart it
-after an exception.
+UserError (Unavailable, too) and Stopped are reported through the key-value store and end the worker normally: Ray Train
+would restart it after an exception.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from sae_dist.service.devices import device_of_actor
 from sae_dist.service.parent_watch import exit_with_parent
 from sae_dist.service.placement import Bundle
 from sae_dist.service.rank_session import run_rank
+from sae_dist.storage import Unavailable
 from sae_dist.train.parallel.heartbeat import START_S
 from sae_dist.train.parallel.mesh_session import mesh_session
 from sae_dist.train.parallel.rendezvous import Rendezvous, connect_store
@@ -32,7 +33,7 @@ LOOK_S = 0.5
 class Outcome(NamedTuple):
     """The end of a training, as a worker reports it."""
 
-    kind: str  # trained, stopped, refused
+    kind: str  # trained, stopped, unavailable, refused
     told: Any  # the fields of Trained, or a line
 
 
@@ -59,9 +60,11 @@ def train_worker(given: dict[str, Any]) -> None:
         outcome = Outcome("trained", trained)
     except Stopped as stopped:
         outcome = Outcome("stopped", str(stopped))
+    except Unavailable as error:
+        outcome = Outcome("unavailable", str(error))
     except UserError as error:
         outcome = Outcome("refused", str(error))
-    if rank == 0 or outcome.kind == "refused":  # a mistake may be one rank's alone
+    if rank == 0 or outcome.kind in ("unavailable", "refused"):  # may be one rank's alone
         run.set("outcome", json.dumps(outcome))
 
 

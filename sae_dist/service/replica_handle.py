@@ -20,6 +20,7 @@ from sae_dist.harvest.harvester import Progress
 from sae_dist.service.cluster import death_reason, first_line, nodes, result_of
 from sae_dist.service.placement import Bundle, explain, fits
 from sae_dist.service.replica import Loaded, Replica, ReplicaConfig
+from sae_dist.storage import Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ PULSES = 30  # answers that the mean delay of a process is taken over
 
 class ReplicaLost(Exception):
     """The replica or one of its processes is dead or fails; says why in one line."""
+
+
+class StorageLost(ReplicaLost):
+    """Storage did not answer the replica in time, as on a node whose network is broken; others may reach it."""
 
 
 class ReplicaShape(NamedTuple):
@@ -184,6 +189,8 @@ def replica_result(ref: ray.ObjectRef) -> Any:
     """
     try:
         return result_of(ref)
+    except Unavailable as error:
+        raise StorageLost(str(error)) from error
     except RayTaskError as error:
         if isinstance(error.cause, PROGRAM_ERRORS):
             raise

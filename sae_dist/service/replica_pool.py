@@ -22,14 +22,14 @@ from sae_dist.service.display import duration
 from sae_dist.service.placement import Bundle
 from sae_dist.service.rank_session import usable_cores
 from sae_dist.service.replica import ReplicaConfig
-from sae_dist.service.replica_handle import ReplicaHandle, ReplicaLost, ReplicaShape, replica_result
+from sae_dist.service.replica_handle import ReplicaHandle, ReplicaLost, ReplicaShape, StorageLost, replica_result
 from sae_dist.service.throughput import Throughput, remaining_s, slow_process, slow_replica
 from sae_dist.service.unit_leases import UnitLeases
 from sae_dist.shards.consumers import ConsumerPosition, FlowControl, positions, starved_share
 from sae_dist.shards.lease import Lease, lease
 from sae_dist.shards.reader import Store
 from sae_dist.shards.retention import Retirement
-from sae_dist.storage import StorageError
+from sae_dist.storage import StorageError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +110,10 @@ class ReplicaPool:
                 if handle.advance(now):
                     self._leases.hear(handle.number, now)
             except ReplicaLost as loss:
-                self._give_up(handle, str(loss))
+                self._give_up(handle, loss)
         for number in self._leases.overdue(now):
-            self._give_up(self._handles[number], f"no sign of life for harvest.lease_s={self._config.lease_s:g}")
+            silent = ReplicaLost(f"no sign of life for harvest.lease_s={self._config.lease_s:g}")
+            self._give_up(self._handles[number], silent)
         self._assign_units(now)
         waiting = [*self._calls, *(ref for handle in self._handles.values() for ref in handle.steps)]
         if waiting:
@@ -168,7 +169,7 @@ class ReplicaPool:
             try:
                 handle.advance(time.monotonic())
             except ReplicaLost as loss:
-                self._give_up(handle, str(loss))
+                self._give_up(handle, loss)
                 continue
             if handle.ready:
                 return handle.leader()
@@ -270,7 +271,7 @@ class ReplicaPool:
             try:
                 report: UnitReport | None = replica_result(ref)
             except ReplicaLost as loss:
-                self._give_up(handle, str(loss))
+                self._give_up(handle, loss)
                 continue
             if report is not None and self._leases.finish(attempt):
                 self._leases.hear(number, now)
@@ -279,24 +280,27 @@ class ReplicaPool:
                     self._throughput[number] = Throughput(handle.ready_at, handle.flop_per_s)
                 self._throughput[number].add(UnitReport(*report), now)
 
-    def _give_up(self, handle: ReplicaHandle, why: str) -> None:
+    def _give_up(self, handle: ReplicaHandle, loss: ReplicaLost) -> None:
         """Closes a replica that is lost and returns its units to the queue; `_resize` starts another.
 
         A node that is lost takes all its replicas along, and a broken network many. Of replicas that were there
         together only the first death counts as one in a row.
+
+        Too many deaths end the harvest: Unavailable where storage is the reason, else RuntimeError.
         """
+        too_many = Unavailable if isinstance(loss, StorageLost) else RuntimeError
         self._deaths += 1
         if handle.number >= self._newer_from:
             self._deaths_in_a_row, self._newer_from = self._deaths_in_a_row + 1, self._started
         self._close(handle)
         units = self._leases.take_back(handle.number)
         if self._deaths_in_a_row >= MAX_DEATHS:
-            raise RuntimeError(f"{MAX_DEATHS} replicas died in a row, the last one at units {units}: {why}")
+            raise too_many(f"{MAX_DEATHS} replicas died in a row, the last one at units {units}: {loss}")
         for unit in units:
             if self._leases.lost[unit] >= MAX_TRIES:
-                raise RuntimeError(f"unit {unit} was lost {MAX_TRIES} times with its replica; the last time: {why}")
+                raise too_many(f"unit {unit} was lost {MAX_TRIES} times with its replica; the last time: {loss}")
         at = f"at unit {units[0]}; its units go to another" if units else f"while {handle.state}"
-        logger.warning("replica %d died %s (%s)", handle.number, at, why)
+        logger.warning("replica %d died %s (%s)", handle.number, at, loss)
 
     def _close(self, handle: ReplicaHandle) -> None:
         """Closes a replica and forgets its calls: processes that do not lead may still be at work on a unit."""

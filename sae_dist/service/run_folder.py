@@ -24,6 +24,7 @@ from sae_dist.run_files import read_json, read_yaml, write_json, write_whole
 from sae_dist.service.config import identity
 from sae_dist.service.mirror import Mirror
 from sae_dist.service.periodic import Periodic
+from sae_dist.storage import Unavailable
 from sae_dist.system_errors import user_error
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,9 @@ class RunFolder:
             yield
         except (Stopped, KeyboardInterrupt) as stopped:
             self._ended("stopped", f"{str(stopped) or 'Ctrl-C'}; run the same command again to resume")
+            raise
+        except Unavailable as error:
+            self._ended("stopped", str(error))
             raise
         except UserError as error:
             self._ended("refused", str(error))

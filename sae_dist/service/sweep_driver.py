@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from sae_dist import storage
 from sae_dist.config import UserError, digest
+from sae_dist.exit_codes import BAD_INPUT, STOPPED
 from sae_dist.monitor.config import keep_secrets
 from sae_dist.service.display import progress
 from sae_dist.service.passes import clear, hand_out, is_finished, read_record, write_record
@@ -34,7 +35,7 @@ from sae_dist.sweep.point import Point
 
 logger = logging.getLogger(__name__)
 EVERY_S = 0.5
-BAD_INPUT, STOPPED = 2, 75  # exit codes of a command
+PAUSE_S = 30.0  # before the next pass, after one that stopped unasked: storage may still be away
 GRACE_S = 120.0  # for a pass to save what it has, once it was asked to stop
 
 
@@ -59,6 +60,7 @@ class Driver:
         self._stages, self._check = Stages(planned, config.halving, folder, ledger), check
         self._planned = self._stages.trainings
         self._memory, self._places, self._running = memory, places, dict[int, Running]()  # by number of the place
+        self._paused_until = 0.0  # of the monotonic clock
         self._filled: set[str] = set()
         self._filling: dict[str, Store] = {}
         self._place = storage.open(folder.path)
@@ -83,7 +85,7 @@ class Driver:
                 each.process.kill()
         self._check()
         self._stages.compare()
-        while len(self._running) < len(self._places) and not self._reached() and self._start_next():
+        while self._may_start() and not self._reached() and self._start_next():
             pass
         return not self._running and (self._reached() or all(map(self._is_settled, self._stages.points)))
 
@@ -141,6 +143,9 @@ class Driver:
                 return self._ledger.tries(point) <= self._failed_before.get(point, -1)
             case _:
                 return False
+
+    def _may_start(self) -> bool:
+        return len(self._running) < len(self._places) and time.monotonic() >= self._paused_until
 
     def _start_next(self) -> bool:
         """Starts a pass where one may start: one that was begun, else the first of those that the open points make."""
@@ -237,6 +242,8 @@ class Driver:
             try:
                 self._hand_out(each.path, each.tries)
                 return
+            except storage.Unavailable as away:  # the pass is whole, and handed out later
+                why, code = str(away), STOPPED
             except UserError as damage:
                 why = str(damage)
                 clear(each.path)
@@ -244,6 +251,9 @@ class Driver:
             why = _why(each.path, code)
         if stopping or code == STOPPED:
             self._say(each, "stopped")
+            if not stopping:  # it was stopped alone, or its storage does not answer: no fault of its points
+                logger.warning("%s: the pass stopped early (%s); going on in %.0f s", each.path, why, PAUSE_S)
+                self._paused_until = time.monotonic() + PAUSE_S
         elif code != BAD_INPUT and all(self._died(taken.point) < self._config.tries - 1 for taken in each.tries):
             logger.warning("%s: its process died (%s); trying again", each.path, why)
             self._say(each, "died", why)

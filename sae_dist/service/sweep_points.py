@@ -45,6 +45,8 @@ def planned(
         said = " ".join(f"{key}={value}" for key, value in overrides.items()) or "the only point"
         try:
             point = _point(command, overrides, config, folder, known)
+        except storage.Unavailable:
+            raise
         except UserError as error:
             raise UserError(f"{said}: {error}") from None
         if point.id in found and (twin := found[point.id].overrides) != overrides:

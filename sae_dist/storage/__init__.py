@@ -5,11 +5,11 @@ import uuid
 from pathlib import Path
 
 from sae_dist.config import UserError
-from sae_dist.storage.interface import Bytes, Entry, ReadOnlyError, Storage, StorageError, checked_key
+from sae_dist.storage.interface import Bytes, Entry, ReadOnlyError, Storage, StorageError, Unavailable, checked_key
 from sae_dist.storage.local import LocalStorage
 
 __all__ = [
-    "Bytes", "Entry", "LocalStorage", "ReadOnlyError", "Storage", "StorageError",
+    "Bytes", "Entry", "LocalStorage", "ReadOnlyError", "Storage", "StorageError", "Unavailable",
     "check_conditional_create", "checked_key", "clock", "open",
 ]  # fmt: skip
 
@@ -17,8 +17,8 @@ __all__ = [
 def open(uri: str | Path, *, retry_s: float | None = None) -> Storage:
     """The storage at `uri`: a folder, file:///folder or s3://bucket/prefix.
 
-    A request to S3 that fails is tried again for `retry_s` (None: S3Config.retry_s). S3 finds endpoint, region and
-    credentials where every AWS client does (AWS_ENDPOINT_URL, AWS_PROFILE, roles, ...).
+    A request to S3 that fails is tried again for `retry_s` (None: S3Config.retry_s), then raises Unavailable. S3 finds
+    endpoint, region and credentials where every AWS client does (AWS_ENDPOINT_URL, AWS_PROFILE, roles, ...).
     """
     scheme, separator, rest = str(uri).partition("://")
     if not separator:

@@ -14,6 +14,10 @@ class StorageError(UserError):
     """The storage refused a request or did not answer it in time; one line with the cure."""
 
 
+class Unavailable(StorageError):
+    """The storage did not answer in time. The input may be right, and the same command resumes: exit code 75."""
+
+
 class ReadOnlyError(StorageError):
     """The storage may be read but not written."""
 

@@ -25,7 +25,7 @@ from pydantic import Field
 from sae_dist import faults
 from sae_dist.config import UserError, frozen
 from sae_dist.storage import aws
-from sae_dist.storage.interface import Bytes, Entry, ReadOnlyError, StorageError, checked_key
+from sae_dist.storage.interface import Bytes, Entry, ReadOnlyError, StorageError, Unavailable, checked_key
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -287,7 +287,7 @@ class S3Storage:
         return [task.result() for task in tasks]
 
     async def _request(self, what: str, send: Callable[[Any], Awaitable[T]]) -> T:
-        """The answer to one request; temporary failures are retried for `retry_s`, then StorageError says why."""
+        """The answer to one request; temporary failures are retried for `retry_s`, then Unavailable says why."""
         deadline: float | None = None
         pause, refreshed = self.config.pause_s, False
         while True:
@@ -316,7 +316,7 @@ class S3Storage:
             now = time.monotonic()
             deadline = now + self.config.retry_s if deadline is None else deadline
             if now > deadline:
-                raise StorageError(
+                raise Unavailable(
                     f"store={self.uri}: {what} failed for {self.config.retry_s:.0f} s, last with "
                     f"{aws.describe(problem)}; is the endpoint up and reachable? run again to resume"
                 )

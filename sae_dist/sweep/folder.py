@@ -105,7 +105,7 @@ def read_points(out: Path | Storage, *, damage: list[str] | None = None) -> list
         try:
             points.append(of_ledger(ledger, place, point))
         except UserError as error:
-            if damage is None:
+            if damage is None or isinstance(error, storage.Unavailable):
                 raise
             damage.append(str(error))
             points.append(Point(point, described.overrides, "done", ledger.tries(point)))

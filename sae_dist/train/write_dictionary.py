@@ -11,7 +11,7 @@ from sae_dist.config import load
 from sae_dist.sae import dictionary
 from sae_dist.sae.scale import Scales
 from sae_dist.sae.variants.interface import Sizes, TensorSpec
-from sae_dist.storage import Storage, StorageError
+from sae_dist.storage import Storage, StorageError, Unavailable
 from sae_dist.train.checkpoint import read_file
 from sae_dist.train.checkpoint_folders import folders, step_of
 from sae_dist.train.checkpoint_manifest import CheckpointManifest, read_manifest
@@ -52,6 +52,8 @@ def write_dictionary(
                 k=member.sae.k, info=own | dict(info),
             )  # fmt: skip
             return
+        except Unavailable:  # so are the others
+            raise
         except (OSError, ValueError) as error:
             reasons.append(f"{saved}: {error}")
     raise StorageError(

@@ -1,5 +1,6 @@
 """The command line: what it composes, what it refuses and how it says so."""
 
+import functools
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ from sae_dist.cli.compose import compose, options, spelled_out
 from sae_dist.cli.main import COMMANDS, main
 from sae_dist.config import CONF_DIR, UserError, load, to_dict
 from sae_dist.service.config import HarvestJob, RunConfig, TrainJob, config_hash
+from sae_dist.storage import s3
+from tests.shards.seaweedfs import KEYS
 
 JOBS = {"run": RunConfig, "harvest": HarvestJob, "train": TrainJob}
 NEEDED = {"harvest": ["store=s"], "train": ["store=s"]}
@@ -101,6 +104,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, cap
     assert code == 2
     assert len(said) == 1
     assert message.format(tmp=tmp_path) in said[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["store", "ls", "store=s3://bucket/acts"],
+        ["train", "store=s3://bucket/acts", "out={tmp}/run"],
+        ["sweep", "train", "store=s3://bucket/acts", "sae.k=2,4", "out={tmp}/sweep"],
+    ],
+)
+def test_storage_that_does_not_answer_is_one_line_and_exit_code_75(arguments, tmp_path, capsys, monkeypatch):
+    """A scheduler repeats such a command; one that is refused it does not."""
+    monkeypatch.setattr(s3, "S3Config", functools.partial(s3.S3Config, retry_s=0.05, pause_s=0.01))
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(name, value)
+    code = main([argument.format(tmp=tmp_path) for argument in arguments])
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 75
+    assert "store=s3://bucket/acts: " in said and said.endswith("is the endpoint up and reachable? run again to resume")
 
 
 def test_a_name_or_a_path_will_do_for_model_and_text(tmp_path):

@@ -81,6 +81,13 @@ def test_what_belongs_to_another_run_is_refused_before_anything_starts(tmp_path)
         RunFolder(tmp_path / "other", job(place.uri))
 
 
+def test_a_place_that_does_not_answer_is_not_refused_for_good(double, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(mirror, "RETRY_S", 0.05)
+    double.fail("503")
+    with pytest.raises(storage.Unavailable, match="mirror=s3://bucket/copy: store=s3://bucket/copy: .* run again to"):
+        RunFolder(tmp_path / "run", job("s3://bucket/copy"))
+
+
 def test_a_place_that_is_no_copy_of_a_run_is_refused(tmp_path):
     (tmp_path / "stores").mkdir()
     (tmp_path / "stores" / "store.json").write_text("{}")

@@ -20,6 +20,7 @@ from sae_dist.model import tiny
 from sae_dist.service.placement import Bundle
 from sae_dist.shards import writer
 from sae_dist.shards.reader import unit_rows
+from sae_dist.storage import Unavailable
 from sae_dist.text import document, files
 from tests.service import stores
 from tests.shards import predictable
@@ -160,12 +161,12 @@ def test_a_model_that_cannot_be_split_is_refused(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_fault_of_the_program_is_no_dead_replica():
     """An error that another replica would make too is raised at once; one of the machine is a loss."""
-    from sae_dist.service.cluster import cluster  # sets what ray reads when it is imported
+    from sae_dist.service.cluster import cluster, result_of  # sets what ray reads when it is imported
 
     import ray  # isort: skip
     from ray.exceptions import RayTaskError
 
-    from sae_dist.service.replica_handle import ReplicaLost, replica_result
+    from sae_dist.service.replica_handle import ReplicaLost, StorageLost, replica_result
 
     @ray.remote
     def fails(error: Exception) -> None:
@@ -178,6 +179,10 @@ def test_a_fault_of_the_program_is_no_dead_replica():
             replica_result(fails.remote(OSError("the disk")))
         with pytest.raises(UserError, match="the cure"):
             replica_result(fails.remote(UserError("the cure")))
+        with pytest.raises(StorageLost, match="no answer"):
+            replica_result(fails.remote(Unavailable("no answer")))
+        with pytest.raises(Unavailable, match="no answer"):
+            result_of(fails.remote(Unavailable("no answer")))
 
 
 class StandIn:
@@ -250,6 +255,20 @@ def test_a_lost_node_counts_once_however_many_replicas_it_had(new_pool):
     with pytest.raises(RuntimeError, match="5 replicas died in a row, .*: killed"):
         pool.poll(0.0)
     assert pool.facts()["deaths"] == 12
+
+
+def test_a_harvest_none_of_whose_replicas_reaches_storage_stops_and_is_not_refused(new_pool):
+    from sae_dist.service.replica_handle import StorageLost
+
+    pool = new_pool(6, replicas=1)
+    for number in range(4):
+        StandIn.lost[number] = StorageLost("store=s3://bucket/x: PUT y failed for 120 s")
+        pool.poll(0.0)
+        pool.poll(0.0)
+    assert pool.facts()["deaths"] == 4 and not pool.done
+    StandIn.lost[4] = StorageLost("store=s3://bucket/x: PUT y failed for 120 s")
+    with pytest.raises(Unavailable, match="5 replicas died in a row, .*: store=s3://bucket/x: PUT y failed"):
+        pool.poll(0.0)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from sae_dist.config import UserError, load
 from sae_dist.service import run_folder
 from sae_dist.service.config import TrainJob, identity
 from sae_dist.service.run_folder import RunFolder, is_claimed, read_status
+from sae_dist.storage import Unavailable
 
 
 def job(*overrides: str) -> TrainJob:
@@ -57,6 +58,15 @@ def test_work_adds_up_over_attempts(tmp_path):
     second = RunFolder(tmp_path, job())
     assert second.wall_seconds >= before
     second.close()
+
+
+def test_a_run_whose_storage_does_not_answer_has_stopped_and_was_not_refused(tmp_path):
+    folder = RunFolder(tmp_path, job())
+    with pytest.raises(Unavailable), folder.recording_outcome():
+        folder.status("running")
+        raise Unavailable("store=s3://bucket/x: GET y failed for 120 s; run again to resume")
+    said = read_status(tmp_path)
+    assert said is not None and said["state"] == "stopped" and said.get("note", "").startswith("store=s3://bucket/x")
 
 
 def test_a_status_grows_old_only_when_its_process_is_gone(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from sae_dist.cli.main import COMMANDS, main
 from sae_dist.config import UserError
 from sae_dist.service.run_folder import claim
 from sae_dist.service.signals import STOP_SIGNALS
-from sae_dist.service.submit import ray_jobs, slurm_step
+from sae_dist.service.submit import attempts, ray_jobs, slurm_step
 from sae_dist.service.submit.attempts import Attempts
 from sae_dist.service.submit.job import environment
 from sae_dist.service.submit.templates import LAUNCH_DIR
@@ -172,6 +172,19 @@ def test_a_job_that_is_refused_is_not_tried_again(here, caplog):
     assert Attempts(["status", f"out={here}/nothing"], out=str(here), tries=5).run() == 2
     assert [line for line in caplog.messages if ", try " in line][0].endswith("try 1 of 5")
     assert not any("try 2" in line for line in caplog.messages)
+
+
+def test_what_ended_early_or_died_is_tried_again_after_a_pause_and_failed_points_are_final(here, caplog, monkeypatch):
+    """Storage may be away (75), and Python's own code for an error (1) is not that of a sweep whose points failed."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(attempts, "PAUSE_S", 0.2)
+    monkeypatch.setattr(attempts, "LOOK_S", 0.01)
+    (here / "codes").write_text("75\n1\n3\n0\n")
+    stand_in(here / "bin", "python", f'echo >> {here}/calls; exit "$(sed -n "$(wc -l < {here}/calls)p" {here}/codes)"')
+    monkeypatch.setattr(sys, "executable", str(here / "bin" / "python"))
+    assert Attempts(["sweep", "train"], out=str(here), tries=5).run() == 3
+    assert len((here / "calls").read_text()) == 3
+    assert [line.partition(";")[0] for line in caplog.messages].count("trying again") == 2
 
 
 def test_every_request_to_stop_is_heard(tmp_path, same_handlers):

@@ -12,7 +12,7 @@ import pytest
 from sae_dist import storage
 from sae_dist.config import UserError
 from sae_dist.shards.memory_map import map_bytes
-from sae_dist.storage import StorageError
+from sae_dist.storage import StorageError, Unavailable
 from sae_dist.storage.s3 import S3Config, S3Storage
 
 QUICK = S3Config(part_bytes=5 << 20, retry_s=5, pause_s=0.01, longest_pause_s=0.05, read_timeout_s=1)
@@ -183,7 +183,7 @@ def test_a_storm_of_refusals_is_weathered(double, s3):
 def test_beyond_the_budget_it_says_so(double):
     impatient = S3Storage("bucket", "", S3Config(retry_s=0.05, pause_s=0.01))
     double.fail("503")
-    with pytest.raises(StorageError, match=r"GET x failed for 0 s, last with 503 SlowDown"):
+    with pytest.raises(Unavailable, match=r"GET x failed for 0 s, last with 503 SlowDown"):
         impatient.read("x", 0, 1)
 
 

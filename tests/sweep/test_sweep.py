@@ -1,5 +1,6 @@
 """A sweep as a command: four points in one pass over rows that lie on S3, and what each of them leaves."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +12,14 @@ import yaml
 from sae_dist import storage
 from sae_dist.cli.main import main
 from sae_dist.monitor.metrics import read_metrics
+from sae_dist.service import sweep_driver
+from sae_dist.storage import s3
 from sae_dist.sweep.folder import read_points
 from sae_dist.sweep.ledger import driving
 from tests.monitor.tracking import runs
 from tests.shards import seaweedfs
 from tests.shards.s3_double import S3Double
+from tests.sweep.test_sweep_run import outcomes
 from tests.train.test_loop import full_store
 
 KEYS = [
@@ -31,6 +35,7 @@ class Swept(NamedTuple):
     out: Path
     alone: Path
     reads: dict[str, int]
+    server: S3Double  # that has the store
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def swept(tmp_path_factory):
             server.log.clear()
             assert main([*command, f"out={place / name}"]) == 0
             reads[name] = sum(method == "GET" and key.startswith("store/data/") for method, key in server.log)
-        yield Swept(place / "sweep", place / "alone", reads)
+        yield Swept(place / "sweep", place / "alone", reads, server)
 
 
 def test_every_point_is_done_once_in_one_pass_over_the_rows(swept):
@@ -196,6 +201,28 @@ def test_repeating_the_command_does_nothing_and_fewer_values_leave_the_other_poi
     assert len(read_points(swept.out)) == 4
     about = json.loads((swept.out / "sweep.json").read_text())
     assert about["command"] == "train" and about["keys"] == ["sae", "sae.k"] and len(about["lines"]) == 2
+
+
+@pytest.mark.slow
+def test_a_pass_that_ends_while_storage_is_away_is_handed_out_later_and_not_trained_again(swept, tmp_path, monkeypatch):
+    monkeypatch.setattr(s3, "S3Config", functools.partial(s3.S3Config, retry_s=0.1, pause_s=0.01))
+    monkeypatch.setattr(sweep_driver, "PAUSE_S", 0.1)
+    hand_out, begin, handed, begun = sweep_driver.hand_out, sweep_driver._process, [], []
+
+    def with_storage_away_at_first(path, points):
+        handed.append(path)
+        rules = [swept.server.fail("503", key="store/store.json")] if len(handed) == 1 else []
+        try:
+            return hand_out(path, points)
+        finally:
+            for rule in rules:
+                swept.server.rules.remove(rule)
+
+    monkeypatch.setattr(sweep_driver, "hand_out", with_storage_away_at_first)
+    monkeypatch.setattr(sweep_driver, "_process", lambda *given: begun.append(given) or begin(*given))
+    assert main(["sweep", "train", *KEYS, "sae.k=2,4", f"out={tmp_path / 'sweep'}"]) == 0
+    assert list(outcomes(tmp_path / "sweep").values()) == [["stopped", "done"]] * 2
+    assert (len(handed), len(begun)) == (2, 1)
 
 
 @pytest.mark.parametrize(

@@ -146,15 +146,15 @@ def test_a_point_that_fails_takes_no_other_along(store, tmp_path):
     out = tmp_path / "sweep"
     arguments = ["train", f"store={store}", *KEYS, "sae.n_latents=48", "sae.k=2,4", "train.lr=1e-3,1e30",
                  "train.steps=60"]  # fmt: skip
-    said = finish(start(out, *arguments), code=1)
+    said = finish(start(out, *arguments), code=3)
     points = {(point.overrides["sae.k"], point.overrides["train.lr"]): point for point in read_points(out)}
     assert {key: point.state for key, point in points.items()} == {
         (2, 1e-3): "done", (4, 1e-3): "done", (2, 1e30): "failed", (4, 1e30): "failed",
     }  # fmt: skip
     assert "lower train.lr" in points[2, 1e30].failure and points[2, 1e30].id in said
-    finish(start(out, *arguments), code=1)
+    finish(start(out, *arguments), code=3)
     assert {point.id: point.tries for point in read_points(out)} == {point.id: point.tries for point in points.values()}
-    finish(start(out, *arguments, "retry=failed", "only=sae.k=4"), code=1)
+    finish(start(out, *arguments, "retry=failed", "only=sae.k=4"), code=3)
     again = {(point.overrides["sae.k"], point.overrides["train.lr"]): point for point in read_points(out)}
     assert again[4, 1e30].tries == points[4, 1e30].tries + 1
     assert again[2, 1e30].tries == points[2, 1e30].tries

@@ -2,7 +2,7 @@
 
     python -m sae_dist.service.submit.attempts --tries=10 --out=/shared/runs/mine train store=... out=/shared/runs/mine
 
-Exit codes are the command's. 0 and 2 are final. After a request to stop it is 75, and nothing is tried again.
+Exit codes are the command's. 0, 2 and 3 are final. After a request to stop it is 75, and nothing is tried again.
 """
 
 import argparse
@@ -15,14 +15,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sae_dist
+from sae_dist.exit_codes import BAD_INPUT, DONE, SOME_FAILED, STOPPED
 from sae_dist.service.run_folder import is_claimed
 from sae_dist.service.signals import on_signals
 
 logger = logging.getLogger(__name__)
 
-DONE, SOME_FAILED, REFUSED, STOPPED = 0, 1, 2, 75
+FINAL = (DONE, BAD_INPUT, SOME_FAILED)
 LOOK_S = 0.5
-PAUSE_S = 10.0  # before a command that died is tried again: what killed it may still be at work
+PAUSE_S = 10.0  # before a command is tried again: what ended it may still be at work
 CLAIM_S = 600.0  # that an earlier attempt may take to let go of the run's folder, as when its cluster lost its head
 
 
@@ -51,12 +52,12 @@ class Attempts:
                 return STOPPED
             logger.info("sae-dist %s, try %d of %d", sae_dist.__version__, number, self.tries)
             code = self._once()
-            if code in (DONE, REFUSED) or (self._command[0] == "sweep" and code == SOME_FAILED):  # of its points
+            if code in FINAL:
                 return code
             if self.stopped:
                 return STOPPED
-            logger.warning("the command %s", "was stopped and saved" if code == STOPPED else f"died (exit code {code})")
-            if code != STOPPED and number < self.tries:
+            logger.warning("the command %s (exit code %d)", "stopped early" if code == STOPPED else "died", code)
+            if number < self.tries:
                 self._wait(PAUSE_S, lambda: True, "trying again")
         return code
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from sae_dist.config import UserError
+from sae_dist.exit_codes import STOPPED
 from sae_dist.service.signals import STOP_SIGNALS
-from sae_dist.service.submit.attempts import STOPPED, parse
+from sae_dist.service.submit.attempts import parse
 from sae_dist.service.submit.slurm import facts_of
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sae_dist.config import UserError, frozen
+from sae_dist.exit_codes import BAD_INPUT, DONE, STOPPED
 from sae_dist.service.run_folder import read_status
 from sae_dist.service.submit.job import Job
 
-EXIT_CODES = {"done": 0, "refused": 2, "stopped": 75}  # torchrun's own is 1 for all but the first
+EXIT_CODES = {"done": DONE, "refused": BAD_INPUT, "stopped": STOPPED}  # torchrun's own is 1 for all but the first
 
 
 @frozen
@@ -59,6 +60,6 @@ def render(job: Job, options: Torchrun) -> str:
 def submit(job: Job, options: Torchrun) -> int:
     """Runs this node's part to its end; the exit code of the command."""
     code = subprocess.run(words(job, options)).returncode
-    if code == 0 or (status := read_status(Path(job.out))) is None:
+    if code == DONE or (status := read_status(Path(job.out))) is None:
         return code
     return EXIT_CODES.get(status["state"], code)

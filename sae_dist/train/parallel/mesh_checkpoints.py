@@ -10,14 +10,14 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 
 from sae_dist.config import UserError
 from sae_dist.shards.records import CorruptData
-from sae_dist.storage import Storage, StorageError
+from sae_dist.storage import Storage, StorageError, Unavailable
 from sae_dist.train import checkpoint
 from sae_dist.train.checkpoint import DAMAGE, Checkpoint, RowSelector
 from sae_dist.train.checkpoint_folders import folders, is_of, new_folder
@@ -25,6 +25,13 @@ from sae_dist.train.checkpoint_manifest import Block, CheckpointManifest, File, 
 from sae_dist.train.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
+
+
+class Failure(NamedTuple):
+    """Why a rank could not do its part; `unanswered`: its storage did not answer in time."""
+
+    why: str
+    unanswered: bool = False
 
 
 class Checkpoints:
@@ -42,7 +49,7 @@ class Checkpoints:
     def save(self, state: Checkpoint) -> str:
         """Writes every rank's part and returns the folder on all ranks once the checkpoint is complete.
 
-        StorageError on all ranks where one could not write.
+        StorageError on all ranks where one could not write, Unavailable if only for want of an answer.
         """
         parts = checkpoint.blocks(state.tensors)
         sizes = [[*block, part.nbytes] for block, part in parts.items()]
@@ -53,7 +60,7 @@ class Checkpoints:
         try:
             files = list(checkpoint.write_files(self.storage, folder, self._rank, {b: parts[b] for b in mine}))
         except (OSError, ValueError) as error:  # a StorageError is a ValueError
-            failure = str(error)
+            failure = _failure(error)
         told = self._exchange([failure, files])
         _raise_any(StorageError, [failure for failure, _ in told])
         if self._rank == 0:
@@ -67,7 +74,7 @@ class Checkpoints:
                 manifest = CheckpointManifest(folder, state.step, state.scheduled, state.facts, tensors, written)
                 commit(self.storage, manifest)
             except (OSError, ValueError) as error:
-                failure = str(error)
+                failure = _failure(error)
         _raise_any(StorageError, self._exchange(failure))
         return folder
 
@@ -107,7 +114,7 @@ class Checkpoints:
             try:
                 facts = next(self._readable_facts(), None)
             except UserError as error:
-                refusal = str(error)
+                refusal = _failure(error)
         facts, refusal = self._exchange([facts, refusal])[0]
         _raise_any(UserError, [refusal])
         return facts
@@ -131,19 +138,22 @@ class Checkpoints:
             return False
 
     def _read(self, folder: str, owned_rows: RowSelector) -> Checkpoint:
-        """CorruptData on all ranks where one found damage, StorageError where one could not read."""
+        """CorruptData on all ranks where one found damage, StorageError where one could not read.
+
+        Unavailable if only for want of an answer.
+        """
         read, damage, refusal = None, None, None
         try:
             read = checkpoint.read(self.storage, folder, owned_rows)
         except DAMAGE as error:
-            damage = str(error)
+            damage = _failure(error)
         except OSError as error:  # it may be sound: resuming from an older one would lose work
-            refusal = (
+            refusal = Failure(
                 f"checkpoint {self.storage.uri}/{folder} cannot be read ({error}); repeat the command when it can, or "
                 "remove that folder to resume from the one before"
             )
         except UserError as error:
-            refusal = str(error)
+            refusal = _failure(error)
         told = self._exchange([damage, refusal])
         _raise_any(CorruptData, [damage for damage, _ in told])
         _raise_any(StorageError, [refusal for _, refusal in told])
@@ -181,8 +191,14 @@ def assigned_blocks(held: Sequence[Mapping[Block, int]], rank: int) -> list[Bloc
     return mine
 
 
-def _raise_any(kind: type[UserError], reasons: Sequence[str | None]) -> None:
-    """Raises the errors of all ranks as one; names the ranks if there are several."""
-    if any(reasons):
-        alone = len(reasons) == 1
-        raise kind("; ".join(reason if alone else f"rank {r}: {reason}" for r, reason in enumerate(reasons) if reason))
+def _failure(error: Exception) -> Failure:
+    return Failure(str(error), isinstance(error, Unavailable))
+
+
+def _raise_any(kind: type[UserError], told: Sequence[Sequence[Any] | None]) -> None:
+    """Raises the failures that all ranks told, if there are any, as one; names the ranks if there are several."""
+    failures = {rank: Failure(*each) for rank, each in enumerate(told) if each is not None}
+    if failures:
+        kind = Unavailable if all(each.unanswered for each in failures.values()) else kind
+        alone = len(told) == 1
+        raise kind("; ".join(each.why if alone else f"rank {rank}: {each.why}" for rank, each in failures.items()))
