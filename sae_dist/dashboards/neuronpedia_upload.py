@@ -74,7 +74,7 @@ def _client() -> _Client:
     try:
         return _Client()
     except ImportError:
-        raise UserError("Neuronpedia's client is not installed; run `pip install 'sae-dist[neuronpedia]'`") from None
+        raise UserError("Neuronpedia's client is not installed; run `pip install neuronpedia`") from None
 
 
 def _feature(client: _Client, latent: Latent, source: Source) -> Any:

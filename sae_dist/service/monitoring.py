@@ -56,7 +56,7 @@ def monitored(job: Job, *, config_hash: str) -> Iterator[None]:
     assert job.out is not None, "the job is not located"
     out, runs = Path(job.out), tracked_runs(job, out=job.out, config_hash=config_hash)
     if job.tensorboard and find_spec("tensorboardX") is None:
-        raise UserError("tensorboard= needs tensorboardX; install sae-dist[tensorboard], or leave tensorboard out")
+        raise UserError("tensorboard= needs tensorboardX; pip install tensorboardX, or leave tensorboard out")
     metrics, steps = out / "metrics.jsonl", None if isinstance(job, HarvestJob) else job.train.n_steps
     with ExitStack() as held:
         held.enter_context(endpoint(job.prometheus, out))

@@ -47,7 +47,7 @@ def ask(space: Space, tried: Sequence[Tried], config: SearchConfig) -> list[dict
     try:
         import optuna
     except ImportError:
-        raise UserError("search=optuna needs Optuna: pip install 'sae-dist[search]'") from None
+        raise UserError("search=optuna needs Optuna: pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {key: _distribution(optuna, of) for key, of in space.items()}
     sampler = optuna.samplers.TPESampler(seed=config.seed + len(tried), constant_liar=True)

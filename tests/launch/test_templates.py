@@ -34,7 +34,7 @@ def test_the_example_for_skypilot_is_one_that_submit_lets_pass(capsys):
     example = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     words = shlex.split(example["run"])
     (mount,) = example["file_mounts"]
-    where = (f"bucket={example['file_mounts'][mount]['source']}", f"mount={mount}")
+    where = (f"bucket={example['file_mounts'][mount]['source']}", f"mount={mount}", f"setup={example['setup']}")
     made = yaml.safe_load(shown(capsys, *words[words.index("train") :], "scheduler=skypilot", *where))
     assert shlex.split(made["run"]) == words
     assert example == made | {"name": example["name"], "run": example["run"]}

@@ -141,4 +141,4 @@ def test_sync_says_what_it_needs(tracked, tmp_path, capsys):
 def test_tensorboard_without_its_package_is_refused(store, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as where the extra is not installed
     assert main(command(store, tmp_path / "run", "wandb.mode=disabled", "tensorboard=true")) == 2
-    assert "error: tensorboard= needs tensorboardX; install sae-dist[tensorboard]" in capsys.readouterr().err
+    assert "error: tensorboard= needs tensorboardX; pip install tensorboardX" in capsys.readouterr().err

@@ -37,7 +37,7 @@ RAY = ("scheduler=ray", "address=http://127.0.0.1:1")
 KUBERAY = ("train", "store=s3://bucket/mine", "out=/shared/runs/mine", "scheduler=kuberay", "image=registry/sae:1")
 SKYPILOT = (
     "train", "store=s3://bucket/mine", "train.checkpoints=s3://bucket/checkpoints", "out=/shared/runs/mine",
-    "scheduler=skypilot", "bucket=s3://bucket",
+    "scheduler=skypilot", "bucket=s3://bucket", "setup=pip install wheel",
 )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class SkyPilot:
     spot: bool = True  # machines that the cloud may take away, and that cost less
     bucket: str  # that is mounted on every node, and keeps the run: s3://bucket/folder
     mount: str = "/shared"  # where; out= lies there
-    setup: str = "pip install sae-dist"  # shell, once a machine
+    setup: str  # shell that installs the program, once a machine: pip install git+https://HOST/REPOSITORY
     tries: Annotated[int, Field(ge=1)] = 10  # how often a run that dies is started in all; preemptions do not count
     env: tuple[str, ...] = ()  # names of variables that go along
     secrets: tuple[str, ...] = ()  # names of variables that SkyPilot takes from here and keeps to itself
