@@ -70,7 +70,8 @@ def _at_once(config: SweepConfig, fit: int, ranks: int) -> int:
 class Sizes(NamedTuple):
     """What the rows of a store come to."""
 
-    d_model: int
+    d_model: int  # of all hook points together
+    sites: int  # their number
     rows: int
     stored_bytes: int
     slice_rows: int
@@ -81,14 +82,14 @@ def sizes(job: TrainJob | RunConfig, hooks: Sequence[str], store: str) -> Sizes:
     if storage.open(store).exists("store.json"):
         meta = stores.open(storage.open(store)).meta
         rows = meta.train_units * meta.unit_rows
-        return Sizes(width(meta, hooks), rows, meta.element.stored.itemsize, meta.slice_rows)
+        return Sizes(width(meta, hooks), len(hooks), rows, meta.element.stored.itemsize, meta.slice_rows)
     assert isinstance(job, RunConfig)
     from sae_dist.model.model_size import model_size  # transformers takes seconds to import
 
     harvest = job.harvest
     stored = ELEMENTS[harvest.dtype].stored.itemsize
     d_model = sum(model_size(job.model, hook).width for hook in hooks)
-    return Sizes(d_model, harvest.tokens, stored, harvest.slice_rows)
+    return Sizes(d_model, len(hooks), harvest.tokens, stored, harvest.slice_rows)
 
 
 class Memory(NamedTuple):
@@ -109,9 +110,9 @@ class Memory(NamedTuple):
 def _work(job: TrainJob | RunConfig, of: Sizes) -> Workload:
     (member,) = job.members
     return workload(
-        job.sae, job.train, job.order, d_model=of.d_model, data=job.mesh.data, feature=job.mesh.feature,
-        dead_fraction=DEAD, store_rows=of.rows, stored_bytes=of.stored_bytes, slice_rows=of.slice_rows,
-        state=member.state,
+        job.sae, job.train, job.order, d_model=of.d_model, sites=of.sites, data=job.mesh.data,
+        feature=job.mesh.feature, dead_fraction=DEAD, store_rows=of.rows, stored_bytes=of.stored_bytes,
+        slice_rows=of.slice_rows, state=member.state,
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def test_a_cluster_wants_its_memory_said(machine):
 
 
 def test_memory_holds_as_many_points_as_the_formula_of_plan_says():
-    of = Sizes(d_model=768, rows=1_000_000, stored_bytes=2, slice_rows=8192)
+    of = Sizes(d_model=768, sites=1, rows=1_000_000, stored_bytes=2, slice_rows=8192)
     one, program = job(), 5e8
     alone = next(gb for gb in range(1, 100) if Memory(gb * 1e8, "cpu", program).fits([one], of))
     nine = next(gb for gb in range(1, 200) if Memory(gb * 1e8, "cpu", program).fits([one] * 9, of))
