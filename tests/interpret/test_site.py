@@ -1,11 +1,16 @@
 """The site holds what was collected, opens from disk, and no text of the corpus can act in it."""
 
 import base64
-import html
+import functools
 import json
+import os
+import queue
 import re
 import shutil
+import signal
 import subprocess
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -149,23 +154,38 @@ PROBE = """
   const found = {};
   while (!document.body.classList.contains("ready")) await sleep(20);
   BODY
-  document.documentElement.dataset.found = JSON.stringify(found);
+  await fetch("found", { method: "POST", body: JSON.stringify(found) });
 })();
 """
 
 
 def in_browser(folder: Path, page: str, body: str) -> dict:
-    """What a script finds in a page that is opened from disk, once it is ready."""
+    """What a script finds in a page, once it is ready."""
+    found: queue.Queue[dict] = queue.Queue()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_POST(self) -> None:
+            found.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
     file = folder / page.partition("#")[0]
     (folder / "probe.js").write_text(PROBE.replace("BODY", body))
     file.write_text(file.read_text().replace("</head>", '<script defer src="probe.js"></script></head>'))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder.parent}/profile"]
-    flags += ["--dump-dom", "--virtual-time-budget=20000", "--window-size=1200,1600"]
-    line = [str(BROWSER), *flags, f"file://{folder}/{page}"]
-    shown = subprocess.run(line, capture_output=True, text=True, check=True, timeout=300)
-    found = re.search(r'data-found="([^"]*)"', shown.stdout)
-    assert found is not None, shown.stdout[-2000:]
-    return json.loads(html.unescape(found[1]))
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder.parent}/profile"]
+        flags += ["--window-size=1200,1600", "--remote-debugging-port=0"]  # stays until it is ended
+        line = [str(BROWSER), *flags, f"http://127.0.0.1:{server.server_port}/{page}"]
+        browser = subprocess.Popen(line, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            return found.get(timeout=120)
+        finally:
+            os.killpg(browser.pid, signal.SIGKILL)
+            browser.wait()
+            server.shutdown()
 
 
 @pytest.mark.slow
