@@ -58,9 +58,9 @@ def comments(config: type, prefix: str = "") -> dict[str, str]:
     beside = {name: text for base in inherited for name, text in _beside(base).items()}
     found = {f"{prefix}{name}": text for name, text in beside.items()}
     for name, field in _fields(config):
-        words = [word for word in _words(field.annotation) if word not in beside.get(name, "")]
-        if words and name != "kind":
-            found[f"{prefix}{name}"] = "; ".join(filter(None, [beside.get(name), ", ".join(_words(field.annotation))]))
+        words, said = _words(field.annotation), beside.get(name, "")
+        if name != "kind" and any(word not in said for word in words):
+            found[f"{prefix}{name}"] = "; ".join(filter(None, [said, ", ".join(words)]))
         if dataclasses.is_dataclass(field.annotation):
             found |= comments(field.annotation, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
     return found
